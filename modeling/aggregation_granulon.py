@@ -1,0 +1,273 @@
+# Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
+"""AdaTA, the adaptive token aggregation: pool, cluster, filter. Pure functions over batched tensors.
+
+Notation: I images, N = H·W patch tokens on an H×W grid, D vision width, C the largest number of clusters of any level, K
+semantic slots. The level of each image is data (tensors `alpha` and `beta` of shape [I]), not control flow: images of
+different levels are aggregated together, without a Python loop over images, without host synchronisation and without any
+random generator.
+
+The kernel is held in fixed point, so that the sums of k-means are exact whatever their order: an image gets the same labels
+alone and in any batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import ModelOutput
+
+# One unit of the fixed-point kernel. Sums over N² entries stay below 2^53 for N up to about 90,000.
+KERNEL_UNIT = 2.0**-20
+
+
+@dataclass
+class GranulonAggregation(ModelOutput):
+    """
+    Args:
+        tokens (`torch.Tensor`): semantic tokens, best first; zeros in empty slots. Shape [I x K x D].
+        keep (`torch.Tensor`): true where a slot is filled. Shape [I x K].
+        assignment (`torch.Tensor`): cluster index of every patch. Shape [I x H x W].
+        kept_clusters (`torch.Tensor`): cluster index in each slot, -1 where the slot is empty. Shape [I x K].
+        scores (`torch.Tensor`): quality of every cluster, `-inf` where there is no cluster. Shape [I x C].
+        level (`torch.Tensor`, *optional*): index of the granularity level of every image. Shape [I].
+    """
+
+    tokens: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
+    assignment: torch.Tensor | None = None
+    kept_clusters: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    level: torch.Tensor | None = None
+
+
+def _work_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def cosine_relation(features: torch.Tensor) -> torch.Tensor:
+    """A = F̂F̂ᵀ, cosine similarity between patches (what the released code clusters).
+
+    Args:
+        features (`torch.Tensor`): patch tokens, shape [I x N x D].
+
+    Returns:
+        `torch.Tensor`: relation, shape [I x N x N].
+    """
+    unit = F.normalize(features.to(_work_dtype(features.device)), dim=-1)
+    return unit @ unit.transpose(1, 2)
+
+
+def pooling_cells(alpha: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cells of an α×α average pooling of the grid in ceil mode: 14 / 4 gives 4 × 4 cells, the ragged ones smaller.
+
+    Args:
+        alpha (`torch.Tensor`): pooling kernel side, shape [I].
+        height, width (`int`): the grid.
+
+    Returns:
+        `tuple`: cell of every patch, shape [I x N], and the number of (rows, columns) of cells, shape [I x 2].
+    """
+    patch = torch.arange(height * width, device=alpha.device)
+    side = alpha.unsqueeze(1)
+    shape = torch.stack([(height + alpha - 1) // alpha, (width + alpha - 1) // alpha], dim=1)
+    return (patch // width // side) * shape[:, 1:] + (patch % width) // side, shape
+
+
+def greedy_medoids(distance: torch.Tensor, valid: torch.Tensor, num_medoids: int) -> torch.Tensor:
+    """Deterministic seeding: each next medoid is the token that lowers the total distance to the nearest medoid most (ours).
+
+    Args:
+        distance (`torch.Tensor`): squared distances, shape [I x N x N].
+        valid (`torch.Tensor`): true on real tokens, shape [I x N].
+        num_medoids (`int`): how many to choose, C.
+
+    Returns:
+        `torch.Tensor`: token indices, shape [I x C].
+    """
+    nearest = torch.full_like(distance[:, :, 0], float("inf"))
+    free = valid
+    medoids = []
+    for _ in range(num_medoids):
+        total = torch.minimum(nearest.unsqueeze(2), distance).masked_fill(~valid.unsqueeze(2), 0.0).sum(1)
+        medoid = total.masked_fill(~free, float("inf")).argmin(1, keepdim=True)
+        free = free & (torch.arange(free.shape[1], device=free.device) != medoid)
+        nearest = torch.minimum(nearest, distance.gather(2, medoid.unsqueeze(1).expand(-1, distance.shape[1], 1)).squeeze(2))
+        medoids.append(medoid)
+    return torch.cat(medoids, dim=1)
+
+
+def _fill_empty_clusters(labels, distance, valid, num_clusters):
+    """Give every empty cluster the token farthest from its own centre, never the one nearest to it.
+
+    Keeping one representative per cluster makes it certain that no other cluster runs empty.
+    """
+    clusters = torch.arange(distance.shape[2], device=labels.device)
+    member = (labels.unsqueeze(2) == clusters) & valid.unsqueeze(2)
+    occupied = member.any(1)
+    empty = ~occupied & (clusters < num_clusters.unsqueeze(1))
+    own = distance.gather(2, labels.unsqueeze(2)).squeeze(2)
+    representative = own.unsqueeze(2).masked_fill(~member, float("inf")).argmin(1)
+    spare = valid & ~((representative.unsqueeze(1) == torch.arange(labels.shape[1], device=labels.device).view(1, -1, 1))
+                      & occupied.unsqueeze(1)).any(2)  # fmt: skip
+    farthest = own.masked_fill(~spare, -float("inf")).argsort(dim=1, descending=True, stable=True)
+    token = farthest.gather(1, (empty.long().cumsum(1) - 1).clamp(0, labels.shape[1] - 1))
+    token = torch.where(empty, token, labels.shape[1])  # the rest write to a column that is dropped
+    return F.pad(labels, (0, 1)).scatter(1, token, clusters.expand_as(token))[:, :-1]
+
+
+def kernel_kmeans(
+    kernel: torch.Tensor, valid: torch.Tensor, num_clusters: torch.Tensor, max_clusters: int, steps: int
+) -> torch.Tensor:
+    """Kernel k-means from greedy medoids for a fixed number of steps; no cluster stays empty.
+
+    Args:
+        kernel (`torch.Tensor`): symmetric kernel, shape [I x N x N].
+        valid (`torch.Tensor`): true on real tokens, shape [I x N].
+        num_clusters (`torch.Tensor`): clusters of each image, at most its number of real tokens, shape [I].
+        max_clusters (`int`): C, an upper bound of `num_clusters`.
+        steps (`int`): number of steps.
+
+    Returns:
+        `torch.Tensor`: cluster of every token, shape [I x N].
+    """
+    pair = valid.unsqueeze(1) & valid.unsqueeze(2)
+    kernel = kernel.masked_fill(~pair, 0.0)
+    scale = kernel.abs().amax((1, 2), keepdim=True).clamp(min=torch.finfo(kernel.dtype).tiny)
+    kernel = torch.round(kernel / scale / KERNEL_UNIT)
+    diagonal = kernel.diagonal(dim1=1, dim2=2)
+    distance = diagonal.unsqueeze(1) + diagonal.unsqueeze(2) - 2 * kernel
+
+    clusters = torch.arange(max_clusters, device=kernel.device)
+    absent = (clusters >= num_clusters.unsqueeze(1)).unsqueeze(1)
+    medoids = greedy_medoids(distance, valid, max_clusters)
+    centre_distance = distance.gather(2, medoids.unsqueeze(1).expand(-1, distance.shape[1], -1))
+    for _ in range(steps + 1):
+        centre_distance = centre_distance.masked_fill(absent, float("inf"))
+        labels = _fill_empty_clusters(centre_distance.argmin(2), centre_distance, valid, num_clusters)
+        member = ((labels.unsqueeze(2) == clusters) & valid.unsqueeze(2)).to(kernel.dtype)
+        size = member.sum(1, keepdim=True).clamp(min=1)
+        to_members = kernel @ member
+        centre_distance = (member * to_members).sum(1, keepdim=True) / size**2 - 2 * to_members / size
+    return labels
+
+
+def cluster_quality(
+    pooled: torch.Tensor, member: torch.Tensor, cells: torch.Tensor, cell_grid: torch.Tensor, weights: list[float]
+) -> torch.Tensor:
+    """s = η₁·size + η₂·coherence − η₃·dispersion, each term in [0, 1] (ours).
+
+    Size is the share of the tokens, coherence the mean cosine of the members to the cluster mean, dispersion their mean
+    squared distance to the centroid on the grid scaled to the unit square, over the largest possible value.
+
+    Args:
+        pooled (`torch.Tensor`): pooled features, shape [I x N x D].
+        member (`torch.Tensor`): one-hot clusters of the real tokens, shape [I x N x C].
+        cells (`torch.Tensor`): number of real tokens, shape [I].
+        cell_grid (`torch.Tensor`): (rows, columns) of the tokens' grid, shape [I x 2].
+        weights (`list[float]`): η₁, η₂, η₃.
+
+    Returns:
+        `torch.Tensor`: scores, `-inf` where a cluster has no member, shape [I x C].
+    """
+    size = member.sum(1)
+    share = member / size.clamp(min=1).unsqueeze(1)
+    mean = share.transpose(1, 2) @ pooled
+    cosine = F.normalize(pooled, dim=-1) @ F.normalize(mean, dim=-1).transpose(1, 2)
+    coherence = (cosine * share).sum(1).clamp(0, 1)
+
+    token = torch.arange(pooled.shape[1], device=pooled.device)
+    columns = cell_grid[:, 1:]
+    position = torch.stack([token // columns, token % columns], dim=2) / (cell_grid - 1).clamp(min=1).unsqueeze(1)
+    position = position.to(pooled.dtype)
+    centroid = share.transpose(1, 2) @ position
+    squared = (position.unsqueeze(2) - centroid.unsqueeze(1)).square().sum(-1)
+    # A quarter per axis is the variance of two halves at opposite ends; an axis of one cell has none.
+    largest = 0.25 * (cell_grid > 1).sum(1, keepdim=True).clamp(min=1)
+    dispersion = (squared * share).sum(1) / largest
+
+    score = weights[0] * size / cells.unsqueeze(1) + weights[1] * coherence - weights[2] * dispersion
+    return torch.round(score, decimals=9).masked_fill(size == 0, -float("inf"))  # equal clusters tie exactly
+
+
+def aggregate(
+    features: torch.Tensor,
+    grid: tuple[int, int],
+    alpha: torch.Tensor,
+    beta: torch.Tensor,
+    *,
+    num_slots: int,
+    max_clusters: int,
+    relation: torch.Tensor | None = None,
+    relation_weight: float = 1.0,
+    clustering: str = "joint",
+    steps: int = 10,
+    filter_weights: list[float] = (1.0, 1.0, 1.0),
+) -> GranulonAggregation:
+    """AdaTA: pool(α) → relation-aware clustering(β) → quality filter(K).
+
+    The semantic token of a cluster is the mean of its members' pooled features, differentiable with respect to `features`;
+    everything else runs without gradient.
+
+    Args:
+        features (`torch.Tensor`): patch tokens in row-major order, shape [I x N x D].
+        grid (`tuple[int, int]`): H and W, with H · W = N.
+        alpha (`torch.Tensor`): pooling kernel side of each image, integer, shape [I].
+        beta (`torch.Tensor`): number of clusters of each image, integer, shape [I].
+        num_slots (`int`): K.
+        max_clusters (`int`): an upper bound of `beta`.
+        relation (`torch.Tensor`, *optional*): relation A between patches, shape [I x N x N]; cosine if not given.
+        relation_weight (`float`): λ_f.
+        clustering (`"joint"` or `"relation"`): the kernel is F̂F̂ᵀ + (λ_f / 2)·sym(A), or that of the rows of A.
+        steps (`int`): k-means steps.
+        filter_weights (`list[float]`): η.
+
+    Returns:
+        [`GranulonAggregation`]
+
+    Raises:
+        ValueError: `features` do not fill the grid.
+    """
+    height, width = grid
+    images, patches, _ = features.shape
+    if height * width != patches:
+        raise ValueError(f"{patches} patch tokens do not fill a grid of {height} x {width}.")
+    max_clusters = min(max_clusters, patches)
+
+    with torch.no_grad():
+        dtype = _work_dtype(features.device)
+        cell_of_patch, cell_grid = pooling_cells(alpha, height, width)
+        cells = cell_grid.prod(1)
+        token = torch.arange(patches, device=features.device)
+        valid = token < cells.unsqueeze(1)
+        pool = (cell_of_patch.unsqueeze(1) == token.view(1, -1, 1)).to(dtype)
+        pool = pool / pool.sum(2, keepdim=True).clamp(min=1)
+
+        pooled = pool @ features.to(dtype)
+        relation = cosine_relation(features) if relation is None else relation.to(dtype)
+        relation = pool @ relation @ pool.transpose(1, 2)
+        if clustering == "relation":
+            kernel = relation @ relation.transpose(1, 2)
+        else:
+            kernel = cosine_relation(pooled) + relation_weight / 4 * (relation + relation.transpose(1, 2))
+        labels = kernel_kmeans(kernel, valid, torch.minimum(beta, cells), max_clusters, steps)
+
+        clusters = torch.arange(max_clusters, device=features.device)
+        member = ((labels.unsqueeze(2) == clusters) & valid.unsqueeze(2)).to(dtype)
+        scores = cluster_quality(pooled, member, cells, cell_grid, filter_weights)
+        kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_slots]
+        keep = scores.gather(1, kept) > -float("inf")
+        kept = kept.masked_fill(~keep, -1)
+        missing = num_slots - kept.shape[1]
+        kept, keep = F.pad(kept, (0, missing), value=-1), F.pad(keep, (0, missing), value=False)
+
+        chosen = member.gather(2, kept.clamp(min=0).unsqueeze(1).expand(-1, patches, -1)) * keep.unsqueeze(1)
+        chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
+        mean_of_patches = (chosen.transpose(1, 2) @ pool).to(features.dtype)
+        assignment = labels.gather(1, cell_of_patch).view(images, height, width)
+
+    return GranulonAggregation(
+        tokens=mean_of_patches @ features, keep=keep, assignment=assignment, kept_clusters=kept, scores=scores.float()
+    )
+
+
+__all__ = ["GranulonAggregation", "aggregate", "cosine_relation"]

@@ -1,0 +1,197 @@
+# Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
+"""Granulon model configuration."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+DEFAULT_GRANULARITY_LEVELS = (
+    {"name": "coarse", "alpha": 4, "beta": 5, "gamma": 1.0},
+    {"name": "middle", "alpha": 2, "beta": 10, "gamma": 1.0},
+    {"name": "fine", "alpha": 1, "beta": 20, "gamma": 1.0},
+)
+
+
+@strict
+class GranulonConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Granulon model: any vision tower, any decoder, and how pixel features become semantic tokens.
+
+    Fields marked *(ours)* settle what the paper and its supplement leave open.
+
+    Args:
+        vision_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the vision tower. Defaults to DINOv3 ViT-L/16 at 224 px (supplement, section 1).
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the decoder. Defaults to Qwen2.5-1.5B.
+        image_token_id (`int`, defaults to 151655):
+            Token that marks an image slot. It must already be in the tokenizer: the frozen embedding table is never resized.
+        granularity_levels (`list[dict]`, *optional*):
+            Levels `{"name", "alpha", "beta", "gamma"}`: pooling kernel side, number of clusters, weight of the projected
+            semantic tokens. `None` gives coarse (4, 5, 1.0), middle (2, 10, 1.0), fine (1, 20, 1.0) *(ours)*; an empty list
+            gives a plain LLaVA with that vision tower.
+        num_semantic_tokens (`int`, defaults to 20):
+            K, semantic slots per image *(ours: about 10 % of 196 pixel tokens)*. A level with fewer clusters leaves slots empty.
+        default_granularity (`str`, *optional*):
+            Level that an untrained controller prefers, and the level of an image without a question *(ours)*. Defaults to
+            the middle one of `granularity_levels`.
+        relation (`"cosine"` or `"attention"`, defaults to `"cosine"`):
+            Relation between patches: cosine of their features (released code), or the head-mean of the vision tower's last
+            self-attention (paper).
+        relation_weight (`float`, defaults to 1.0):
+            Lambda_f, weight of the relation against the features in the clustering kernel.
+        clustering (`"joint"` or `"relation"`, defaults to `"joint"`):
+            `"joint"` clusters features and relation together; `"relation"` clusters the rows of the pooled relation (the
+            formula as printed, and the released code).
+        clustering_steps (`int`, defaults to 10):
+            Fixed number of k-means steps.
+        filter_weights (`list[float]`, defaults to `[1.0, 1.0, 1.0]`):
+            Eta: weights of size, coherence and dispersion in the quality score *(ours)*.
+        controller_hidden_size (`int`, defaults to 256):
+            Width of the granularity controller *(ours)*.
+        pixel_loss_weight (`float`, defaults to 0.0):
+            Weight of the loss with the semantic slots hidden (paper's dual-stream likelihood; 0 is the supplement's recipe).
+        semantic_loss_weight (`float`, defaults to 0.0):
+            Weight of the loss with the pixel slots hidden.
+        vision_feature_layer (`int` or `list[int]`, *optional*):
+            Hidden state(s) of the vision tower to use, as in LLaVA; several are concatenated. `None` uses the tower's own
+            last hidden state, after its final norm *(ours)*.
+        vision_feature_select_strategy (`"default"` or `"full"`, defaults to `"default"`):
+            `"default"` keeps patch tokens only; `"full"` also keeps CLS and register tokens, which needs
+            `granularity_levels=[]` since they have no place on the grid.
+        image_seq_length (`int`, defaults to 196):
+            Pixel tokens per image at the vision tower's own resolution; informative.
+        projector_hidden_act (`str`, defaults to `"gelu"`):
+            Activation of the projector.
+        multimodal_projector_bias (`bool`, defaults to `True`):
+            Whether the projector's linear layers have a bias.
+        tie_word_embeddings (`bool`, *optional*):
+            Taken from `text_config` unless given.
+
+    Raises:
+        ValueError: a level, the default level or an option is not valid.
+
+    Example:
+
+    ```python
+    >>> from granulon_hf import GranulonConfig, GranulonForConditionalGeneration
+
+    >>> config = GranulonConfig(default_granularity="fine")
+    >>> [level["name"] for level in config.granularity_levels]
+    ['coarse', 'middle', 'fine']
+    ```"""
+
+    model_type = "granulon"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="dinov3_vit",
+            init_kwargs={
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+                "num_register_tokens": 4,
+                "image_size": 224,
+                "patch_size": 16,
+            },
+        ),
+        "text_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="qwen2",
+            init_kwargs={
+                "vocab_size": 151936,
+                "hidden_size": 1536,
+                "intermediate_size": 8960,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+                "tie_word_embeddings": True,
+            },
+        ),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_id: int = 151655
+    granularity_levels: list[dict[str, Any]] | None = None
+    num_semantic_tokens: int = 20
+    default_granularity: str | None = None
+    relation: Literal["cosine", "attention"] = "cosine"
+    relation_weight: float | int = 1.0
+    clustering: Literal["joint", "relation"] = "joint"
+    clustering_steps: int = 10
+    filter_weights: list[float | int] | tuple[float | int, ...] = (1.0, 1.0, 1.0)
+    controller_hidden_size: int = 256
+    pixel_loss_weight: float | int = 0.0
+    semantic_loss_weight: float | int = 0.0
+    vision_feature_layer: int | list[int] | None = None
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    image_seq_length: int = 196
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.granularity_levels is None:
+            self.granularity_levels = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]
+        self.filter_weights = [float(weight) for weight in self.filter_weights]
+        self._check_levels()
+        if self.granularity_levels and self.default_granularity is None:
+            self.default_granularity = self.level_names[len(self.granularity_levels) // 2]
+        self._check_options()
+        super().__post_init__(**kwargs)
+        # False at the top of a composite config would silently re-initialise a tied head on load.
+        if self.tie_word_embeddings is None:
+            self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+
+    @property
+    def level_names(self) -> list[str]:
+        """Names of the granularity levels, in order."""
+        return [level["name"] for level in self.granularity_levels]
+
+    @property
+    def num_semantic_slots(self) -> int:
+        """Semantic slots that every image gets: K, or 0 without levels."""
+        return self.num_semantic_tokens if self.granularity_levels else 0
+
+    def _check_levels(self):
+        for level in self.granularity_levels:
+            if not isinstance(level, dict) or set(level) != {"name", "alpha", "beta", "gamma"}:
+                raise ValueError(f"A granularity level has the keys name, alpha, beta and gamma; got {level!r}.")
+            if not isinstance(level["name"], str) or not level["name"]:
+                raise ValueError(f"The name of a granularity level must be a non-empty string; got {level['name']!r}.")
+            for key in ("alpha", "beta"):
+                if isinstance(level[key], bool) or not isinstance(level[key], int) or level[key] < 1:
+                    raise ValueError(f"Level {level['name']!r}: {key} must be an integer of at least 1; got {level[key]!r}.")
+            if isinstance(level["gamma"], bool) or not isinstance(level["gamma"], int | float) or not level["gamma"] > 0:
+                raise ValueError(f"Level {level['name']!r}: gamma must be a number above 0; got {level['gamma']!r}.")
+        if len(set(self.level_names)) != len(self.level_names):
+            raise ValueError(f"The names of the granularity levels must differ; got {self.level_names}.")
+
+    def _check_options(self):
+        if self.granularity_levels:
+            if self.default_granularity not in self.level_names:
+                raise ValueError(
+                    f"default_granularity={self.default_granularity!r} is not one of the levels {self.level_names}."
+                )
+            if self.num_semantic_tokens < 1:
+                raise ValueError(f"num_semantic_tokens must be at least 1; got {self.num_semantic_tokens}.")
+            if self.vision_feature_select_strategy == "full":
+                raise ValueError(
+                    "vision_feature_select_strategy='full' keeps CLS and register tokens, which have no place on the grid "
+                    "that granularity levels pool; use 'default', or granularity_levels=[]."
+                )
+        if len(self.filter_weights) != 3:
+            raise ValueError(
+                f"filter_weights are three numbers (size, coherence, dispersion); got {list(self.filter_weights)}."
+            )
+        for name in ("relation_weight", "clustering_steps", "pixel_loss_weight", "semantic_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+
+
+__all__ = ["GranulonConfig"]

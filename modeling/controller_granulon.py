@@ -1,0 +1,94 @@
+# Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
+"""The text-conditioned granularity controller.
+
+Notation: B batch, L text length, E language width, n number of granularity levels.
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+
+# Log-odds that an untrained controller gives its default level over each other one (ours).
+UNTRAINED_PREFERENCE = 2.0
+
+
+class LevelHead(nn.Linear):
+    """W2 and b2. Untrained, W2 = 0 and b2 favours the default level, so that the choice is deterministic (ours).
+
+    A class of its own, since transformers initialises custom code parameter by parameter and skips modules without any.
+    """
+
+    def __init__(self, in_features: int, num_levels: int, default_level: int):
+        super().__init__(in_features, num_levels)
+        self.default_level = default_level
+
+    def untrained_logits(self) -> torch.Tensor:
+        """Logits that do not depend on the question, shape [n]."""
+        levels = torch.arange(self.out_features, device=self.bias.device)
+        return UNTRAINED_PREFERENCE * (levels == self.default_level).to(self.bias.dtype)
+
+
+class GranularityController(nn.Module):
+    """p = softmax(W2 · GELU(W1 · h + b1) + b2) with h = Wp · sigmoid(mean over question tokens of E1) (paper)."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.controller_hidden_size
+        default_level = config.level_names.index(config.default_granularity)
+        self.in_proj = nn.Linear(config.text_config.hidden_size, width, bias=False)
+        self.fc1 = nn.Linear(width, width)
+        self.act = ACT2FN["gelu"]
+        self.fc2 = LevelHead(width, len(config.granularity_levels), default_level)
+
+    def forward(self, question_states: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            question_states (`torch.Tensor`): E1, output of the language model's first block, shape [B x L x E].
+            question_mask (`torch.Tensor`): true on the question's tokens, shape [B x L].
+
+        Returns:
+            `torch.Tensor`: logits of the levels in float32, shape [B x n]; where a sample has no question token, those
+            of the untrained controller.
+        """
+        mask = question_mask.unsqueeze(-1)
+        mean = question_states.float().masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+        hidden = self.in_proj(torch.sigmoid(mean).to(self.in_proj.weight.dtype))
+        logits = self.fc2(self.act(self.fc1(hidden))).float()
+        return torch.where(question_mask.any(1, keepdim=True), logits, self.fc2.untrained_logits().to(logits))
+
+
+@torch.no_grad()
+def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+    """E1: the output of the decoder's own first block, run on the question's tokens alone.
+
+    Every other position is hidden from them and takes no position id, so that neither markup, padding, images nor the
+    answer can change the result. No gradient: the block belongs to the frozen language model.
+
+    Args:
+        decoder (`nn.Module`): a decoder with `layers` and `rotary_emb` (Llama, Qwen2, Qwen3, SmolLM2, Mistral, …).
+        inputs_embeds (`torch.Tensor`): token embeddings, shape [B x L x E].
+        question_mask (`torch.Tensor`): true on the question's tokens, shape [B x L].
+
+    Returns:
+        `torch.Tensor`: hidden states, shape [B x L x E]; meaningless outside the question.
+    """
+    position_ids = (question_mask.long().cumsum(-1) - 1).clamp(min=0)
+    attention_mask = create_causal_mask(
+        config=decoder.config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=question_mask.long(),
+        past_key_values=None,
+        position_ids=position_ids,
+    )
+    states = decoder.layers[0](
+        inputs_embeds,
+        attention_mask=attention_mask,
+        position_embeddings=decoder.rotary_emb(inputs_embeds, position_ids),
+        position_ids=position_ids,
+        use_cache=False,
+    )
+    return states[0] if isinstance(states, tuple) else states
+
+
+__all__ = ["GranularityController"]

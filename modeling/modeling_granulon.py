@@ -1,0 +1,772 @@
+# Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
+"""PyTorch Granulon model.
+
+Notation: B batch, I images, N = H·W patch tokens of one image, D vision width, E language width, L text length, n number of
+granularity levels, K semantic slots per image, S = N + K slots of one image (N without levels).
+
+    image ────► vision tower ──► F [I x N x D]
+    question ─► controller ────► p [B x n] ──argmax──► level (alpha, beta, gamma)
+    F, level ─► AdaTA ─────────► semantic tokens [I x K x D], keep [I x K]
+    [Φ(F) ; gamma · Φ(semantic tokens)] ──► S image slots ──► language model ──► answer
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import logging, torch_compilable_check
+from transformers.utils.generic import can_return_tuple
+
+from .aggregation_granulon import GranulonAggregation, aggregate
+from .configuration_granulon import GranulonConfig
+from .controller_granulon import GranularityController, LevelHead, first_block_states
+from .processing_granulon import find_image_token
+from .vision_granulon import (
+    attention_weights,
+    describe,
+    last_self_attention,
+    probe_vision_tower,
+    to_patch_tokens,
+    vision_width,
+)
+
+logger = logging.get_logger(__name__)
+
+Granularity = str | Sequence[str | None] | torch.Tensor | None
+
+
+@dataclass
+class GranulonModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor`): shape [B x L x E].
+        past_key_values (`Cache`, *optional*): keys and values of the tokens so far.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x L x E].
+        attentions (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x heads x L x L].
+        image_hidden_states (`torch.Tensor`, *optional*): projected image slots, shape [I x S x E].
+        granularity_probs (`torch.Tensor`, *optional*): p, what the controller prefers, shape [B x n].
+        granularity (`torch.Tensor`, *optional*): index of the level that was used, shape [B].
+        attention_mask (`torch.Tensor`, *optional*): the mask with the empty image slots hidden, shape [B x past + L]. In a
+            decoding loop of your own, extend this one (`generate` does).
+        aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps of every image.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    granularity_probs: torch.Tensor | None = None
+    granularity: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    aggregation: GranulonAggregation | None = None
+
+
+@dataclass
+class GranulonCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.Tensor`, *optional*): next-token loss where `labels` are given, a scalar.
+        logits (`torch.Tensor`): shape [B x L x vocabulary].
+
+    The other fields are those of [`GranulonModelOutputWithPast`].
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    granularity_probs: torch.Tensor | None = None
+    granularity: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    aggregation: GranulonAggregation | None = None
+
+
+@dataclass
+class GranulonImageFeatures(BaseModelOutputWithPooling):
+    """
+    Args:
+        last_hidden_state (`torch.Tensor`): output of the vision tower as it is.
+        pooler_output (`list[torch.Tensor]`): projected slots of each image, pixel tokens first, each of shape [S x E].
+        hidden_states, attentions (`tuple`, *optional*): of the vision tower.
+        slot_mask (`torch.Tensor`, *optional*): true on filled slots, shape [I x S]; `None` without levels.
+        aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps; `None` without levels.
+    """
+
+    slot_mask: torch.Tensor | None = None
+    aggregation: GranulonAggregation | None = None
+
+
+class GranulonMultiModalProjector(nn.Module):
+    """Φ, the LLaVA projector: Linear, activation, Linear; the parameter names are LLaVA's."""
+
+    def __init__(self, config: GranulonConfig, vision_width: int):
+        super().__init__()
+        layers = config.vision_feature_layer
+        vision_width *= len(layers) if isinstance(layers, list | tuple) else 1
+        text_width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(vision_width, text_width, bias=bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(text_width, text_width, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class GranulonPreTrainedModel(PreTrainedModel):
+    """Base of the Granulon models: weight initialisation, loading and saving."""
+
+    config: GranulonConfig
+    config_class = GranulonConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, LevelHead):
+            init.zeros_(module.weight)
+            init.copy_(module.bias, module.untrained_logits())
+
+
+class GranulonModel(GranulonPreTrainedModel):
+    """A vision tower, the granularity controller, AdaTA, the projector and a decoder, without a language-modelling head.
+
+    Args:
+        config ([`GranulonConfig`]): the configuration.
+
+    Raises:
+        ValueError: the vision tower has no patch features, the decoder has no first block that the controller can run, or
+            `relation="attention"` is asked of a tower without self-attention.
+    """
+
+    def __init__(self, config: GranulonConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = GranulonMultiModalProjector(config, vision_width(self.vision_tower))
+        self.language_model = AutoModel.from_config(config.text_config)
+        if config.granularity_levels:
+            self.controller = GranularityController(config)
+            # The level is an argmax, through which no gradient passes: it is trained on its own, then frozen (paper).
+            self.controller.requires_grad_(False)
+            self._check_backbones()
+        self.post_init()
+
+    def _check_backbones(self):
+        if not hasattr(self.language_model, "layers") or not hasattr(self.language_model, "rotary_emb"):
+            raise ValueError(
+                f"{type(self.language_model).__name__} has no `layers` and `rotary_emb`, so that the granularity controller "
+                "cannot run its first block; use a decoder of the Llama or Qwen kind, or granularity_levels=[]."
+            )
+        if self.config.relation == "attention" and last_self_attention(self.vision_tower) is None:
+            raise ValueError(
+                f"{describe(self.vision_tower)} has no self-attention to take the relation from; use relation='cosine'."
+            )
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    # --- granularity -------------------------------------------------------------------------------------------------
+
+    def get_granularity_probs(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """p, the controller's preference among the levels.
+
+        Args:
+            input_ids (`torch.LongTensor`): shape [B x L]; or `inputs_embeds` of shape [B x L x E].
+            attention_mask (`torch.Tensor`, *optional*): 1 on real tokens, shape [B x L].
+            question_mask (`torch.Tensor`, *optional*): 1 on the question's tokens, shape [B x L]. Without it, all attended
+                text tokens count.
+
+        Returns:
+            `torch.Tensor`: probabilities, shape [B x n].
+
+        Raises:
+            ValueError: the model has no levels.
+        """
+        if not self.config.granularity_levels:
+            raise ValueError("This model has granularity_levels=[] and therefore no controller.")
+        image_mask = self._image_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        return self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask).softmax(-1)
+
+    def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask):
+        if question_mask is None:
+            question_mask = ~image_mask
+            if attention_mask is not None and attention_mask.ndim == 2:
+                question_mask = question_mask & attention_mask[:, -image_mask.shape[1] :].bool()
+        else:
+            question_mask = question_mask.bool() & ~image_mask
+        return self.controller(first_block_states(self.language_model, inputs_embeds, question_mask), question_mask)
+
+    def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
+        """Index of each sample's forced level, -1 where the controller decides. Shape [B]."""
+        if isinstance(granularity, torch.Tensor):
+            level = granularity.to(device).expand(batch)
+        else:
+            names = [granularity] * batch if granularity is None or isinstance(granularity, str) else list(granularity)
+            if len(names) != batch:
+                raise ValueError(f"granularity names {len(names)} levels for a batch of {batch} samples.")
+            known = self.config.level_names
+            unknown = sorted({str(name) for name in names if name is not None and name not in known})
+            if unknown:
+                if not known:
+                    raise ValueError(f"This model has no granularity levels; got granularity={unknown[0]!r}.")
+                raise ValueError(f"Unknown granularity {unknown[0]!r}; this model's levels are {', '.join(known)}.")
+            level = torch.tensor([-1 if name is None else known.index(name) for name in names], device=device)
+        return level
+
+    def _level_values(self, level: torch.Tensor, key: str) -> torch.Tensor:
+        """The parameter `key` of each level index, by arithmetic on the device. Shape of `level`."""
+        return sum((level == index) * value[key] for index, value in enumerate(self.config.granularity_levels))
+
+    # --- images ------------------------------------------------------------------------------------------------------
+
+    def _patch_features(self, pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs):
+        """Features [I x N x D], the grid, the relation [I x N x N] or None, and the tower's outputs."""
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        if layer is not None:
+            kwargs["output_hidden_states"] = True
+        captured = {}
+        attention = None
+        if self.config.granularity_levels and self.config.relation == "attention":
+            attention = last_self_attention(self.vision_tower)
+            handle = attention.register_forward_pre_hook(
+                lambda _, args, kwargs: captured.update(args=args, kwargs=kwargs), with_kwargs=True
+            )
+        try:
+            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        finally:
+            if attention is not None:
+                handle.remove()
+
+        if layer is None:
+            states = [outputs.last_hidden_state]
+        else:
+            states = [outputs.hidden_states[index] for index in ([layer] if isinstance(layer, int) else layer)]
+        tokens, grids = zip(*(to_patch_tokens(state, self.vision_tower, pixel_values) for state in states), strict=True)
+        features, (height, width) = torch.cat(tokens, dim=-1), grids[0]
+        if strategy == "default":
+            features = features[:, features.shape[1] - height * width :]
+        relation = None
+        if attention is not None:
+            weights = attention_weights(attention, **captured)
+            patches = weights.shape[-1] - height * width
+            relation = weights.mean(1)[:, patches:, patches:]
+        return features, (height, width), relation, outputs
+
+    def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
+        config = self.config
+        aggregation = aggregate(
+            features,
+            grid,
+            self._level_values(level, "alpha"),
+            self._level_values(level, "beta"),
+            num_slots=config.num_semantic_tokens,
+            max_clusters=max(value["beta"] for value in config.granularity_levels),
+            relation=relation,
+            relation_weight=config.relation_weight,
+            clustering=config.clustering,
+            steps=config.clustering_steps,
+            filter_weights=config.filter_weights,
+        )
+        aggregation.level = level
+        return aggregation
+
+    def aggregate(self, pixel_values: torch.Tensor, granularity: Granularity = None) -> GranulonAggregation:
+        """Clusters, scores and assignment maps of images, for plots and analysis.
+
+        Args:
+            pixel_values (`torch.Tensor`): shape [I x channels x height x width].
+            granularity (`str`, `list[str]` or `torch.Tensor`, *optional*): level of all images, of each image, or level
+                indices of shape [I]. Defaults to the default level.
+
+        Returns:
+            [`GranulonAggregation`]
+
+        Raises:
+            ValueError: the model has no levels, or a level is unknown.
+        """
+        if not self.config.granularity_levels:
+            raise ValueError("This model has granularity_levels=[]: there is nothing to aggregate.")
+        features, grid, relation, _ = self._patch_features(pixel_values, None, None)
+        return self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
+
+    def _image_levels(self, granularity, pixel_values):
+        level = self._level_index(granularity, pixel_values.shape[0], pixel_values.device)
+        return torch.where(level < 0, self.controller.fc2.default_level, level)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        granularity: Granularity = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> GranulonImageFeatures:
+        """Image slots: projected pixel tokens, then weighted projected semantic tokens.
+
+        Args:
+            pixel_values (`torch.Tensor`): shape [I x channels x height x width].
+            granularity (`str`, `list[str]` or `torch.Tensor`, *optional*): level of all images, of each image, or level
+                indices of shape [I]. Defaults to the default level.
+            vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
+
+        Returns:
+            [`GranulonImageFeatures`]
+        """
+        features, grid, relation, outputs = self._patch_features(
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        )
+        slots, slot_mask, aggregation = self.multi_modal_projector(features), None, None
+        if self.config.granularity_levels:
+            aggregation = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
+            gamma = self._level_values(aggregation.level, "gamma").to(slots).view(-1, 1, 1)
+            slot_mask = torch.cat([aggregation.keep.new_ones(slots.shape[:2]), aggregation.keep], dim=1)
+            slots = torch.cat([slots, gamma * self.multi_modal_projector(aggregation.tokens)], dim=1)
+        return GranulonImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(slots),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            slot_mask=slot_mask,
+            aggregation=aggregation,
+        )
+
+    def _image_mask(self, input_ids, inputs_embeds) -> torch.Tensor:
+        """True on image slots, shape [B x L]."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        image_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        granularity: Granularity = None,
+        **kwargs,
+    ) -> tuple[GranulonImageFeatures, torch.Tensor | None, torch.Tensor | None]:
+        """Let the question choose each sample's level, and encode all images at the level of their sample.
+
+        Args:
+            pixel_values (`torch.Tensor`): shape [I x channels x height x width], in the order of the placeholders.
+            inputs_embeds (`torch.Tensor`): shape [B x L x E].
+            image_mask (`torch.Tensor`): true on image slots, shape [B x L].
+            attention_mask, question_mask, granularity: as in [`GranulonModel.forward`].
+
+        Returns:
+            `tuple`: [`GranulonImageFeatures`], probabilities [B x n], level of each sample [B]; the last two are `None`
+            without levels.
+        """
+        if not self.config.granularity_levels:
+            self._level_index(granularity, image_mask.shape[0], image_mask.device)
+            return self.get_image_features(pixel_values, return_dict=True, **kwargs), None, None
+        logits = self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask)
+        forced = self._level_index(granularity, image_mask.shape[0], image_mask.device)
+        level = torch.where(forced < 0, logits.argmax(-1), forced)
+        # An image belongs to the sample that holds its first slot.
+        slots = image_mask.sum(1).cumsum(0)
+        first_slot = torch.arange(pixel_values.shape[0], device=slots.device) * slots[-1] // pixel_values.shape[0]
+        sample = torch.searchsorted(slots, first_slot, right=True).clamp(max=slots.shape[0] - 1)
+        images = self.get_image_features(pixel_values, granularity=level[sample], return_dict=True, **kwargs)
+        return images, logits.softmax(-1), level
+
+    def hide_empty_slots(
+        self,
+        image_mask: torch.Tensor,
+        slot_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_length: int = 0,
+    ) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Mask image slots from attention and skip them in the position ids, as if they were not there.
+
+        Args:
+            image_mask (`torch.Tensor`): true on image slots, shape [B x L].
+            slot_mask (`torch.Tensor`): true on the slots to keep, shape [I x S].
+            attention_mask (`torch.Tensor`, *optional*): shape [B x past + L].
+            position_ids (`torch.LongTensor`, *optional*): shape [B x L], counted with the empty slots.
+            past_length (`int`): tokens in the cache.
+
+        Returns:
+            `tuple`: attention mask [B x past + L] and position ids [B x L].
+        """
+        batch, length = image_mask.shape
+        hidden = torch.zeros_like(image_mask).masked_scatter(image_mask, ~slot_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past_length + length, dtype=torch.long, device=hidden.device)
+        if position_ids is None:
+            position_ids = torch.arange(past_length, past_length + length, device=hidden.device).expand(batch, -1)
+        before = attention_mask.shape[1] - length
+        attention_mask = attention_mask * torch.nn.functional.pad(~hidden, (before, 0), value=True).to(attention_mask)
+        return attention_mask, (position_ids - hidden.long().cumsum(-1)).clamp(min=0)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        granularity: Granularity = None,
+        visual_stream: str | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> GranulonModelOutputWithPast:
+        """
+        Args:
+            input_ids (`torch.LongTensor`): tokens with S image placeholders per image, shape [B x L].
+            pixel_values (`torch.Tensor`, *optional*): images in the order of their placeholders, shape
+                [I x channels x height x width].
+            attention_mask (`torch.Tensor`, *optional*): 1 on real tokens, shape [B x past + L].
+            position_ids (`torch.LongTensor`, *optional*): shape [B x L]; empty image slots are skipped in them.
+            past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
+            inputs_embeds (`torch.Tensor`, *optional*): instead of `input_ids`, shape [B x L x E].
+            question_mask (`torch.Tensor`, *optional*): 1 on the tokens of the question, shape [B x L]. Without it, all
+                attended text tokens count (and carry no label, in [`GranulonForConditionalGeneration`]).
+            granularity (`str`, `list[str | None]` or `torch.Tensor`, *optional*): `None` lets the controller choose; a name
+                forces one level; a list or a tensor of level indices [B] forces one per sample (`None` or -1: choose).
+            visual_stream (`str`, *optional*): `"pixel"` hides the semantic slots, `"semantic"` the pixel slots.
+            vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
+            mm_encoder_outputs (`dict`, *optional*): `{"image": GranulonImageFeatures}` instead of `pixel_values`.
+
+        Raises:
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; images and placeholders do not match; an unknown
+                level; a 4D attention mask together with images.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
+
+        images = (mm_encoder_outputs or {}).get("image")
+        probs = level = slots = None
+        if pixel_values is not None or images is not None:
+            image_mask = self._image_mask(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is not None:
+            images, probs, level = self.encode_images(
+                pixel_values,
+                inputs_embeds,
+                image_mask,
+                attention_mask,
+                question_mask,
+                granularity,
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+            )
+        if images is not None:
+            slots = torch.stack(list(images.pooler_output))
+            self._check_placeholders(image_mask, slots)
+            inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), slots.to(inputs_embeds))
+            slot_mask = images.get("slot_mask")
+            if visual_stream is not None:
+                slot_mask = self._stream_mask(visual_stream, slot_mask)
+            if slot_mask is not None:
+                if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.ndim != 2):
+                    raise ValueError("Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it.")
+                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+                attention_mask, position_ids = self.hide_empty_slots(
+                    image_mask, slot_mask, attention_mask, position_ids, past_length
+                )
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return GranulonModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=slots,
+            granularity_probs=probs,
+            granularity=level,
+            attention_mask=attention_mask if level is not None else None,
+            aggregation=images.get("aggregation") if images is not None else None,
+        )
+
+    def _check_placeholders(self, image_mask, slots):
+        torch_compilable_check(
+            image_mask.sum() == slots.shape[0] * slots.shape[1],
+            lambda: f"The images need {slots.shape[0]} x {slots.shape[1]} image slots, but the text has {image_mask.sum()} "
+            "image tokens; make the inputs with the model's processor, and do not truncate them.",
+        )
+
+    def _stream_mask(self, visual_stream, slot_mask):
+        if slot_mask is None or visual_stream not in ("pixel", "semantic"):
+            raise ValueError(f"visual_stream must be 'pixel' or 'semantic', of a model with levels; got {visual_stream!r}.")
+        pixels = torch.arange(slot_mask.shape[1], device=slot_mask.device) < slot_mask.shape[1] - self.config.num_semantic_slots
+        return slot_mask & (pixels if visual_stream == "pixel" else ~pixels)
+
+
+class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin):
+    """Granulon with a language-modelling head: answers questions about images at the granularity that they need.
+
+    Example:
+
+    ```python
+    >>> from granulon_hf import variants
+
+    >>> model, processor = variants.build("granulon-qwen2.5", tiny=True)
+    >>> model.config.level_names
+    ['coarse', 'middle', 'fine']
+    ```"""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: GranulonConfig):
+        super().__init__(config)
+        self.model = GranulonModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str,
+        text: str,
+        *,
+        dtype: str | torch.dtype = "auto",
+        vision_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        **config,
+    ) -> "GranulonForConditionalGeneration":
+        """Assemble a model from two pretrained backbones and a fresh projector and controller.
+
+        Every backbone weight is read once and never held twice.
+
+        Args:
+            vision (`str`): Hub id or folder of a vision tower with patch features (of CLIP-like pairs the vision half).
+            text (`str`): Hub id or folder of a decoder.
+            dtype (`str` or `torch.dtype`, defaults to `"auto"`): of both backbones; `"auto"` is the text checkpoint's own.
+            vision_kwargs, text_kwargs (`dict`, *optional*): passed to `from_pretrained` of the backbone (`revision`,
+                `token`, `cache_dir`, `gguf_file` …).
+            **config: fields of [`GranulonConfig`]. `image_token_id` is found in the tokenizer of `text` unless given.
+
+        Raises:
+            ValueError: the vision tower has no patch features, or no spare token can serve as image placeholder.
+        """
+        vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
+        vision_config = AutoConfig.from_pretrained(vision, **vision_kwargs)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        grid = probe_vision_tower(vision_config)  # refused before gigabytes are read
+        if "image_token_id" not in config:
+            tokenizer = AutoTokenizer.from_pretrained(text, **text_kwargs)
+            config["image_token_id"] = tokenizer.convert_tokens_to_ids(find_image_token(tokenizer))
+
+        language = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **text_kwargs)
+        tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=language.dtype, **vision_kwargs)
+        config.setdefault("image_seq_length", grid.height * grid.width)
+        config = GranulonConfig(vision_config=tower.config, text_config=language.config, dtype=language.dtype, **config)
+        return cls.from_backbones(config, tower, language)
+
+    @classmethod
+    def from_backbones(cls, config: GranulonConfig, vision_tower: PreTrainedModel, language_model: PreTrainedModel):
+        """Put two loaded backbones into a model without copying them; projector and controller are initialised.
+
+        Args:
+            config ([`GranulonConfig`]): whose sub-configs are those of the backbones.
+            vision_tower (`PreTrainedModel`): the vision tower.
+            language_model (`PreTrainedModel`): a causal language model; its decoder and its head are used.
+        """
+        # Built twice on purpose: the modules on "meta" are only a frame and hold no memory.
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.vision_tower = vision_tower
+        model.model.language_model = language_model.get_decoder()
+        model.lm_head = language_model.get_output_embeddings()
+        for name, module in model.model.named_children():
+            if name in ("multi_modal_projector", "controller"):
+                module.to_empty(device=language_model.device).to(language_model.dtype)
+                module.apply(model._init_weights)
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        model.generation_config._from_model_config = False
+        model.tie_weights()
+        return model.eval()
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> GranulonImageFeatures:
+        """See [`GranulonModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    def aggregate(self, pixel_values: torch.Tensor, granularity: Granularity = None) -> GranulonAggregation:
+        """See [`GranulonModel.aggregate`]."""
+        return self.model.aggregate(pixel_values, granularity)
+
+    def get_granularity_probs(self, *args, **kwargs) -> torch.Tensor:
+        """See [`GranulonModel.get_granularity_probs`]."""
+        return self.model.get_granularity_probs(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        granularity: Granularity = None,
+        visual_stream: str | None = None,
+        labels: torch.LongTensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> GranulonCausalLMOutputWithPast:
+        """
+        Args:
+            labels (`torch.LongTensor`, *optional*): answer tokens, -100 elsewhere, shape [B x L]. With `pixel_loss_weight` or
+                `semantic_loss_weight` in the config, the loss also holds that of the other stream hidden.
+            logits_to_keep (`int` or `torch.Tensor`): logits of the last tokens only, or of these positions.
+
+        The other arguments are those of [`GranulonModel.forward`].
+        """
+        if question_mask is None and labels is not None and self.config.granularity_levels:
+            question_mask = labels == -100  # the answer must never choose its own level
+            if attention_mask is not None and attention_mask.ndim == 2:
+                question_mask = question_mask & attention_mask[:, -labels.shape[1] :].bool()
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+        )
+        outputs = self.model(
+            pixel_values=pixel_values,
+            past_key_values=past_key_values,
+            question_mask=question_mask,
+            granularity=granularity,
+            visual_stream=visual_stream,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **inputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+
+        loss = None
+        if labels is not None:
+            loss = self._loss(logits, labels, **kwargs)
+            if outputs.aggregation is not None and visual_stream is None and past_key_values is None:
+                loss = loss + self._stream_losses(outputs, inputs, labels, logits_to_keep, **kwargs)
+        return GranulonCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            granularity_probs=outputs.granularity_probs,
+            granularity=outputs.granularity,
+            attention_mask=outputs.attention_mask,
+            aggregation=outputs.aggregation,
+        )
+
+    def _loss(self, logits, labels, **kwargs):
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+
+    def _stream_losses(self, outputs, inputs, labels, logits_to_keep, **kwargs):
+        """λ_pixel · L_pixel + λ_semantic · L_semantic, on the slots of the main pass (ours: the paper gives no procedure)."""
+        config, total = self.config, 0.0
+        for stream, weight in (("pixel", config.pixel_loss_weight), ("semantic", config.semantic_loss_weight)):
+            if weight:
+                keep = outputs.aggregation.keep
+                pixels = outputs.image_hidden_states.shape[1] - keep.shape[1]
+                images = GranulonImageFeatures(
+                    pooler_output=list(outputs.image_hidden_states),
+                    slot_mask=torch.cat([keep.new_ones(keep.shape[0], pixels), keep], dim=1),
+                )
+                states = self.model(visual_stream=stream, mm_encoder_outputs={"image": images}, **inputs, **kwargs)
+                logits = self.lm_head(slice_logits_to_keep(states.last_hidden_state, logits_to_keep))
+                total = total + weight * self._loss(logits, labels, **kwargs)
+        return total
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, model_input_name, *args, **kwargs):
+        """Choose the level and encode the images once, before prefill, and hide their empty slots for the whole generation.
+
+        What follows (expansion for beams, static 4D masks, decoding steps) then sees an ordinary padded prompt.
+        """
+        pixel_values = model_kwargs.get("pixel_values")
+        if pixel_values is None or not self.config.granularity_levels:
+            for name in ("granularity", "question_mask"):
+                model_kwargs.pop(name, None)
+            return super()._maybe_prepare_encoder_kwargs_for_generation(
+                inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
+            )
+        if model_kwargs.get("mm_encoder_outputs"):
+            raise ValueError("You cannot pass both: raw pixels and pre-computed embeddings for input image")
+        embeds_given = model_input_name == "inputs_embeds"
+        input_ids = None if embeds_given else inputs_tensor
+        inputs_embeds = inputs_tensor if embeds_given else self.get_input_embeddings()(inputs_tensor)
+        image_mask = self.model._image_mask(input_ids, inputs_embeds)
+        attention_mask = model_kwargs.get("attention_mask")
+        options = {
+            name: model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")
+        }
+        images, _, _ = self.model.encode_images(
+            model_kwargs.pop("pixel_values"),
+            inputs_embeds,
+            image_mask,
+            attention_mask,
+            model_kwargs.pop("question_mask", None),
+            model_kwargs.pop("granularity", None),
+            **options,
+        )
+        slots = torch.stack(images.pooler_output)
+        self.model._check_placeholders(image_mask, slots)
+        slot_mask = images.slot_mask
+        stream = model_kwargs.pop("visual_stream", None)
+        if stream is not None:
+            slot_mask = self.model._stream_mask(stream, slot_mask)
+        model_kwargs["attention_mask"], model_kwargs["position_ids"] = self.model.hide_empty_slots(
+            image_mask, slot_mask, attention_mask, model_kwargs.get("position_ids")
+        )
+        model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
+        return model_kwargs
+
+
+__all__ = ["GranulonForConditionalGeneration", "GranulonModel", "GranulonPreTrainedModel"]

@@ -1,0 +1,171 @@
+# Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
+"""What Granulon asks of a vision tower, whatever its architecture: patch tokens on a grid, and their last self-attention.
+
+Notation: I images, N = H·W patch tokens of one image, T = N plus prefix tokens (CLS, registers), D vision width.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+
+
+class VisionGrid(NamedTuple):
+    """Patch grid of a vision tower at its own image size: rows, columns, pixels per patch, prefix tokens."""
+
+    height: int
+    width: int
+    patch_size: int
+    prefix_tokens: int
+
+
+def _square(side: int | Sequence[int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else (side[0], side[1])
+
+
+def vision_width(tower: PreTrainedModel) -> int:
+    """D, the width of the features of a vision tower.
+
+    Raises:
+        ValueError: neither the tower's config nor its timm model states a width.
+    """
+    config = tower.config
+    width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
+    width = width or getattr(getattr(tower, "timm_model", None), "num_features", None)
+    if not isinstance(width, int):
+        raise ValueError(f"{describe(tower)} has no patch features that Granulon can use: its config states no hidden size.")
+    return width
+
+
+def patch_size(tower: PreTrainedModel) -> tuple[int, int]:
+    """Height and width in pixels that one patch token stands for.
+
+    Raises:
+        ValueError: the tower does not state it.
+    """
+    timm_model = getattr(tower, "timm_model", None)
+    if timm_model is None:
+        side = getattr(tower.config, "patch_size", None)
+    elif hasattr(getattr(timm_model, "patch_embed", None), "patch_size"):
+        side = timm_model.patch_embed.patch_size
+    else:
+        side = (getattr(timm_model, "feature_info", None) or [{}])[-1].get("reduction")
+    if side is None:
+        raise ValueError(f"{describe(tower)} has no patch features that Granulon can use: it states no patch size.")
+    return _square(side)
+
+
+def to_patch_tokens(
+    states: torch.Tensor, tower: PreTrainedModel, pixel_values: torch.Tensor
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Bring the states of any tower into one form: a sequence whose last H·W tokens are the patches in row-major order.
+
+    What comes before them (CLS, registers) is found by counting, from the patch size and the size of the pixels.
+
+    Args:
+        states (`torch.Tensor`): [I x T x D] of a transformer, or a feature map [I x D x H x W] or [I x H x W x D].
+        tower (`PreTrainedModel`): the vision tower.
+        pixel_values (`torch.Tensor`): shape [I x channels x height x width].
+
+    Returns:
+        `tuple`: tokens [I x T x D] and the grid (H, W).
+
+    Raises:
+        ValueError: the states are not one feature per patch.
+    """
+    if states.ndim == 4:
+        if states.shape[1] != vision_width(tower):
+            states = states.permute(0, 3, 1, 2)
+        grid = (states.shape[2], states.shape[3])
+        return states.flatten(2).transpose(1, 2), grid
+    side = patch_size(tower)
+    grid = (pixel_values.shape[-2] // side[0], pixel_values.shape[-1] // side[1])
+    if states.ndim != 3 or states.shape[0] != pixel_values.shape[0] or states.shape[1] < grid[0] * grid[1]:
+        raise ValueError(
+            f"{describe(tower)} has no patch features that Granulon can use: for pixels of shape "
+            f"{tuple(pixel_values.shape)} and a patch size of {side} it gives states of shape {tuple(states.shape)}, which "
+            f"is not one feature for each of {grid[0]} x {grid[1]} patches."
+        )
+    return states, grid
+
+
+def describe(tower: PreTrainedModel) -> str:
+    architecture = getattr(tower.config, "architecture", None)
+    return f"The vision tower {type(tower).__name__}" + (f" ({architecture})" if architecture else "")
+
+
+def last_self_attention(tower: PreTrainedModel) -> nn.Module | None:
+    """The last self-attention module of a vision tower whose weights can be recomputed, or `None`."""
+    found = None
+    for module in tower.modules():
+        transformers_attention = hasattr(module, "is_causal") and hasattr(module, "config")
+        if transformers_attention or (hasattr(module, "fused_attn") and hasattr(module, "attn_drop")):
+            found = module
+    return found
+
+
+@torch.no_grad()
+def attention_weights(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+    """Attention weights of one module, [I x heads x T x T]: it alone runs a second time, on a shallow eager copy.
+
+    SDPA returns no weights, and the rest of the tower keeps its own, faster attention.
+    """
+    eager = copy.copy(module)
+    eager.training = False
+    if hasattr(module, "config"):
+        eager.config = copy.copy(module.config)
+        eager.config._attn_implementation = "eager"
+        return eager(*args, **kwargs)[1]
+    eager.fused_attn = False  # timm
+    weights = []
+    handle = eager.attn_drop.register_forward_pre_hook(lambda _, inputs: weights.append(inputs[0]))
+    try:
+        eager(*args, **kwargs)
+    finally:
+        handle.remove()
+    return weights[0]
+
+
+def probe_vision_tower(vision_config) -> VisionGrid:
+    """Run a vision tower's architecture without weights or arithmetic, to learn its patch grid at its own image size.
+
+    Args:
+        vision_config (`PreTrainedConfig`): configuration of the tower.
+
+    Returns:
+        [`VisionGrid`]
+
+    Raises:
+        ValueError: the tower has no patch features that Granulon can use.
+    """
+    name = getattr(vision_config, "architecture", None) or type(vision_config).__name__
+    height, width = image_size(vision_config)
+    try:
+        with torch.device("meta"), torch.no_grad():
+            tower = AutoModel.from_config(vision_config)
+            pixel_values = torch.empty(2, getattr(vision_config, "num_channels", 3), height, width)
+            states = tower(pixel_values, return_dict=True).last_hidden_state
+            tokens, grid = to_patch_tokens(states, tower, pixel_values)
+        return VisionGrid(*grid, height // grid[0], tokens.shape[1] - grid[0] * grid[1])
+    except ImportError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and "patch features" in str(error):
+            raise
+        raise ValueError(
+            f"{name} has no patch features that Granulon can use: a vision tower takes pixels [I x 3 x H x W] and gives one "
+            f"feature per patch, but running it failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})."
+        ) from error
+
+
+def image_size(vision_config) -> tuple[int, int]:
+    """Height and width in pixels at which a vision tower was trained, from its config; 224 where it does not say."""
+    size = getattr(vision_config, "image_size", None)
+    if size is None:
+        pretrained = getattr(vision_config, "pretrained_cfg", None) or {}
+        model_args = getattr(vision_config, "model_args", None) or {}
+        size = model_args.get("img_size") or (pretrained.get("input_size") or (3, 224, 224))[1:]
+    return _square(size)
