@@ -25,7 +25,6 @@ class GranulonAggregation(ModelOutput):
     """
     Args:
         tokens (`torch.Tensor`): semantic tokens, best first; zeros in empty slots. Shape [I x K x D].
-        keep (`torch.Tensor`): true where a slot is filled. Shape [I x K].
         assignment (`torch.Tensor`): cluster index of every patch. Shape [I x H x W].
         kept_clusters (`torch.Tensor`): cluster index in each slot, -1 where the slot is empty. Shape [I x K].
         scores (`torch.Tensor`): quality of every cluster, `-inf` where there is no cluster. Shape [I x C].
@@ -33,11 +32,15 @@ class GranulonAggregation(ModelOutput):
     """
 
     tokens: torch.Tensor | None = None
-    keep: torch.Tensor | None = None
     assignment: torch.Tensor | None = None
     kept_clusters: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     level: torch.Tensor | None = None
+
+    @property
+    def keep(self) -> torch.Tensor:
+        """True where a slot is filled. Shape [I x K]."""
+        return self.kept_clusters >= 0
 
 
 def _work_dtype(device: torch.device) -> torch.dtype:
@@ -255,18 +258,16 @@ def aggregate(
         member = ((labels.unsqueeze(2) == clusters) & valid.unsqueeze(2)).to(dtype)
         scores = cluster_quality(pooled, member, cells, cell_grid, filter_weights)
         kept = scores.argsort(dim=1, descending=True, stable=True)[:, :num_slots]
-        keep = scores.gather(1, kept) > -float("inf")
-        kept = kept.masked_fill(~keep, -1)
-        missing = num_slots - kept.shape[1]
-        kept, keep = F.pad(kept, (0, missing), value=-1), F.pad(keep, (0, missing), value=False)
+        kept = kept.masked_fill(scores.gather(1, kept) == -float("inf"), -1)
+        kept = F.pad(kept, (0, num_slots - kept.shape[1]), value=-1)
 
-        chosen = member.gather(2, kept.clamp(min=0).unsqueeze(1).expand(-1, patches, -1)) * keep.unsqueeze(1)
+        chosen = member.gather(2, kept.clamp(min=0).unsqueeze(1).expand(-1, patches, -1)) * (kept >= 0).unsqueeze(1)
         chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
         mean_of_patches = (chosen.transpose(1, 2) @ pool).to(features.dtype)
         assignment = labels.gather(1, cell_of_patch).view(images, height, width)
 
     return GranulonAggregation(
-        tokens=mean_of_patches @ features, keep=keep, assignment=assignment, kept_clusters=kept, scores=scores.float()
+        tokens=mean_of_patches @ features, assignment=assignment, kept_clusters=kept, scores=scores.float()
     )
 
 

@@ -129,6 +129,12 @@ class GranulonPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # Initialisation below respects weights that are loaded, as transformers' own models do. Custom code is not trusted
+        # to, and the backbones' modules without direct parameters would not be initialised.
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -243,8 +249,9 @@ class GranulonModel(GranulonPreTrainedModel):
         """Features [I x N x D], the grid, the relation [I x N x N] or None, and the tower's outputs."""
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        if layer is not None:
-            kwargs["output_hidden_states"] = True
+        if layer is not None and not kwargs.get("output_hidden_states"):
+            # Only those are kept; timm numbers what it keeps anew, so that it has to keep all.
+            kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or layer
         captured = {}
         attention = None
         if self.config.granularity_levels and self.config.relation == "attention":
@@ -341,7 +348,7 @@ class GranulonModel(GranulonPreTrainedModel):
         if self.config.granularity_levels:
             aggregation = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
             gamma = self._level_values(aggregation.level, "gamma").to(slots).view(-1, 1, 1)
-            slot_mask = torch.cat([aggregation.keep.new_ones(slots.shape[:2]), aggregation.keep], dim=1)
+            slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.bool), aggregation.keep], dim=1)
             slots = torch.cat([slots, gamma * self.multi_modal_projector(aggregation.tokens)], dim=1)
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state,

@@ -165,27 +165,35 @@ class GranulonProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
         """As in transformers; with `tokenize=True, return_dict=True` the result also holds `question_mask` [B x L]."""
-        if kwargs.get("tokenize"):
-            batched = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "content")
-            conversation = [mark_question(c) for c in conversation] if batched else mark_question(conversation)
         if "date_string" in str(chat_template or self.chat_template):
             kwargs.setdefault("date_string", DATE_STRING)
+        if kwargs.get("tokenize"):
+            # Rendered a second time with marks around the question: right for any template, and for repeated words.
+            batched = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "content")
+            marked = [mark_question(one) for one in conversation] if batched else mark_question(conversation)
+            text_only = {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
+            rendered = super().apply_chat_template(marked, chat_template, **{**kwargs, **text_only})
+            spans = [marked_spans(one) for one in ([rendered] if isinstance(rendered, str) else rendered)]
+            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "question_spans": spans}
         return super().apply_chat_template(conversation, chat_template, **kwargs)
 
-    def __call__(self, images=None, text=None, **kwargs):
-        """As in transformers. Where the chat template has marked the question, the result also holds `question_mask`."""
-        texts = [text] if isinstance(text, str) else text
-        if not texts or not any(QUESTION_START in str(one) for one in texts):
+    def __call__(self, images=None, text=None, *, question_spans: list[list[tuple[int, int]]] | None = None, **kwargs):
+        """As in transformers.
+
+        Args:
+            question_spans (`list[list[tuple[int, int]]]`, *optional*): for each text, the (start, end) characters of the
+                question before placeholders are expanded. The result then also holds `question_mask` [B x L].
+        """
+        if question_spans is None:
             return super().__call__(images=images, text=text, **kwargs)
-        texts, spans = zip(*(unmark_question(one) for one in texts), strict=True)
         keep_offsets = kwargs.get("return_offsets_mapping") or kwargs.get("text_kwargs", {}).get("return_offsets_mapping")
         keep_replacements = kwargs.get("return_text_replacement_offsets")
         kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        out = super().__call__(images=images, text=list(texts), **kwargs)
+        out = super().__call__(images=images, text=text, **kwargs)
         mask = [
-            question_tokens(offsets, span, replacements)
-            for offsets, span, replacements in zip(
-                out["offset_mapping"], spans, out["text_replacement_offsets"], strict=True
+            question_tokens(offsets, spans, replacements)
+            for offsets, spans, replacements in zip(
+                out["offset_mapping"], question_spans, out["text_replacement_offsets"], strict=True
             )
         ]
         out["question_mask"] = torch.tensor(mask) if torch.is_tensor(out["input_ids"]) else mask
@@ -223,13 +231,15 @@ def to_serializable(image_processor):
     if data is None:
         return image_processor
     _, height, width = data["input_size"]
-    resized = {"height": height, "width": width}
-    if data["crop_mode"] != "squash":
+    if data["crop_mode"] == "center":
         resized = {"shortest_edge": int(min(height, width) / data["crop_pct"])}
+    elif data["crop_mode"] == "squash":
+        resized = {"height": int(height / data["crop_pct"]), "width": int(width / data["crop_pct"])}
+    else:
+        raise ValueError(f"timm's crop mode {data['crop_mode']!r} has no like in transformers; use 'center' or 'squash'.")
     return CLIPImageProcessor(
         size=resized,
         crop_size={"height": height, "width": width},
-        do_center_crop=data["crop_mode"] != "squash",
         resample=PILImageResampling[data["interpolation"].upper()],
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
@@ -240,7 +250,6 @@ def mark_question(conversation: list[dict]) -> list[dict]:
     """Copy a conversation with the text of its last user turn between the two marks; white space around it stays outside."""
 
     def mark(text: str) -> str:
-        text = text.replace(QUESTION_START, "").replace(QUESTION_END, "")
         words = text.strip()
         return text.replace(words, QUESTION_START + words + QUESTION_END) if words else text
 
@@ -258,19 +267,17 @@ def mark_question(conversation: list[dict]) -> list[dict]:
     return conversation
 
 
-def unmark_question(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """Remove the marks from a rendered prompt, and return it with the (start, end) characters that they enclosed."""
-    plain, spans, start = "", [], None
+def marked_spans(text: str) -> list[tuple[int, int]]:
+    """The (start, end) characters that the marks enclose, counted as if the marks were not there."""
+    spans, plain, start = [], 0, 0
     for piece in re.split(f"([{QUESTION_START}{QUESTION_END}])", text):
         if piece == QUESTION_START:
-            start = len(plain)
+            start = plain
         elif piece == QUESTION_END:
-            if start is not None:
-                spans.append((start, len(plain)))
-            start = None
+            spans.append((start, plain))
         else:
-            plain += piece
-    return plain, spans
+            plain += len(piece)
+    return spans
 
 
 def question_tokens(offsets, spans: list[tuple[int, int]], replacements: list[dict]) -> list[int]:

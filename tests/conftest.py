@@ -1,0 +1,75 @@
+"""Shared fixtures: toy models with the real architectures, and pictures that need no download."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from granulon_hf import variants
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def make_picture(seed: int, size: tuple[int, int] = (120, 96)) -> Image.Image:
+    """A few flat rectangles on a gradient: something that clusters, unlike noise."""
+    random = np.random.default_rng(seed)
+    width, height = size
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows * 255 / height, columns * 255 / width, np.full((height, width), 90.0)], axis=-1)
+    for _ in range(4):
+        top, left = random.integers(0, height // 2), random.integers(0, width // 2)
+        pixels[top : top + height // 3, left : left + width // 3] = random.integers(0, 255, 3)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture
+def picture():
+    return make_picture(0)
+
+
+@pytest.fixture
+def build():
+    """A toy variant with a controller that does not always say the same."""
+
+    def build(name="granulon-qwen2.5", *, trained=True, **kwargs):
+        model, processor = variants.build(name, tiny=True, **kwargs)
+        if trained and model.config.granularity_levels:
+            controller, random = model.model.controller, torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                controller.in_proj.weight.normal_(std=100, generator=random)
+                controller.in_proj.weight -= controller.in_proj.weight.mean(1, keepdim=True)  # sigmoid(0) cancels
+                controller.fc2.weight.normal_(std=0.5, generator=random)
+                controller.fc2.bias.zero_()
+        return model, processor
+
+    return build
+
+
+def make_conversation(question: str, images=(), answer: str | None = None) -> list[dict]:
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
+    return messages if answer is None else [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+
+
+def make_inputs(processor, conversations, *, side="left", generate=True, **kwargs):
+    processor.tokenizer.padding_side = side
+    return processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=generate,
+        processor_kwargs={"padding": True, **kwargs},
+    )

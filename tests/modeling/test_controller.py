@@ -1,0 +1,131 @@
+"""The controller reads the question and nothing else."""
+
+import numpy as np
+import pytest
+import torch
+
+from granulon_hf.modeling.controller_granulon import first_block_states
+from tests.conftest import make_conversation, make_inputs, make_picture
+
+QUESTION = "How many small red objects are in the top left corner?"
+
+
+def probs(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).granularity_probs
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)  # the fixture amplifies rounding 100-fold
+
+
+@pytest.fixture(params=["granulon-qwen2.5", "granulon-llama3.2"])
+def setup(request, build):
+    model, processor = build(request.param)
+    alone = probs(model, make_inputs(processor, make_conversation(QUESTION, [make_picture(0)])))
+    other = probs(model, make_inputs(processor, make_conversation("What is it?", [make_picture(0)])))
+    assert (alone - other).abs().max() > 1e-3, "the test would see nothing"
+    return model, processor, alone
+
+
+def test_not_changed_by_the_answer(setup):
+    model, processor, alone = setup
+    for answer in ("Two.", "There are three of them, next to the house; " * 4, QUESTION):
+        inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)], answer), generate=False)
+        assert_same(probs(model, inputs), alone)
+
+
+def test_without_a_question_mask_the_labels_keep_the_answer_out(setup):
+    model, processor, _ = setup
+    seen = []
+    for answer in ("Two.", "Two objects."):
+        inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)], answer), generate=False)
+        prompt = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)]))["input_ids"].shape[1]
+        del inputs["question_mask"]
+        labels = inputs["input_ids"].clone()
+        labels[:, :prompt] = -100
+        seen.append(model(**inputs, labels=labels).granularity_probs)
+    assert_same(seen[0], seen[1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_not_changed_by_padding(setup, side):
+    model, processor, alone = setup
+    for extra in ("Why?", "Describe the whole image in detail, please. " * 5):
+        conversations = [make_conversation(QUESTION, [make_picture(0)]), make_conversation(extra, [make_picture(1)])]
+        assert_same(probs(model, make_inputs(processor, conversations, side=side))[:1], alone)
+    padded = make_inputs(processor, [make_conversation(QUESTION, [make_picture(0)])], side=side, padding="max_length", max_length=200)
+    assert padded["input_ids"].shape[1] == 200
+    assert_same(probs(model, padded), alone)
+
+
+def test_not_changed_by_the_images(setup):
+    model, processor, alone = setup
+    for images in ([make_picture(5)], [make_picture(6), make_picture(7), make_picture(8)]):
+        assert_same(probs(model, make_inputs(processor, make_conversation(QUESTION, images))), alone)
+    text_only = make_inputs(processor, make_conversation(QUESTION))
+    with torch.no_grad():
+        assert_same(model.get_granularity_probs(text_only["input_ids"], question_mask=text_only["question_mask"]), alone)
+
+
+def test_several_turns_use_the_last_user_turn(setup):
+    model, processor, alone = setup
+    first = make_conversation("What is it?", [make_picture(0)], "A house.")
+    assert_same(probs(model, make_inputs(processor, [*first, *make_conversation(QUESTION)])), alone)
+    system = [{"role": "system", "content": [{"type": "text", "text": "Answer briefly."}]}]
+    assert_same(probs(model, make_inputs(processor, [*system, *make_conversation(QUESTION, [make_picture(0)])])), alone)
+
+
+def test_the_formula_in_numpy(build):
+    model, processor = build()
+    controller = model.model.controller
+    tokens = processor.tokenizer(QUESTION, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(tokens)
+        actual = model.get_granularity_probs(tokens)[0].numpy()
+        # E1 by the whole decoder, asked for its hidden states: [1] is the output of the first block.
+        states = model.model.language_model(inputs_embeds=embeds, output_hidden_states=True).hidden_states[1]
+        torch.testing.assert_close(first_block_states(model.model.language_model, embeds, torch.ones_like(tokens).bool()), states)
+    parameters = {name: value.detach().double().numpy() for name, value in controller.named_parameters()}
+    h = parameters["in_proj.weight"] @ (1 / (1 + np.exp(-states[0].double().numpy().mean(0))))
+    z = parameters["fc1.weight"] @ h + parameters["fc1.bias"]
+    gelu = 0.5 * z * (1 + torch.erf(torch.from_numpy(z) / 2**0.5).numpy())
+    logits = parameters["fc2.weight"] @ gelu + parameters["fc2.bias"]
+    np.testing.assert_allclose(actual, np.exp(logits) / np.exp(logits).sum(), atol=1e-5)
+
+
+def test_no_question_gives_the_default_level(build):
+    model, processor = build(default_granularity="fine")
+    inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)]))
+    inputs["question_mask"] = torch.zeros_like(inputs["question_mask"])
+    assert model(**inputs).granularity.tolist() == [2]
+
+
+def test_training_the_model_does_not_touch_the_controller(build):
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)], "Two."), generate=False)
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad is None for parameter in model.model.controller.parameters())
+
+
+def test_the_controller_can_be_trained_on_its_own(build):
+    model, processor = build()
+    questions = ["What is it?", "How many dots are in the corner?", "Describe the image."]
+    inputs = make_inputs(processor, [make_conversation(question) for question in questions])
+    controller = model.model.controller.requires_grad_(True)
+    optimizer = torch.optim.Adam(controller.parameters(), lr=1e-3)
+    target = torch.eye(3)
+    for _ in range(150):
+        p = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])
+        loss = -(target * p.clamp(min=1e-9).log()).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert p.argmax(-1).tolist() == [0, 1, 2]
+
+
+def test_a_model_without_levels_has_no_controller(build):
+    model, _ = build("clip-qwen2.5")
+    with pytest.raises(ValueError, match="no controller"):
+        model.get_granularity_probs(torch.ones(1, 3, dtype=torch.long))

@@ -1,0 +1,58 @@
+"""The package: one set of files under two names, the declared folders, the import rules, the version check."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_modeling_is_one_folder():
+    import granulon_hf.modeling
+
+    assert Path(granulon_hf.modeling.__file__).resolve().parent == ROOT / "modeling"
+
+
+def test_declared_packages_are_the_folders():
+    folders = {path.parent for path in (ROOT / "granulon_hf").rglob("__init__.py")} | {ROOT / "granulon_hf" / "modeling"}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(names)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "modeling").glob("*.py")), ids=lambda path: path.name)
+def test_remote_code_is_self_contained(path):
+    """Checkpoints carry these files: only torch, transformers, huggingface_hub, the standard library, and each other."""
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                assert node.level == 1 and node.module and (ROOT / "modeling" / f"{node.module}.py").exists()
+            else:
+                assert node.module.split(".")[0] in allowed
+
+
+def test_import_rules():
+    command = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_an_old_transformers_is_refused_with_the_remedy():
+    script = "import transformers; transformers.__version__ = '4.57.0'; import granulon_hf"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ImportError: granulon_hf needs transformers >= " in done.stderr
+    assert "pip install -U" in done.stderr
+
+
+def test_the_minimum_of_transformers_is_stated_once():
+    import granulon_hf
+
+    assert f"transformers>={granulon_hf.MINIMUM_TRANSFORMERS.removesuffix('.0')},<6" in PROJECT["project"]["dependencies"]
