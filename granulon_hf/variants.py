@@ -76,9 +76,7 @@ ENCODERS: dict[str, Encoder] = {
         {"model_type": "dinov2", "image_size": 84, "patch_size": 14, "mlp_ratio": 2, **_TINY_VIT},
     ),
     "dinov3": _DINOV3,
-    "granulon": Encoder(
-        _DINOV3.hub_id, _DINOV3.tiny, config={}, gated=_DINOV3.gated, open_id=_DINOV3.open_id
-    ),
+    "granulon": Encoder(_DINOV3.hub_id, _DINOV3.tiny, config={}, gated=_DINOV3.gated, open_id=_DINOV3.open_id),
 }
 
 _TINY_LM = {
@@ -134,7 +132,7 @@ def parse(name: str) -> tuple[Encoder, Decoder]:
 
 
 def build(
-    name: str, *, tiny: bool = False, seed: int = 0, **kwargs
+    name: str, *, tiny: bool = False, open_weights: bool = False, seed: int = 0, **kwargs
 ) -> tuple[GranulonForConditionalGeneration, GranulonProcessor]:
     """Assemble a variant of the paper: two pretrained backbones, a fresh projector and controller.
 
@@ -142,6 +140,8 @@ def build(
         name (`str`): one of [`NAMES`], `"<encoder>-<llm>"`.
         tiny (`bool`, defaults to `False`): the same architectures at toy size with random weights and a small real
             tokenizer; nothing is downloaded.
+        open_weights (`bool`, defaults to `False`): read a gated vision tower from the repository that holds the same
+            weights without a gate (DINOv3 from timm); needs timm.
         seed (`int`, defaults to 0): of the random weights.
         **kwargs: fields of [`GranulonConfig`], and with `tiny=False` arguments of
             [`GranulonForConditionalGeneration.from_vision_text_pretrained`].
@@ -158,10 +158,11 @@ def build(
     set_seed(seed)
     if tiny:
         return _build_tiny(encoder, decoder, **kwargs)
-    model = GranulonForConditionalGeneration.from_vision_text_pretrained(encoder.hub_id, decoder.hub_id, **kwargs)
+    vision = (open_weights and encoder.open_id) or encoder.hub_id
+    model = GranulonForConditionalGeneration.from_vision_text_pretrained(vision, decoder.hub_id, **kwargs)
     loading = {key: kwargs[key] for key in ("vision_kwargs", "text_kwargs") if key in kwargs}
     processor = GranulonProcessor.from_vision_text_pretrained(
-        encoder.hub_id, decoder.hub_id, num_semantic_tokens=model.config.num_semantic_slots, **loading
+        vision, decoder.hub_id, num_semantic_tokens=model.config.num_semantic_slots, **loading
     )
     return model, processor
 

@@ -33,7 +33,8 @@ class GranulonConfig(PreTrainedConfig):
             semantic tokens. `None` gives coarse (4, 5, 1.0), middle (2, 10, 1.0), fine (1, 20, 1.0) *(ours)*; an empty list
             gives a plain LLaVA with that vision tower.
         num_semantic_tokens (`int`, defaults to 20):
-            K, semantic slots per image *(ours: about 10 % of 196 pixel tokens)*. A level with fewer clusters leaves slots empty.
+            K, semantic slots per image *(ours: about 10 % of 196 pixel tokens)*. A level with fewer clusters leaves some
+            empty.
         default_granularity (`str`, *optional*):
             Level that an untrained controller prefers, and the level of an image without a question *(ours)*. Defaults to
             the middle one of `granularity_levels`.

@@ -241,7 +241,10 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def _level_values(self, level: torch.Tensor, key: str) -> torch.Tensor:
         """The parameter `key` of each level index, by arithmetic on the device. Shape of `level`."""
-        return sum((level == index) * value[key] for index, value in enumerate(self.config.granularity_levels))
+        values = torch.zeros_like(level)
+        for index, value in enumerate(self.config.granularity_levels):
+            values = values + (level == index) * value[key]
+        return values
 
     # --- images ------------------------------------------------------------------------------------------------------
 
@@ -406,9 +409,9 @@ class GranulonModel(GranulonPreTrainedModel):
         image_mask: torch.Tensor,
         slot_mask: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_length: int = 0,
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mask image slots from attention and skip them in the position ids, as if they were not there.
 
         Args:
@@ -429,7 +432,8 @@ class GranulonModel(GranulonPreTrainedModel):
             position_ids = torch.arange(past_length, past_length + length, device=hidden.device).expand(batch, -1)
         before = attention_mask.shape[1] - length
         attention_mask = attention_mask * torch.nn.functional.pad(~hidden, (before, 0), value=True).to(attention_mask)
-        return attention_mask, (position_ids - hidden.long().cumsum(-1)).clamp(min=0)
+        position_ids = (position_ids - hidden.long().cumsum(-1)).clamp(min=0)
+        return attention_mask, position_ids
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -502,7 +506,9 @@ class GranulonModel(GranulonPreTrainedModel):
                 slot_mask = self._stream_mask(visual_stream, slot_mask)
             if slot_mask is not None:
                 if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.ndim != 2):
-                    raise ValueError("Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it.")
+                    raise ValueError(
+                        "Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it."
+                    )
                 past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
                 attention_mask, position_ids = self.hide_empty_slots(
                     image_mask, slot_mask, attention_mask, position_ids, past_length
@@ -530,8 +536,10 @@ class GranulonModel(GranulonPreTrainedModel):
     def _check_placeholders(self, image_mask, slots):
         torch_compilable_check(
             image_mask.sum() == slots.shape[0] * slots.shape[1],
-            lambda: f"The images need {slots.shape[0]} x {slots.shape[1]} image slots, but the text has {image_mask.sum()} "
-            "image tokens; make the inputs with the model's processor, and do not truncate them.",
+            lambda: (
+                f"The images need {slots.shape[0]} x {slots.shape[1]} image slots, but the text has {image_mask.sum()} "
+                "image tokens; make the inputs with the model's processor, and do not truncate them."
+            ),
         )
 
     def _stream_mask(self, visual_stream, slot_mask):
@@ -739,8 +747,9 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """
         pixel_values = model_kwargs.get("pixel_values")
         if pixel_values is None or not self.config.granularity_levels:
-            for name in ("granularity", "question_mask"):
-                model_kwargs.pop(name, None)
+            model_kwargs.pop("question_mask", None)
+            # Nothing to choose, but a misspelt level is still an error.
+            self.model._level_index(model_kwargs.pop("granularity", None), inputs_tensor.shape[0], inputs_tensor.device)
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
             )
@@ -751,9 +760,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         inputs_embeds = inputs_tensor if embeds_given else self.get_input_embeddings()(inputs_tensor)
         image_mask = self.model._image_mask(input_ids, inputs_embeds)
         attention_mask = model_kwargs.get("attention_mask")
-        options = {
-            name: model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")
-        }
+        options = {name: model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
         images, _, _ = self.model.encode_images(
             model_kwargs.pop("pixel_values"),
             inputs_embeds,

@@ -18,7 +18,10 @@ def test_the_table_is_the_papers():
 @torch.no_grad()
 def test_every_variant_answers(name):
     model, processor = variants.build(name, tiny=True)
-    conversations = [make_conversation("What is it?", [make_picture(0)]), make_conversation("How many, and why?", [make_picture(1)])]
+    conversations = [
+        make_conversation("What is it?", [make_picture(0)]),
+        make_conversation("How many, and why?", [make_picture(1)]),
+    ]
     inputs = make_inputs(processor, conversations)
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert answer.shape[0] == 2

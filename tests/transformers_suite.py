@@ -46,7 +46,10 @@ def load(name: str) -> types.ModuleType | None:
         package = types.ModuleType(PACKAGE)
         package.__path__ = [str(FOLDER)]
         sys.modules[PACKAGE] = package
-        for module, mixin in (("exporters.test_export", "ExportTesterMixin"), ("generation.test_utils", "GenerationTesterMixin")):
+        for module, mixin in (
+            ("exporters.test_export", "ExportTesterMixin"),
+            ("generation.test_utils", "GenerationTesterMixin"),
+        ):
             if importlib.util.find_spec(f"{PACKAGE}.{module.split('.')[0]}") is None:
                 stub = types.ModuleType(f"{PACKAGE}.{module}")
                 setattr(stub, mixin, type(mixin, (), {}))

@@ -1,8 +1,11 @@
 """AdaTA against NumPy and scikit-learn, and its promises: deterministic, batched, compiled, without host synchronisation."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.cluster import KMeans
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -118,6 +121,28 @@ def test_inertia_is_close_to_scikit_learns_best_of_ten(weight):
     assert np.mean(ratios) <= 1.05, np.mean(ratios)
 
 
+def test_inertia_on_features_of_photographs():
+    demo = pytest.importorskip("granulon_hf.demo.assemble")
+    try:
+        tower, processor = demo.load_vision_tower(torch.float32), demo.load_image_processor()
+    except demo.MissingBackbones as error:
+        pytest.skip(str(error))
+    photographs = [Image.open(path) for path in sorted((Path(__file__).parents[2] / "examples" / "images").glob("*.jpg"))]
+    with torch.no_grad():
+        features = (
+            tower(processor(photographs, return_tensors="pt")["pixel_values"]).last_hidden_state.flatten(2).transpose(1, 2)
+        )
+    kernel, ratios = cosine_relation(features), []
+    for beta in (5, 10, 20, 50):
+        labels = kernel_kmeans(
+            kernel, torch.ones(kernel.shape[:2], dtype=torch.bool), torch.full((len(kernel),), beta), beta, 10
+        )
+        for image, points in enumerate(torch.nn.functional.normalize(features.double(), dim=-1)):
+            best = KMeans(beta, n_init=10, random_state=0).fit(points.numpy()).inertia_
+            ratios.append(inertia(kernel[image].numpy(), labels[image].numpy()) / best)
+    assert np.mean(ratios) <= 1.05, ratios
+
+
 def test_an_image_gets_the_same_alone_in_a_batch_and_again():
     features = blobs(9, 14, 14)
     alpha, beta = levels(*[(4, 5), (2, 10), (1, 20)] * 3)
@@ -171,6 +196,15 @@ def test_tokens_are_differentiable_and_keep_the_dtype(dtype):
     out.tokens.float().sum().backward()
     # Every patch belongs to one of the three kept clusters: each cluster's mean hands a total weight of one to its patches.
     torch.testing.assert_close(features.grad[0, :, 0].float().sum(), torch.tensor(3.0), atol=2e-2, rtol=0)
+
+
+def test_autocast_does_not_touch_the_clusters():
+    features = blobs(3, 14, 14)
+    expected = aggregate(features, (14, 14), *levels((4, 5), (2, 10), (1, 20)), **OPTIONS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = aggregate(features, (14, 14), *levels((4, 5), (2, 10), (1, 20)), **OPTIONS)
+    assert torch.equal(out.assignment, expected.assignment)
+    assert torch.equal(out.kept_clusters, expected.kept_clusters)
 
 
 def test_relation_and_its_rows():

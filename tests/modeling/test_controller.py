@@ -54,7 +54,9 @@ def test_not_changed_by_padding(setup, side):
     for extra in ("Why?", "Describe the whole image in detail, please. " * 5):
         conversations = [make_conversation(QUESTION, [make_picture(0)]), make_conversation(extra, [make_picture(1)])]
         assert_same(probs(model, make_inputs(processor, conversations, side=side))[:1], alone)
-    padded = make_inputs(processor, [make_conversation(QUESTION, [make_picture(0)])], side=side, padding="max_length", max_length=200)
+    padded = make_inputs(
+        processor, [make_conversation(QUESTION, [make_picture(0)])], side=side, padding="max_length", max_length=200
+    )
     assert padded["input_ids"].shape[1] == 200
     assert_same(probs(model, padded), alone)
 
@@ -85,7 +87,9 @@ def test_the_formula_in_numpy(build):
         actual = model.get_granularity_probs(tokens)[0].numpy()
         # E1 by the whole decoder, asked for its hidden states: [1] is the output of the first block.
         states = model.model.language_model(inputs_embeds=embeds, output_hidden_states=True).hidden_states[1]
-        torch.testing.assert_close(first_block_states(model.model.language_model, embeds, torch.ones_like(tokens).bool()), states)
+        torch.testing.assert_close(
+            first_block_states(model.model.language_model, embeds, torch.ones_like(tokens).bool()), states
+        )
     parameters = {name: value.detach().double().numpy() for name, value in controller.named_parameters()}
     h = parameters["in_proj.weight"] @ (1 / (1 + np.exp(-states[0].double().numpy().mean(0))))
     z = parameters["fc1.weight"] @ h + parameters["fc1.bias"]

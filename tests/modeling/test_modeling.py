@@ -74,6 +74,8 @@ def test_levels_forced_on_a_model_without_levels():
     _, granulon, inputs = llava_pair()
     with pytest.raises(ValueError, match="no granularity levels"):
         granulon(**inputs, granularity="fine")
+    with pytest.raises(ValueError, match="no granularity levels"):
+        granulon.generate(**inputs, granularity="fine", max_new_tokens=1)
 
 
 # --- empty slots -----------------------------------------------------------------------------------------------------
@@ -109,7 +111,9 @@ def removed(model, inputs, granularity):
 def batch():
     conversations = [
         make_conversation("What is it?", [make_picture(1)]),
-        make_conversation("How many small red objects are in the top left corner, and why?", [make_picture(2), make_picture(3)]),
+        make_conversation(
+            "How many small red objects are in the top left corner, and why?", [make_picture(2), make_picture(3)]
+        ),
         make_conversation("Describe the image in detail.", [make_picture(4)]),
     ]
     return lambda processor, side: make_inputs(processor, conversations, side=side)

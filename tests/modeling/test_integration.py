@@ -1,0 +1,188 @@
+"""Granulon inside the libraries that people use it with: pipeline, generate's modes, compile, peft, accelerate."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import BitsAndBytesConfig, pipeline
+
+from granulon_hf import AutoModelForVision2Seq
+from tests.conftest import make_conversation, make_inputs, make_picture
+
+
+@pytest.fixture
+def conversations():
+    return [
+        make_conversation("What is it?", [make_picture(1)]),
+        make_conversation("How many red objects are there, and where?", [make_picture(2), make_picture(3)]),
+        make_conversation("Say hello."),
+    ]
+
+
+@torch.no_grad()
+def test_mixed_batch_of_several_one_and_no_images(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations)
+    together = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, -6:]
+    for row, conversation in enumerate(conversations):
+        alone = model.generate(**make_inputs(processor, conversation), max_new_tokens=6, do_sample=False, eos_token_id=None)
+        assert torch.equal(together[row], alone[0, -6:]), row
+
+
+@torch.no_grad()
+def test_text_only(build):
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation("Say hello."))
+    outputs = model(**inputs)
+    assert outputs.granularity is None
+    assert outputs.image_hidden_states is None
+    expected = model.lm_head(model.model.language_model(inputs["input_ids"]).last_hidden_state)
+    torch.testing.assert_close(outputs.logits, expected)
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@torch.no_grad()
+def test_sampling_is_reproducible_and_returns_several(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations[:2])
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        runs.append(model.generate(**inputs, max_new_tokens=5, do_sample=True, top_p=0.9, num_return_sequences=3))
+    assert runs[0].shape[0] == 6
+    assert torch.equal(*runs)
+
+
+@torch.no_grad()
+def test_other_decoding_modes(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations[0])
+    common = dict(max_new_tokens=8, do_sample=False, eos_token_id=None)
+    greedy = model.generate(**inputs, **common)
+    assert torch.equal(model.generate(**inputs, prefill_chunk_size=16, **common), greedy)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+    assert torch.equal(model.generate(inputs_embeds=embeds, **rest, **common), greedy[:, inputs["input_ids"].shape[1] :])
+
+
+@torch.no_grad()
+def test_generate_takes_a_forced_level(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations[:2])
+    common = dict(max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    for level in ("coarse", ["fine", "coarse"], None):
+        first = model.generate(**inputs, granularity=level, **common).logits[0]
+        torch.testing.assert_close(first, model(**inputs, granularity=level).logits[:, -1], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="Unknown granularity 'huge'"):
+        model.generate(**inputs, granularity="huge", **common)
+
+
+@torch.no_grad()
+def test_a_second_question_continues_from_the_cache(build):
+    """Several turns: the cache of the first turn goes on, with the mask that hides the empty slots."""
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(1)]))
+    first = model(**inputs, granularity="coarse", use_cache=True)
+    more = torch.tensor([[5, 9, 11]])
+    mask = torch.cat([first.attention_mask, torch.ones_like(more)], dim=1)
+    positions = (mask.cumsum(-1) - 1)[:, -3:]
+    second = model(input_ids=more, attention_mask=mask, position_ids=positions, past_key_values=first.past_key_values)
+    whole = dict(inputs) | {
+        "input_ids": torch.cat([inputs["input_ids"], more], dim=1),
+        "attention_mask": torch.ones_like(mask),
+        "question_mask": torch.cat([inputs["question_mask"], torch.zeros_like(more)], dim=1),
+    }
+    torch.testing.assert_close(second.logits, model(**whole, granularity="coarse").logits[:, -3:], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_the_whole_forward_compiles_without_a_break(build, conversations):
+    model, processor = build()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    inputs = dict(make_inputs(processor, conversations[:2]))
+    for level in ([0, 2], [1, 1], [2, 0]):
+        granularity = torch.tensor(level)
+        expected = model(**inputs, granularity=granularity)
+        with torch._dynamo.config.patch(error_on_recompile=level != [0, 2]):
+            actual = compiled(**inputs, granularity=granularity)
+        torch.testing.assert_close(actual.logits, expected.logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_static_cache_with_compiled_decoding(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations[:2])
+    common = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+    expected = model.generate(**inputs, **common)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(**inputs, cache_implementation="static", **common), expected)
+
+
+def test_pipeline(build, tmp_path):
+    model, processor = build()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    ask = pipeline("image-text-to-text", model=str(tmp_path))
+    conversation = make_conversation("What is it?", [make_picture(1)])
+    (answer,) = ask(text=conversation, max_new_tokens=4, do_sample=False, return_full_text=False)
+    tokens = model.generate(**make_inputs(processor, conversation), max_new_tokens=4, do_sample=False)[0, -4:]
+    assert answer["generated_text"] == processor.decode(tokens, skip_special_tokens=True)
+
+
+def test_lora_on_the_language_model(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations[:2])
+    with torch.no_grad():
+        before = model(**inputs).logits
+    target = r".*language_model.*\.(q_proj|v_proj)"
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=target, modules_to_save=["multi_modal_projector"]))
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(**inputs).logits, before)
+    trainable = {name for name, value in wrapped.named_parameters() if value.requires_grad}
+    assert trainable
+    assert all("lora" in name or "multi_modal_projector" in name for name in trainable)
+    wrapped(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradients = [value.grad for name, value in wrapped.named_parameters() if "lora_B" in name]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    assert wrapped.generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+def test_device_map_auto(build, conversations, tmp_path):
+    model, processor = build()
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    loaded = AutoModelForVision2Seq.from_pretrained(tmp_path, device_map="auto")
+    inputs = make_inputs(processor, conversations).to(loaded.device)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs.to("cpu")).logits)
+
+
+def test_quantised_loading_is_left_to_transformers(build, tmp_path):
+    model, _ = build()
+    model.save_pretrained(tmp_path)
+    with pytest.raises((ImportError, RuntimeError, ValueError), match=r"(?i)bitsandbytes"):
+        AutoModelForVision2Seq.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations[:2])
+    gradients = []
+    for checkpointing in (False, True):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append(model.model.multi_modal_projector.linear_1.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_on_a_gpu_in_bfloat16(build, conversations):
+    model, processor = build()
+    inputs = make_inputs(processor, conversations).to("cuda")
+    model = model.to("cuda", torch.bfloat16)
+    assert model(**inputs).logits.isfinite().all()
+    assert model.generate(**inputs, max_new_tokens=4, cache_implementation="static").shape[0] == 3
