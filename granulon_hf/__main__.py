@@ -1,0 +1,3 @@
+from granulon_hf.cli import main
+
+main()

