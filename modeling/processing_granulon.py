@@ -135,6 +135,7 @@ class GranulonProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             vocabulary = tokenizer.get_vocab()
             tokenizer.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), tokenizer.eos_token)
+        tokenizer.padding_side = "left"  # what batched generation needs; training may set it to either
         kwargs.setdefault("chat_template", make_chat_template(tokenizer, kwargs["image_token"]))
         return cls(
             to_serializable(image_processor),

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModel
 
 from granulon_hf.modeling.controller_granulon import first_block_states
 from tests.conftest import make_conversation, make_inputs, make_picture
@@ -96,6 +97,22 @@ def test_the_formula_in_numpy(build):
     gelu = 0.5 * z * (1 + torch.erf(torch.from_numpy(z) / 2**0.5).numpy())
     logits = parameters["fc2.weight"] @ gelu + parameters["fc2.bias"]
     np.testing.assert_allclose(actual, np.exp(logits) / np.exp(logits).sum(), atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["qwen2", "qwen3", "llama", "mistral", "smollm3", "phi3"])
+@torch.no_grad()
+def test_first_block_of_other_decoders(decoder):
+    """Against the whole decoder's hidden states; with padding between, which must not matter."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    config = AutoConfig.for_model(decoder, **sizes, num_key_value_heads=2, pad_token_id=0)
+    model = AutoModel.from_config(config).eval()
+    ids = torch.randint(1, 64, (2, 9))
+    expected = model(ids, output_hidden_states=True).hidden_states[1]
+    torch.testing.assert_close(first_block_states(model, model.embed_tokens(ids), torch.ones_like(ids).bool()), expected)
+    spread = torch.zeros(2, 18, dtype=torch.long)
+    spread[:, ::2] = ids
+    states = first_block_states(model, model.embed_tokens(spread), (spread > 0))
+    torch.testing.assert_close(states[:, ::2], expected)
 
 
 def test_no_question_gives_the_default_level(build):
