@@ -226,6 +226,10 @@ class GranulonModel(GranulonPreTrainedModel):
         """Index of each sample's forced level, -1 where the controller decides. Shape [B]."""
         if isinstance(granularity, torch.Tensor):
             level = granularity.to(device).expand(batch)
+            levels = len(self.config.granularity_levels)
+            torch_compilable_check(
+                (level < levels).all(), lambda: f"A level index must be below {levels}, the number of levels; got {level}."
+            )
         else:
             names = [granularity] * batch if granularity is None or isinstance(granularity, str) else list(granularity)
             if len(names) != batch:
