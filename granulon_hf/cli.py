@@ -1,8 +1,11 @@
 """The `granulon` command."""
 
 import functools
+import io
 import json
+import os
 import time
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +14,13 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from PIL import Image, ImageOps
+from huggingface_hub.utils import logging as hub_logging
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoConfig, AutoProcessor, TextStreamer
-from transformers.image_utils import load_image
+from rich.text import Text
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, TextStreamer
 from transformers.utils import logging
 
 import granulon_hf
@@ -30,6 +34,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+# An image processor keeps proportions: it would blow a thread of pixels up to many gigabytes, and the machine with it.
+LONGEST_ASPECT = 50
 
 
 class BadInput(Exception):
@@ -64,29 +70,56 @@ def reports_bad_input(command: Callable) -> Callable:
 # --- what can be checked before a model is loaded ---------------------------------------------------------------------
 
 
+def is_url(source: str) -> bool:
+    return source.startswith(("http://", "https://"))
+
+
 def read_image(source: str) -> Image.Image:
     """An image file or URL as upright RGB; transparency over white, 16 bits scaled to 8.
 
     Raises:
-        BadInput: it is missing, unreadable, truncated or unreasonably large.
+        BadInput: it is missing, unreadable, truncated or unreasonably large or thin.
     """
     path = Path(source).expanduser()
-    is_url = source.startswith(("http://", "https://"))
-    if not is_url and not path.exists():
-        raise BadInput(f"There is no image {source!r}; give the path or URL of an image, then the question.")
-    if not is_url and path.is_dir():
+    if not is_url(source) and not os.path.exists(path):
+        raise BadInput(f"There is no image {source!r}; give paths or URLs of images, then the question, in quotes.")
+    if not is_url(source) and path.is_dir():
         raise BadInput(f"{source!r} is a folder, not an image.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image: Image.Image = load_image(source, timeout=30) if is_url else Image.open(path)
+            image: Image.Image = Image.open(download(source) if is_url(source) else path)
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            image = to_rgb(ImageOps.exif_transpose(image))
+    except BadInput:
+        raise
     except Image.DecompressionBombError:
         raise BadInput(f"The image {source!r} is unreasonably large when unpacked; make it smaller first.") from None
+    except UnidentifiedImageError:
+        raise BadInput(f"Cannot read the image {source!r}: it is damaged or no image in a format that Pillow knows.") from None
     except Exception as error:  # Pillow raises what its many decoders raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise BadInput(f"Cannot read the image {source!r}: it is damaged, cut off or no image ({reason}).") from None
+        raise BadInput(f"Cannot read the image {source!r}: it is damaged, cut off or no image ({one_line(error)}).") from error
+    if max(image.size) > LONGEST_ASPECT * min(image.size):
+        raise BadInput(f"The image {source!r} is {image.width} x {image.height} pixels, too long and thin; crop it first.")
+    return image
+
+
+def download(url: str) -> io.BytesIO:
+    """The content of a URL.
+
+    Raises:
+        BadInput: it cannot be fetched.
+    """
+    request = urllib.request.Request(url, headers={"User-Agent": f"granulon_hf/{granulon_hf.__version__}"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return io.BytesIO(response.read())
+    except Exception as error:  # address, connection, certificate, status
+        raise BadInput(f"Cannot download the image {url!r} ({one_line(error)}); check the address.") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -108,8 +141,11 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
         BadInput: the question is missing.
     """
     *images, question = arguments
-    if Path(question).expanduser().is_file():
-        raise BadInput(f'The last argument is the question, but {question!r} is a file; say granulon ask {question} "…?".')
+    image_name = Path(question).suffix.lower() in Image.registered_extensions() and not any(c in question for c in " ?")
+    if is_url(question) or image_name or os.path.isfile(Path(question).expanduser()):
+        raise BadInput(
+            f'The last argument is the question, but {question!r} is a file or URL; say granulon ask {question} "…?".'
+        )
     if not question.strip():
         raise BadInput("The question is empty.")
     return images, question
@@ -123,9 +159,14 @@ def check_overlay(path: Path, images: list[str]) -> None:
         raise BadInput(f"The folder {str(path.parent)!r} for the overlay does not exist.")
     if path.is_dir():
         raise BadInput(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
-    Image.init()
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise BadInput(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.")
+    if any(not is_url(image) and path.resolve() == Path(image).expanduser().resolve() for image in images):
+        raise BadInput(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise BadInput(f"The overlay {str(path)!r} cannot be written; check the permissions.")
+    try:  # some formats cannot be written at all, others not in colour
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), format=Image.registered_extensions()[path.suffix.lower()])
+    except Exception:
+        raise BadInput(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.") from None
 
 
 def pick_device(name: str) -> torch.device:
@@ -135,7 +176,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # "meta" has no numbers to give
     except Exception:
         raise BadInput(f"There is no usable device {name!r} here; try --device cpu.") from None
     return device
@@ -148,7 +189,7 @@ def model_source(model: str | None, quiet: bool) -> tuple[str, str]:
         BadInput: the demo's backbones are not installed.
     """
     if model is not None:
-        return model, model
+        return str(Path(model).expanduser()) if model.startswith("~") else model, model
     from granulon_hf.demo import MissingBackbones, demo_folder
 
     try:
@@ -163,19 +204,27 @@ def read_config(source: str, name: str) -> granulon_hf.GranulonConfig:
     Raises:
         BadInput: there is none, or it is another kind of model.
     """
-    folder = Path(source).expanduser()
+    folder = Path(source)
+    if folder.is_file():
+        raise BadInput(f"{name!r} is a file; --model takes the folder that it is in.")
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise BadInput(f"The folder {name!r} holds no model: it has no config.json.")
     try:
-        config = AutoConfig.from_pretrained(source)
+        # First as a plain dictionary: another model's config may want to run code of its own, and ask on stdout whether it may.
+        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
+        reason = one_line(error).split(". ")[0]
+        if folder.is_dir():
+            raise BadInput(f"The config.json of {name!r} cannot be read ({reason}).") from error
         raise BadInput(
             f"Cannot find the model {name!r}: it is neither a folder nor reachable on the Hub ({reason})."
         ) from error
-    if not isinstance(config, granulon_hf.GranulonConfig):
-        raise BadInput(f"{name!r} is a {config.model_type} model, not a Granulon model.")
-    return config
+    if model_type != granulon_hf.GranulonConfig.model_type:
+        raise BadInput(f"{name!r} is a {model_type or 'nameless'} model, not a Granulon model.")
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise BadInput(f"The config.json of {name!r} is not valid: {one_line(error)}") from error
 
 
 def check_level(config: granulon_hf.GranulonConfig, granularity: str | None, overlay: Path | None) -> None:
@@ -199,7 +248,7 @@ def ask(
     ],
     model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the embedded demo model.")] = None,
     granularity: Annotated[str | None, typer.Option(help="Force a level by its name; by default the question decides.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")] = "auto",
     overlay: Annotated[Path | None, typer.Option(help="Draw the kept clusters on the image and write them here.")] = None,
@@ -210,6 +259,8 @@ def ask(
     """Ask a question about one or more images, and see at which granularity the model looked."""
     if as_json and stream:
         raise BadInput("--json and --stream exclude each other.")
+    if max_new_tokens < 1:
+        raise BadInput(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
     if dtype not in DTYPES:
         raise BadInput(f"Unknown --dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
     sources, question = split_arguments(arguments)
@@ -219,6 +270,7 @@ def ask(
     torch_device = pick_device(device)
     if not debug:
         logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
         warnings.simplefilter("ignore")
     logging.disable_progress_bar()
     source, name = model_source(model, quiet=as_json)
@@ -252,7 +304,14 @@ def answer(source, device, dtype, images, question, granularity, max_new_tokens,
     """
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     processor = AutoProcessor.from_pretrained(source)
-    model = granulon_hf.AutoModelForVision2Seq.from_pretrained(source, dtype=torch_dtype).to(device).eval()
+    if processor.image_token in question:
+        raise BadInput(f"The question holds {processor.image_token}, which stands for an image; leave it out.")
+    auto: Any = granulon_hf.AutoModelForVision2Seq
+    model, loaded = auto.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
+    if loaded["missing_keys"]:  # transformers fills them with random numbers, and only warns
+        names = sorted(loaded["missing_keys"])
+        raise BadInput(f"The weights of {source!r} are incomplete: {len(names)} tensors are missing, {names[0]} first.")
+    model = model.to(device).eval()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -290,7 +349,8 @@ def show(result: dict[str, Any], streamed: bool) -> None:
     """Print what `ask` found, for people."""
     console = Console(highlight=False)
     if not streamed:
-        console.print(escape(result["answer"]) or "[dim](an empty answer)[/]", style="bold")
+        # Text, and no wrapping: what the model says is neither markup nor to be broken into lines for a pipe.
+        console.print(Text(result["answer"] or "(an empty answer)", "bold"), soft_wrap=True)
     if result["granularity"] is not None:
         table = Table.grid(padding=(0, 2))
         for name, probability in result["granularity_probs"].items():
@@ -302,9 +362,9 @@ def show(result: dict[str, Any], streamed: bool) -> None:
         console.print(table)
     console.print()
     tokens = f"{result['pixel_tokens']} pixel + {result['semantic_tokens']} semantic tokens"
-    console.print(f"{tokens} · {escape(result['model'])} · {result['seconds']:.1f} s", style="dim")
+    console.print(f"{tokens} · {escape(result['model'])} · {result['seconds']:.1f} s", style="dim", soft_wrap=True)
     if result["overlay"]:
-        console.print(f"Overlay written to {escape(result['overlay'])}", style="dim")
+        console.print(f"Overlay written to {escape(result['overlay'])}", style="dim", soft_wrap=True)
 
 
 def _version(value: bool) -> None:

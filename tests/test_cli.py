@@ -1,12 +1,17 @@
 """`granulon ask`: what it prints, and one clear sentence with exit code 2 for everything that is wrong."""
 
+import functools
+import http.server
 import json
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -179,8 +184,42 @@ def test_a_decompression_bomb(run, photo, monkeypatch):
     assert_refused(run(photo, QUESTION), "unreasonably large")
 
 
+def test_an_image_too_thin_to_be_resized(run, tmp_path):
+    Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
+    assert_refused(run(tmp_path / "thin.png", QUESTION), "1 x 5000 pixels, too long and thin")
+
+
+def test_an_overlay_never_replaces_the_image(run, photo):
+    before = Path(photo).read_bytes()
+    assert_refused(run(photo, QUESTION, "--overlay", photo), "would overwrite the image itself")
+    assert Path(photo).read_bytes() == before
+
+
+@pytest.fixture
+def server(tmp_path):
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def test_images_from_urls(run, server, tmp_path):
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(f"{server}/clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert_refused(run(f"{server}/missing.png", QUESTION), "Cannot download", "404")
+    (tmp_path / "page.png").write_text("<html></html>")
+    assert_refused(run(f"{server}/page.png", QUESTION), "no image")
+
+
 def test_a_missing_question(run, photo):
-    assert_refused(run(photo), "The last argument is the question")
+    for last in (photo, "mistyped.jpg", "https://example.org/photo"):
+        assert_refused(run(last), "The last argument is the question")
     assert_refused(run(photo, "  "), "The question is empty")
 
 
@@ -189,8 +228,14 @@ def test_folders_and_names_without_a_granulon_model(run, photo, tmp_path):
     AutoConfig.for_model("llama", hidden_size=64).save_pretrained(tmp_path / "llama")
     assert_refused(run(photo, QUESTION, model=tmp_path / "llama"), "is a llama model, not a Granulon model")
     assert_refused(run(photo, QUESTION, model="nobody/nothing"), "Cannot find the model 'nobody/nothing'")
+    assert_refused(run(photo, QUESTION, model=photo), "is a file")
     (tmp_path / "config.json").write_text("{not json")
-    assert_refused(run(photo, QUESTION, model=tmp_path), "config")
+    assert_refused(run(photo, QUESTION, model=tmp_path), "config.json", "cannot be read")
+    (tmp_path / "config.json").write_text('{"model_type": "granulon", "num_semantic_tokens": 0}')
+    assert_refused(run(photo, QUESTION, model=tmp_path), "is not valid", "num_semantic_tokens must be at least 1")
+    # Code of another model is neither run nor asked about.
+    (tmp_path / "config.json").write_text('{"model_type": "weird", "auto_map": {"AutoConfig": "weird.Config"}}')
+    assert_refused(run(photo, QUESTION, model=tmp_path), "is a weird model")
 
 
 def test_weights_that_are_missing(run, photo, models, tmp_path):
@@ -198,6 +243,15 @@ def test_weights_that_are_missing(run, photo, models, tmp_path):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     assert_refused(run(photo, QUESTION, model=tmp_path), "safetensors")
+    # With some tensors only, transformers would go on with random ones in place of the others.
+    weights = load_file(models["granulon-qwen2.5"] / "model.safetensors")
+    some = {name: value for name, value in weights.items() if "projector" not in name}
+    save_file(some, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert_refused(run(photo, QUESTION, model=tmp_path), "incomplete: 4 tensors", "multi_modal_projector")
+
+
+def test_a_question_with_the_image_placeholder(run, photo):
+    assert_refused(run(photo, "What is <|image_pad|>?"), "stands for an image")
 
 
 @pytest.mark.parametrize(
@@ -205,10 +259,13 @@ def test_weights_that_are_missing(run, photo, models, tmp_path):
     [
         (["--granularity", "huge"], "Unknown granularity 'huge'; this model's levels are coarse, middle, fine."),
         (["--dtype", "int8"], "the choices are auto, float32"),
+        (["--max-new-tokens", "0"], "must be at least 1; got 0"),
         (["--device", "abacus"], "no usable device 'abacus'"),
+        (["--device", "meta"], "no usable device 'meta'"),
         (["--device", "cuda:99"], "no usable device 'cuda:99'"),
         (["--overlay", "no/such/folder/x.png"], "does not exist"),
         (["--overlay", "overlay.docx"], "ending .png"),
+        (["--overlay", "overlay.xbm"], "ending .png"),  # Pillow writes it, but in black and white only
         (["--json", "--stream"], "exclude each other"),
     ],
 )
@@ -222,7 +279,6 @@ def test_what_needs_levels(run, photo, options):
 
 
 def test_usage_errors_have_exit_code_2(run, photo):
-    assert run(photo, QUESTION, "--max-new-tokens", 0).exit_code == 2
     assert run(photo, QUESTION, "--no-such-option").exit_code == 2
 
 
