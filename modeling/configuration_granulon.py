@@ -85,6 +85,15 @@ class GranulonConfig(PreTrainedConfig):
     ```"""
 
     model_type = "granulon"
+    # What Trainer need not gather when it predicts.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "image_hidden_states",
+        "granularity_probs",
+        "granularity",
+        "attention_mask",
+        "aggregation",
+    ]
     sub_configs_defaults = {
         "vision_config": SubConfigSpec(
             config_class=AutoConfig,
@@ -168,7 +177,11 @@ class GranulonConfig(PreTrainedConfig):
             for key in ("alpha", "beta"):
                 if isinstance(level[key], bool) or not isinstance(level[key], int) or level[key] < 1:
                     raise ValueError(f"Level {level['name']!r}: {key} must be an integer of at least 1; got {level[key]!r}.")
-            if isinstance(level["gamma"], bool) or not isinstance(level["gamma"], int | float) or not level["gamma"] > 0:
+            if (
+                isinstance(level["gamma"], bool)
+                or not isinstance(level["gamma"], int | float)
+                or not 0 < level["gamma"] < float("inf")
+            ):
                 raise ValueError(f"Level {level['name']!r}: gamma must be a number above 0; got {level['gamma']!r}.")
         if len(set(self.level_names)) != len(self.level_names):
             raise ValueError(f"The names of the granularity levels must differ; got {self.level_names}.")
@@ -191,8 +204,10 @@ class GranulonConfig(PreTrainedConfig):
                 f"filter_weights are three numbers (size, coherence, dispersion); got {list(self.filter_weights)}."
             )
         for name in ("relation_weight", "clustering_steps", "pixel_loss_weight", "semantic_loss_weight"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if self.controller_hidden_size < 1:
+            raise ValueError(f"controller_hidden_size must be at least 1; got {self.controller_hidden_size}.")
 
 
 __all__ = ["GranulonConfig"]

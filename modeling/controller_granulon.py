@@ -4,6 +4,8 @@
 Notation: B batch, L text length, E language width, n number of granularity levels.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -81,10 +83,13 @@ def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question
         past_key_values=None,
         position_ids=position_ids,
     )
+    # Some decoders have one rotary embedding per kind of layer.
+    takes_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
+    kind = {"layer_type": decoder.config.layer_types[0]} if takes_kind else {}
     states = decoder.layers[0](
         inputs_embeds,
         attention_mask=attention_mask,
-        position_embeddings=decoder.rotary_emb(inputs_embeds, position_ids),
+        position_embeddings=decoder.rotary_emb(inputs_embeds, position_ids, **kind),
         position_ids=position_ids,
         use_cache=False,
     )

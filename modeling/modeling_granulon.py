@@ -30,7 +30,7 @@ from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, LevelHead, first_block_states
 from .processing_granulon import find_image_token
 from .vision_granulon import (
-    attention_weights,
+    LastAttention,
     describe,
     last_self_attention,
     probe_vision_tower,
@@ -40,7 +40,7 @@ from .vision_granulon import (
 
 logger = logging.get_logger(__name__)
 
-Granularity = str | Sequence[str | None] | torch.Tensor | None
+Granularity = str | int | Sequence[str | None] | torch.Tensor | None
 
 
 @dataclass
@@ -157,6 +157,7 @@ class GranulonModel(GranulonPreTrainedModel):
     def __init__(self, config: GranulonConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.last_attention: LastAttention | None = None
         self.multi_modal_projector = GranulonMultiModalProjector(config, vision_width(self.vision_tower))
         self.language_model = AutoModel.from_config(config.text_config)
         if config.granularity_levels:
@@ -167,15 +168,25 @@ class GranulonModel(GranulonPreTrainedModel):
         self.post_init()
 
     def _check_backbones(self):
-        if not hasattr(self.language_model, "layers") or not hasattr(self.language_model, "rotary_emb"):
+        decoder = self.language_model
+        if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
             raise ValueError(
-                f"{type(self.language_model).__name__} has no `layers` and `rotary_emb`, so that the granularity controller "
-                "cannot run its first block; use a decoder of the Llama or Qwen kind, or granularity_levels=[]."
+                f"{type(decoder).__name__} has no `layers` and `rotary_emb`, so that the granularity controller cannot run its "
+                "first block; use a decoder of the Llama or Qwen kind, or granularity_levels=[]."
             )
-        if self.config.relation == "attention" and last_self_attention(self.vision_tower) is None:
+        first = (getattr(decoder.config, "layer_types", None) or ["full_attention"])[0]
+        if first not in ("full_attention", "sliding_attention"):
             raise ValueError(
-                f"{describe(self.vision_tower)} has no self-attention to take the relation from; use relation='cosine'."
+                f"The first block of {type(decoder).__name__} is of the kind {first}, which the granularity controller cannot "
+                "run on its own; use a decoder that begins with self-attention, or granularity_levels=[]."
             )
+        if self.config.relation == "attention":
+            attention = last_self_attention(self.vision_tower)
+            if attention is None:
+                raise ValueError(
+                    f"{describe(self.vision_tower)} has no self-attention to take the relation from; use relation='cosine'."
+                )
+            self.last_attention = LastAttention(attention)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -224,12 +235,15 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
         """Index of each sample's forced level, -1 where the controller decides. Shape [B]."""
+        if isinstance(granularity, int):
+            granularity = torch.tensor(granularity)
         if isinstance(granularity, torch.Tensor):
+            if granularity.ndim > 1 or granularity.numel() not in (1, batch):
+                raise ValueError(f"granularity has the shape {tuple(granularity.shape)} for a batch of {batch} samples.")
             level = granularity.to(device).expand(batch)
-            levels = len(self.config.granularity_levels)
-            torch_compilable_check(
-                (level < levels).all(), lambda: f"A level index must be below {levels}, the number of levels; got {level}."
-            )
+            # Asynchronous on a GPU: a level is data, and nothing waits for it.
+            known_index = ((level >= -1) & (level < len(self.config.granularity_levels))).all()
+            torch._assert_async(known_index, f"granularity must lie between -1 and {len(self.config.granularity_levels) - 1}.")
         else:
             names = [granularity] * batch if granularity is None or isinstance(granularity, str) else list(granularity)
             if len(names) != batch:
@@ -258,19 +272,9 @@ class GranulonModel(GranulonPreTrainedModel):
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if layer is not None and not kwargs.get("output_hidden_states"):
             # Only those are kept; timm numbers what it keeps anew, so that it has to keep all.
-            kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or layer
-        captured = {}
-        attention = None
-        if self.config.granularity_levels and self.config.relation == "attention":
-            attention = last_self_attention(self.vision_tower)
-            handle = attention.register_forward_pre_hook(
-                lambda _, args, kwargs: captured.update(args=args, kwargs=kwargs), with_kwargs=True
-            )
-        try:
-            outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-        finally:
-            if attention is not None:
-                handle.remove()
+            kept = [layer] if isinstance(layer, int) else layer
+            kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or kept
+        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
 
         if layer is None:
             states = [outputs.last_hidden_state]
@@ -281,10 +285,10 @@ class GranulonModel(GranulonPreTrainedModel):
         if strategy == "default":
             features = features[:, features.shape[1] - height * width :]
         relation = None
-        if attention is not None:
-            weights = attention_weights(attention, **captured)
-            patches = weights.shape[-1] - height * width
-            relation = weights.mean(1)[:, patches:, patches:]
+        if self.last_attention is not None:
+            weights = self.last_attention.weights()
+            prefix = weights.shape[-1] - height * width
+            relation = weights.mean(1)[:, prefix:, prefix:]
         return features, (height, width), relation, outputs
 
     def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
@@ -428,16 +432,10 @@ class GranulonModel(GranulonPreTrainedModel):
         Returns:
             `tuple`: attention mask [B x past + L] and position ids [B x L].
         """
-        batch, length = image_mask.shape
         hidden = torch.zeros_like(image_mask).masked_scatter(image_mask, ~slot_mask)
         if attention_mask is None:
-            attention_mask = torch.ones(batch, past_length + length, dtype=torch.long, device=hidden.device)
-        if position_ids is None:
-            position_ids = torch.arange(past_length, past_length + length, device=hidden.device).expand(batch, -1)
-        before = attention_mask.shape[1] - length
-        attention_mask = attention_mask * torch.nn.functional.pad(~hidden, (before, 0), value=True).to(attention_mask)
-        position_ids = (position_ids - hidden.long().cumsum(-1)).clamp(min=0)
-        return attention_mask, position_ids
+            attention_mask = torch.ones(len(hidden), past_length + hidden.shape[1], dtype=torch.long, device=hidden.device)
+        return hide(hidden, attention_mask, position_ids)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -470,7 +468,8 @@ class GranulonModel(GranulonPreTrainedModel):
             question_mask (`torch.Tensor`, *optional*): 1 on the tokens of the question, shape [B x L]. Without it, all
                 attended text tokens count (and carry no label, in [`GranulonForConditionalGeneration`]).
             granularity (`str`, `list[str | None]` or `torch.Tensor`, *optional*): `None` lets the controller choose; a name
-                forces one level; a list or a tensor of level indices [B] forces one per sample (`None` or -1: choose).
+                forces one level; a list or a tensor of level indices [B] forces one per sample (`None` or -1: choose). Under
+                `torch.compile` give indices: they are data, while every other name is compiled anew.
             visual_stream (`str`, *optional*): `"pixel"` hides the semantic slots, `"semantic"` the pixel slots.
             vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
             mm_encoder_outputs (`dict`, *optional*): `{"image": GranulonImageFeatures}` instead of `pixel_values`.
@@ -486,6 +485,9 @@ class GranulonModel(GranulonPreTrainedModel):
 
         images = (mm_encoder_outputs or {}).get("image")
         probs = level = slots = None
+        if pixel_values is None and granularity is not None:  # nothing to choose, but a misspelt level is still an error
+            tokens = input_ids if input_ids is not None else inputs_embeds
+            self._level_index(granularity, tokens.shape[0], tokens.device)
         if pixel_values is not None or images is not None:
             image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -517,7 +519,11 @@ class GranulonModel(GranulonPreTrainedModel):
                 attention_mask, position_ids = self.hide_empty_slots(
                     image_mask, slot_mask, attention_mask, position_ids, past_length
                 )
+                position_ids = position_ids[:, -image_mask.shape[1] :]
 
+        if self.config.granularity_levels and position_ids is None and getattr(attention_mask, "ndim", 0) == 2:
+            # Hidden slots of earlier steps are known by the mask alone.
+            position_ids = visible_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -623,13 +629,27 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             config ([`GranulonConfig`]): whose sub-configs are those of the backbones.
             vision_tower (`PreTrainedModel`): the vision tower.
             language_model (`PreTrainedModel`): a causal language model; its decoder and its head are used.
+
+        Raises:
+            ValueError: the language model does something to its logits or embeddings that would be lost.
         """
+        head = language_model.get_output_embeddings()
+        altered = [
+            name
+            for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "embedding_multiplier")
+            if getattr(language_model.config, name, None) not in (None, 1)
+        ] + (["lm_head.bias"] if getattr(head, "bias", None) is not None else [])
+        if not hasattr(language_model.get_decoder(), "layers") or altered:
+            reason = f"does more than a linear head without bias ({', '.join(altered)})" if altered else "has no layers"
+            raise ValueError(f"{type(language_model).__name__} cannot be used: it {reason}, which Granulon would leave out.")
         # Built twice on purpose: the modules on "meta" are only a frame and hold no memory.
         with torch.device("meta"):
             model = cls(config)
         model.model.vision_tower = vision_tower
         model.model.language_model = language_model.get_decoder()
-        model.lm_head = language_model.get_output_embeddings()
+        model.lm_head = head
+        if config.granularity_levels:
+            model.model._check_backbones()
         for name, module in model.model.named_children():
             if name in ("multi_modal_projector", "controller"):
                 module.to_empty(device=language_model.device).to(language_model.dtype)
@@ -747,44 +767,93 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, model_input_name, *args, **kwargs):
         """Choose the level and encode the images once, before prefill, and hide their empty slots for the whole generation.
 
-        What follows (expansion for beams, static 4D masks, decoding steps) then sees an ordinary padded prompt.
+        What follows (expansion for beams, static 4D masks, decoding steps) then sees an ordinary padded prompt. Where a cache
+        goes on, what it hides stays hidden, and only images of the new part are expected.
         """
-        pixel_values = model_kwargs.get("pixel_values")
-        if pixel_values is None or not self.config.granularity_levels:
-            model_kwargs.pop("question_mask", None)
-            # Nothing to choose, but a misspelt level is still an error.
-            self.model._level_index(model_kwargs.pop("granularity", None), inputs_tensor.shape[0], inputs_tensor.device)
+        question_mask, granularity = (model_kwargs.pop(name, None) for name in ("question_mask", "granularity"))
+        if not self.config.granularity_levels:
+            self.model._level_index(granularity, inputs_tensor.shape[0], inputs_tensor.device)
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
             )
-        if model_kwargs.get("mm_encoder_outputs"):
-            raise ValueError("You cannot pass both: raw pixels and pre-computed embeddings for input image")
-        embeds_given = model_input_name == "inputs_embeds"
-        input_ids = None if embeds_given else inputs_tensor
-        inputs_embeds = inputs_tensor if embeds_given else self.get_input_embeddings()(inputs_tensor)
-        image_mask = self.model._image_mask(input_ids, inputs_embeds)
+        pixel_values, stream = (model_kwargs.pop(name, None) for name in ("pixel_values", "visual_stream"))
+        layer, strategy = (model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy"))
+        cache = model_kwargs.get("past_key_values")
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        length = inputs_tensor.shape[1]
         attention_mask = model_kwargs.get("attention_mask")
-        options = {name: model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy")}
-        images, _, _ = self.model.encode_images(
-            model_kwargs.pop("pixel_values"),
-            inputs_embeds,
-            image_mask,
-            attention_mask,
-            model_kwargs.pop("question_mask", None),
-            model_kwargs.pop("granularity", None),
-            **options,
-        )
-        slots = torch.stack(images.pooler_output)
-        self.model._check_placeholders(image_mask, slots)
-        slot_mask = images.slot_mask
-        stream = model_kwargs.pop("visual_stream", None)
-        if stream is not None:
-            slot_mask = self.model._stream_mask(stream, slot_mask)
-        model_kwargs["attention_mask"], model_kwargs["position_ids"] = self.model.hide_empty_slots(
-            image_mask, slot_mask, attention_mask, model_kwargs.get("position_ids")
-        )
-        model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
+        if attention_mask is None:
+            attention_mask = torch.ones(inputs_tensor.shape[0], length, dtype=torch.long, device=inputs_tensor.device)
+        hidden = torch.zeros_like(attention_mask, dtype=torch.bool)
+        earlier = getattr(cache, "hidden_slots", None)
+        if past and earlier is not None:
+            hidden[:, : earlier.shape[1]] = earlier
+        if pixel_values is None:
+            self.model._level_index(granularity, inputs_tensor.shape[0], inputs_tensor.device)
+        else:
+            if model_kwargs.get("mm_encoder_outputs"):
+                raise ValueError("You cannot pass both: raw pixels and pre-computed embeddings for input image")
+            embeds_given = model_input_name == "inputs_embeds"
+            inputs_embeds = inputs_tensor if embeds_given else self.get_input_embeddings()(inputs_tensor)
+            image_mask = self.model._image_mask(None if embeds_given else inputs_tensor, inputs_embeds)
+            if question_mask is None:
+                question_mask = ~image_mask & attention_mask[:, -length:].bool()
+            question_mask = nn.functional.pad(question_mask, (length - question_mask.shape[1], 0))
+            if attention_mask.shape[1] == length:  # the whole conversation was given: its first part is in the cache
+                image_mask = image_mask & (torch.arange(length, device=image_mask.device) >= past)
+            images, _, _ = self.model.encode_images(
+                pixel_values,
+                inputs_embeds,
+                image_mask,
+                None,
+                question_mask,
+                granularity,
+                vision_feature_layer=layer,
+                vision_feature_select_strategy=strategy,
+            )
+            self.model._check_placeholders(image_mask, torch.stack(images.pooler_output))
+            slot_mask = images.slot_mask if stream is None else self.model._stream_mask(stream, images.slot_mask)
+            hidden[:, -length:] |= torch.zeros_like(image_mask).masked_scatter(image_mask, ~slot_mask)
+            model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
+        if hidden.any():
+            model_kwargs["attention_mask"], model_kwargs["position_ids"] = hide(
+                hidden, attention_mask, model_kwargs.get("position_ids")
+            )
+            model_kwargs["hidden_slots"] = hidden
         return model_kwargs
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """The cache remembers which of its entries are hidden, for whoever goes on with it."""
+        hidden = model_kwargs.pop("hidden_slots", None)
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if hidden is not None and isinstance(model_kwargs.get("past_key_values"), Cache):
+            model_kwargs["past_key_values"].hidden_slots = hidden
+
+
+def hide(
+    hidden: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mask tokens from attention and skip them in the position ids, as if they were not there.
+
+    Args:
+        hidden (`torch.Tensor`): true on the tokens to hide, shape [B x L].
+        attention_mask (`torch.Tensor`): shape [B x past + L].
+        position_ids (`torch.Tensor`, *optional*): shape [B x L'], of the last L' tokens, counted with the hidden ones.
+
+    Returns:
+        `tuple`: attention mask [B x past + L] and position ids, [B x L'] or those of the last L visible tokens.
+    """
+    hidden = nn.functional.pad(hidden, (attention_mask.shape[1] - hidden.shape[1], 0))
+    length = hidden.shape[1] if position_ids is None else position_ids.shape[1]
+    attention_mask = attention_mask * (~hidden).to(attention_mask)
+    if position_ids is None:
+        return attention_mask, visible_positions(attention_mask)[:, -length:]
+    return attention_mask, (position_ids - hidden.long().cumsum(-1)[:, -length:]).clamp(min=0)
+
+
+def visible_positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token among those that the mask lets be seen, shape [B x L]."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 __all__ = ["GranulonForConditionalGeneration", "GranulonModel", "GranulonPreTrainedModel"]

@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
 from transformers.image_utils import PILImageResampling, get_image_size, to_numpy_array
@@ -135,7 +136,8 @@ class GranulonProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             vocabulary = tokenizer.get_vocab()
             tokenizer.pad_token = next((token for token in PAD_TOKENS if token in vocabulary), tokenizer.eos_token)
-        tokenizer.padding_side = "left"  # what batched generation needs; training may set it to either
+        # What batched generation needs; only what is in init_kwargs is saved. Training may set either side.
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
         kwargs.setdefault("chat_template", make_chat_template(tokenizer, kwargs["image_token"]))
         return cls(
             to_serializable(image_processor),
@@ -197,7 +199,14 @@ class GranulonProcessor(ProcessorMixin):
                 out["offset_mapping"], question_spans, out["text_replacement_offsets"], strict=True
             )
         ]
-        out["question_mask"] = torch.tensor(mask) if torch.is_tensor(out["input_ids"]) else mask
+        kind = (
+            torch.tensor
+            if torch.is_tensor(out["input_ids"])
+            else np.array
+            if isinstance(out["input_ids"], np.ndarray)
+            else list
+        )
+        out["question_mask"] = kind(mask)
         if not keep_offsets:
             out.pop("offset_mapping")
         if not keep_replacements:

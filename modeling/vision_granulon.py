@@ -107,26 +107,44 @@ def last_self_attention(tower: PreTrainedModel) -> nn.Module | None:
     return found
 
 
-@torch.no_grad()
-def attention_weights(module: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
-    """Attention weights of one module, [I x heads x T x T]: it alone runs a second time, on a shallow eager copy.
+class LastAttention:
+    """Weights of one self-attention module, recomputed from its own inputs.
 
-    SDPA returns no weights, and the rest of the tower keeps its own, faster attention.
+    SDPA returns no weights, and the whole tower in eager mode would be slow: this one module runs a second time, as a shallow
+    copy with the same parameters in eager mode. Hooks and copy are made once, outside of what `torch.compile` traces.
+
+    Args:
+        module (`nn.Module`): as [`last_self_attention`] finds it.
     """
-    eager = copy.copy(module)
-    eager.training = False
-    if hasattr(module, "config"):
-        eager.config = copy.copy(module.config)
-        eager.config._attn_implementation = "eager"
-        return eager(*args, **kwargs)[1]
-    eager.fused_attn = False  # timm
-    weights = []
-    handle = eager.attn_drop.register_forward_pre_hook(lambda _, inputs: weights.append(inputs[0]))
-    try:
-        eager(*args, **kwargs)
-    finally:
-        handle.remove()
-    return weights[0]
+
+    def __init__(self, module: nn.Module):
+        self.inputs: tuple[tuple, dict] = ((), {})
+        self.seen: torch.Tensor | None = None
+        eager = copy.copy(module)
+        eager._forward_pre_hooks = type(module._forward_pre_hooks)()
+        eager.training = False
+        if hasattr(module, "config"):
+            eager.config = copy.copy(module.config)
+            eager.config._attn_implementation = "eager"
+        else:  # timm hands the weights to its dropout, and only in eager mode
+            eager.fused_attn = False
+            eager.attn_drop.register_forward_pre_hook(self._keep_weights)
+        self.eager = eager
+        module.register_forward_pre_hook(self._keep_inputs, with_kwargs=True)
+
+    def _keep_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self.inputs = (args, kwargs)
+
+    def _keep_weights(self, module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self.seen = inputs[0]
+
+    @torch.no_grad()
+    def weights(self) -> torch.Tensor:
+        """Of the module's last call, shape [I x heads x T x T]; its inputs are let go."""
+        (args, kwargs), self.inputs = self.inputs, ((), {})
+        output = self.eager(*args, **kwargs)
+        weights, self.seen = (output[1] if hasattr(self.eager, "config") else self.seen), None
+        return weights
 
 
 def probe_vision_tower(vision_config) -> VisionGrid:
@@ -155,9 +173,11 @@ def probe_vision_tower(vision_config) -> VisionGrid:
     except Exception as error:
         if isinstance(error, ValueError) and "patch features" in str(error):
             raise
+        reason = (str(error).splitlines() or [""])[0]
         raise ValueError(
             f"{name} has no patch features that Granulon can use: a vision tower takes pixels [I x 3 x H x W] and gives one "
-            f"feature per patch, but running it failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})."
+            f"feature per patch, but running it failed ({type(error).__name__}: {reason}); take a tower of one fixed "
+            "resolution, or the same tower from timm."
         ) from error
 
 

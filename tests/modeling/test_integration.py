@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import BitsAndBytesConfig, pipeline
+from transformers import AutoProcessor, BitsAndBytesConfig, DynamicCache, pipeline
 
 from granulon_hf import AutoModelForVision2Seq
 from tests.conftest import make_conversation, make_inputs, make_picture
@@ -76,27 +76,36 @@ def test_generate_takes_a_forced_level(build, conversations):
         model.generate(**inputs, granularity="huge", **common)
 
 
+@pytest.mark.parametrize(("new_image", "beams"), [(True, 1), (False, 1), (False, 2)])
 @torch.no_grad()
-def test_a_second_question_continues_from_the_cache(build):
-    """Several turns: the cache of the first turn goes on, with the mask that hides the empty slots."""
+def test_a_second_turn_continues_from_the_cache(build, new_image, beams):
+    """What the first turn's level left empty stays hidden; only the new turn's image is given."""
     model, processor = build()
-    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(1)]))
-    first = model(**inputs, granularity="coarse", use_cache=True)
-    more = torch.tensor([[5, 9, 11]])
-    mask = torch.cat([first.attention_mask, torch.ones_like(more)], dim=1)
-    positions = (mask.cumsum(-1) - 1)[:, -3:]
-    second = model(input_ids=more, attention_mask=mask, position_ids=positions, past_key_values=first.past_key_values)
-    whole = dict(inputs) | {
-        "input_ids": torch.cat([inputs["input_ids"], more], dim=1),
-        "attention_mask": torch.ones_like(mask),
-        "question_mask": torch.cat([inputs["question_mask"], torch.zeros_like(more)], dim=1),
-    }
-    torch.testing.assert_close(second.logits, model(**whole, granularity="coarse").logits[:, -3:], atol=1e-5, rtol=0)
+    common = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, granularity="coarse", return_dict_in_generate=True)
+    first = make_conversation("What is it?", [make_picture(1)])
+    second = make_conversation("And how many are there?", [make_picture(2)] if new_image else [])
+    one = make_inputs(processor, first)
+    turn = model.generate(**one, past_key_values=DynamicCache(config=model.config), **common)
+    two = make_inputs(processor, second)
+    ids = torch.cat([turn.sequences, two["input_ids"]], dim=1)
+    pixels = [one["pixel_values"]] + ([two["pixel_values"]] if new_image else [])
+    whole = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    later = dict(output_logits=True, num_beams=beams)
+    expected = model.generate(**whole, pixel_values=torch.cat(pixels), **common, **later)
+    if beams > 1:
+        turn.past_key_values.batch_repeat_interleave(beams)
+        turn.past_key_values.hidden_slots = turn.past_key_values.hidden_slots[:1]
+    given = {"pixel_values": two["pixel_values"]} if new_image else {}
+    actual = model.generate(**whole, **given, past_key_values=turn.past_key_values, **common, **later)
+    assert torch.equal(actual.sequences, expected.sequences)
+    for a, e in zip(actual.logits, expected.logits, strict=True):
+        torch.testing.assert_close(a, e, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("relation", ["cosine", "attention"])
 @torch.no_grad()
-def test_the_whole_forward_compiles_without_a_break(build, conversations):
-    model, processor = build()
+def test_the_whole_forward_compiles_without_a_break(build, conversations, relation):
+    model, processor = build(relation=relation)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     inputs = dict(make_inputs(processor, conversations[:2]))
@@ -128,6 +137,28 @@ def test_pipeline(build, tmp_path):
     (answer,) = ask(text=conversation, max_new_tokens=4, do_sample=False, return_full_text=False)
     tokens = model.generate(**make_inputs(processor, conversation), max_new_tokens=4, do_sample=False)[0, -4:]
     assert answer["generated_text"] == processor.decode(tokens, skip_special_tokens=True)
+
+
+@torch.no_grad()
+def test_batched_generation_from_a_folder(build, conversations, tmp_path):
+    for part in build():
+        part.save_pretrained(tmp_path)
+    model, processor = AutoModelForVision2Seq.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+
+    def ask(conversation):
+        inputs = processor.apply_chat_template(
+            conversation,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+            processor_kwargs={"padding": True},
+        )
+        return model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, -5:]
+
+    together = ask(conversations)
+    for row, conversation in enumerate(conversations):
+        assert torch.equal(together[row], ask(conversation)[0]), row
 
 
 def test_lora_on_the_language_model(build, conversations):

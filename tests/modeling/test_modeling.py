@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -180,12 +181,7 @@ def test_a_decoding_loop_by_hand_extends_the_returned_mask(build, batch):
     for _ in range(5):
         tokens.append(outputs.logits[:, -1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        outputs = model(
-            input_ids=tokens[-1],
-            attention_mask=mask,
-            position_ids=mask.cumsum(-1)[:, -1:] - 1,
-            past_key_values=outputs.past_key_values,
-        )
+        outputs = model(input_ids=tokens[-1], attention_mask=mask, past_key_values=outputs.past_key_values)
     assert torch.equal(torch.cat(tokens, dim=1), expected)
 
 
@@ -208,8 +204,9 @@ def test_inputs_embeds_and_given_position_ids(build, batch):
     embeds = model.get_input_embeddings()(inputs["input_ids"])
     positions = torch.arange(embeds.shape[1])[None].expand(len(embeds), -1)
     rest = {name: value for name, value in inputs.items() if name != "input_ids"}
-    torch.testing.assert_close(model(inputs_embeds=embeds, **rest).logits, expected.logits)
-    torch.testing.assert_close(model(**inputs, position_ids=positions).logits, expected.logits)
+    real = inputs["attention_mask"].bool()
+    for actual in (model(inputs_embeds=embeds, **rest), model(**inputs, position_ids=positions)):
+        torch.testing.assert_close(actual.logits[real], expected.logits[real], atol=1e-5, rtol=0)
 
 
 # --- levels ----------------------------------------------------------------------------------------------------------
@@ -226,6 +223,7 @@ def test_levels_can_be_forced_by_name_per_sample_and_by_index(build, batch):
     assert named.granularity.tolist() == [2, 0, 2]
     torch.testing.assert_close(named.granularity_probs, free.granularity_probs)
     torch.testing.assert_close(model(**inputs, granularity=torch.tensor([2, 0, 2])).logits, named.logits)
+    assert model(**inputs, granularity=1).granularity.tolist() == [1, 1, 1]
     mixed = model(**inputs, granularity=[None, "coarse", None]).granularity
     assert mixed.tolist() == [free.granularity[0], 0, free.granularity[2]]
 
@@ -235,13 +233,19 @@ def test_levels_can_be_forced_by_name_per_sample_and_by_index(build, batch):
     [
         ("medium", "Unknown granularity 'medium'; .* coarse, middle, fine"),
         (["fine"], "names 1 levels for a batch of 3"),
-        (torch.tensor([0, 3, 1]), "must be below 3"),
+        (torch.tensor([0, 3, 1]), "must lie between -1 and 2"),
+        (torch.tensor([0, -2, 1]), "must lie between -1 and 2"),
+        (torch.tensor([0, 1]), r"shape \(2,\) for a batch of 3"),
     ],
 )
 def test_wrong_levels_are_refused(build, batch, granularity, message):
     model, processor = build()
-    with pytest.raises(ValueError, match=message):
-        model(**batch(processor, "left"), granularity=granularity)
+    inputs = batch(processor, "left")
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model(**inputs, granularity=granularity)
+    text_only = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model(**text_only, granularity=granularity)
 
 
 @torch.no_grad()
@@ -364,6 +368,17 @@ def test_a_4d_mask_with_images_is_refused(build, batch):
     length = inputs["input_ids"].shape[1]
     with pytest.raises(ValueError, match="2D attention_mask"):
         model(**inputs | {"attention_mask": torch.zeros(3, 1, length, length)}, granularity="fine")
+
+
+def test_a_language_model_that_alters_its_logits_is_refused(build):
+    model, _ = build()
+    for text in ({"model_type": "gemma2", "final_logit_softcapping": 30.0}, {"model_type": "granite", "logits_scaling": 8.0}):
+        language = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**text, vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+        )
+        config = GranulonConfig(vision_config=model.config.vision_config, text_config=language.config, image_token_id=3)
+        with pytest.raises(ValueError, match="logit.* which Granulon would leave out"):
+            GranulonForConditionalGeneration.from_backbones(config, model.model.vision_tower, language)
 
 
 def test_a_decoder_without_reachable_first_block_is_refused():
