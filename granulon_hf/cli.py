@@ -80,7 +80,7 @@ def read_image(source: str) -> Image.Image:
     Raises:
         BadInput: it is missing, unreadable, truncated or unreasonably large or thin.
     """
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if not is_url(source) and not os.path.exists(path):
         raise BadInput(f"There is no image {source!r}; give paths or URLs of images, then the question, in quotes.")
     if not is_url(source) and path.is_dir():
@@ -142,7 +142,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
     """
     *images, question = arguments
     image_name = Path(question).suffix.lower() in Image.registered_extensions() and not any(c in question for c in " ?")
-    if is_url(question) or image_name or os.path.isfile(Path(question).expanduser()):
+    if is_url(question) or image_name or os.path.isfile(os.path.expanduser(question)):
         raise BadInput(
             f'The last argument is the question, but {question!r} is a file or URL; say granulon ask {question} "…?".'
         )
@@ -159,7 +159,7 @@ def check_overlay(path: Path, images: list[str]) -> None:
         raise BadInput(f"The folder {str(path.parent)!r} for the overlay does not exist.")
     if path.is_dir():
         raise BadInput(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
-    if any(not is_url(image) and path.resolve() == Path(image).expanduser().resolve() for image in images):
+    if any(not is_url(image) and path.resolve() == Path(os.path.expanduser(image)).resolve() for image in images):
         raise BadInput(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise BadInput(f"The overlay {str(path)!r} cannot be written; check the permissions.")
@@ -189,7 +189,7 @@ def model_source(model: str | None, quiet: bool) -> tuple[str, str]:
         BadInput: the demo's backbones are not installed.
     """
     if model is not None:
-        return str(Path(model).expanduser()) if model.startswith("~") else model, model
+        return os.path.expanduser(model), model
     from granulon_hf.demo import MissingBackbones, demo_folder
 
     try:
@@ -303,11 +303,15 @@ def answer(source, device, dtype, images, question, granularity, max_new_tokens,
         overlay), and the [`GranulonAggregation`] of the images, `None` without levels or images.
     """
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    processor = AutoProcessor.from_pretrained(source)
+    auto: Any = granulon_hf.AutoModelForVision2Seq
+    try:
+        processor = AutoProcessor.from_pretrained(source)
+        model, loaded = auto.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
+    except Exception as error:
+        reason = one_line(error).split(". ")[0].rstrip(".")
+        raise BadInput(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
     if processor.image_token in question:
         raise BadInput(f"The question holds {processor.image_token}, which stands for an image; leave it out.")
-    auto: Any = granulon_hf.AutoModelForVision2Seq
-    model, loaded = auto.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
     if loaded["missing_keys"]:  # transformers fills them with random numbers, and only warns
         names = sorted(loaded["missing_keys"])
         raise BadInput(f"The weights of {source!r} are incomplete: {len(names)} tensors are missing, {names[0]} first.")

@@ -254,6 +254,20 @@ def test_a_question_with_the_image_placeholder(run, photo):
     assert_refused(run(photo, "What is <|image_pad|>?"), "stands for an image")
 
 
+def test_weights_and_processors_that_are_damaged(run, photo, models, tmp_path):
+    for file in models["granulon-qwen2.5"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert_refused(run(photo, QUESTION, model=tmp_path), "incomplete or damaged")
+    (tmp_path / "processor_config.json").unlink()
+    assert_refused(run(photo, QUESTION, model=tmp_path), "incomplete or damaged")
+
+
+def test_a_question_that_begins_with_a_tilde(run, photo):
+    assert run(photo, "~what is this?", "--json").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
