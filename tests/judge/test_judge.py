@@ -528,7 +528,9 @@ sys.meta_path.insert(0, Absent())
 SCRIPT = (
     ALONE
     + """
+import signal
 from PIL import Image
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 sys.path.insert(0, sys.argv[1])
 import judge
 n, url = int(sys.argv[2]), sys.argv[3]
