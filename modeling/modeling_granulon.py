@@ -475,8 +475,9 @@ class GranulonModel(GranulonPreTrainedModel):
             mm_encoder_outputs (`dict`, *optional*): `{"image": GranulonImageFeatures}` instead of `pixel_values`.
 
         Raises:
-            ValueError: both or neither of `input_ids` and `inputs_embeds`; images and placeholders do not match; an unknown
-                level; a 4D attention mask together with images.
+            ValueError: both or neither of `input_ids` and `inputs_embeds`; images and their placeholders do not match; an
+                unknown level; a 4D attention mask together with images. Placeholders without any image are left to the
+                processor to refuse, as in LLaVA.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -605,7 +606,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             **config: fields of [`GranulonConfig`]. `image_token_id` is found in the tokenizer of `text` unless given.
 
         Raises:
-            ValueError: the vision tower has no patch features, or no spare token can serve as image placeholder.
+            ValueError: the vision tower has no patch features, its checkpoint lacks weights, or no spare token can stand for
+                an image.
         """
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
         vision_config = AutoConfig.from_pretrained(vision, **vision_kwargs)
@@ -616,7 +618,15 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             config["image_token_id"] = tokenizer.convert_tokens_to_ids(find_image_token(tokenizer))
 
         language = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **text_kwargs)
-        tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=language.dtype, **vision_kwargs)
+        tower, loaded = AutoModel.from_pretrained(
+            vision, config=vision_config, dtype=language.dtype, output_loading_info=True, **vision_kwargs
+        )
+        # transformers fills what a checkpoint lacks with random numbers; only pooling heads, which are not used, may lack.
+        missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key and "head" not in key)
+        if missing:
+            raise ValueError(
+                f"{vision} lacks {len(missing)} weights of its vision tower, such as {missing[0]}; it cannot be used."
+            )
         config.setdefault("image_seq_length", grid.height * grid.width)
         config = GranulonConfig(vision_config=tower.config, text_config=language.config, dtype=language.dtype, **config)
         return cls.from_backbones(config, tower, language)

@@ -3,6 +3,7 @@
 import functools
 import http.server
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -262,6 +263,25 @@ def test_weights_and_processors_that_are_damaged(run, photo, models, tmp_path):
     assert_refused(run(photo, QUESTION, model=tmp_path), "incomplete or damaged")
     (tmp_path / "processor_config.json").unlink()
     assert_refused(run(photo, QUESTION, model=tmp_path), "incomplete or damaged")
+
+
+def test_the_photograph_is_never_overwritten(run, photo, tmp_path):
+    (tmp_path / "link.png").hardlink_to(photo)
+    before = (tmp_path / "photo.png").read_bytes()
+    for name in ("photo.png", "link.png"):
+        assert_refused(run(photo, QUESTION, "--overlay", tmp_path / name), "would overwrite the image itself")
+    assert (tmp_path / "photo.png").read_bytes() == before
+
+
+def test_a_question_longer_than_the_context(run, photo):
+    assert_refused(run(photo, "cat " * 3000), "leaves no room")
+
+
+def test_a_terminal_that_knows_fewer_characters(models, photo):
+    command = [sys.executable, "-m", "granulon_hf", "ask", photo, QUESTION, "--model", str(models["granulon-qwen2.5"])]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert b"semantic tokens" in done.stdout
 
 
 def test_a_question_that_begins_with_a_tilde(run, photo):

@@ -213,6 +213,8 @@ def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = Tru
             model.save_pretrained(unfinished)
             processor.save_pretrained(unfinished)
             shutil.copy(SHIPPED / "README.md", unfinished)
+            for path in unfinished.iterdir():
+                path.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
         try:
             # A folder appears whole or not at all; where another process was faster, its folder holds the same.
             unfinished.rename(folder)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPModel, TimmWrapperConfig
 
 from granulon_hf import GranulonConfig, GranulonForConditionalGeneration, GranulonModel, GranulonProcessor, variants
@@ -180,7 +181,13 @@ def test_each_weight_is_held_once(checkpoints, monkeypatch):
     loaded = []
     for auto in (AutoModel, AutoModelForCausalLM):
         original = auto.from_pretrained
-        monkeypatch.setattr(auto, "from_pretrained", lambda *a, o=original, **k: loaded.append(o(*a, **k)) or loaded[-1])
+
+        def load(*args, original=original, **kwargs):
+            result = original(*args, **kwargs)
+            loaded.append(result[0] if isinstance(result, tuple) else result)
+            return result
+
+        monkeypatch.setattr(auto, "from_pretrained", load)
     model = GranulonForConditionalGeneration.from_vision_text_pretrained(*checkpoints)
     pointers = {value.data_ptr() for part in loaded for value in part.parameters()}
     fresh = ("model.multi_modal_projector", "model.controller")
@@ -195,6 +202,13 @@ def test_assembled_models_survive_saving(checkpoints, tmp_path):
     assert loaded.dtype == torch.bfloat16
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_tower_whose_weights_are_missing_is_refused(checkpoints, tmp_path):
+    TOWERS["clip"][0].save_pretrained(tmp_path)
+    save_file({"something.else": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks .* weights of its vision tower"):
+        GranulonForConditionalGeneration.from_vision_text_pretrained(str(tmp_path), checkpoints[1])
 
 
 def test_an_unsupported_tower_is_refused_before_the_language_model_is_read(checkpoints, tmp_path, monkeypatch):
