@@ -277,16 +277,15 @@ def ask(
     check_level(read_config(source, name), granularity, overlay)
 
     started = time.monotonic()
-    result, aggregation = answer(source, torch_device, dtype, images, question, granularity, max_new_tokens, stream)
+    result, aggregation, processor, pixel_values = answer(
+        source, torch_device, dtype, images, question, granularity, max_new_tokens, stream
+    )
     if overlay is not None:
-        processor, pixel_values = result.pop("processor"), result.pop("pixel_values")
         title = f"{question.strip()} · {result['granularity']}"
         views = [drawing.model_view(processor.image_processor, *pair) for pair in zip(images, pixel_values, strict=True)]
         pictures = [drawing.draw_clusters(view, aggregation, i, title=title) for i, view in enumerate(views)]
         drawing.side_by_side(pictures).save(overlay)
         result["overlay"] = str(overlay)
-    for internal in ("processor", "pixel_values"):
-        result.pop(internal, None)
     result |= {"model": name, "images": sources, "seconds": round(time.monotonic() - started, 2)}
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
@@ -295,12 +294,14 @@ def ask(
 
 
 @torch.inference_mode()
-def answer(source, device, dtype, images, question, granularity, max_new_tokens, stream) -> tuple[dict[str, Any], Any]:
+def answer(
+    source, device, dtype, images, question, granularity, max_new_tokens, stream
+) -> tuple[dict[str, Any], Any, Any, Any]:
     """Load a model and let it answer.
 
     Returns:
-        `tuple`: answer, levels and token counts by the names that `--json` prints (with processor and pixels for the
-        overlay), and the [`GranulonAggregation`] of the images, `None` without levels or images.
+        `tuple`: answer, levels and token counts by the names that `--json` prints; for the overlay, the
+        [`GranulonAggregation`] of the images (`None` without levels or images), the processor and the pixel values.
     """
     torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     auto: Any = granulon_hf.AutoModelForVision2Seq
@@ -349,10 +350,8 @@ def answer(source, device, dtype, images, question, granularity, max_new_tokens,
         "pixel_tokens": slots - len(images) * model.config.num_semantic_slots,
         "semantic_tokens": int(aggregation.keep.sum()) if aggregation is not None else 0,
         "overlay": None,
-        "processor": processor,
-        "pixel_values": inputs.get("pixel_values"),
     }
-    return result, aggregation
+    return result, aggregation, processor, inputs.get("pixel_values")
 
 
 def show(result: dict[str, Any], streamed: bool) -> None:

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import logging, torch_compilable_check
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .aggregation_granulon import GranulonAggregation, aggregate
@@ -37,8 +37,6 @@ from .vision_granulon import (
     to_patch_tokens,
     vision_width,
 )
-
-logger = logging.get_logger(__name__)
 
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
 
@@ -164,10 +162,11 @@ class GranulonModel(GranulonPreTrainedModel):
             self.controller = GranularityController(config)
             # The level is an argmax, through which no gradient passes: it is trained on its own, then frozen (paper).
             self.controller.requires_grad_(False)
-            self._check_backbones()
+            self._attach_backbones()
         self.post_init()
 
-    def _check_backbones(self):
+    def _attach_backbones(self):
+        """Check what the controller and the relation need of the backbones, and watch the attention that is the relation."""
         decoder = self.language_model
         if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
             raise ValueError(
@@ -520,7 +519,6 @@ class GranulonModel(GranulonPreTrainedModel):
                 attention_mask, position_ids = self.hide_empty_slots(
                     image_mask, slot_mask, attention_mask, position_ids, past_length
                 )
-                position_ids = position_ids[:, -image_mask.shape[1] :]
 
         if self.config.granularity_levels and position_ids is None and getattr(attention_mask, "ndim", 0) == 2:
             # Hidden slots of earlier steps are known by the mask alone.
@@ -659,7 +657,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         model.model.language_model = language_model.get_decoder()
         model.lm_head = head
         if config.granularity_levels:
-            model.model._check_backbones()
+            model.model._attach_backbones()
         for name, module in model.model.named_children():
             if name in ("multi_modal_projector", "controller"):
                 module.to_empty(device=language_model.device).to(language_model.dtype)
@@ -781,8 +779,9 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         goes on, what it hides stays hidden, and only images of the new part are expected.
         """
         question_mask, granularity = (model_kwargs.pop(name, None) for name in ("question_mask", "granularity"))
+        # Also where there is nothing to choose: a misspelt level is an error.
+        self.model._level_index(granularity, inputs_tensor.shape[0], inputs_tensor.device)
         if not self.config.granularity_levels:
-            self.model._level_index(granularity, inputs_tensor.shape[0], inputs_tensor.device)
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
             )
@@ -798,9 +797,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         earlier = getattr(cache, "hidden_slots", None)
         if past and earlier is not None:
             hidden[:, : earlier.shape[1]] = earlier
-        if pixel_values is None:
-            self.model._level_index(granularity, inputs_tensor.shape[0], inputs_tensor.device)
-        else:
+        if pixel_values is not None:
             if model_kwargs.get("mm_encoder_outputs"):
                 raise ValueError("You cannot pass both: raw pixels and pre-computed embeddings for input image")
             embeds_given = model_input_name == "inputs_embeds"
@@ -851,10 +848,10 @@ def hide(
         position_ids (`torch.Tensor`, *optional*): shape [B x L'], of the last L' tokens, counted with the hidden ones.
 
     Returns:
-        `tuple`: attention mask [B x past + L] and position ids, [B x L'] or those of the last L visible tokens.
+        `tuple`: attention mask [B x past + L] and position ids [B x L'], or [B x L] where none were given.
     """
+    length = (hidden if position_ids is None else position_ids).shape[1]
     hidden = nn.functional.pad(hidden, (attention_mask.shape[1] - hidden.shape[1], 0))
-    length = hidden.shape[1] if position_ids is None else position_ids.shape[1]
     attention_mask = attention_mask * (~hidden).to(attention_mask)
     if position_ids is None:
         return attention_mask, visible_positions(attention_mask)[:, -length:]

@@ -199,14 +199,11 @@ class GranulonProcessor(ProcessorMixin):
                 out["offset_mapping"], question_spans, out["text_replacement_offsets"], strict=True
             )
         ]
-        kind = (
-            torch.tensor
-            if torch.is_tensor(out["input_ids"])
-            else np.array
-            if isinstance(out["input_ids"], np.ndarray)
-            else list
-        )
-        out["question_mask"] = kind(mask)
+        if torch.is_tensor(out["input_ids"]):
+            mask = torch.tensor(mask)
+        elif isinstance(out["input_ids"], np.ndarray):
+            mask = np.array(mask)
+        out["question_mask"] = mask
         if not keep_offsets:
             out.pop("offset_mapping")
         if not keep_replacements:

@@ -571,7 +571,6 @@ def interval(scores: list[list[float]]) -> dict:
 @torch.no_grad()
 def answer(model, processor, images: list, texts: list[str]) -> tuple[list[str], list[str]]:
     """Greedy answers, and the levels that the controller chose."""
-    processor.tokenizer.padding_side = "left"
     chats = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
         for image, text in zip(images, texts, strict=True)

@@ -146,14 +146,7 @@ def test_batched_generation_from_a_folder(build, conversations, tmp_path):
     model, processor = AutoModelForVision2Seq.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
 
     def ask(conversation):
-        inputs = processor.apply_chat_template(
-            conversation,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        )
+        inputs = make_inputs(processor, conversation, side=processor.tokenizer.padding_side)  # the side that was saved
         return model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, -5:]
 
     together = ask(conversations)

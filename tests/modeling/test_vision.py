@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPModel, TimmWrapperConfig
 
 from granulon_hf import GranulonConfig, GranulonForConditionalGeneration, GranulonModel, GranulonProcessor, variants
+from granulon_hf.modeling.processing_granulon import find_image_token
 from granulon_hf.modeling.vision_granulon import probe_vision_tower, to_patch_tokens
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -218,11 +219,7 @@ def test_an_unsupported_tower_is_refused_before_the_language_model_is_read(check
         GranulonForConditionalGeneration.from_vision_text_pretrained(str(tmp_path / "pixtral"), checkpoints[1])
 
 
-def test_a_tokenizer_without_a_spare_token(checkpoints):
-    processor = GranulonProcessor.from_vision_text_pretrained(*checkpoints)
-    processor.tokenizer.image_token = None
-    from granulon_hf.modeling import processing_granulon
-
+def test_a_tokenizer_without_a_spare_token():
     tokenizer = variants.tiny_tokenizer(variants.Decoder("x", {}, ("<s>", "</s>")))
     with pytest.raises(ValueError, match="none of the tokens .*image_token='…'"):
-        processing_granulon.find_image_token(tokenizer)
+        find_image_token(tokenizer)
