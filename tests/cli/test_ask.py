@@ -17,7 +17,8 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from granulon_hf import __version__, variants
-from granulon_hf.cli import app, read_image, to_rgb
+from granulon_hf.cli import app
+from granulon_hf.cli.ask import read_image, to_rgb
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 QUESTION = "What is in the picture?"

@@ -1,14 +1,11 @@
-"""The `granulon` command."""
+"""`granulon ask`: a question about images, answered by a Granulon model."""
 
-import functools
 import io
 import json
 import os
-import sys
 import time
 import urllib.request
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,46 +23,11 @@ from transformers.utils import logging
 
 import granulon_hf
 from granulon_hf import overlay as drawing
+from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
 
-app = typer.Typer(
-    help="Granulon: multimodal language models that choose the granularity of their visual tokens.",
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # An image processor keeps proportions: it would blow a thread of pixels up to many gigabytes, and the machine with it.
 LONGEST_ASPECT = 50
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one sentence that says what is wrong and what to do."""
-
-
-def reports_bad_input(command: Callable) -> Callable:
-    """Turn any failure into one sentence on stderr and exit code 2; with `--debug` the traceback is shown instead."""
-
-    @functools.wraps(command)
-    def wrapper(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (typer.Exit, typer.Abort):
-            raise
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-        except Exception as error:
-            if kwargs.get("debug"):
-                raise
-            if isinstance(error, BadInput):
-                message = str(error)
-            else:
-                reason = " ".join(str(error).split()) or "no further explanation"
-                message = f"{type(error).__name__}: {reason} (--debug shows where)"
-            typer.echo(f"Error: {message}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapper
 
 
 # --- what can be checked before a model is loaded ---------------------------------------------------------------------
@@ -117,10 +79,6 @@ def download(url: str) -> io.BytesIO:
             return io.BytesIO(response.read())
     except Exception as error:  # address, connection, certificate, status
         raise BadInput(f"Cannot download the image {url!r} ({one_line(error)}); check the address.") from error
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -240,7 +198,6 @@ def check_level(config: granulon_hf.GranulonConfig, granularity: str | None, ove
 # --- granulon ask -----------------------------------------------------------------------------------------------------
 
 
-@app.command()
 @reports_bad_input
 def ask(
     arguments: Annotated[
@@ -374,25 +331,3 @@ def show(result: dict[str, Any], streamed: bool) -> None:
     console.print(f"{tokens} · {escape(result['model'])} · {result['seconds']:.1f} s", style="dim", soft_wrap=True)
     if result["overlay"]:
         console.print(f"Overlay written to {escape(result['overlay'])}", style="dim", soft_wrap=True)
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"granulon_hf {granulon_hf.__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
-) -> None:
-    # A callback keeps `ask` a command of its own however many there are.
-    pass
-
-
-def main() -> None:
-    """Entry point of the `granulon` script and of `python -m granulon_hf`."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # an answer must not be lost to a terminal that knows fewer characters
-            stream.reconfigure(errors="replace")
-    app(prog_name="granulon")

@@ -1,0 +1,40 @@
+"""The `granulon` command: one module per subcommand."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import granulon_hf
+from granulon_hf.cli.ask import ask
+
+app = typer.Typer(
+    help="Granulon: multimodal language models that choose the granularity of their visual tokens.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(ask)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"granulon_hf {granulon_hf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    # A callback keeps `ask` a command of its own however many there are.
+    pass
+
+
+def main() -> None:
+    """Entry point of the `granulon` script and of `python -m granulon_hf`."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # an answer must not be lost to a terminal that knows fewer characters
+            stream.reconfigure(errors="replace")
+    app(prog_name="granulon")

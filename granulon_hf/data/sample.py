@@ -1,0 +1,46 @@
+"""The one record that every data set becomes."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+TASKS = ("reasoning", "vqa", "caption")
+
+
+@dataclass
+class Sample:
+    """One conversation about images, with what is needed to train on it, to evaluate it and to find it again.
+
+    Args:
+        id (`str`): unique within its set.
+        images (`list[dict]`): encoded images, `{"bytes": bytes | None, "path": str | None}` as `datasets.Image(decode=False)`
+            gives them, in the order of the image parts; opened only when pixels are needed.
+        messages (`list[dict]`): transformers' conversational form; every content is a list of parts, `{"type": "image"}` or
+            `{"type": "text", "text": str}`. The last turn is the assistant's.
+        reference (`str`): the answer that predictions are compared with; usually the last turn's text.
+        task (`str`): "reasoning", "vqa" or "caption": how the judge scores it.
+        choices (`list[str]`, *optional*): the options' contents, where there are options.
+        meta (`dict`): whatever else the row says (category, question type, file and row).
+    """
+
+    id: str
+    images: list[dict[str, Any]]
+    messages: list[dict[str, Any]]
+    reference: str
+    task: str
+    choices: list[str] | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """Text of the last user turn."""
+        turn = next(message for message in reversed(self.messages) if message["role"] == "user")
+        return "\n".join(part["text"] for part in turn["content"] if part["type"] == "text")
+
+    @property
+    def prompt(self) -> list[dict[str, Any]]:
+        """The messages before the last answer: what a model is given in evaluation."""
+        return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of the fields: a row for `datasets.Dataset.from_list`."""
+        return asdict(self)
