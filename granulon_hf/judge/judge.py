@@ -108,8 +108,9 @@ RESPONSE_FORMATS: dict[str, dict | None] = {
     "json_object": {"type": "json_object"},
     "none": None,
 }
-# USD per million tokens, (prompt, completion), as listed on PRICES_DATE; the Batch API costs half. `prices=` overrides.
-PRICES_DATE = "2025-06-01"
+# USD per million tokens, (prompt, completion); the Batch API costs half. `prices=` overrides. Compared on PRICES_DATE with the
+# table in litellm 1.109.1.
+PRICES_DATE = "2026-11-23"
 PRICES = {
     "gpt-4o": (2.5, 10.0),
     "gpt-4o-2024-05-13": (5.0, 15.0),

@@ -16,11 +16,14 @@ import time
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
 from PIL import Image
 
 from granulon_hf.judge import judge as module
+from tests.hub_server import HubServer
 
 from .server import GOOD, Reply, Server, prediction_of, text_of
 
@@ -709,6 +712,48 @@ print(result["accuracy"], judge.estimate(["a"], [Image.new("RGB", (8, 8))], stor
         environment = {**os.environ, **variables}
         done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["70.0", "1"], done.stderr
+
+
+BY_NAME = f"""{ALONE}
+import evaluate
+from PIL import Image
+judge = evaluate.load("granulon/judge")
+print(judge.compute(predictions=["a"], images=[Image.new("RGB", (8, 8))], store=None)["accuracy"])
+"""
+
+
+def load_by_name(tmp_path, **variables):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": "", **variables}
+    environment.pop("HF_HUB_OFFLINE", None)
+    environment |= {name: value for name, value in variables.items() if name == "HF_HUB_OFFLINE"}
+    command = [sys.executable, "-c", BY_NAME]
+    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def test_evaluate_loads_it_by_name_from_a_hub_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with Server() as server, HubServer() as hub:
+        api = HfApi(endpoint=hub.url, token="hf_test")
+        api.create_repo("granulon/judge", repo_type="space", space_sdk="gradio")
+        api.upload_folder(repo_id="granulon/judge", repo_type="space", folder_path=JUDGE, ignore_patterns=["__pycache__/*"])
+        pushed = hub.files("space", "granulon/judge")
+        assert sorted(pushed) == ["README.md", "app.py", "judge.py", "requirements.txt"]
+        assert all(data == (JUDGE / name).read_bytes() for name, data in pushed.items())  # verbatim
+        done = load_by_name(tmp_path, HF_ENDPOINT=hub.url, OPENAI_BASE_URL=server.url)
+        assert done.stdout.split() == ["70.0"], done.stderr
+        assert any(line.startswith("GET /spaces/granulon/judge/resolve/main/judge.py") for line in hub.log)
+
+
+def test_evaluate_loads_it_by_name_offline_once_installed(tmp_path):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}
+    assert "Couldn't find a module script" in load_by_name(tmp_path, **nobody).stderr
+    command = [sys.executable, "-m", "granulon_hf", "judge", "install"]
+    installed = subprocess.run(command, env=environment, cwd=JUDGE.parents[1], capture_output=True, text=True, check=False)
+    assert "evaluate.load" in installed.stdout, installed.stderr
+    with Server() as server:
+        done = load_by_name(tmp_path, OPENAI_BASE_URL=server.url, **nobody)
+    assert done.stdout.split() == ["70.0"], done.stderr
 
 
 def test_threads_are_left_behind_by_nobody(metric):

@@ -1,0 +1,228 @@
+"""`granulon judge`: score a file of predictions, compare two judges, install the metric for offline use."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+
+app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
+
+
+def judging() -> Any:
+    """The module that needs the packages of the extra `judge`.
+
+    Raises:
+        BadInput: they are not installed.
+    """
+    try:
+        from granulon_hf.evaluation import judging
+    except ImportError as error:
+        raise BadInput(f'The judge needs more packages ({error}); run: pip install "granulon-hf[judge]"') from None
+    return judging
+
+
+def pairs(options: list[str] | None, name: str) -> dict[str, str]:
+    """`["a=b"]` as `{"a": "b"}`.
+
+    Raises:
+        BadInput: one of them has another form.
+    """
+    found = [option.partition("=") for option in options or []]
+    for key, sign, value in found:
+        if not (key and sign and value):
+            raise BadInput(f"{name} takes FIELD=COLUMN, such as {name} prediction=answer; got {key + sign + value!r}.")
+    return {key: value for key, _, value in found}
+
+
+@app.command()
+@reports_bad_input
+def run(
+    predictions: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a datasets folder: columns prediction, image, …")],
+    task: Annotated[
+        str | None, typer.Option(help="reasoning, vqa or caption; by default what the file's task column says, or reasoning.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="The judge.")] = "gpt-4o",
+    out: Annotated[Path | None, typer.Option(help="Folder for answers, scores and report; by default beside the file.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N predictions.", min=1)] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would ask and cost, and send nothing.")] = False,
+    max_cost: Annotated[float | None, typer.Option(help="USD that this run may spend; then it stops cleanly.", min=0)] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Use the answers that are stored; --no-resume refuses a used folder.")
+    ] = True,
+    retry_unscored: Annotated[bool, typer.Option("--retry-unscored", help="Ask again what has no score.")] = False,
+    backend: Annotated[str, typer.Option(help="chat, or batch: half the price, up to a day.")] = "chat",
+    hardened: Annotated[
+        bool, typer.Option("--hardened/--printed-prompt", help="Guard against instructions; or the paper's prompt alone.")
+    ] = True,
+    segments: Annotated[int | None, typer.Option(help="Also score this many chronological segments.", min=1)] = None,
+    detail: Annotated[str, typer.Option(help="high or low, of the image.")] = "high",
+    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN where a column has another name.")] = None,
+    image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start, if not beside the file.")] = None,
+    price: Annotated[
+        tuple[float, float] | None, typer.Option(help="USD per million prompt and completion tokens of an unusual judge.")
+    ] = None,
+    base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; by default OPENAI_BASE_URL.")] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests under way at once.", min=1)] = 64,
+    rpm: Annotated[float | None, typer.Option(help="Requests a minute; by default what the server allows.")] = None,
+    tpm: Annotated[float | None, typer.Option(help="Tokens a minute; by default what the server allows.")] = None,
+    poll_seconds: Annotated[float, typer.Option(help="Between two looks at a batch.")] = 30.0,
+    show: Annotated[int, typer.Option(help="Worst samples on the report's page.", min=1)] = 200,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Score predictions. A run that was killed is started again with the same command, and pays for nothing twice."""
+    work = judging()
+    console = Console(highlight=False)
+    try:
+        samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
+    except work.PredictionsError as error:
+        raise BadInput(str(error)) from None
+    tasks = sorted({sample.task or "reasoning" for sample in samples})
+    if task is None and len(tasks) > 1:
+        raise BadInput(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
+    folder = out or predictions.with_name(f"{predictions.stem}.judged")
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"--out {str(folder)!r} is a file; it takes a folder.")
+    store = folder / "answers.jsonl"
+    if not resume and store.exists():
+        raise BadInput(f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER.")
+    inputs = {
+        "predictions": [sample.prediction for sample in samples],
+        "images": [sample.image for sample in samples],
+        "references": [sample.reference for sample in samples],
+        "questions": [sample.question for sample in samples],
+    }
+    options: dict[str, Any] = {
+        **{"task": task or tasks[0], "model": model, "store": str(store), "hardened": hardened, "segments": segments},
+        **{"backend": backend, "detail": detail, "max_cost": max_cost, "retry_unscored": retry_unscored, "rpm": rpm},
+        **{"tpm": tpm, "base_url": base_url, "concurrency": concurrency, "poll_seconds": poll_seconds},
+        "prices": {model: price} if price else None,
+    }
+    judge = work.judge_module.Judge()
+    try:
+        if dry_run:
+            show_estimate(console, judge.estimate(**inputs, **options), model)
+            return
+        work.judge_module.units_of(work.judge_module.columns_of(**inputs), work.judge_module.Options(**options))
+        if not os.access(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()), os.W_OK):
+            raise BadInput(f"The folder {str(folder)!r} cannot be written; say --out.")
+        if backend == "batch":
+            console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
+        with progress_bar(console) as bar:
+            bar_task = bar.add_task("judging", total=None, cost="")
+
+            def on_result(event: dict[str, Any]) -> None:
+                spent = "" if event["spent_usd"] is None else f"{event['spent_usd']:.4f} USD"
+                bar.update(bar_task, completed=event["done"], total=event["total"], cost=spent)
+
+            result = judge.compute(**inputs, **options, on_result=on_result)
+    except ValueError as error:  # of Options and columns: one sentence each
+        raise BadInput(one_line(error)) from None
+    except work.judge_module.JudgeError as error:
+        raise BadInput(f"{one_line(error)} What was paid for is in {store}; the same command goes on.") from None
+    except KeyboardInterrupt:
+        console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
+        raise typer.Exit(130) from None
+    rows = work.judged(samples, result)
+    work.write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    work.write_text(folder / "results.json", json.dumps({"predictions": str(predictions), **result}, indent=1) + "\n")
+    work.write_report(folder / "report.html", f"{predictions.name} judged by {model}", samples, result, show)
+    show_result(console, result, rows, folder)
+
+
+def progress_bar(console: Console) -> Progress:
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[cost]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=console)
+
+
+def show_estimate(console: Console, estimate: dict[str, Any], model: str) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_row("predictions", str(estimate["n"]))
+    for name, key in (("empty, not sent", "n_empty"), ("unreadable images", "n_unreadable"), ("already stored", "n_stored")):
+        if estimate[key]:
+            table.add_row(name, str(estimate[key]))
+    table.add_row("requests", str(estimate["n_requests"]))
+    table.add_row("prompt tokens, about", f"{estimate['prompt_tokens']:,}")
+    table.add_row("completion tokens, about", f"{estimate['completion_tokens']:,}")
+    cost = estimate["cost_usd"]
+    unknown = f"unknown for {escape(model)}; say --price PROMPT COMPLETION"
+    table.add_row("cost, about", unknown if cost is None else f"{cost:.4f} USD (prices of {estimate['prices_date']})")
+    console.print(table)
+    console.print("Nothing was sent.", style="dim")
+
+
+def show_result(console: Console, result: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
+    table = Table("", "mean", "95 % interval", box=None, padding=(0, 2, 0, 0))
+    for name in ("accuracy", "hallucination"):
+        ci = result[f"{name}_ci"]
+        mean = "none" if result[name] is None else f"{result[name]:.1f}"
+        table.add_row(name, mean, "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}")
+        if result["n_empty"] and result[f"{name}_nonempty"] is not None:
+            table.add_row(f"{name}, without empty answers", f"{result[f'{name}_nonempty']:.1f}", "", style="dim")
+    console.print(table)
+    cost = (
+        "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD in this run, {result['cost_usd']:.4f} in all"
+    )
+    console.print(f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty{cost}")
+    reasons: dict[str, int] = {}
+    for row in rows:
+        if row["reason"]:
+            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
+        console.print(f"  {count} × {escape(reason)}", style="yellow", soft_wrap=True)
+    console.print(f"Report: {escape(str(folder / 'report.html'))}", style="dim", soft_wrap=True)
+
+
+@app.command()
+@reports_bad_input
+def agree(
+    first: Annotated[Path, typer.Argument(help="Scores by id: samples.jsonl of a run, or people's labels (JSONL, Parquet).")],
+    second: Annotated[Path, typer.Argument(help="The other scores.")],
+    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the second file, as accuracy=human.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """How far two judges, or a judge and people, agree: Spearman's ρ and Krippendorff's α, with 95 % bootstrap intervals."""
+    work = judging()
+    from granulon_hf.evaluation import agreement
+
+    try:
+        a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
+        found = agreement.agreement(a, b)
+    except work.PredictionsError as error:
+        raise BadInput(str(error)) from None
+    if as_json:
+        typer.echo(json.dumps({result.score: dataclasses.asdict(result) for result in found}))
+        return
+    table = Table("", "samples", "Spearman's ρ", "Krippendorff's α", "mean difference", box=None, padding=(0, 2, 0, 0))
+
+    def cell(value: float | None, ci: tuple[float, float] | None) -> str:
+        if value is None:
+            return "undefined (no variation)"
+        return f"{value:.3f}" + ("" if ci is None else f" [{ci[0]:.3f}, {ci[1]:.3f}]")
+
+    for r in found:
+        table.add_row(
+            r.score, str(r.n), cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci), f"{r.mean_difference:+.1f}"
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for path, only in ((first, a.keys() - b.keys()), (second, b.keys() - a.keys())):
+        if only:
+            console.print(f"{len(only)} ids are in {escape(str(path))} alone, such as {escape(min(only))}.", style="yellow")
+
+
+@app.command()
+@reports_bad_input
+def install(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Put the judge into evaluate's cache, so that `evaluate.load("granulon/judge")` works offline."""
+    path = judging().install()
+    typer.echo(f'Installed {path}\nNow this works without a network: evaluate.load("granulon/judge")')

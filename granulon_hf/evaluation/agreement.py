@@ -1,0 +1,102 @@
+"""Agreement of two judges, or of a judge with people."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from granulon_hf.evaluation.judging import PredictionsError, rows_of
+
+SCORES = ("accuracy", "hallucination")
+
+
+@dataclass
+class Agreement:
+    """Of one score: coefficients with 95 % percentile bootstrap intervals over samples; None where undefined."""
+
+    score: str
+    n: int
+    spearman: float | None
+    spearman_ci: tuple[float, float] | None
+    alpha: float | None
+    alpha_ci: tuple[float, float] | None
+    mean_difference: float
+
+
+def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
+    """Scores by id, of a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination".
+
+    Raises:
+        PredictionsError: a column is missing, an id is there twice, or a score is no number from 0 to 100.
+    """
+    named = {name: name for name in ("id", *SCORES)} | (columns or {})
+    found: dict[str, dict[str, float | None]] = {}
+    for place, row in rows_of(path):
+        if named["id"] not in row or not any(named[score] in row for score in SCORES):
+            wanted = ", ".join(named.values())
+            raise PredictionsError(f"{path}, {place} lacks an id or any score (columns looked for: {wanted}).")
+        key = str(row[named["id"]])
+        if key in found:
+            raise PredictionsError(f"{path}, {place} has the id {key!r} a second time.")
+        found[key] = {}
+        for score in SCORES:
+            value: Any = row.get(named[score])
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 <= value <= 100):
+                raise PredictionsError(f"{path}, {place}: {named[score]} is {json.dumps(value, default=str)}, not 0 to 100.")
+            found[key][score] = value
+    return found
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; NaN where one side is constant."""
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(stats.spearmanr(a, b).statistic)
+
+
+def alpha(a: np.ndarray, b: np.ndarray) -> float:
+    """Krippendorff's α of two raters on an interval scale; NaN where all values are the same.
+
+    For two raters without gaps it is 1 − mean((a − b)²) / (2 var(a and b)): the same as the krippendorff package gives (a test
+    compares them), and fast enough for thousands of resamples.
+    """
+    values = np.concatenate([a, b]).astype(float)
+    return math.nan if np.ptp(values) == 0 else float(1 - np.mean((a - b) ** 2) / (2 * values.var(ddof=1)))
+
+
+def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
+    """Agreement on every score that both sides have, over the ids that both scored.
+
+    Raises:
+        PredictionsError: fewer than two ids were scored by both.
+    """
+    results = []
+    for score in SCORES:
+        both = sorted(key for key in a.keys() & b.keys() if a[key].get(score) is not None and b[key].get(score) is not None)
+        if len(both) < 2:
+            continue
+        x, y = (np.array([side[key][score] for key in both], dtype=float) for side in (a, b))
+        row: dict[str, Any] = {}
+        for name, function in (("spearman", spearman), ("alpha", alpha)):
+            value = function(x, y)
+            row[name], row[f"{name}_ci"] = (None, None) if math.isnan(value) else (value, interval(function, x, y, n_resamples))
+        results.append(Agreement(score, len(both), mean_difference=float((x - y).mean()), **row))
+    if not results:
+        raise PredictionsError(
+            f"Fewer than two ids were scored on both sides ({len(a)} and {len(b)} ids, {len(a.keys() & b.keys())} in common)."
+        )
+    return results
+
+
+def interval(function: Any, x: np.ndarray, y: np.ndarray, n_resamples: int) -> tuple[float, float] | None:
+    """95 % percentile bootstrap over samples, seed 0; None where a resample has no coefficient."""
+    found = stats.bootstrap(
+        (x, y), function, paired=True, vectorized=False, n_resamples=n_resamples, method="percentile", random_state=0
+    )
+    low, high = (float(edge) for edge in found.confidence_interval)
+    return None if math.isnan(low) or math.isnan(high) else (low, high)

@@ -1,0 +1,225 @@
+"""Predictions from a file to the judge and back: reading, the table of samples, the HTML report, evaluate's offline cache."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from granulon_hf.judge import judge as judge_module
+
+FIELDS = ("id", "prediction", "image", "question", "reference", "task")
+THUMBNAIL = 320  # pixels
+
+
+class PredictionsError(ValueError):
+    """A file of predictions cannot be used; the message says where and why."""
+
+
+@dataclass
+class Prediction:
+    """One line of a file of predictions; `image` is a path or `{"bytes", "path"}`."""
+
+    id: str
+    prediction: str
+    image: Any
+    question: str = ""
+    reference: str = ""
+    task: str | None = None
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place (for messages) and content of each row of a JSONL or Parquet file, or of a folder of `datasets`' `save_to_disk`.
+
+    Raises:
+        PredictionsError: no such file, another kind of file, or a line that is no JSON object.
+    """
+    if path.is_dir():
+        import datasets
+
+        try:
+            loaded = datasets.load_from_disk(str(path))
+        except Exception as error:
+            raise PredictionsError(f"{str(path)!r} is no folder that datasets' save_to_disk wrote ({error}).") from error
+        if isinstance(loaded, dict):
+            raise PredictionsError(f"{str(path)!r} holds the splits {', '.join(loaded)}; name one of its folders.")
+        for name, feature in (loaded.features or {}).items():
+            if isinstance(feature, datasets.Image):
+                loaded = loaded.cast_column(name, datasets.Image(decode=False))
+        yield from ((f"row {i}", dict(row)) for i, row in enumerate(loaded))
+    elif not path.exists():
+        raise PredictionsError(f"There is no file {str(path)!r}.")
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        try:
+            i = 0
+            for batch in parquet.ParquetFile(path).iter_batches(64):
+                for row in batch.to_pylist():
+                    yield f"row {i}", row
+                    i += 1
+        except Exception as error:
+            raise PredictionsError(f"{str(path)!r} is no readable Parquet file ({error}).") from error
+    elif path.suffix in (".jsonl", ".ndjson", ".json"):
+        with open(path, encoding="utf-8-sig") as file:
+            try:
+                for i, line in enumerate(file, 1):
+                    if line.strip():
+                        try:
+                            row = json.loads(line)
+                        except ValueError as error:
+                            raise PredictionsError(f"{path}, line {i} is no JSON ({error}); one object a line.") from None
+                        if not isinstance(row, dict):
+                            raise PredictionsError(f"{path}, line {i} is no JSON object: {line.strip()[:60]!r}.")
+                        yield f"line {i}", row
+            except UnicodeDecodeError as error:
+                raise PredictionsError(f"{path} is no UTF-8 text ({error}).") from None
+    else:
+        raise PredictionsError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
+
+
+def read_predictions(path: Path, columns: dict[str, str] | None = None, image_root: Path | None = None) -> list[Prediction]:
+    """All predictions of a file.
+
+    Args:
+        path (`Path`): a JSONL or Parquet file with the columns "prediction" and "image" (or "images" with one image), and
+            optionally "id", "question", "reference" and "task"; or a folder of `datasets.Dataset.save_to_disk`.
+        columns (`dict[str, str]`, *optional*): other names of these columns.
+        image_root (`Path`, *optional*): where relative image paths start; by default beside the file.
+
+    Raises:
+        PredictionsError: a column or value is missing or of another type, an id is there twice, none of the images exists.
+    """
+    unknown = sorted(set(columns or {}) - set(FIELDS))
+    if unknown:
+        raise PredictionsError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")
+    named = {name: name for name in FIELDS} | (columns or {})
+    root = image_root or (path if path.is_dir() else path.parent)
+    found: list[Prediction] = []
+    seen: dict[str, str] = {}
+    for place, row in rows_of(path):
+        if named["image"] not in row and "images" in row and "image" not in (columns or {}):
+            images = row["images"]
+            if not isinstance(images, list) or len(images) != 1:
+                raise PredictionsError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
+            row["image"] = images[0]
+        for field in ("prediction", "image"):
+            if named[field] not in row:
+                raise PredictionsError(
+                    f"{path}, {place} has no column {named[field]!r} (it has {', '.join(map(repr, row))}); name the column "
+                    f"with --column {field}=NAME."
+                )
+        values: dict[str, Any] = {field: row.get(named[field]) for field in FIELDS}
+        for field in ("prediction", "question", "reference"):
+            values[field] = "" if values[field] is None else values[field]
+            if not isinstance(values[field], str):
+                raise PredictionsError(f"{path}, {place}: {named[field]} is {values[field]!r:.60}, not a text.")
+        image = values["image"]
+        if isinstance(image, bytes):
+            image = {"bytes": image, "path": None}
+        elif isinstance(image, str):
+            image = str(root / os.path.expanduser(image))
+        elif isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
+            image = str(root / image["path"])
+        elif not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
+            raise PredictionsError(f"{path}, {place}: the image is {image!r:.60}, not a path or encoded bytes.")
+        values |= {"image": image, "id": str(len(found) if values["id"] is None else values["id"])}
+        if values["id"] in seen:
+            raise PredictionsError(f"{path}, {place} has the id {values['id']!r}, as has {seen[values['id']]}.")
+        seen[values["id"]] = place
+        found.append(Prediction(**values))
+    if not found:
+        raise PredictionsError(f"{path} holds no predictions.")
+    paths = [sample.image for sample in found if isinstance(sample.image, str)]
+    if len(paths) == len(found) and not any(map(os.path.exists, paths)):
+        raise PredictionsError(f"None of the images exists, the first would be {paths[0]!r}; say --image-root FOLDER.")
+    return found
+
+
+def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores."""
+    rows = []
+    for i, sample in enumerate(samples):
+        row = asdict(sample)
+        row["image"] = row["image"] if isinstance(row["image"], str) else row["image"].get("path")
+        row |= {name: result[f"{name}_scores"][i] for name in ("accuracy", "hallucination")}
+        row |= {"reason": result["reasons"][i], "empty": result["empty"][i]}
+        if "segments" in result:
+            parts = result["segments"]
+            row["segments"] = {n: [part[i] for part in parts[f"{n}_scores"]] for n in ("accuracy", "hallucination")}
+        rows.append(row)
+    return rows
+
+
+def badness(row: dict[str, Any]) -> tuple[int, float]:
+    """Sort key, worst first: hallucination minus accuracy; the unscored come first, since somebody has to look at them."""
+    if row["accuracy"] is None:
+        return 0, 0.0
+    return 1, row["accuracy"] - row["hallucination"]
+
+
+def thumbnail(image: Any) -> str | None:
+    """Data URL of a small JPEG, or None where the image cannot be read."""
+    try:
+        small = judge_module.to_rgb(judge_module.open_image(judge_module.encode_image(image)))
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=80)
+    except Exception:  # Pillow raises what its many decoders raise
+        return None
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_report(path: Path, title: str, samples: list[Prediction], result: dict[str, Any], show: int = 200) -> None:
+    """A self-contained HTML page: the summary, a histogram of both scores, and the `show` worst samples with their images.
+
+    Everything that comes from data is escaped.
+    """
+    rows = judged(samples, result)
+    order = sorted(range(len(rows)), key=lambda i: badness(rows[i]))[:show]
+    cards = [{**rows[i], "thumbnail": thumbnail(samples[i].image)} for i in order]
+    histograms = {}
+    for name in ("accuracy", "hallucination"):
+        scores = [row[name] for row in rows if row[name] is not None]
+        counts = [sum(min(int(score) // 10, 9) == bin for score in scores) for bin in range(10)]
+        histograms[name] = {"counts": counts, "top": max([1, *counts])}
+    template = Path(__file__).with_name("judge_report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    page = environment.from_string(template).render(title=title, result=result, cards=cards, n=len(rows), histograms=histograms)
+    write_text(path, page)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(part, path)
+
+
+def install() -> Path:
+    """Put the judge into evaluate's module cache, where `evaluate.load("granulon/judge")` finds it without a network.
+
+    Returns:
+        `Path`: the installed file.
+    """
+    from evaluate.loading import init_dynamic_modules
+
+    source = Path(judge_module.__file__)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    metrics = Path(init_dynamic_modules()) / "metrics"
+    folder = metrics / "granulon--judge" / digest
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in (metrics, folder.parent, folder):
+        (package / "__init__.py").touch()
+    target = folder / "judge.py"
+    part = folder / ".judge.py.part"
+    shutil.copyfile(source, part)  # with today's time: evaluate takes the newest
+    os.replace(part, target)
+    return target

@@ -1,0 +1,231 @@
+"""`granulon judge`: real commands against the misbehaving server."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from granulon_hf.cli import app
+from tests.conftest import make_picture
+from tests.judge.server import Reply, Server, prediction_of
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    for name in list(os.environ):
+        if name.startswith(("OPENAI_", "AZURE_OPENAI_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["judge", *map(str, arguments)])
+
+
+def write(rows, name="predictions.jsonl"):
+    Path("images").mkdir(exist_ok=True)
+    for i, row in enumerate(rows):
+        if isinstance(row.get("image", 0), int):
+            row["image"] = f"images/{i}.png"
+            make_picture(i, (40, 30)).save(row["image"])
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def by_words(server, body):
+    """Accuracy is the number in the prediction."""
+    number = re.search(r"\d+", prediction_of(body))
+    return Reply(content=json.dumps({"accuracy_score": int(number[0]), "hallucination_score": 10}))
+
+
+def samples(folder="predictions.judged"):
+    return [json.loads(line) for line in (Path(folder) / "samples.jsonl").read_text().splitlines()]
+
+
+def test_run_writes_scores_report_and_summary():
+    rows = [{"id": f"s{i}", "prediction": f"number {value}"} for i, value in enumerate((80, 20, 50))]
+    rows += [{"id": "empty", "prediction": " "}, {"id": "broken", "prediction": "number 1", "image": "images/none.png"}]
+    write(rows)
+    with Server(by_words) as server:
+        done = run("run", "predictions.jsonl", "--base-url", server.url)
+        assert done.exit_code == 0, done.output
+        assert len(server.requests) == 3
+        again = run("run", "predictions.jsonl", "--base-url", server.url)
+        assert len(server.requests) == 3  # all from the store
+    assert again.exit_code == 0
+    assert [row["accuracy"] for row in samples()] == [80, 20, 50, 0, None]
+    assert re.search(r"accuracy\s+37\.5", done.output) and re.search(r"without empty answers\s+50\.0", done.output)
+    assert "3 scored, 1 unscored, 1 empty" in done.output and "image:" in done.output
+    results = json.loads(Path("predictions.judged/results.json").read_text())
+    assert results["accuracy"] == 37.5 and results["n_unscored"] == 1 and results["judge_models"] == ["gpt-4o-2024-11-20"]
+    page = Path("predictions.judged/report.html").read_text()
+    order = re.findall(r"</span> <small>(\w+)</small>|</b></span>\s*<small>(\w+)</small>", page)
+    places = [page.index(f"<small>{name}</small>") for name in ("broken", "empty", "s1", "s2", "s0")]
+    assert places == sorted(places), order  # the unscored, then the worst first
+    assert page.count("data:image/jpeg;base64,") == 4
+
+
+def test_the_report_escapes_everything():
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)> 30"
+    write([{"id": '"><b>', "prediction": evil, "question": evil, "reference": evil}])
+    with Server(by_words) as server:
+        assert run("run", "predictions.jsonl", "--base-url", server.url, "--task", "vqa").exit_code == 0
+    page = Path("predictions.judged/report.html").read_text()
+    assert "<script>alert" not in page and "<img src=x" not in page and '"><b>' not in page
+    assert page.count("&lt;script&gt;alert(1)") == 3
+
+
+def test_dry_run_sends_and_writes_nothing():
+    write([{"prediction": "number 1"}, {"prediction": "number 2"}, {"prediction": ""}])
+    with Server() as server:
+        done = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run")
+        unknown = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run", "--model", "own")
+        priced = run("run", "predictions.jsonl", "--dry-run", "--model", "own", "--price", "1000", "0")
+        assert not server.requests
+    assert done.exit_code == 0 and not Path("predictions.judged").exists()
+    assert re.search(r"requests\s+2\s*\n", done.output) and re.search(r"empty, not sent\s+1\s*\n", done.output)
+    assert re.search(r"cost, about\s+0\.00\d\d USD", done.output)
+    assert "unknown for own; say --price" in unknown.output
+    assert float(re.search(r"cost, about\s+([\d.]+) USD", priced.output)[1]) > 0.1
+
+
+def test_limit_max_cost_and_resume():
+    write([{"prediction": f"number {i}"} for i in range(6)])
+    with Server(by_words) as server:
+        assert run("run", "predictions.jsonl", "--base-url", server.url, "--limit", 2).exit_code == 0
+        assert len(samples()) == 2 and len(server.requests) == 2
+        # Each costs 1,000 prompt tokens: 2.5 thousandths of a dollar and a little.
+        stopped = run("run", "predictions.jsonl", "--base-url", server.url, "--max-cost", 0.006, "--concurrency", 1)
+        assert 2 < len(server.requests) < 6
+        assert "max_cost of 0.006 USD reached" in stopped.output
+        refused = run("run", "predictions.jsonl", "--base-url", server.url, "--no-resume")
+        assert refused.exit_code == 2 and "already holds answers" in refused.output
+        assert run("run", "predictions.jsonl", "--base-url", server.url).exit_code == 0
+        assert len(server.requests) == 6 and set(server.paid.values()) == {1}
+
+
+def test_batch_backend():
+    write([{"prediction": f"number {i}"} for i in range(4)])
+    with Server(by_words, polls=0) as server:
+        done = run("run", "predictions.jsonl", "--base-url", server.url, "--backend", "batch", "--poll-seconds", 0.01)
+        assert done.exit_code == 0, done.output
+        assert server.batch_creations == 1
+    assert [row["accuracy"] for row in samples()] == [0, 1, 2, 3]
+
+
+def test_parquet_and_datasets_folders_and_columns():
+    pictures = [make_picture(i, (40, 30)) for i in range(3)]
+    table = {"answer": [f"number {i}" for i in range(3)], "image": pictures, "task": ["caption"] * 3}
+    features = datasets.Features(
+        {"answer": datasets.Value("string"), "image": datasets.Image(), "task": datasets.Value("string")}
+    )
+    loaded = datasets.Dataset.from_dict(table, features=features)
+    loaded.to_parquet("rows.parquet")
+    loaded.save_to_disk("folder")
+    raw = [Path(write([{"prediction": ""}])).parent / "images/0.png"]
+    pq.write_table(pa.table({"answer": ["number 7"], "image": pa.array([raw[0].read_bytes()], pa.binary())}), "raw.parquet")
+    with Server(by_words) as server:
+        for source, expected in (("rows.parquet", [0, 1, 2]), ("folder", [0, 1, 2]), ("raw.parquet", [7])):
+            done = run("run", source, "--base-url", server.url, "--column", "prediction=answer", "--out", f"out-{source}")
+            assert done.exit_code == 0, done.output
+            assert [row["accuracy"] for row in samples(f"out-{source}")] == expected
+        assert "objective evaluator for image captions" in json.dumps(server.requests[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", (), "holds no predictions"),
+        ("[1]\n", (), "line 1 is no JSON object"),
+        ('{"prediction": "a", "image": "x"}\n{"prediction"', (), "line 2 is no JSON"),
+        ('{"answer": "a", "image": "x"}\n', (), "--column prediction=NAME"),
+        ('{"prediction": 5, "image": "x"}\n', (), "not a text"),
+        ('{"prediction": "a", "image": 5}\n', (), "not a path or encoded bytes"),
+        ('{"prediction": "a", "images": ["a", "b"]}\n', (), "not a list of one"),
+        ('{"prediction": "a", "image": "none.png"}\n', (), "None of the images exists"),
+        (
+            '{"id": 1, "prediction": "a", "image": "p.png"}\n{"id": "1", "prediction": "a", "image": "p.png"}\n',
+            (),
+            "has the id '1'",
+        ),
+        ('{"prediction": "a", "image": "p.png", "task": "vqa"}\n{"prediction": "a", "image": "p.png"}\n', (), "say --task"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--task", "poetry"), "must be one of"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--task", "vqa"), "needs a question or a reference"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--column", "x"), "FIELD=COLUMN"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--column", "text=a"), "no field 'text'"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--out", "p.png"), "is a file"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--max-cost", "1", "--model", "own"), "max_cost needs prices"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_sent(text, arguments, message):
+    Image.new("RGB", (8, 8)).save("p.png")
+    Path("predictions.jsonl").write_text(text)
+    with Server() as server:
+        done = run("run", "predictions.jsonl", "--base-url", server.url, *arguments)
+        assert not server.requests
+    assert done.exit_code == 2 and message in done.output, done.output
+    assert done.output.count("\n") == 1 and "Traceback" not in done.output
+
+
+def test_missing_files_and_wrong_kinds():
+    assert "There is no file" in run("run", "none.jsonl").output
+    Path("a.csv").write_text("x")
+    assert "neither .jsonl nor .parquet" in run("run", "a.csv").output
+    Path("a.parquet").write_text("x")
+    assert "no readable Parquet" in run("run", "a.parquet").output
+    Path("empty").mkdir()
+    assert "save_to_disk" in run("run", "empty").output
+
+
+def test_a_wrong_key_stops_at_once_and_says_what_to_do():
+    write([{"prediction": f"number {i}"} for i in range(5)])
+    with Server(lambda server, body: Reply(status=401, error=("invalid_api_key", "Incorrect API key"))) as server:
+        done = run("run", "predictions.jsonl", "--base-url", server.url)
+        assert len(server.requests) == 1
+    assert done.exit_code == 2 and "set OPENAI_API_KEY" in done.output and "the same command goes on" in done.output
+
+
+def test_kill_9_in_a_run_and_the_same_command_goes_on():
+    write([{"prediction": f"number {i}"} for i in range(30)])
+    with Server(lambda server, body: Reply(delay=0.05, content=by_words(server, body).content)) as server:
+        command = [sys.executable, "-m", "granulon_hf", "judge", "run", "predictions.jsonl", "--base-url", server.url]
+        process = subprocess.Popen([*command, "--concurrency", "2"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        answers, deadline = Path("predictions.judged/answers.jsonl"), time.monotonic() + 60
+        while time.monotonic() < deadline and not (answers.exists() and answers.read_text().count("\n") > 5):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        stored = {json.loads(line)["key"] for line in answers.read_text().splitlines()}
+        assert 5 < len(stored) < 30
+        before = len(server.requests)
+        done = run("run", "predictions.jsonl", "--base-url", server.url)
+        assert len(server.requests) - before == 30 - len(stored)
+    assert done.exit_code == 0 and [row["accuracy"] for row in samples()] == list(range(30))
+
+
+def test_agree():
+    rows = [{"id": i, "accuracy": 10 * i, "hallucination": 50} for i in range(10)]
+    Path("a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    people = [{"id": i, "human": min(100, 10 * i + 5)} for i in range(11)]
+    Path("b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in people))
+    done = run("agree", "a.jsonl", "b.jsonl", "--column", "accuracy=human")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"accuracy\s+10\s+1\.000 \[1\.000, 1\.000\]\s+0\.98\d \[0\.\d+, 0\.\d+\]\s+-5\.0", done.output)
+    assert "1 ids are in b.jsonl alone, such as 10" in done.output
+    (found,) = json.loads(run("agree", "a.jsonl", "b.jsonl", "--column", "accuracy=human", "--json").output).values()
+    assert found["n"] == 10
+    assert "lacks an id or any score" in run("agree", "a.jsonl", "b.jsonl").output
