@@ -2,10 +2,12 @@
 
 import json
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import krippendorff
 import numpy as np
 from scipy import stats
 
@@ -62,8 +64,8 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 def alpha(a: np.ndarray, b: np.ndarray) -> float:
     """Krippendorff's α of two raters on an interval scale; NaN where all values are the same.
 
-    For two raters without gaps it is 1 − mean((a − b)²) / (2 var(a and b)): the same as the krippendorff package gives (a test
-    compares them), and fast enough for thousands of resamples.
+    Resamples use this form that it has for two raters without gaps, 1 − mean((a − b)²) / (2 var(a and b)), since it is fast; a
+    test holds it against the krippendorff package, which gives the coefficient itself.
     """
     values = np.concatenate([a, b]).astype(float)
     return math.nan if np.ptp(values) == 0 else float(1 - np.mean((a - b) ** 2) / (2 * values.var(ddof=1)))
@@ -84,6 +86,8 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
         row: dict[str, Any] = {}
         for name, function in (("spearman", spearman), ("alpha", alpha)):
             value = function(x, y)
+            if name == "alpha" and not math.isnan(value):
+                value = float(krippendorff.alpha(reliability_data=np.stack([x, y]), level_of_measurement="interval"))
             row[name], row[f"{name}_ci"] = (None, None) if math.isnan(value) else (value, interval(function, x, y, n_resamples))
         results.append(Agreement(score, len(both), mean_difference=float((x - y).mean()), **row))
     if not results:
@@ -95,8 +99,10 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
 
 def interval(function: Any, x: np.ndarray, y: np.ndarray, n_resamples: int) -> tuple[float, float] | None:
     """95 % percentile bootstrap over samples, seed 0; None where a resample has no coefficient."""
-    found = stats.bootstrap(
-        (x, y), function, paired=True, vectorized=False, n_resamples=n_resamples, method="percentile", random_state=0
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scipy, about resamples without variation
+        found = stats.bootstrap(
+            (x, y), function, paired=True, vectorized=False, n_resamples=n_resamples, method="percentile", random_state=0
+        )
     low, high = (float(edge) for edge in found.confidence_interval)
     return None if math.isnan(low) or math.isnan(high) else (low, high)

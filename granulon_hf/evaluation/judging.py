@@ -74,7 +74,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if line.strip():
                         try:
                             row = json.loads(line)
-                        except ValueError as error:
+                        except (ValueError, RecursionError) as error:
                             raise PredictionsError(f"{path}, line {i} is no JSON ({error}); one object a line.") from None
                         if not isinstance(row, dict):
                             raise PredictionsError(f"{path}, line {i} is no JSON object: {line.strip()[:60]!r}.")
@@ -117,20 +117,23 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
                     f"with --column {field}=NAME."
                 )
         values: dict[str, Any] = {field: row.get(named[field]) for field in FIELDS}
-        for field in ("prediction", "question", "reference"):
-            values[field] = "" if values[field] is None else values[field]
-            if not isinstance(values[field], str):
+        for field in ("prediction", "question", "reference", "task"):
+            values[field] = "" if values[field] is None and field != "task" else values[field]
+            if not isinstance(values[field], str | (type(None) if field == "task" else str)):
                 raise PredictionsError(f"{path}, {place}: {named[field]} is {values[field]!r:.60}, not a text.")
         image = values["image"]
-        if isinstance(image, bytes):
+        if image is None:  # one unscored sample
+            image = {"bytes": b"", "path": None}
+        elif isinstance(image, bytes):
             image = {"bytes": image, "path": None}
         elif isinstance(image, str):
+            image = image.encode("utf-8", "replace").decode()  # half characters name no file
             image = str(root / os.path.expanduser(image))
         elif isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
             image = str(root / image["path"])
         elif not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
             raise PredictionsError(f"{path}, {place}: the image is {image!r:.60}, not a path or encoded bytes.")
-        values |= {"image": image, "id": str(len(found) if values["id"] is None else values["id"])}
+        values |= {"image": image, "id": f"#{len(found)}" if values["id"] is None else str(values["id"])}
         if values["id"] in seen:
             raise PredictionsError(f"{path}, {place} has the id {values['id']!r}, as has {seen[values['id']]}.")
         seen[values["id"]] = place

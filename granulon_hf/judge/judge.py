@@ -121,6 +121,7 @@ PRICES = {
 }
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 190 * 10**6  # limits of the Batch API: 50,000 requests, 200 MB
+NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 UNREACHABLE = "The judge's server cannot be reached"
 
 
@@ -136,8 +137,8 @@ def render(task: str, prediction: str, question: str, reference: str, mark: str 
     """System message (None without hardening) and text of a request.
 
     Task "reasoning" has no place for question and reference (supplement: judged against the image only). With a `mark`, what
-    others wrote stands between fence lines; removing these lines gives the prompt without hardening. Substitution is one pass
-    over the *prompt*: nothing inside a prediction is ever looked at as a template.
+    others wrote stands between fence lines, with look-alikes of these broken up; the prompt's own words are the same in both
+    modes. Substitution is one pass over the *prompt*: nothing inside a prediction is ever looked at as a template.
     """
     values = {"pred": prediction, "question": question, "reference": reference}
 
@@ -187,9 +188,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB of an image of any mode: EXIF orientation applied, transparency over white, 16 bits and floats scaled to
     8."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255 if values.max(initial=0) > 1 else 1
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if values.max(initial=0) > 255 else 255 if values.max(initial=0) > 1 else 1
         image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -207,10 +210,13 @@ def fit(width: int, height: int, detail: str) -> tuple[int, int]:
 
 
 def image_tokens(width: int, height: int, detail: str, model: str) -> int:
-    """Prompt tokens of an image as OpenAI documents them for GPT-4o: a base, and with detail "high" a price per 512-pixel
-    tile."""
-    base, tile = (2833, 5667) if model.startswith("gpt-4o-mini") else (85, 170)
+    """Prompt tokens of an image as OpenAI documents them: for GPT-4o and GPT-4.1 a base, and with detail "high" a price per
+    512-pixel tile; for the small GPT-4.1 models a price per 32-pixel patch."""
     width, height = fit(width, height, detail)
+    for name, factor in (("gpt-4.1-mini", 1.62), ("gpt-4.1-nano", 2.46)):
+        if model.startswith(name):
+            return math.ceil(min(1536, math.ceil(width / 32) * math.ceil(height / 32)) * factor)
+    base, tile = (2833, 5667) if model.startswith("gpt-4o-mini") else (85, 170)
     return base + (tile * math.ceil(width / 512) * math.ceil(height / 512) if detail == "high" else 0)
 
 
@@ -228,6 +234,8 @@ def prepare_image(image: dict, detail: str, model: str) -> tuple[str, str, int]:
 def encode_image(image: Any) -> dict:
     """A path, PIL image, array or `{"bytes", "path"}` as such a dict; where it cannot be read the sample will say so, not the
     run."""
+    if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
+        return {"bytes": b"", "path": None}
     if isinstance(image, dict):
         return {"bytes": image.get("bytes"), "path": image.get("path")}
     if isinstance(image, str | os.PathLike):
@@ -284,8 +292,8 @@ def is_final(rows: list[dict]) -> bool:
     return len(rows) == 2 or (len(rows) == 1 and not read_answer(rows[0])[2])
 
 
-def to_row(body: Any, **fields: Any) -> dict:
-    """The row of a chat completion.
+def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
+    """The row of a chat completion; where the server does not say how many prompt tokens it took, they are the estimated ones.
 
     Raises:
         ValueError: the body is no chat completion.
@@ -304,11 +312,11 @@ def to_row(body: Any, **fields: Any) -> dict:
             "refusal": refusal,
             "finish_reason": choice.get("finish_reason"),
             "model": body.get("model"),
-            "prompt_tokens": int(usage.get("prompt_tokens") or 0),
-            "completion_tokens": int(usage.get("completion_tokens") or 0),
+            "prompt_tokens": max(0, int(usage.get("prompt_tokens") or 0)) or estimated,
+            "completion_tokens": max(0, int(usage.get("completion_tokens") or 0)),
             "time": round(time.time(), 3),
         }
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
         raise ValueError(f"the server's reply is no chat completion: {str(body)[:80]!r}") from None
     scores, reason, _ = read_answer(row)
     accuracy, hallucination = scores or (None, None)
@@ -400,6 +408,7 @@ class Log:
     def close(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
+            self.fd = -1
 
 
 class Store(Log):
@@ -491,8 +500,9 @@ class Bucket:
             allowed, left = float(limit or ""), float(remaining or "")
         except ValueError:
             return
-        if not (math.isfinite(allowed) and math.isfinite(left) and allowed > 0):
+        if not (math.isfinite(allowed) and math.isfinite(left) and allowed >= 1):
             return
+        left = max(0.0, left)
         now, rate = time.monotonic(), allowed / 60
         left += (now - sent) * rate - (self.spent - spent)
         if self.given:
@@ -589,6 +599,8 @@ class Options:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
         if self.backend == "batch" and self.store is None:
             raise ValueError("The batch backend needs a store=, which remembers what was submitted.")
+        if self.max_cost is not None and not 0 <= self.max_cost < math.inf:
+            raise ValueError(f"max_cost must be an amount in USD, not {self.max_cost!r}.")
         if self.max_cost is not None and price_of(self.model, self.prices, self.backend) is None:
             raise ValueError(f"max_cost needs prices={{{self.model!r}: (USD per million prompt tokens, completion tokens)}}.")
 
@@ -598,6 +610,10 @@ class Options:
         parameters = [self.temperature, self.max_tokens, self.seed, self.detail, self.response_format]
         parts = [image_digest, system, text, unit.prediction, self.model, parameters, self.hardened]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:48]
+
+    def settled(self, rows: list[dict]) -> bool:
+        """Whether stored answers are to be used as they are."""
+        return is_final(rows) and not (self.retry_unscored and read_answer(rows[-1])[0] is None)
 
     def messages(self, unit: Unit, image_url: str, bad: str | None) -> list[dict]:
         """The conversation; with the `bad` answer it is a repair. Without hardening the repair is the printed prompt again."""
@@ -646,8 +662,13 @@ def triage(error: Exception) -> tuple[str, str]:
     if not isinstance(error, openai.APIStatusError):
         return "retry", f"reply: {error}"
     text = f"{error.status_code}: {' '.join(str(error.message).split())[:300]}"
-    clue = f"{error.code} {error.type} {error.message}".lower()
-    if "insufficient_quota" in clue or "exceeded your current quota" in clue or "billing" in clue or error.status_code == 402:
+    codes, said = {str(error.code), str(error.type)}, str(error.message).lower()
+    no_quota = "exceeded your current quota" in said and error.status_code == 429 and not error.code
+    if (
+        codes & {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+        or no_quota
+        or error.status_code == 402
+    ):
         return "fatal", f"The account has no quota left; check plan and billing, then run again to go on ({text})."
     if error.status_code == 401:
         return "fatal", f"The API key is not accepted; set OPENAI_API_KEY or api_key= ({text})."
@@ -656,7 +677,7 @@ def triage(error: Exception) -> tuple[str, str]:
     if error.status_code == 404:
         return "fatal", f"The server does not know the model or address; check model= and base_url= ({text})."
     if error.status_code == 429:
-        return ("bad" if "request too large" in clue else "limit"), text
+        return ("bad" if said.startswith("request too large") else "limit"), text
     return ("retry" if error.status_code in (408, 409) or error.status_code >= 500 else "bad"), text
 
 
@@ -670,7 +691,8 @@ class Run:
         self.limiter = Limiter(options.rpm, options.tpm)
         self.formats = list(RESPONSE_FORMATS) if options.response_format == "auto" else [options.response_format]
         self.extras: dict = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
-        self.probe, self.proven = asyncio.Lock(), False
+        self.probe, self.proven, self.proven_before = asyncio.Lock(), False, False
+        self.excess = 1.0  # real prompt tokens over estimated ones, the largest so far
         self.stop, self.error = "", None  # type: tuple[str, Exception | None]  # why no more is sent; what compute will raise
         self.failures, self.done, self.n_requests, self.spent, self.reserved = 0, 0, 0, 0.0, 0.0
         self.price = price_of(options.model, options.prices, options.backend)
@@ -771,10 +793,6 @@ class Run:
         outcome = await self.asked[key]
         self.finish(index, **(outcome if first else {**outcome, "cached": True}), key=key)
 
-    def settled(self, rows: list[dict]) -> bool:
-        """Whether stored answers are to be used as they are."""
-        return is_final(rows) and not (self.options.retry_unscored and read_answer(rows[-1])[0] is None)
-
     async def resolve(self, key: str, unit: Unit, url: str, tokens: int) -> dict:
         """Rows of a key, from the store or the judge.
 
@@ -783,7 +801,8 @@ class Run:
         """
         self.store.refresh()
         rows = self.store.answers(key)
-        if self.settled(rows) or (self.options.backend == "batch" and is_final(rows)):
+        if self.options.settled(rows) or (self.options.backend == "batch" and is_final(rows)):
+            self.proven_before = True
             return {"rows": rows, "cached": True}
         if self.options.backend == "batch":
             raise Stopped(self.pending.get(key) or "the batch gave no answer; run again to submit it again")
@@ -796,7 +815,7 @@ class Run:
         try:
             self.store.refresh()
             rows = self.store.answers(key)
-            if self.settled(rows):
+            if self.options.settled(rows):
                 return {"rows": rows, "cached": True}
             rows = [] if is_final(rows) else rows  # final but to be asked again
             while not is_final(rows):
@@ -807,9 +826,9 @@ class Run:
         finally:
             self.store.release(key)
 
-    def request(self, messages: list[dict], attempt: int, name: str) -> dict:
+    def request(self, messages: list[dict], attempt: int, name: str, extras: dict) -> dict:
         """Arguments of a chat completion."""
-        body = {"model": self.options.model, "messages": messages, **self.extras}
+        body = {"model": self.options.model, "messages": messages, **extras}
         if body["seed"] is not None:
             body["seed"] += attempt
         if RESPONSE_FORMATS[name]:
@@ -824,7 +843,7 @@ class Run:
         """
         if self.price is None:
             return 0.0
-        cost = self.price[0] * tokens + self.price[1] * self.options.max_tokens
+        cost = self.price[0] * tokens * self.excess + self.price[1] * self.options.max_tokens
         if self.options.max_cost is not None and self.spent + self.reserved + cost > self.options.max_cost:
             self.stop = self.stop or f"max_cost of {self.options.max_cost} USD reached"
             raise Stopped(f"not sent: {self.stop}")
@@ -846,54 +865,61 @@ class Run:
                     stack.callback(self.probe.release)
             if self.stop:
                 raise Stopped(f"not sent: {self.stop}")
+            tokens += len((bad + REPAIR).encode()) // 4 if bad is not None else 0
             cost = self.reserve(tokens)
             stack.callback(lambda: setattr(self, "reserved", self.reserved - cost))
-            await self.ask_until(key, attempt, unit, url, tokens, bad)
+            await self.ask_until(key, attempt, unit, url, tokens, cost, bad)
 
-    async def ask_until(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, bad: str | None) -> None:
-        tries, started = 0, time.monotonic()
+    async def ask_until(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, cost: float, bad: str | None) -> None:
+        tries, waited = 0, 0.0
+        trial: tuple[list, dict] | None = None  # simpler requests: for the whole run once one of them has worked
         while True:
             ticket = await self.limiter.take(tokens, lambda: self.stop)
             headers: Any = {}
-            name, extras = self.formats[0], dict(self.extras)
+            formats, extras = trial or (self.formats, self.extras)
             try:
                 if self.stop:
                     raise Stopped(f"not sent: {self.stop}")
                 self.n_requests += 1
-                request = self.request(self.options.messages(unit, url, bad), attempt, name)
+                request = self.request(self.options.messages(unit, url, bad), attempt, formats[0], extras)
                 # The client's own timeout is for each read: a server that sends a byte now and then would never meet it.
                 reply = self.client.chat.completions.with_raw_response.create(**request)
                 raw = await asyncio.wait_for(reply, self.options.timeout)
                 headers = raw.headers
-                row = to_row(json.loads(raw.content), key=key, attempt=attempt, **self.record(name))
+                row = to_row(json.loads(raw.content), tokens, key=key, attempt=attempt, **self.record(formats[0]))
                 self.store.append(row)
                 self.proven, self.failures = True, 0
+                self.excess = max(self.excess, row["prompt_tokens"] / max(1, tokens))
+                if trial is not None:
+                    self.formats, self.extras = trial
                 self.spent += cost_of([row], self.options.model, self.options.prices) or 0.0
                 return
             except JudgeError as error:
                 self.fail(error)
                 raise Stopped(f"not sent: {error}") from None
-            except (openai.OpenAIError, ValueError, asyncio.TimeoutError) as error:
+            except (openai.OpenAIError, ValueError, RecursionError, asyncio.TimeoutError) as error:
                 response = getattr(error, "response", None)
                 headers = getattr(response, "headers", None) or headers
                 kind, message = triage(error)
-                if kind == "bad" and self.simplify(error, name, extras):
+                if kind == "bad" and trial is None and (formats, extras) != (self.formats, self.extras):
+                    continue  # another request has found out meanwhile
+                if kind == "bad" and (simpler := self.simplify(error, formats, extras)) is not None:
+                    trial = simpler
                     continue
                 if kind in ("fatal", "bad"):
-                    self.give_up(message, fatal=kind == "fatal")
+                    self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
+                if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
+                    self.reserved += cost  # the server may have done the work, and charge for it
                 delay = self.delay(headers, tries, kind)
                 if kind == "limit":
                     self.limiter.pause(delay)
-                    if time.monotonic() + delay - started > self.options.max_wait:
-                        self.give_up(
-                            f"The rate limit would make requests wait beyond max_wait; run again later ({message}).", True
-                        )
-                else:
-                    unreached = not self.proven and not isinstance(
-                        error, openai.APIStatusError | openai.APITimeoutError | ValueError
-                    )
-                    if unreached and tries >= 3:
-                        self.give_up(f"{UNREACHABLE}; check base_url= and the network ({message}).", fatal=True)
+                    waited += delay
+                if max(waited, delay) > self.options.max_wait:
+                    self.give_up(f"The server makes requests wait beyond max_wait; run again later ({message}).", True)
+                if kind != "limit":
+                    if not self.proven and tries >= 3 and not isinstance(error, openai.APIStatusError | openai.APITimeoutError):
+                        problem = UNREACHABLE if isinstance(error, openai.APIConnectionError) else "This is no judge's server"
+                        self.give_up(f"{problem}; check base_url= and the network ({message}).", fatal=True)
                     if tries >= self.options.max_retries:
                         self.give_up(f"{message} (after {tries} retries)")
                 tries += 1
@@ -910,13 +936,14 @@ class Run:
             "response_format": name,
         }
 
-    def give_up(self, message: str, fatal: bool = False) -> NoReturn:
+    def give_up(self, message: str, fatal: bool = False, refused: bool = False) -> NoReturn:
         """Raises Stopped; what is fatal, and many failures in a row, stop the whole run."""
         if fatal:
             self.fail(JudgeError(message))
             raise Stopped(f"not sent: {message}")
-        self.failures += 1
-        if self.failures >= (max(10, 2 * self.options.concurrency) if self.proven else 3):
+        works = self.proven or self.proven_before
+        self.failures += not (refused and works)  # what one request is refused for says nothing about the next
+        if self.failures >= (max(10, 2 * self.options.concurrency) if works else 10 if refused else 3):
             self.fail(JudgeError(f"{self.failures} requests failed in a row, the last with {message}; run again to go on."))
         raise Stopped(message)
 
@@ -937,28 +964,33 @@ class Run:
             ]
             asked = max((reset for reset in resets if reset is not None), default=None)
         backoff = min(30.0, 0.5 * 2**tries) * random.uniform(0.5, 1)
-        return backoff if asked is None else asked + random.uniform(0, 0.05)
+        return asked + random.uniform(0, 0.05) if asked else backoff
 
-    def simplify(self, error: Exception, name: str, extras: dict) -> bool:
-        """After a 400: leave out what the server does not take, once per run; True where it is worth asking again.
+    def simplify(self, error: Exception, formats: list, extras: dict) -> tuple[list, dict] | None:
+        """After a 400: formats and parameters to try instead, without what the server does not take; None if nothing is left.
 
-        A server that says nothing of use is tried without response_format only while nothing has worked yet.
+        A server that says nothing of use is tried without response_format only while nothing has worked yet. The limit of the
+        answer's length may get its other name, but is never left out.
         """
-        if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 415, 422, 501):
-            return False
-        if self.formats[0] != name or self.extras != extras:
-            return True  # another request has already changed it
+        if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 415, 422):
+            return None
         clue = f"{error.param} {error.message}".lower()
-        for parameter, value in self.extras.items():
-            if value is not None and parameter in clue:
-                new = {"max_completion_tokens": value} if parameter == "max_tokens" else {}
-                self.extras = {**self.extras, parameter: None, **new}
-                return True
+        told = any(
+            word in clue for word in ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
+        )
+        for parameter, value in extras.items():
+            if value is None or parameter == "max_completion_tokens" or not (error.param == parameter or parameter in clue):
+                continue
+            if not told and "use 'max_completion_tokens'" not in clue and error.param != parameter:
+                continue
+            if parameter == "max_tokens" and "context length" in clue:
+                return None
+            new = {"max_completion_tokens": value} if parameter == "max_tokens" else {}
+            return formats, {**extras, parameter: None, **new}
         about = any(word in clue for word in ("response_format", "json_schema", "json_object", "structured", "guided"))
-        if len(self.formats) > 1 and (about or not self.proven) and "image" not in clue:
-            self.formats.pop(0)
-            return True
-        return False
+        if len(formats) > 1 and (about or not (self.proven or self.proven_before)) and "image" not in clue:
+            return formats[1:], extras
+        return None
 
     # --- Batch API ----------------------------------------------------------------------------------------------------
 
@@ -978,7 +1010,7 @@ class Run:
                         message if kind == "fatal" else f"The Batch API failed ({message}); run again to go on."
                     ) from None
                 headers = getattr(getattr(error, "response", None), "headers", None) or {}
-                await self.sleep(self.delay(headers, tries, kind))
+                await self.sleep(min(self.delay(headers, tries, kind), self.options.max_wait))
                 if recover is not None and (found := await recover()) is not None:
                     return found
         raise AssertionError
@@ -1022,7 +1054,7 @@ class Run:
             key = self.options.key(digest, unit)
             self.store.refresh()
             rows = self.store.answers(key)
-            if attempt == 0 and is_final(rows) and not self.settled(rows):
+            if attempt == 0 and is_final(rows) and not self.options.settled(rows):
                 rows = []  # to be asked again
             if key in seen or is_final(rows) or len(rows) != attempt:
                 continue
@@ -1033,7 +1065,7 @@ class Run:
                 self.pending[key] = str(error)
                 continue
             messages = self.options.messages(unit, url, (rows[0].get("content") or "") if rows else None)
-            body = self.request(messages, attempt, self.formats[0])
+            body = self.request(messages, attempt, self.formats[0], self.extras)
             name = f"{key}-{attempt}"
             data = json.dumps({"custom_id": name, "method": "POST", "url": self.endpoint, "body": body}).encode() + b"\n"
             if lines and (len(lines) >= BATCH_REQUESTS or size + len(data) > BATCH_BYTES):
@@ -1098,7 +1130,7 @@ class Run:
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
                 content = await self.call(lambda id=file_id: self.client.files.content(id))  # type: ignore[misc]
-                for line in content.text.splitlines():
+                for line in content.text.split("\n"):  # splitlines would cut at characters inside of strings
                     self.collect_line(line, set(intent["names"]))
         ledger.append({"intent": intent["intent"], "done": batch.status})
         if batch.status == "failed":
@@ -1216,7 +1248,7 @@ def estimate(predictions: Any, images: Any, references: Any = None, questions: A
         key = chosen.key(digest, unit)
         if key not in keys:
             keys.add(key)
-            stored = is_final(store.answers(key))
+            stored = chosen.settled(store.answers(key))
             counts["n_stored"] += stored
             counts["prompt_tokens"] += 0 if stored else chosen.tokens(unit, image_cost)
     store.close()
@@ -1309,7 +1341,7 @@ Args:
     detail (str): "high" or "low", of the image.
     base_url, api_key, organization, azure_endpoint, api_version: default to OpenAI's environment variables.
     rpm, tpm (float, optional): requests and tokens per minute; learnt from the server's headers by default. concurrency (int).
-    timeout (s), max_retries, max_wait (s a request may wait for the rate limit), max_tokens, temperature, seed.
+    timeout (s), max_retries, max_wait (s that the server may make a request wait), max_tokens, temperature, seed.
     response_format (str): "auto" tries "json_schema", "json_object", "none", in this order, until the server takes one.
     max_cost (float, optional): USD that this run may spend; then it stops cleanly. retry_unscored (bool): ask those again.
     on_result (callable, optional): called with a dict after every unit: sample, segment, done, total, accuracy, hallucination,
@@ -1382,15 +1414,27 @@ def run_blocking(function: Callable[[], Any]) -> None:
         asyncio.run(function())
         return
     errors: list[BaseException] = []
+    running: list[tuple] = []
+
+    async def main() -> None:
+        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        await function()
 
     def target() -> None:
         try:
-            asyncio.run(function())
+            asyncio.run(main())
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
+        for loop, task in running:
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
     if errors:
         raise errors[0]

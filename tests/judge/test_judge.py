@@ -518,6 +518,152 @@ def test_estimate_sends_and_writes_nothing(metric):
     assert metric.estimate(predictions, images, model="unheard-of")["cost_usd"] is None
 
 
+FILTERED = ("content_filter", "The response was filtered by the content management policy")
+
+
+def test_refused_requests_are_samples_not_the_end_of_a_run(metric):
+    """The first three and two later ones are always refused: the others are scored, in the same format, and a resumed run ends
+    with a result too."""
+    refused = {f"text {i}" for i in (0, 1, 2, 10, 15)}
+
+    def behave(server, body):
+        return Reply(status=400, error=FILTERED) if prediction_of(body) in refused else Reply()
+
+    with Server(behave) as server:
+        texts = [f"text {i}" for i in range(20)]
+        first = score(metric, server, texts, concurrency=4)
+        again = score(metric, server, texts, concurrency=4)
+    for result in (first, again):
+        assert (result["n_scored"], result["n_unscored"]) == (15, 5)
+        assert result["response_formats"] == ["json_schema"]
+        told = {i for i, reason in enumerate(result["reasons"]) if "content management" in (reason or "")}
+        assert told == {0, 1, 2, 10, 15}
+
+
+def test_the_limit_of_the_answer_is_never_taken_away(metric):
+    message = "'max_tokens' or 'max_completion_tokens' is too large: 100. This model's maximum context length is 4096 tokens"
+
+    def behave(server, body):
+        return Reply(status=400, error=("400", message)) if prediction_of(body) == "long" else Reply()
+
+    with Server(behave) as server:
+        result = score(metric, server, ["a", "long", "b", "c"], concurrency=1)
+        assert all(body["max_tokens"] == 100 for body in server.requests)
+    assert result["n_scored"] == 3 and "too large" in result["reasons"][1]
+
+
+def test_an_ordinary_rate_limit_that_speaks_of_billing_is_waited_for(metric):
+    message = "Rate limit reached. Visit https://platform.openai.com/account/billing to add a payment method."
+
+    def behave(server, body):
+        if len(server.requests) == 2:
+            return Reply(status=429, error=("rate_limit_exceeded", message), headers={"Retry-After": "0"})
+        return Reply()
+
+    with Server(behave) as server:
+        assert score(metric, server, ["a", "b", "c"])["n_scored"] == 3
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_wait_beyond_reason_ends_the_run(metric, status):
+    with Server(lambda server, body: Reply(status=status, headers={"Retry-After": "1000000000"})) as server:
+        with pytest.raises(module.JudgeError, match="beyond max_wait"):
+            score(metric, server, ["a"])
+        assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("headers", [{"x-ratelimit-limit-requests": "600", "x-ratelimit-remaining-requests": "-100000"}])
+def test_absurd_headers_do_not_hang_it(metric, headers):
+    with Server(lambda server, body: Reply(headers=headers)) as server:
+        started = time.monotonic()
+        assert score(metric, server, ["a", "b"])["n_scored"] == 2
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("usage", [None, {"prompt_tokens": -5, "completion_tokens": 0}])
+def test_max_cost_holds_where_the_server_tells_no_usage(metric, usage):
+    reply = Reply()
+    body = {**reply.body({"model": "gpt-4o"}), "usage": usage}
+    with Server(lambda server, request: Reply(raw=json.dumps(body).encode())) as server:
+        result = score(metric, server, [f"text {i}" for i in range(40)], max_cost=0.02, concurrency=8)
+    assert 0 < result["n_scored"] < 40 and 0 < result["spent_usd"] <= 0.02
+
+
+def test_max_cost_learns_that_answers_cost_more_than_estimated(metric):
+    reply = Reply().body({"model": "gpt-4o"})
+    reply["usage"] = {"prompt_tokens": 6000, "completion_tokens": 20, "total_tokens": 6020}
+    with Server(lambda server, request: Reply(raw=json.dumps(reply).encode())) as server:
+        result = score(metric, server, [f"text {i}" for i in range(40)], max_cost=0.05, concurrency=32)
+    assert 0 < result["n_scored"] < 40 and result["spent_usd"] <= 0.05
+
+
+def test_nonsense_with_status_200_is_retried(metric):
+    def behave(server, body):
+        odd = {1: b"[" * 200_000, 2: b'{"choices":[{"message":{"content":"x"}}],"usage":{"prompt_tokens":Infinity}}'}
+        return Reply(raw=odd.get(len(server.requests)))
+
+    with Server(behave) as server:
+        assert score(metric, server, ["a"])["n_scored"] == 1
+
+
+def test_a_page_instead_of_a_judge_is_told_soon(metric):
+    with Server(lambda server, body: Reply(raw=b"<html>hello</html>")) as server:
+        with pytest.raises(module.JudgeError, match="no judge's server; check base_url"):
+            score(metric, server, ["a", "b"])
+        assert len(server.requests) <= 4
+
+
+def test_missing_images_are_one_unscored_sample(metric):
+    with Server() as server:
+        result = score(metric, server, ["a", "b", "c"], images=[image(), None, {"path": None, "bytes": None}])
+    assert result["n_scored"] == 1 and result["n_unscored"] == 2
+
+
+def test_image_tokens_of_patch_models():
+    assert module.image_tokens(1024, 768, "high", "gpt-4o") == 765
+    assert module.image_tokens(1024, 768, "high", "gpt-4.1-mini") == 1245
+    assert module.image_tokens(1024, 768, "high", "gpt-4.1-nano") == 1890
+
+
+def test_estimate_counts_what_is_asked_again(metric):
+    with Server(lambda server, body: Reply(finish="length")) as server:
+        score(metric, server, ["a", "b"])
+        arguments = {"store": "scores.jsonl", "base_url": server.url}
+        images = [image(0), image(1)]
+        assert metric.estimate(["a", "b"], images, **arguments)["n_requests"] == 0
+        assert metric.estimate(["a", "b"], images, retry_unscored=True, **arguments)["n_requests"] == 2
+
+
+INTERRUPTED = """
+import asyncio, os, signal, sys, threading
+from PIL import Image
+sys.path.insert(0, sys.argv[1])
+import judge
+signal.signal(signal.SIGINT, signal.default_int_handler)
+async def notebook():
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    judge.Judge(cache_dir=sys.argv[3]).compute(
+        predictions=[f"text {i}" for i in range(500)], images=[Image.new("RGB", (8, 8), (i % 256, i // 256, 0)) for i in range(500)],
+        base_url=sys.argv[2], api_key="sk", store="scores.jsonl", concurrency=4)
+try:
+    asyncio.run(notebook())
+except KeyboardInterrupt:
+    print("interrupted", threading.active_count())
+"""
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio handles Ctrl-C since 3.11")
+def test_an_interrupt_in_a_notebook_stops_the_run_and_keeps_what_was_paid(tmp_path):
+    with Server(lambda server, body: Reply(delay=0.05)) as server:
+        command = [sys.executable, "-c", INTERRUPTED, str(JUDGE), server.url, str(tmp_path / "cache")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        sent = len(server.requests)
+        time.sleep(0.5)
+        assert len(server.requests) == sent  # nothing goes on in the background
+    assert done.stdout.startswith("interrupted"), done.stderr
+    assert len(stored()) == sum(server.paid.values()) > 0
+
+
 # --- the store --------------------------------------------------------------------------------------------------------
 
 ALONE = """
