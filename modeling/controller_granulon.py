@@ -96,4 +96,26 @@ def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question
     return states[0] if isinstance(states, tuple) else states
 
 
+def unpack_questions(
+    inputs_embeds: torch.Tensor, question_mask: torch.Tensor, sample: torch.Tensor, num_samples: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The question tokens of packed samples as an ordinary padded batch, one row per sample (ours).
+
+    Args:
+        inputs_embeds (`torch.Tensor`): token embeddings, shape [B x L x E].
+        question_mask (`torch.Tensor`): true on the questions' tokens, shape [B x L].
+        sample (`torch.Tensor`): number of the sample that holds each token, not decreasing, shape [B x L].
+        num_samples (`int`): S, samples in all rows.
+
+    Returns:
+        `tuple`: embeddings [S x Lq x E] and mask [S x Lq], Lq the longest question (at least 1).
+    """
+    sample = sample[question_mask]
+    counts = sample.bincount(minlength=num_samples)
+    columns = torch.arange(max(1, int(counts.max())), device=counts.device)
+    mask = columns < counts.unsqueeze(1)
+    embeds = inputs_embeds.new_zeros(*mask.shape, inputs_embeds.shape[-1])
+    return embeds.masked_scatter(mask.unsqueeze(-1), inputs_embeds[question_mask]), mask
+
+
 __all__ = ["GranularityController"]

@@ -27,7 +27,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .aggregation_granulon import GranulonAggregation, aggregate
 from .configuration_granulon import GranulonConfig
-from .controller_granulon import GranularityController, LevelHead, first_block_states
+from .controller_granulon import GranularityController, LevelHead, first_block_states, unpack_questions
 from .processing_granulon import find_image_token
 from .vision_granulon import (
     LastAttention,
@@ -50,8 +50,9 @@ class GranulonModelOutputWithPast(BaseModelOutputWithPast):
         hidden_states (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x L x E].
         attentions (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x heads x L x L].
         image_hidden_states (`torch.Tensor`, *optional*): projected image slots, shape [I x S x E].
-        granularity_probs (`torch.Tensor`, *optional*): p, what the controller prefers, shape [B x n].
-        granularity (`torch.Tensor`, *optional*): index of the level that was used, shape [B].
+        granularity_probs (`torch.Tensor`, *optional*): p, what the controller prefers, shape [B x n]; of packed samples, one
+            row per sample.
+        granularity (`torch.Tensor`, *optional*): index of the level that was used, shape [B], or one per packed sample.
         attention_mask (`torch.Tensor`, *optional*): the mask with the empty image slots hidden, shape [B x past + L]. In a
             decoding loop of your own, extend this one (`generate` does).
         aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps of every image.
@@ -223,13 +224,15 @@ class GranulonModel(GranulonPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         return self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask).softmax(-1)
 
-    def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask):
+    def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
         if question_mask is None:
             question_mask = ~image_mask
             if attention_mask is not None and attention_mask.ndim == 2:
                 question_mask = question_mask & attention_mask[:, -image_mask.shape[1] :].bool()
         else:
             question_mask = question_mask.bool() & ~image_mask
+        if sample is not None:
+            inputs_embeds, question_mask = unpack_questions(inputs_embeds, question_mask, sample, count_samples(sample))
         return self.controller(first_block_states(self.language_model, inputs_embeds, question_mask), question_mask)
 
     def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
@@ -384,6 +387,7 @@ class GranulonModel(GranulonPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
+        sample: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[GranulonImageFeatures, torch.Tensor | None, torch.Tensor | None]:
         """Let the question choose each sample's level, and encode all images at the level of their sample.
@@ -393,19 +397,21 @@ class GranulonModel(GranulonPreTrainedModel):
             inputs_embeds (`torch.Tensor`): shape [B x L x E].
             image_mask (`torch.Tensor`): true on image slots, shape [B x L].
             attention_mask, question_mask, granularity: as in [`GranulonModel.forward`].
+            sample (`torch.Tensor`, *optional*): number of the packed sample that holds each token, shape [B x L]. There are
+                then as many probabilities and levels as samples, instead of B.
 
         Returns:
             `tuple`: [`GranulonImageFeatures`], probabilities [B x n], level of each sample [B]; the last two are `None`
             without levels.
         """
+        batch = image_mask.shape[0] if sample is None else count_samples(sample)
+        forced = self._level_index(granularity, batch, image_mask.device)
         if not self.config.granularity_levels:
-            self._level_index(granularity, image_mask.shape[0], image_mask.device)
             return self.get_image_features(pixel_values, return_dict=True, **kwargs), None, None
-        logits = self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask)
-        forced = self._level_index(granularity, image_mask.shape[0], image_mask.device)
+        logits = self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask, sample)
         level = torch.where(forced < 0, logits.argmax(-1), forced)
         # An image belongs to the sample that holds its first slot.
-        slots = image_mask.sum(1).cumsum(0)
+        slots = (image_mask.sum(1) if sample is None else sample[image_mask].bincount(minlength=batch)).cumsum(0)
         first_slot = torch.arange(pixel_values.shape[0], device=slots.device) * slots[-1] // pixel_values.shape[0]
         sample = torch.searchsorted(slots, first_slot, right=True).clamp(max=slots.shape[0] - 1)
         images = self.get_image_features(pixel_values, granularity=level[sample], return_dict=True, **kwargs)
@@ -453,6 +459,7 @@ class GranulonModel(GranulonPreTrainedModel):
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict | None = None,
+        seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonModelOutputWithPast:
         """
@@ -472,11 +479,16 @@ class GranulonModel(GranulonPreTrainedModel):
             visual_stream (`str`, *optional*): `"pixel"` hides the semantic slots, `"semantic"` the pixel slots.
             vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
             mm_encoder_outputs (`dict`, *optional*): `{"image": GranulonImageFeatures}` instead of `pixel_values`.
+            seq_idx (`torch.Tensor`, *optional*): the rows hold packed samples: number of the sample that each token belongs
+                to, 0, 1, 2 … from left to right, shape [B x L] (as `DataCollatorWithFlattening(return_seq_idx=True)` gives
+                it). Samples do not see each other; `granularity`, probabilities and levels count samples instead of rows.
+                Empty image slots and padding are then removed before the decoder and come back as zeros; `position_ids` are
+                counted anew, and no cache is made (ours).
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; images and their placeholders do not match; an
-                unknown level; a 4D attention mask together with images. Placeholders without any image are left to the
-                processor to refuse, as in LLaVA.
+                unknown level; a 4D attention mask together with images; packed samples with a cache or a 4D mask.
+                Placeholders without any image are left to the processor to refuse, as in LLaVA.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -484,10 +496,21 @@ class GranulonModel(GranulonPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
         images = (mm_encoder_outputs or {}).get("image")
-        probs = level = slots = None
+        probs = level = slots = sample = None
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if seq_idx is not None:
+            if past_key_values is not None:
+                raise ValueError("Packed samples (seq_idx) are for training; give a padded batch where there is a cache.")
+            if attention_mask is None:
+                attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            for name, value in (("seq_idx", seq_idx), ("attention_mask", attention_mask)):
+                if value.shape != tokens.shape[:2]:
+                    raise ValueError(
+                        f"{name} {tuple(value.shape)} must have the shape of the tokens, {tuple(tokens.shape[:2])}."
+                    )
+            position_ids, sample = None, number_samples(seq_idx)
         if pixel_values is None and granularity is not None:  # nothing to choose, but a misspelt level is still an error
-            tokens = input_ids if input_ids is not None else inputs_embeds
-            self._level_index(granularity, tokens.shape[0], tokens.device)
+            self._level_index(granularity, tokens.shape[0] if sample is None else count_samples(sample), tokens.device)
         if pixel_values is not None or images is not None:
             image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -500,6 +523,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 attention_mask,
                 question_mask,
                 granularity,
+                sample,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
@@ -520,16 +544,19 @@ class GranulonModel(GranulonPreTrainedModel):
                     image_mask, slot_mask, attention_mask, position_ids, past_length
                 )
 
-        if self.config.granularity_levels and position_ids is None and getattr(attention_mask, "ndim", 0) == 2:
-            # Hidden slots of earlier steps are known by the mask alone.
-            position_ids = visible_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        if sample is not None:
+            outputs = self._decode_packed(inputs_embeds, attention_mask.bool(), sample, **kwargs)
+        else:
+            if self.config.granularity_levels and position_ids is None and getattr(attention_mask, "ndim", 0) == 2:
+                # Hidden slots of earlier steps are known by the mask alone.
+                position_ids = visible_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
         return GranulonModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -541,6 +568,33 @@ class GranulonModel(GranulonPreTrainedModel):
             attention_mask=attention_mask if level is not None else None,
             aggregation=images.get("aggregation") if images is not None else None,
         )
+
+    def _decode_packed(self, inputs_embeds, visible, sample, **kwargs):
+        """Run the decoder on the visible tokens of all samples in one row; its states come back [B x L x E], zeros elsewhere.
+
+        transformers keeps the samples apart where position ids start again (every attention implementation), given that
+        there is neither a mask nor a cache.
+        """
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            kwargs.pop(name, None)  # counted with the slots that are removed here
+        sample = sample[visible]
+        counts = sample.bincount()
+        first = counts.cumsum(0) - counts
+        outputs = self.language_model(
+            attention_mask=None,
+            position_ids=(torch.arange(len(sample), device=sample.device) - first[sample]).unsqueeze(0),
+            inputs_embeds=inputs_embeds[visible].unsqueeze(0),
+            **{**kwargs, "use_cache": False},
+        )
+
+        def spread(states):
+            empty = states.new_zeros(*visible.shape, states.shape[-1])
+            return empty.masked_scatter(visible.unsqueeze(-1), states)
+
+        outputs.last_hidden_state = spread(outputs.last_hidden_state)
+        if outputs.hidden_states is not None:
+            outputs.hidden_states = tuple(spread(states) for states in outputs.hidden_states)
+        return outputs
 
     def _check_placeholders(self, image_mask, slots):
         torch_compilable_check(
@@ -699,6 +753,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         vision_feature_select_strategy: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
+        seq_idx: torch.Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs,
     ) -> GranulonCausalLMOutputWithPast:
         """
@@ -706,6 +762,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             labels (`torch.LongTensor`, *optional*): answer tokens, -100 elsewhere, shape [B x L]. With `pixel_loss_weight` or
                 `semantic_loss_weight` in the config, the loss also holds that of the other stream hidden.
             logits_to_keep (`int` or `torch.Tensor`): logits of the last tokens only, or of these positions.
+            skip_logits (`bool`): with `labels`, compute logits at labelled positions only and return the loss alone: the same
+                loss, without the vocabulary-sized rest. For training.
 
         The other arguments are those of [`GranulonModel.forward`].
         """
@@ -713,6 +771,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             question_mask = labels == -100  # the answer must never choose its own level
             if attention_mask is not None and attention_mask.ndim == 2:
                 question_mask = question_mask & attention_mask[:, -labels.shape[1] :].bool()
+        if labels is not None and seq_idx is not None:
+            labels = labels.masked_fill(sample_starts(seq_idx), -100)  # no sample predicts the first token of the next
         inputs = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -720,6 +780,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
+            seq_idx=seq_idx,
         )
         outputs = self.model(
             pixel_values=pixel_values,
@@ -731,13 +792,15 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             **inputs,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, **kwargs)
-            if outputs.aggregation is not None and visual_stream is None and past_key_values is None:
-                loss = loss + self._stream_losses(outputs, inputs, labels, logits_to_keep, **kwargs)
+        logits = loss = None
+        if labels is not None and skip_logits:
+            loss = self._labelled_loss(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+            if labels is not None:
+                loss = self._loss(logits, labels, **kwargs)
+        if labels is not None and outputs.aggregation is not None and visual_stream is None and past_key_values is None:
+            loss = loss + self._stream_losses(outputs, inputs, labels, None if skip_logits else logits_to_keep, **kwargs)
         return GranulonCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -754,6 +817,13 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
     def _loss(self, logits, labels, **kwargs):
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
 
+    def _labelled_loss(self, hidden_states, labels, **kwargs):
+        """The same loss from the states [B x L x E] whose next token carries a label."""
+        labelled = nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
+        shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[labelled]
+        logits = self.lm_head(hidden_states[labelled])
+        return self._loss(logits, None, shift_labels=shifted, **kwargs)
+
     def _stream_losses(self, outputs, inputs, labels, logits_to_keep, **kwargs):
         """λ_pixel · L_pixel + λ_semantic · L_semantic, on the slots of the main pass (ours: the paper gives no procedure)."""
         config, total = self.config, 0.0
@@ -766,8 +836,12 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
                     slot_mask=torch.cat([keep.new_ones(keep.shape[0], pixels), keep], dim=1),
                 )
                 states = self.model(visual_stream=stream, mm_encoder_outputs={"image": images}, **inputs, **kwargs)
-                logits = self.lm_head(slice_logits_to_keep(states.last_hidden_state, logits_to_keep))
-                total = total + weight * self._loss(logits, labels, **kwargs)
+                if logits_to_keep is None:
+                    loss = self._labelled_loss(states.last_hidden_state, labels, **kwargs)
+                else:
+                    logits = self.lm_head(slice_logits_to_keep(states.last_hidden_state, logits_to_keep))
+                    loss = self._loss(logits, labels, **kwargs)
+                total = total + weight * loss
         return total
 
     # --- generation --------------------------------------------------------------------------------------------------
@@ -861,6 +935,21 @@ def hide(
 def visible_positions(attention_mask: torch.Tensor) -> torch.Tensor:
     """Position of each token among those that the mask lets be seen, shape [B x L]."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def sample_starts(seq_idx: torch.Tensor) -> torch.Tensor:
+    """True on the first token of each packed sample: where `seq_idx` changes, and where a row begins. Shape [B x L]."""
+    return nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+
+
+def number_samples(seq_idx: torch.Tensor) -> torch.Tensor:
+    """Number the packed samples of all rows 0, 1, 2 … Shape [B x L]."""
+    return (sample_starts(seq_idx).flatten().cumsum(0) - 1).view(seq_idx.shape)
+
+
+def count_samples(sample: torch.Tensor) -> int:
+    """S, the samples that [`number_samples`] has numbered."""
+    return int(sample[-1, -1]) + 1
 
 
 __all__ = ["GranulonForConditionalGeneration", "GranulonModel", "GranulonPreTrainedModel"]

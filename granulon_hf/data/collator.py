@@ -1,0 +1,300 @@
+"""From samples to training batches: labels on the answers, padded or packed.
+
+With `Trainer` (`remove_unused_columns=False`) or TRL's `SFTTrainer`: `data_collator=GranulonCollator(processor, packing=True)`;
+with TRL's `DPOTrainer`: `data_collator=GranulonPreferenceCollator(processor)` (examples/trl_samples.py).
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from granulon_hf.data.images import open_rgb
+from granulon_hf.data.sample import Sample
+from granulon_hf.modeling.processing_granulon import (
+    QUESTION_START,
+    GranulonProcessor,
+    mark_question,
+    marked_spans,
+    question_tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class GranulonCollator:
+    """Turns samples into a batch for [`GranulonForConditionalGeneration`].
+
+    Labels are on every assistant turn and its end-of-turn token, for any chat template; questions, system prompts, markup and
+    image slots carry -100. A sample that cannot be used (broken image, no answer, prompt beyond `max_length`) is left out of
+    its batch and noted in `problems`. A batch of which nothing is left repeats the last good sample, since `Trainer`, gradient
+    accumulation and the other processes all wait for a batch; to leave such samples out beforehand, keep those of which
+    `encode` does not give `None`.
+
+    Args:
+        processor ([`GranulonProcessor`]): of the model.
+        max_length (`int`, *optional*): tokens per sample, image slots included. A longer sample loses the end of its last
+            answer; where the prompt leaves no room for one token of it, the sample is left out. Image slots are never cut.
+        padding_side (`str`, defaults to `"right"`): `"left"` or `"right"`.
+        packing (`bool`, defaults to `False`): no padding; all samples of the batch follow each other in one row, told apart by
+            `seq_idx`.
+        pad_to_multiple_of (`int`, *optional*): make the row length a multiple; not with `packing`.
+        last_answer_only (`bool`, defaults to `False`): labels on the last assistant turn only.
+        jpeg_reduction (`float`, *optional*, defaults to 2.0): a JPEG file is decoded at a half, quarter or eighth of its size
+            where that is still this many times the size that the image processor wants. At 2 hardly a pixel changes, at 1 it
+            is faster and edges differ (figures: examples/benchmarks/data_loading.py); `None` always decodes it in full.
+
+    Attributes:
+        problems (`list[dict]`): `{"id", "reason"}` of each sample that was left out, once. With `num_workers` in a DataLoader
+            every worker has a collator, and a list, of its own; the first problem of each is also logged.
+
+    Raises:
+        ValueError: an unknown padding side, or `packing` with `pad_to_multiple_of`. When called: nothing of the first batch
+            can be used.
+    """
+
+    processor: GranulonProcessor
+    max_length: int | None = None
+    padding_side: str = "right"
+    packing: bool = False
+    pad_to_multiple_of: int | None = None
+    last_answer_only: bool = False
+    jpeg_reduction: float | None = 2.0
+    problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
+    _last: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self):
+        if self.padding_side not in ("left", "right"):
+            raise ValueError(f"padding_side must be 'left' or 'right'; got {self.padding_side!r}.")
+        if self.packing and self.pad_to_multiple_of:
+            raise ValueError("A packed batch has no padding: leave out pad_to_multiple_of, or packing.")
+        tokens = self.processor.tokenizer.added_tokens_decoder.items()
+        self._end_tokens = {index for index, token in tokens if token.special} - {self.processor.image_token_id}
+
+    def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            samples (`list[Sample | dict]`): [`Sample`]s, or dictionaries with `messages` and `images`.
+
+        Returns:
+            `dict`: `input_ids`, `labels`, `question_mask` [B x L] and, where there are images, `pixel_values`
+            [I x channels x height x width]; padded also `attention_mask` [B x L], packed (B = 1) also `seq_idx` and
+            `position_ids` [1 x L].
+        """
+        try:
+            features = self._encode(list(samples))  # together: each call of the processor has its price
+        except Exception:  # some sample is bad: find out which
+            features = [feature for sample in samples if (feature := self.encode(sample)) is not None]
+        features = self._or_last(features)
+        return self._packed(features) if self.packing else self._padded(features)
+
+    def _or_last(self, features):
+        if not features:
+            if self._last is None:
+                raise ValueError(f"No sample of the batch can be used; the last problem: {self.problems[-1:]}")
+            features = [self._last]
+        self._last = features[-1]
+        return features
+
+    def _packed(self, features):
+        batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}
+        lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
+        seq_idx = torch.arange(len(features)).repeat_interleave(lengths)[None]
+        # The model counts positions itself; trainers take these for a sign of packing, and count tokens with them.
+        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
+        return batch | {"seq_idx": seq_idx, "position_ids": position_ids} | stacked_images(features)
+
+    def _padded(self, features):
+        fill = {**FILL, "input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
+        features = [{**feature, "attention_mask": torch.ones_like(feature["input_ids"])} for feature in features]
+        batch = {}
+        for name, value in fill.items():
+            rows = pad_sequence([feature[name] for feature in features], True, value, self.padding_side)
+            over = -rows.shape[1] % (self.pad_to_multiple_of or 1)
+            batch[name] = pad(rows, (over, 0) if self.padding_side == "left" else (0, over), value=value)
+        return batch | stacked_images(features)
+
+    def encode(self, sample: Sample | Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+        """One sample's `input_ids`, `labels`, `question_mask` [L] and `pixel_values` [I x channels x height x width] (not
+        without images); `None`, and a note in `problems`, where it cannot be used."""
+        try:
+            return self._encode([sample])[0]
+        except Exception as error:  # one bad sample must not end an epoch
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            problem = {"id": str(as_row(sample).get("id")), "reason": reason}
+            if not self.problems:
+                logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return None
+
+    def _encode(self, samples):
+        rows = [as_row(sample) for sample in samples]
+        answers = [self._answer_spans(row["messages"]) for row in rows]
+        images = [[open_rgb(image, self._decoded_side()) for image in row.get("images") or []] for row in rows]
+        inputs = self.processor.apply_chat_template(
+            [conversation(row["messages"], pictures) for row, pictures in zip(rows, images, strict=True)],
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"return_offsets_mapping": True, "return_text_replacement_offsets": True},
+        )
+        pixels = iter(inputs.get("pixel_values", ()))
+        fields = ("input_ids", "question_mask", "offset_mapping", "text_replacement_offsets")
+        texts = zip(*(inputs[name] for name in fields), strict=True)
+        features = [self._labelled(*text, *spans) for text, spans in zip(texts, answers, strict=True)]
+        for feature, pictures in zip(features, images, strict=True):
+            if pictures:
+                feature["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures])
+        return features
+
+    def _answer_spans(self, messages):
+        """The characters of every answer, or of the last one, and of the last one."""
+        marked = [mark_answer(message) for message in conversation(messages)]
+        spans = marked_spans(self.processor.apply_chat_template(marked, tokenize=False))
+        contents = [message["content"] for message in marked if message["role"] == "assistant"]
+        counts = [sum(QUESTION_START in part.get("text", "") for part in content) for content in contents]
+        if not sum(counts):
+            raise ValueError("it has no answer")
+        if len(spans) != sum(counts):
+            raise ValueError("the chat template does not show every answer, so that they cannot be found")
+        last = spans[-next(count for count in reversed(counts) if count) :]
+        return last if self.last_answer_only else spans, last
+
+    def _labelled(self, ids, question, offsets, replacements, spans, last):
+        ids, answer = torch.tensor(ids), torch.tensor(question_tokens(offsets, spans, replacements)).bool()
+        self._add_ends(ids, answer)
+        answer &= ids != self.processor.image_token_id
+        labels = ids.masked_fill(~answer, -100)
+        labels[0] = -100  # nothing comes before it, or, in a pack, another sample
+        features = {"input_ids": ids, "labels": labels, "question_mask": torch.tensor(question)}
+        if self.max_length is not None and len(ids) > self.max_length:
+            prompt = question_tokens(offsets, last, replacements).index(1)
+            if prompt >= self.max_length or (ids[self.max_length :] == self.processor.image_token_id).any():
+                raise ValueError(
+                    f"{len(ids)} tokens, {prompt} of them before the last answer, do not fit max_length={self.max_length}"
+                )
+            features = {name: value[: self.max_length] for name, value in features.items()}
+        if (features["labels"] == -100).all():
+            raise ValueError("no token of it carries a label")
+        return features
+
+    def _add_ends(self, ids, answer):
+        """An answer goes on to the special token that ends it, if only white space lies between."""
+        for end in (answer[:-1] & ~answer[1:]).nonzero().flatten().tolist():
+            stop = end + 1
+            while stop < len(ids) - 1 and ids[stop].item() not in self._end_tokens:
+                if self.processor.tokenizer.decode([ids[stop].item()]).strip():
+                    break
+                stop += 1
+            if ids[stop].item() in self._end_tokens:
+                answer[end : stop + 1] = True
+
+    def _decoded_side(self) -> int | None:
+        """Pixels that a decoded side must have so that nothing is lost when the image processor resizes it."""
+        processor = self.processor.image_processor
+        size = processor.size
+        sides = [size.get(name) for name in ("shortest_edge", "height", "width")]
+        if self.jpeg_reduction is None or not getattr(processor, "do_resize", False) or not any(sides):
+            return None
+        return int(self.jpeg_reduction * max(side or 0 for side in sides))
+
+    def lengths(self, samples: Iterable[Sample | Mapping[str, Any]]) -> list[int]:
+        """Tokens of each sample, image slots included, without opening an image: for `LengthGroupedSampler` and
+        [`~granulon_hf.data.batching.PackSampler`].
+
+        Raises:
+            ValueError: a conversation that the chat template refuses.
+        """
+        rows = [as_row(sample) for sample in samples]
+        tokenizer = self.processor.tokenizer
+        texts = [self.processor.apply_chat_template(conversation(row["messages"]), tokenize=False) for row in rows]
+        if not texts:
+            return []
+        begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        tokens = tokenizer(texts, add_special_tokens=not begun, return_attention_mask=False)["input_ids"]
+        (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
+        counts = [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
+        return [min(count, self.max_length or count) for count in counts]
+
+
+class GranulonPreferenceCollator(GranulonCollator):
+    """Turns preference pairs into a batch for TRL's `DPOTrainer`.
+
+    TRL's own collator has no `question_mask`: the controller would read the answers, and could choose another level for the
+    rejected one than for the chosen one.
+
+    Args: those of [`GranulonCollator`], without `packing`.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.packing:
+            raise ValueError("DPOTrainer compares rows: preference pairs cannot be packed.")
+        self.last_answer_only = True
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        """
+        Args:
+            samples (`list[dict]`): rows with `images`, `prompt`, `chosen` and `rejected`, the last three lists of messages.
+
+        Returns:
+            `dict`: `input_ids`, `attention_mask`, `question_mask`, `completion_mask` [2 B x L] and, where there are images,
+            `pixel_values`: first what was chosen, then what was rejected.
+        """
+        pairs = []
+        for row in samples:
+            pair = [self.encode({**row, "messages": [*row["prompt"], *row[name]]}) for name in ("chosen", "rejected")]
+            if None not in pair:
+                pairs.append(pair)
+        chosen, rejected = zip(*self._or_last(pairs), strict=True)
+        batch = self._padded([*chosen, *rejected])
+        return batch | {"completion_mask": (batch.pop("labels") != -100).long()}
+
+
+# What every sample gives, and what fills a row (the padding token comes from the tokenizer).
+FILL = {"input_ids": 0, "labels": -100, "question_mask": 0}
+
+
+def as_row(sample: Sample | Mapping[str, Any]) -> Mapping[str, Any]:
+    return vars(sample) if isinstance(sample, Sample) else sample
+
+
+def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    images = [feature["pixel_values"] for feature in features if "pixel_values" in feature]
+    return {"pixel_values": torch.cat(images)} if images else {}
+
+
+def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+    """Messages with their contents as parts, the image parts filled with images in their order where these are given.
+
+    Raises:
+        ValueError: there are more or fewer images than image parts.
+    """
+    rest = iter(images or [])
+    filled, parts = [], 0
+    for message in messages:
+        content = message["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        new: list[dict[str, Any]] = []
+        for part in content:
+            if part["type"] == "image":
+                parts += 1
+                new.append({"type": "image"} if images is None else {"type": "image", "image": next(rest, None)})
+            else:  # without the empty fields that a table's rows have
+                new.append({name: value for name, value in part.items() if value is not None})
+        filled.append({"role": message["role"], "content": new})
+    if images is not None and parts != len(images):
+        raise ValueError(f"{len(images)} images for {parts} image parts")
+    return filled
+
+
+def mark_answer(message: dict[str, Any]) -> dict[str, Any]:
+    """The message, with the marks of [`mark_question`] around its text if it is the assistant's."""
+    if message["role"] != "assistant":
+        return message
+    return {**message, "content": mark_question([{**message, "role": "user"}])[0]["content"]}
