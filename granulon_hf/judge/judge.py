@@ -664,11 +664,7 @@ def triage(error: Exception) -> tuple[str, str]:
     text = f"{error.status_code}: {' '.join(str(error.message).split())[:300]}"
     codes, said = {str(error.code), str(error.type)}, str(error.message).lower()
     no_quota = "exceeded your current quota" in said and error.status_code == 429 and not error.code
-    if (
-        codes & {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
-        or no_quota
-        or error.status_code == 402
-    ):
+    if codes & NO_QUOTA or no_quota or error.status_code == 402:
         return "fatal", f"The account has no quota left; check plan and billing, then run again to go on ({text})."
     if error.status_code == 401:
         return "fatal", f"The API key is not accepted; set OPENAI_API_KEY or api_key= ({text})."

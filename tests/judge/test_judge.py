@@ -643,7 +643,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 async def notebook():
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     judge.Judge(cache_dir=sys.argv[3]).compute(
-        predictions=[f"text {i}" for i in range(500)], images=[Image.new("RGB", (8, 8), (i % 256, i // 256, 0)) for i in range(500)],
+        predictions=[f"text {i}" for i in range(500)],
+        images=[Image.new("RGB", (8, 8), (i % 256, i // 256, 0)) for i in range(500)],
         base_url=sys.argv[2], api_key="sk", store="scores.jsonl", concurrency=4)
 try:
     asyncio.run(notebook())
