@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import granulon_hf
-from granulon_hf.cli import judge
+from granulon_hf.cli import data, judge
 from granulon_hf.cli.ask import ask
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(ask)
+app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
 
 

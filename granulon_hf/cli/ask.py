@@ -9,11 +9,10 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from huggingface_hub.utils import logging as hub_logging
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -24,10 +23,9 @@ from transformers.utils import logging
 import granulon_hf
 from granulon_hf import overlay as drawing
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.data.images import LONGEST_ASPECT, to_rgb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# An image processor keeps proportions: it would blow a thread of pixels up to many gigabytes, and the machine with it.
-LONGEST_ASPECT = 50
 
 
 # --- what can be checked before a model is loaded ---------------------------------------------------------------------
@@ -53,7 +51,7 @@ def read_image(source: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image: Image.Image = Image.open(download(source) if is_url(source) else path)
             image.load()
-            image = to_rgb(ImageOps.exif_transpose(image))
+            image = to_rgb(image)
     except BadInput:
         raise
     except Image.DecompressionBombError:
@@ -79,18 +77,6 @@ def download(url: str) -> io.BytesIO:
             return io.BytesIO(response.read())
     except Exception as error:  # address, connection, certificate, status
         raise BadInput(f"Cannot download the image {url!r} ({one_line(error)}); check the address.") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode; Pillow alone would clip 16 bits to white and show what transparency hides."""
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        low, high = (0, 65535) if image.mode.startswith("I;16") or values.max(initial=0) > 255 else (0, 255)
-        image = Image.fromarray((np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], str]:

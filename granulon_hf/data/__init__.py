@@ -1,5 +1,26 @@
-"""Data sets as one kind of record."""
+"""Data sets as one kind of record.
 
+What reads data needs `datasets` and `pyarrow` (`pip install 'granulon-hf[train]'` or `[eval]`); it is imported when it is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from granulon_hf.data.adapter import Adapter, BadRow, DataError
 from granulon_hf.data.sample import TASKS, Sample
 
-__all__ = ["TASKS", "Sample"]
+if TYPE_CHECKING:
+    from granulon_hf.data.checks import check
+    from granulon_hf.data.loading import ADAPTERS, Problem, Samples, load
+    from granulon_hf.data.materialise import prepare
+
+__all__ = ["ADAPTERS", "TASKS", "Adapter", "BadRow", "DataError", "Problem", "Sample", "Samples", "check", "load", "prepare"]
+
+_LAZY = {"ADAPTERS": "loading", "Problem": "loading", "Samples": "loading", "load": "loading"}
+_LAZY |= {"check": "checks", "prepare": "materialise"}
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

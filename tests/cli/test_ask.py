@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from granulon_hf import __version__, variants
 from granulon_hf.cli import app
-from granulon_hf.cli.ask import read_image, to_rgb
+from granulon_hf.cli.ask import read_image
+from granulon_hf.data.images import to_rgb
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 QUESTION = "What is in the picture?"
@@ -343,7 +344,7 @@ def test_orientation_is_respected(tmp_path):
     [
         (Image.new("RGBA", (2, 2), (255, 0, 0, 0)), (255, 255, 255)),
         (Image.new("LA", (2, 2), (0, 255)), (0, 0, 0)),
-        (Image.new("I;16", (2, 2), 32768), (127, 127, 127)),
+        (Image.new("I;16", (2, 2), 32768), (128, 128, 128)),
         (Image.new("I", (2, 2), 200), (200, 200, 200)),
         (Image.new("F", (2, 2), 100.0), (100, 100, 100)),
         (Image.new("CMYK", (2, 2), (0, 0, 0, 255)), (0, 0, 0)),

@@ -1,0 +1,480 @@
+"""`load`: a data set, or a described subset of one, as samples."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from granulon_hf.data import a_okvqa, flux_reason, llava, medical, pictures, prepared, recap, seed_bench
+from granulon_hf.data.adapter import Adapter, BadRow, DataError
+from granulon_hf.data.columns import make_adapter
+from granulon_hf.data.sample import Sample
+from granulon_hf.data.sampling import choose
+from granulon_hf.data.sources import DatasetSource, Source, StreamSource, open_source, splits_of, take_split
+
+ADAPTERS: dict[str, Adapter] = {
+    module.ADAPTER.name: module.ADAPTER for module in (flux_reason, seed_bench, a_okvqa, recap, medical, llava, prepared)
+}
+KNOWN = ", ".join(name for name in ADAPTERS if name != "prepared")
+MANIFEST_FORMAT = 1
+NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repetitions nor written into manifests
+ON_ERROR = ("skip", "raise")
+VERIFY = ("decode", "header", "none")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row that something is wrong with: its file, its row (from 0) and what."""
+
+    file: str
+    row: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, row {self.row}: {self.reason}"
+
+
+class Samples(Sequence[Sample]):
+    """The samples of a chosen set of rows, made when they are asked for; what [`load`] returns.
+
+    Iterating goes through the files in order and reads each row group once: shuffle when training. Where the files are local it
+    can be indexed too. Bad rows are skipped: iterating leaves them out, so that `len`, the number of chosen rows, may be a few
+    more; an index gives the next good sample instead, so that no epoch ends in the middle. `on_error="raise"` refuses them.
+    An index reads a row group: quick in prepared folders, which have small ones.
+
+    Attributes:
+        adapter ([`Adapter`]): how rows become samples.
+        split (`str`): as asked for.
+        problems (`list[Problem]`): bad rows met so far, in this process, each once.
+        renamed (`list[Problem]`): rows whose id was another row's too, and which therefore got a new one.
+        filtered (`Counter`): rows that are no part of the set, by reason.
+    """
+
+    def __init__(
+        self, adapter, source, split, rows, *, on_error="skip", verify="decode", description=None, filtered=None, names=None
+    ):
+        self.adapter: Adapter = adapter
+        self.split: str = split
+        self.source: Source = source
+        self.filtered: Counter[str] = Counter(filtered)
+        self._rows: dict[str, np.ndarray | range] = rows
+        self._on_error, self._verify = on_error, verify
+        self._description: dict[str, Any] = description or {}
+        self._problems: dict[tuple[str, int], Problem] = {}
+        self._given_names: dict[tuple[str, int], tuple[str, str]] | None = names
+        self._fingerprints = {part: source.fingerprint(part) for part in rows}  # also what `datasets` caches by
+        self._ends = np.cumsum([len(numbers) for numbers in rows.values()])
+        present = set().union(*(source.columns(part) for part in list(rows)[:1])) if rows else set()
+        names = [name for column in adapter.columns for name in column.split("|")]
+        self._columns = [name for name in dict.fromkeys([*names, *adapter.optional]) if name in present]
+
+    def __getstate__(self):
+        # What follows from the rest is left out: it would only make `datasets` believe that something has changed.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_names", "ids")} | {"_problems": {}}
+
+    def __len__(self) -> int:
+        if rows_unknown(self):
+            raise TypeError("A stream has no length.")
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __repr__(self) -> str:
+        rows = "unknown" if rows_unknown(self) else len(self)
+        return f"Samples({self.adapter.name!r}, split={self.split!r}, rows={rows}, source={self.source.location!r})"
+
+    def __iter__(self) -> Iterator[Sample]:
+        for _, _, sample in self.walk():
+            if sample is not None:
+                yield sample
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Samples": ...
+    def __getitem__(self, index):
+        if isinstance(index, slice) and not isinstance(self.source, StreamSource):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise DataError("A slice of samples has no step.")
+            return self.slice(start, stop)
+        if self.source.remote:
+            raise DataError(
+                f"{self.source.location!r} is streamed and has no random access: iterate, or `granulon data prepare` it first."
+            )
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} samples")
+        for step in range(len(self)):
+            position = (int(index) % len(self) + step) % len(self)
+            part_number = int(np.searchsorted(self._ends, position, side="right"))
+            part = list(self._rows)[part_number]
+            start = int(self._ends[part_number - 1]) if part_number else 0
+            row = int(self._rows[part][position - start])
+            if (part, row) not in self._problems:
+                sample = next(self._read(part, [row]))[2]
+                if sample is not None:
+                    return sample
+        raise DataError(f"Not one of the {len(self)} rows of {self.source.location!r} can be used; see .problems.")
+
+    @property
+    def problems(self) -> list[Problem]:
+        return list(self._problems.values())
+
+    @property
+    def renamed(self) -> list[Problem]:
+        return [
+            Problem(*self.source.where(part, row), f"the id {old!r} is another row's too; here it is {new!r}")
+            for (part, row), (old, new) in self._names.items()
+        ]
+
+    def walk(self) -> Iterator[tuple[str, int, Sample | None]]:
+        """Every chosen row: part, number, and the sample or `None` for a bad row, which is then among the problems."""
+        for part, numbers in self._rows.items():
+            yield from self._read(part, numbers)
+
+    def slice(self, start: int, stop: int) -> "Samples":
+        """The chosen rows from `start` up to `stop`, with the same ids."""
+        rows, first = {}, 0
+        for part, numbers in self._rows.items():
+            if len(taken := numbers[max(0, start - first) : max(0, stop - first)]):
+                rows[part] = taken
+            first += len(numbers)
+        kwargs = {"on_error": self._on_error, "verify": self._verify, "description": self._description}
+        own = {part: set(map(int, numbers)) for part, numbers in rows.items()}
+        names = {(part, row): name for (part, row), name in self._names.items() if row in own.get(part, ())}
+        return Samples(self.adapter, self.source, self.split, rows, filtered=self.filtered, names=names, **kwargs)
+
+    def _read(self, part, numbers) -> Iterator[tuple[str, int, Sample | None]]:
+        wanted = numbers if isinstance(numbers, range) else [int(number) for number in numbers]
+        for number, row in self.source.rows(part, wanted, self._columns):
+            try:
+                yield part, number, self._make(part, number, row)
+            except BadRow as error:
+                problem = Problem(*self.source.where(part, number), str(error))
+                if self._on_error == "raise":
+                    raise DataError(f"Bad row in {self.source.location!r}: {problem}.") from None
+                self._problems[part, number] = problem
+                yield part, number, None
+
+    def _make(self, part: str, number: int, row: dict[str, Any] | Exception) -> Sample:
+        if isinstance(row, Exception):
+            raise BadRow(f"the row cannot be read ({' '.join(str(row).split())})")
+        try:
+            sample = self.adapter.to_sample(row)
+        except BadRow:
+            raise
+        except Exception as error:  # a value of a type that nobody thought of must not end an epoch
+            raise BadRow(f"the row is not as it should be ({type(error).__name__}: {error})") from error
+        sample.images = [pictures.locate(image, self.source.roots) for image in sample.images]
+        if self._verify != "none":
+            for image in sample.images:
+                pictures.verify(image, decode=self._verify == "decode")
+        file, line = self.source.where(part, number)
+        sample.meta = {"file": file, "row": line} | sample.meta
+        if (part, number) in self._names:
+            sample.id = self._names[part, number][1]
+        sample.id = sample.id or f"{Path(file).with_suffix('').as_posix()}-{line}"
+        return sample
+
+    @cached_property
+    def ids(self) -> dict[str, list[str]] | None:
+        """What the rows call themselves, by part; `None` where they have no names, or are more than a million."""
+        column = self.adapter.id_column
+        if not column or isinstance(self.source, StreamSource) or len(self) > NAMED_ROWS:
+            return None
+        if any(column not in self.source.columns(part) for part in self._rows):
+            return None
+        values = self.source.column_of(list(self._rows), column)
+        return {
+            part: ["" if (name := values[part][i]) is None else str(name) for i in numbers]
+            for part, numbers in self._rows.items()
+        }
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, int], tuple[str, str]]:
+        """Old and new id by part and row, for every repetition of an id."""
+        if self._given_names is not None or self.ids is None:
+            return self._given_names or {}
+        seen = Counter(name for names in self.ids.values() for name in names)
+        if max(seen.values(), default=0) < 2:
+            return {}
+        result, met = {}, Counter[str]()
+        for part, names in self.ids.items():
+            for row, old in zip(self._rows[part], names, strict=True):
+                met[old] += 1
+                if old and met[old] > 1:
+                    new = f"{old}#{met[old]}"
+                    while new in seen:
+                        new += "'"
+                    result[part, int(row)] = (old, new)
+        return result
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """All that is needed to load the very same subset again: where from, which commit, which rows and their ids."""
+        files = {
+            part: {
+                "rows": self.source.count(part),
+                "fingerprint": self._fingerprints[part],
+                "take": [int(number) for number in numbers] if len(numbers) < self.source.count(part) else "all",
+                "ids": self.ids[part] if self.ids is not None else None,
+            }
+            for part, numbers in self._rows.items()
+        }
+        return {**self._description, "filtered": dict(self.filtered), "files": files}
+
+    def save_manifest(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.manifest, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def to_dataset(self):
+        """A `datasets.Dataset` with the fields of [`Sample`] as columns (images decoded when looked at, `meta` as JSON).
+
+        `datasets` caches it: bad rows are among `problems` only when it is made for the first time.
+        """
+        from datasets import Dataset
+
+        return Dataset.from_generator(_rows_of, features=prepared.features(), gen_kwargs={"samples": self})
+
+
+def _rows_of(samples: Samples) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        yield prepared.to_row(sample)
+
+
+def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> tuple[Adapter, Any]:
+    """The adapter that a name means, and where its data are.
+
+    Raises:
+        DataError: there is no such set, or it needs a source.
+    """
+    if columns is not None:
+        adapter, place = make_adapter(columns), name if source is None else source
+    elif isinstance(name, str) and name in ADAPTERS:
+        adapter = ADAPTERS[name]
+        place = adapter.repo if source is None else source
+    elif source is None and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
+        adapter, place = prepared.ADAPTER, Path(name).expanduser()
+    elif not isinstance(name, str | Path):
+        raise DataError('Say which columns to use: columns={"image": …, "question": …, "answer": …}.')
+    else:
+        raise DataError(
+            f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
+        )
+    if place is None:
+        raise DataError(f"{adapter.name!r} is in no repository: say where its files are with source=….")
+    return adapter, place
+
+
+def load(
+    name: Any = None,
+    split: str | None = None,
+    source: Any = None,
+    limit: int | None = None,
+    seed: int = 0,
+    holdout: int | None = None,
+    preset: str | None = None,
+    on_error: str = "skip",
+    manifest: str | Path | Mapping[str, Any] | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    max_files: int | None = None,
+    revision: str | None = None,
+    verify: str | None = None,
+) -> Samples:
+    """Load a data set as [`Sample`]s. Nothing but row counts and names is read before samples are asked for.
+
+        load("flux-reason", preset="paper")                          # the 200 K rows of training
+        load("flux-reason", split="holdout", preset="paper")         # the 1 K held out of them
+        load("a-okvqa", source="folder/with/parquet", limit=100)
+        load(dataset, columns={"image": "picture", "question": "q", "answer": "a"})
+        load("prepared/folder")                                      # of `granulon data prepare`
+        load(manifest="manifest.json")                               # the very same rows again
+
+    Args:
+        name: a set (`ADAPTERS`), a prepared folder, or with `columns` any table.
+        split (`str`, *optional*): by default the set's own. "holdout" is what training never sees.
+        source (*optional*): local files, a `datasets.Dataset` or another repository; by default the set's own on the Hub.
+        limit (`int`, *optional*): rows, drawn uniformly; of a stream the first (shuffle it before). Bad ones among them are
+            left out and not replaced.
+        seed (`int`): the same seed draws the same rows from the same files.
+        holdout (`int`, *optional*): rows held out of training; give both loads the same. By default the set's own (1,000 for
+            flux-reason and surgvlm) if there are ten times as many rows.
+        preset (`str`, *optional*): `"paper"`: as many rows as the paper's subset of this split (supplement, section 1).
+        on_error (`str`): "skip" bad rows (they are listed in `.problems`) or "raise".
+        manifest (*optional*): of an earlier load, as file or dictionary; the files must not have changed.
+        columns (`dict`, *optional*): for your own tables: the columns that are "image", "question", "answer", "choices", "id".
+        max_files (`int`, *optional*): files that a limited subset is drawn from, spread over the folders in proportion; 0 for
+            all. By default the set's own: 118 of FLUX-Reason's 1,180 and 64 of recap's 8,700, because drawing rows from all of
+            them reads nearly all of them.
+        revision (`str`, *optional*): of the repository; by default the newest commit, which the manifest names.
+        verify (`str`, *optional*): "decode" images in full before they are given out, read only the "header", or "none"; by
+            default "decode", and "header" for prepared folders, which were decoded when they were written.
+
+    Raises:
+        DataError: what was asked for cannot be had; one sentence.
+    """
+    if on_error not in ON_ERROR:
+        raise DataError(f"on_error is 'skip' or 'raise', not {on_error!r}.")
+    if verify is not None and verify not in VERIFY:
+        raise DataError(f"verify is one of {', '.join(map(repr, VERIFY))}, not {verify!r}.")
+    for value, what in ((limit, "limit"), (holdout, "holdout"), (max_files, "max_files")):
+        if value is not None and (value < 0 or (what == "limit" and value == 0)):
+            raise DataError(f"{what} must be positive; got {value}.")
+    if manifest is not None:
+        if any(value is not None for value in (split, limit, holdout, preset, max_files, revision)):
+            raise DataError("A manifest says which rows to take: give source and name with it at most.")
+        return load_manifest(manifest, name, source, columns, on_error, verify)
+    if name is None:
+        raise DataError(f"Say which data set: {KNOWN}, a prepared folder, or a manifest.")
+
+    adapter, place = find_adapter(name, source, columns)
+    if split in adapter.withheld:  # before anything is fetched
+        raise withheld(adapter, split)
+    opened = open_source(place, revision, split or adapter.default_split)
+    present = splits_of(opened)
+    if split is None:
+        split = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
+    if split in adapter.withheld:
+        raise withheld(adapter, split)
+    if preset is not None:
+        if preset != "paper" or not adapter.paper:
+            raise DataError(
+                f"There is no preset {preset!r} of {adapter.name!r}; there is {'paper' if adapter.paper else 'none'}."
+            )
+        if split not in adapter.paper:
+            raise DataError(f"The paper has no subset of {adapter.name}'s split {split!r}, only of {', '.join(adapter.paper)}.")
+        limit = adapter.paper[split] if limit is None else limit
+    if split == "holdout" and split not in present:
+        take_split(opened, adapter.default_split)
+    else:
+        take_split(opened, split)
+        if adapter.holdout and split not in (adapter.default_split, *present):
+            raise DataError(f"{adapter.name!r} has no split {split!r}, only {adapter.default_split!r} and 'holdout'.")
+    bound = adapter.max_files if max_files is None else max_files
+    if opened.parts:
+        check_columns(adapter, opened, opened.parts[:1])
+    if isinstance(opened, StreamSource):
+        opened, rows = open_stream(adapter, opened, split, limit, holdout or 0)
+        return Samples(adapter, opened, split, rows, on_error=on_error, verify=verify or default_verify(adapter))
+    choice = choose(
+        opened,
+        seed=seed,
+        limit=limit,
+        draw_holdout=split == "holdout" and split not in present,
+        holdout=holdout,
+        default_holdout=adapter.holdout,
+        max_files=bound,
+        unwanted=adapter.unwanted,
+    )
+    check_columns(adapter, opened, choice.rows)
+    description = describe(adapter, opened, place, columns) | {"split": split, "preset": preset, "limit": limit}
+    description |= {"seed": seed, "holdout": choice.holdout, "max_files": bound}
+    return Samples(
+        adapter,
+        opened,
+        split,
+        choice.rows,
+        on_error=on_error,
+        verify=verify or default_verify(adapter),
+        description=description,
+        filtered=choice.filtered,
+    )
+
+
+def rows_unknown(samples: Samples) -> bool:
+    return any(isinstance(numbers, range) and numbers.stop == sys.maxsize for numbers in samples._rows.values())
+
+
+def open_stream(adapter: Adapter, source: StreamSource, split: str, limit: int | None, holdout: int):
+    """The rows of a stream, which cannot be drawn from: the hold-out is its beginning, and a limit takes what comes first."""
+    if adapter.unwanted is not None:
+        column, judge = adapter.unwanted
+        source = StreamSource(source.dataset.filter(lambda value: judge(value) is None, input_columns=[column]))
+    first, last = (0, holdout) if split == "holdout" else (holdout, sys.maxsize)
+    return source, {"stream": range(first, min(last, sys.maxsize if limit is None else first + limit))}
+
+
+def withheld(adapter: Adapter, split: str) -> DataError:
+    return DataError(f"The answers of {adapter.name}'s split {split!r} are withheld; use {adapter.withheld[split]!r}.")
+
+
+def default_verify(adapter: Adapter) -> str:
+    return "header" if adapter is prepared.ADAPTER else "decode"
+
+
+def describe(adapter: Adapter, source: Source, place: Any, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    from granulon_hf import __version__
+
+    in_memory = isinstance(source, DatasetSource) and not source.stored
+    several = [str(path) for path in place] if isinstance(place, list | tuple) else None
+    location = source.location if source.remote or in_memory else str(Path(source.location).resolve())
+    return {
+        "format": MANIFEST_FORMAT,
+        "granulon_hf": __version__,
+        "name": adapter.name,
+        "columns": dict(columns) if columns is not None else None,
+        "source": several or location,
+        "revision": source.revision,
+    }
+
+
+def check_columns(adapter: Adapter, source: Source, parts) -> None:
+    """Raises DataError before any work where a file lacks what the adapter needs."""
+    for part in parts:
+        present = source.columns(part)
+        missing = [column for column in adapter.columns if not set(column.split("|")) & set(present)]
+        if missing:
+            lacks = ", ".join(" or ".join(map(repr, column.split("|"))) for column in missing)
+            raise DataError(
+                f"{part!r} of {source.location!r} is not {adapter.name}: it lacks the columns {lacks}; "
+                f"it has {', '.join(map(repr, present))}."
+            )
+
+
+def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
+    """Raises DataError where the files are no longer those that the manifest describes."""
+    if not isinstance(manifest, Mapping):
+        try:
+            manifest = json.loads(Path(manifest).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"Cannot read the manifest {str(manifest)!r} ({error}).") from None
+    if not isinstance(manifest, Mapping) or manifest.get("format") != MANIFEST_FORMAT or "files" not in manifest:
+        raise DataError("This is no manifest of a subset that this version of granulon_hf can read.")
+    if name is not None and name != manifest["name"]:
+        raise DataError(f"The manifest describes {manifest['name']!r}, not {name!r}.")
+    columns = columns or manifest["columns"]
+    adapter = make_adapter(columns) if columns is not None else ADAPTERS.get(manifest["name"])
+    if adapter is None:
+        raise DataError(f"The manifest's data set {manifest['name']!r} is not known.")
+    if source is None and manifest["source"] == "datasets.Dataset":
+        raise DataError("The manifest describes a datasets.Dataset that was in memory: give it again with source=….")
+    opened = open_source(manifest["source"] if source is None else source, manifest["revision"], manifest["split"])
+    rows = {}
+    known = set(opened.parts)
+    opened.prepare(part for part in manifest["files"] if part in known)
+    for part, entry in manifest["files"].items():
+        if part not in known:
+            raise changed(opened, part, "it is gone")
+        if opened.count(part) != entry["rows"]:
+            raise changed(opened, part, f"it has {opened.count(part)} rows instead of {entry['rows']}")
+        found = opened.fingerprint(part)
+        if found and entry["fingerprint"] and found != entry["fingerprint"]:
+            raise changed(opened, part, "its content is another")
+        rows[part] = np.arange(entry["rows"]) if entry["take"] == "all" else np.asarray(entry["take"], dtype=np.int64)
+    check_columns(adapter, opened, rows)
+    header = {key: value for key, value in manifest.items() if key not in ("files", "filtered")}
+    options = {"on_error": on_error, "verify": verify or default_verify(adapter), "description": header}
+    samples = Samples(adapter, opened, manifest["split"], rows, filtered=manifest["filtered"], **options)
+    ids = {part: entry["ids"] for part, entry in manifest["files"].items()}
+    if None not in ids.values() and samples.ids != ids:
+        part = next(part for part in ids if samples.ids is None or samples.ids[part] != ids[part])
+        raise changed(opened, part, "its rows have other ids")
+    return samples
+
+
+def changed(source: Source, part: str, what: str) -> DataError:
+    return DataError(f"{part!r} of {source.location!r} has changed since the manifest was written: {what}.")

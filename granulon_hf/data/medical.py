@@ -1,0 +1,50 @@
+"""Surgery, in the style of SurgVLM and Cholec80-VQA: LLaVA conversations, or `question|answer` lines beside the frames.
+
+SurgVLM has no repository of its own; SurgSigma/SurgSigma-DB is partly released and its schema not established. Give `source`.
+"""
+
+import re
+
+from granulon_hf.data import llava
+from granulon_hf.data.adapter import Adapter, Row, encoded_list, single_turn, text
+from granulon_hf.data.sample import Sample
+
+PHASES = (
+    "Preparation",
+    "CalotTriangleDissection",
+    "ClippingCutting",
+    "GallbladderDissection",
+    "GallbladderPackaging",
+    "CleaningCoagulation",
+    "GallbladderRetraction",
+)
+TOOLS = ("Grasper", "Bipolar", "Hook", "Scissors", "Clipper", "Irrigator", "SpecimenBag")
+
+
+def find_topic(answer: str) -> str | None:
+    """Whether an answer names a phase or an instrument, however spaced and cased: the paper scores the two apart."""
+    name = re.sub(r"[^a-z]", "", answer.lower())
+    groups = {"phase": PHASES, "instrument": TOOLS}
+    return next((topic for topic, names in groups.items() if name in map(str.lower, names)), None)
+
+
+def to_sample(row: Row) -> Sample:
+    if row.get("conversations") is not None:
+        sample = llava.to_sample(row, task="vqa")
+    else:
+        question, answer = text(row.get("question"), "question"), text(row.get("answer"), "answer")
+        images = encoded_list(row.get("image"))
+        sample = single_turn(row, id_column="id", images=images, question=question, answer=answer, task="vqa")
+    if (topic := find_topic(sample.reference)) is not None:
+        sample.meta["category"] = topic
+    return sample
+
+
+ADAPTER = Adapter(
+    name="surgvlm",
+    to_sample=to_sample,
+    columns=("conversations|question",),
+    optional=("id", "image", "answer"),
+    paper={"train": 50_000, "holdout": 1_000},
+    holdout=1_000,
+)

@@ -1,0 +1,47 @@
+"""Encoded images: where they are, and whether they can be used."""
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from granulon_hf.data.adapter import BadRow
+from granulon_hf.data.images import checked, open_rgb
+
+
+def locate(image: dict[str, Any], roots: list[Path]) -> dict[str, Any]:
+    """An image that is only a path, with the path of the file that it is.
+
+    Args:
+        roots (`list[Path]`): folders that the path may be relative to; none for a remote set.
+
+    Raises:
+        BadRow: there is no such file.
+    """
+    if image["bytes"]:
+        return image
+    for root in roots:
+        if (root / image["path"]).is_file():
+            return {"bytes": None, "path": str(root / image["path"])}
+    raise BadRow(f"the image {image['path']!r} is missing")
+
+
+def read(image: dict[str, Any]) -> bytes:
+    return image["bytes"] or Path(image["path"]).read_bytes()
+
+
+def verify(image: dict[str, Any], decode: bool) -> None:
+    """Raises BadRow for an image that cannot be opened, is too large or thin, or (with `decode`) is damaged or cut off."""
+    try:
+        if decode:
+            open_rgb(image, at_least=1)  # of a JPEG all bytes are read, but few pixels made
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+                checked(opened)
+    except Exception as error:  # Pillow raises what its many decoders raise
+        reason = " ".join(str(error).split()).split(" <_io")[0].removeprefix("unusable image: ")
+        raise BadRow(f"the image cannot be used: {reason or type(error).__name__}") from None

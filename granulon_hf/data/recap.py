@@ -1,0 +1,42 @@
+"""CC12M and ImageNet21K, recaptioned: a long and a short caption per image."""
+
+from granulon_hf.data.adapter import Adapter, Row, draw, encoded, row_id, single_turn, text
+from granulon_hf.data.sample import Sample
+
+INSTRUCTIONS = (
+    "Write a caption for this image.",
+    "Describe this image.",
+    "What is in this image? Answer with a caption.",
+    "Caption this picture so that nothing important is left out.",
+)
+
+
+def to_sample(row: Row) -> Sample:
+    """The long caption is the answer.
+
+    Long and short are swapped for CC12M rows (known flaw of the set): there the longer of the two is taken as the long one,
+    and `meta["swapped"]` says where that changed anything.
+    """
+    long, short = (str(row.get(name) or "").strip() for name in ("recaption", "recaption_short"))
+    swapped = row.get("class") == "CC12M" and len(short) > len(long)
+    if swapped:
+        long, short = short, long
+    return single_turn(
+        row,
+        id_column="id",
+        images=[encoded(row["image"])],
+        question=draw(INSTRUCTIONS, row_id(row, "id")),
+        answer=text(long, "recaption"),
+        task="caption",
+        meta={"category": row.get("class"), "caption_short": short, "swapped": swapped},
+    )
+
+
+ADAPTER = Adapter(
+    name="recap",
+    repo="gmongaras/CC12M_and_Imagenet21K_Recap",
+    to_sample=to_sample,
+    columns=("image", "class", "id", "recaption", "recaption_short"),
+    paper={"train": 1_000},
+    max_files=64,  # of about 8,700 with 0.5 GB each
+)

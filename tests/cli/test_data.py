@@ -1,0 +1,254 @@
+"""`granulon data`: prepare, check, show; what they write, and one clear sentence for what is wrong."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import granulon_hf.data
+from granulon_hf.cli.data import app
+from granulon_hf.data import materialise
+from tests.data import tables
+
+
+@pytest.fixture
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def ok(result):
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def refused(result, message):
+    assert result.exit_code == 2
+    assert re.fullmatch(f"Error: .*{message}.*\n", result.stderr), result.stderr
+
+
+@pytest.fixture
+def flux(tmp_path):
+    return tables.flux_folder(tmp_path / "flux", [("Text", 2), ("Imaginative", 2)])
+
+
+@pytest.fixture
+def prepared(flux, run, tmp_path):
+    out = tmp_path / "out"
+    ok(run("prepare", "flux-reason", "--source", flux, "--out", out, "--limit", 25, "--holdout", 5, "--shard-rows", 10))
+    return out
+
+
+def same(first, second):
+    """Equal samples, wherever the bytes of their images are."""
+    for one, other in zip(first, second, strict=True):
+        for sample in (one, other):
+            sample.images = [image["bytes"] or Path(image["path"]).read_bytes() for image in sample.images]
+        assert one == other
+
+
+def test_what_is_prepared_is_what_was_loaded(flux, prepared, monkeypatch, tmp_path):
+    original = granulon_hf.data.load("flux-reason", source=flux, limit=25, holdout=5)
+    same(granulon_hf.data.load(prepared), original)
+    same(granulon_hf.data.load(manifest=prepared / "manifest.json"), original)
+    assert sorted(path.name for path in (prepared / "data").iterdir()) == [f"train-0000{i}-of-00003.parquet" for i in range(3)]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    loaded = datasets.load_dataset(str(prepared), split="train", cache_dir=str(tmp_path / "cache"))
+    assert loaded["id"][:] == [sample.id for sample in original] and loaded[0]["images"][0].size == (64, 48)
+    assert loaded.features == materialise.prepared.features()
+
+    card = (prepared / "README.md").read_text()
+    assert "license: apache-2.0" in card and "| samples | 25 |" in card and "| held out of training | 5 rows |" in card
+    assert str(tmp_path) not in card
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    assert manifest["prepared"]["complete"] and manifest["prepared"]["samples"] == 25
+
+
+def test_bad_rows_are_left_out_and_named(run, tmp_path):
+    odd = tables.odd_images()
+    rows = [tables.flux_row(i, image={"bytes": image, "path": None}) for i, (image, _) in enumerate(odd.values())]
+    rows += [tables.flux_row(i, id="same") for i in (20, 21)] + [tables.flux_row(22, caption_detail=None)]
+    path = tables.write(tmp_path / "x|[b].parquet", rows, tables.FLUX)
+    printed = ok(run("prepare", "flux-reason", "--source", path, "--out", tmp_path / "out", "--shard-rows", 3))
+    assert (
+        "Note: " not in printed
+        and "7 bad rows were left out" in printed
+        and "x|[b].parquet, row 12: the caption_detail is empty" in printed
+    )
+    assert "6 samples" in printed and "1 ids were made unique" in printed
+    assert "1 x 1 pixels" in ok(run("check", tmp_path / "out"))
+    assert [sample.id for sample in granulon_hf.data.load(tmp_path / "out")][-2:] == ["same", "same#2"]
+    refused(
+        run("prepare", "flux-reason", "--source", path, "--out", tmp_path / "strict", "--on-error", "raise"),
+        r"x\|\[b\]\.parquet, row 4: the image cannot be used",
+    )
+
+
+def test_an_interrupted_preparation_goes_on(flux, run, tmp_path, monkeypatch):
+    arguments = ("prepare", "flux-reason", "--source", flux, "--out", tmp_path / "out", "--shard-rows", 8)
+    written, write = [], materialise.write_shard
+
+    def interrupted(path, samples, progress):
+        if len(written) == 2:
+            path.with_name(f".{path.name}.tmp").write_bytes(b"half of it")
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, samples, progress)
+
+    monkeypatch.setattr(materialise, "write_shard", interrupted)
+    result = run(*arguments)
+    assert result.exit_code == 130 and "run the same command again" in result.stderr
+    assert "interrupted" in run("check", tmp_path / "out").stdout and run("check", tmp_path / "out").exit_code == 1
+
+    monkeypatch.setattr(materialise, "write_shard", lambda *a: (written.append(a[0].name), write(*a)))
+    refused(run(*arguments, "--seed", 1), "was prepared with another seed; take another folder, or --overwrite it")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").glob("train*")}
+    assert "40 samples" in ok(run(*arguments))
+    assert written == [f"train-0000{i}-of-00005.parquet" for i in range(5)]  # each once
+    assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    same(granulon_hf.data.load(tmp_path / "out"), granulon_hf.data.load("flux-reason", source=flux))
+    ok(run(*arguments))
+    assert len(written) == 5  # nothing to do
+    next(iter(kept)).write_bytes(b"PAR1 lost to a power cut")
+    ok(run(*arguments))
+    assert len(written) == 6
+    assert "12 samples" in ok(run(*arguments, "--limit", 12, "--overwrite"))
+    assert len(list((tmp_path / "out" / "data").iterdir())) == 2
+
+
+def test_a_killed_preparation_goes_on(tmp_path, run):
+    root = tables.flux_folder(tmp_path / "flux", [("Text", 3)], rows=100)
+    arguments = ["prepare", "flux-reason", "--source", str(root), "--out", str(tmp_path / "out"), "--shard-rows", "10"]
+    script = "import sys; from granulon_hf.cli.data import app; app(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", script, *arguments], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "out").glob("data/train*")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ok(run(*arguments))
+    assert len(list(granulon_hf.data.load(tmp_path / "out"))) == 300
+    assert "no errors" in ok(run("check", tmp_path / "out"))
+
+
+def test_a_source_that_changed_is_not_mixed_in(flux, run, tmp_path, monkeypatch):
+    arguments = ("prepare", "flux-reason", "--source", flux, "--out", tmp_path / "out")
+    ok(run(*arguments))
+    part = next((flux / "Text").iterdir())
+    tables.write(part, [tables.flux_row(i, id=f"new{i}") for i in range(10)], tables.FLUX)
+    refused(run(*arguments), "has changed since the manifest was written")
+
+
+def test_two_images_text_alone_and_other_sets(run, tmp_path):
+    records = [
+        {"id": "two", "image": ["a.jpg", "b.jpg"], "conversations": tables.turn("<image> or <image>?", "Erste.")},
+        {"id": "none", "conversations": tables.turn("Hé?", "日本語") + tables.turn("And?", "No.")},
+    ]
+    root = tables.chat(tmp_path / "chat", records)
+    ok(run("prepare", "llava", "--source", root, "--out", tmp_path / "out"))
+    loaded, original = granulon_hf.data.load(tmp_path / "out"), granulon_hf.data.load("llava", source=root)
+    same(loaded, original)
+    assert loaded[0].images[1]["path"] == "b.jpg"
+
+    tables.write(tmp_path / "own.parquet", [{"p": tables.jpeg(i), "t": f"t{i}"} for i in range(3)])
+    columns = ("--column", "image=p", "--column", "answer=t")
+    ok(run("prepare", tmp_path / "own.parquet", *columns, "--out", tmp_path / "own"))
+    ok(run("prepare", tmp_path / "own.parquet", *columns, "--out", tmp_path / "own"))
+    assert [sample.reference for sample in granulon_hf.data.load(tmp_path / "own")] == ["t0", "t1", "t2"]
+
+    rows = [tables.seed_video(0), *(tables.seed_row(i) for i in range(1, 5))]
+    tables.write(tmp_path / "seed" / "data" / "test-00000-of-00001.parquet", rows, tables.SEED)
+    printed = ok(run("prepare", "seed-bench", "--source", tmp_path / "seed", "--out", tmp_path / "seeds"))
+    assert "1 rows are no part of the set: a video row" in printed
+    assert granulon_hf.data.load(tmp_path / "seeds").split == "test"  # the only one that there is
+    result = run("prepare", "seed-bench", "--source", tmp_path / "seed", "--out", tmp_path / "paper", "--preset", "paper")
+    assert result.stderr.startswith("Note: 1000 rows were asked for") and "4 samples" in ok(result)
+    assert "test 4 samples" in ok(run("check", tmp_path / "seeds"))
+
+
+def test_check_finds_what_is_wrong(prepared, flux, run, tmp_path):
+    printed = ok(run("check", prepared))
+    assert "answer (words)" in printed and "train 25 samples · 0 warnings · no errors" in printed
+    held = tmp_path / "held"
+    ok(run("prepare", "flux-reason", "--source", flux, "--out", held, "--split", "holdout", "--holdout", 5))
+    assert "no errors" in ok(run("check", prepared, "--against", held))
+
+    path = sorted((held / "data").iterdir())[0]
+    rows = pq.read_table(path).to_pylist()
+    picture = granulon_hf.data.load(prepared)[3].images[0]["bytes"]
+    # The same pixels in another format are the same image.
+    rows[0]["images"] = [{"bytes": tables.encode(datasets.Image().decode_example({"bytes": picture, "path": None}), "PNG")}]
+    rows[1]["images"] = [{"bytes": tables.jpeg(1)[:-300]}]
+    rows[2]["reference"] = ""
+    rows[3]["id"] = rows[4]["id"]
+    pq.write_table(pq.read_table(path).from_pylist(rows, schema=materialise.prepared.features().arrow_schema), path)
+    result = run("check", held, "--against", prepared)
+    assert result.exit_code == 1
+    for reason in (
+        "row 1: unusable image",
+        "row 2: the answer is empty",
+        "row 4: the id",
+        "the image is also in holdout",
+        "4 errors",
+    ):
+        assert reason in result.stdout, result.stdout
+    path.unlink()
+    assert run("check", held).exit_code == 2
+
+
+def test_check_in_tokens(prepared, run, tmp_path, build):
+    _, processor = build()
+    assert isinstance(processor.tokenizer, PreTrainedTokenizerFast)
+    processor.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert "answer (tokens)" in ok(run("check", prepared, "--tokenizer", tmp_path / "tokenizer"))
+    refused(run("check", prepared, "--tokenizer", tmp_path / "nothing"), "Cannot load the tokenizer")
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.links = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "srcset")]
+
+
+def test_the_contact_sheet_needs_nothing_and_runs_nothing(run, tmp_path):
+    rows = [tables.flux_row(i, caption_detail=f"<script>alert({i})</script> & 日本 <image>") for i in range(5)]
+    path = tables.write(tmp_path / "x.parquet", rows, tables.FLUX)
+    ok(run("prepare", "flux-reason", "--source", path, "--out", tmp_path / "out"))
+    ok(run("show", tmp_path / "out", "--out", tmp_path / "sheet.html", "--limit", 3))
+    html = (tmp_path / "sheet.html").read_text(encoding="utf-8")
+    parser = Links()
+    parser.feed(html)
+    assert "script" not in parser.tags and parser.tags.count("img") == parser.tags.count("article") == 3
+    assert all(link.startswith("data:image/jpeg;base64,") for link in parser.links)
+    assert "&lt;script&gt;alert(0)&lt;/script&gt; &amp; 日本" in html
+
+
+def test_one_sentence_for_what_is_wrong(run, prepared, flux, tmp_path):
+    refused(run("prepare", "flux", "--out", tmp_path / "x"), "no data set or prepared folder 'flux'")
+    refused(run("prepare", "flux-reason", "--source", tmp_path / "no", "--out", tmp_path / "x"), "no file or folder")
+    refused(run("prepare", "flux-reason", "--source", flux, "--out", flux), "not empty and holds no prepared subset")
+    refused(run("prepare", "llava", "--source", flux, "--out", tmp_path / "x"), "lacks the columns 'conversations'")
+    refused(run("prepare", "a-okvqa", "--split", "test", "--out", tmp_path / "x"), "withheld; use 'validation'")
+    refused(run("prepare", "flux-reason", "--column", "image", "--out", tmp_path / "x"), "--column takes image=COLUMN")
+    assert not (tmp_path / "x").exists()
+    refused(run("check", tmp_path / "none"), "no folder")
+    refused(run("check", flux), "is not prepared: it lacks the columns")
+    refused(run("check", prepared, "--against", tmp_path / "none"), "no folder")
+    refused(run("show", prepared, "--out", tmp_path / "no" / "sheet.html"), "Cannot write")
+    refused(run("show", prepared, "--limit", 0), "--limit must be at least 1")
+    refused(run("show", prepared, "--split", "test"), "has no split 'test'; it has 'train'")

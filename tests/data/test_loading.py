@@ -1,0 +1,264 @@
+"""Loading: bad rows, sampling, hold-out, manifests, access."""
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from granulon_hf.data import ADAPTERS, DataError, load
+from granulon_hf.data.sampling import file_order
+from granulon_hf.data.sources import ParquetSource, split_of
+from tests.data import tables
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    return tables.flux_folder(tmp_path_factory.mktemp("flux"))
+
+
+def ids(samples):
+    return [sample.id for sample in samples]
+
+
+def test_images_of_every_kind(tmp_path):
+    odd = tables.odd_images()
+    rows = [tables.flux_row(i, image={"bytes": image, "path": None}) for i, (image, _) in enumerate(odd.values())]
+    path = tables.write(tmp_path / "x.parquet", rows, tables.FLUX)
+    samples = load("flux-reason", source=path)
+    good = [i for i, (_, usable) in enumerate(odd.values()) if usable]
+    assert [sample.meta["row"] for sample in samples] == good
+    assert [sample.meta["row"] for sample in samples] == good and len(samples.problems) == 10 - len(good)  # counted once
+    found = {problem.row: problem for problem in samples.problems}
+    assert set(found) == set(range(10)) - set(good)
+    names = list(odd)
+    assert "20000 x 20 pixels" in found[names.index("thread")].reason and "truncated" in found[names.index("truncated")].reason
+    assert str(found[names.index("missing")]) == "x.parquet, row 9: the image is missing"
+
+    with pytest.raises(DataError, match=r"x\.parquet, row 4: the image cannot be used"):
+        list(load("flux-reason", source=path, on_error="raise"))
+    header = load("flux-reason", source=path, verify="header")
+    assert [sample.meta["row"] for sample in header] == [*good, names.index("truncated")]
+    for i in range(len(samples)):  # an index always gives something that can be used
+        assert samples[i].meta["row"] in good
+    assert samples[4].meta["row"] == 0 and samples[1].meta["row"] == 1
+    with pytest.raises(IndexError):
+        samples[10]
+
+
+def test_values_of_unexpected_types_end_no_epoch(tmp_path):
+    rows = [{"image": tables.jpeg(), "class": "CC12M", "id": 1, "recaption": "x", "recaption_short": "y"}]
+    tables.write(tmp_path / "a.parquet", [rows[0] | {"image": 7}])
+    tables.write(tmp_path / "b.parquet", rows)
+    samples = load("recap", source=tmp_path)
+    assert len(list(samples)) == 1 and samples.problems[0].reason.startswith("the image is a int")
+
+
+def test_sampling_is_deterministic_uniform_and_spans_the_files(flux):
+    first, again, other = (load("flux-reason", source=flux, limit=36, seed=seed) for seed in (0, 0, 1))
+    assert ids(first) == ids(again) != ids(other) and len(set(ids(first))) == 36
+    files = Counter(sample.meta["file"].split("/")[0] for sample in first)
+    assert set(files) == {"Aesthetics-Part01", "Aesthetics-Part02", "Imaginative", "Text"}
+    drawn = Counter(name for seed in range(200) for names in load_ids(flux, seed) for name in names)
+    # 200 draws of 36 of 120 rows: each is expected 60 times with standard deviation 6.5
+    assert len(drawn) == 120 and min(drawn.values()) > 30 and max(drawn.values()) < 90
+
+
+def load_ids(root, seed):
+    return load("flux-reason", source=root, limit=36, seed=seed).ids.values()
+
+
+def test_train_and_holdout_are_disjoint_whatever_their_limits(flux):
+    for seed in range(3):
+        held = load("flux-reason", "holdout", flux, holdout=17, seed=seed)
+        assert len(held) == 17
+        rest = load("flux-reason", "train", flux, holdout=17, seed=seed)
+        assert len(rest) == 103 and not set(ids(held)) & set(ids(rest))
+        for max_files in (0, 2, 5):
+            train = load("flux-reason", "train", flux, holdout=17, seed=seed, limit=30, max_files=max_files)
+            assert len(train) == 30 and set(ids(train)) <= set(ids(rest))
+        assert set(ids(load("flux-reason", "holdout", flux, holdout=17, limit=5, seed=seed))) <= set(ids(held))
+    with pytest.raises(DataError, match="no hold-out by default"):
+        load("flux-reason", "holdout", flux)
+    with pytest.raises(DataError, match="has 120 rows, too few to hold out 120"):
+        load("flux-reason", "holdout", flux, holdout=120)
+    with pytest.raises(DataError, match="hold-out has 17 rows, not 20"):
+        load("flux-reason", "holdout", flux, holdout=17, limit=20)
+    with pytest.raises(DataError, match="no split 'test', only 'train' and 'holdout'"):
+        load("flux-reason", "test", flux)
+
+
+def test_the_holdout_of_the_set_is_kept_out_by_default(flux, monkeypatch):
+    import dataclasses
+
+    monkeypatch.setitem(ADAPTERS, "flux-reason", dataclasses.replace(ADAPTERS["flux-reason"], holdout=12))
+    train, held = load("flux-reason", source=flux), load("flux-reason", "holdout", flux)
+    assert len(train) == 108 and len(held) == 12 and not set(ids(train)) & set(ids(held))
+    assert train.manifest["holdout"] == 12
+
+
+def test_few_files_are_read(flux, monkeypatch):
+    opened, read = Counter(), Counter()
+    open_file, read_group = ParquetSource._open, pq.ParquetFile.read_row_group
+    monkeypatch.setattr(ParquetSource, "_open", lambda self, part: opened.update([part]) or open_file(self, part))
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, *a, **k: read.update("r") or read_group(self, *a, **k))
+    samples = load("flux-reason", source=flux, limit=4, max_files=4, holdout=0)
+    assert not read and len(opened) <= 5  # and the first file, for its columns
+    found = list(samples)
+    assert len({sample.meta["file"] for sample in found} | set(opened)) <= 5 and sum(read.values()) <= 4
+    order = file_order([f"a/{i}" for i in range(90)] + [f"b/{i}" for i in range(10)], seed=3)
+    assert sorted(order) == sorted([f"a/{i}" for i in range(90)] + [f"b/{i}" for i in range(10)])
+    assert all(1 <= sum(part.startswith("b") for part in order[i : i + 20]) <= 3 for i in range(0, 100, 20))
+
+
+def test_the_papers_subsets(flux, tmp_path):
+    wanted = {
+        "flux-reason": {"train": 200_000, "holdout": 1_000},
+        "seed-bench": {"test": 1_000},
+        "a-okvqa": {"validation": 1_000},
+        "recap": {"train": 1_000},
+        "surgvlm": {"train": 50_000, "holdout": 1_000},
+    }
+    assert {name: adapter.paper for name, adapter in ADAPTERS.items() if adapter.paper} == wanted
+    rows = [{"id": str(i), "image": "a.jpg", "conversations": tables.turn("<image>", f"{i}")} for i in range(60_000)]
+    root = tables.chat(tmp_path, rows)
+    train = load("surgvlm", source=root, preset="paper")
+    held = load("surgvlm", "holdout", root, preset="paper")
+    names = [set(samples.ids["chat.json"]) for samples in (train, held)]
+    assert (len(names[0]), len(names[1])) == (50_000, 1_000) and not names[0] & names[1]
+    with pytest.warns(UserWarning, match="200000 rows were asked for, but .* only 120"):
+        assert len(load("flux-reason", source=flux, preset="paper")) == 120
+    with pytest.raises(DataError, match="no preset 'big'"):
+        load("flux-reason", source=flux, preset="big")
+    with pytest.raises(DataError, match="no subset of a-okvqa's split 'train', only of validation"):
+        load("a-okvqa", "train", flux, preset="paper")
+
+
+def test_a_manifest_gives_the_very_same_rows(tmp_path):
+    root = tables.flux_folder(tmp_path / "flux", [("Text", 3)])
+    samples = load("flux-reason", source=root, limit=9, holdout=4, seed=5)
+    samples.save_manifest(tmp_path / "manifest.json")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest == samples.manifest and manifest["seed"] == 5 and manifest["revision"] is None
+    assert sum(len(entry["ids"]) for entry in manifest["files"].values()) == 9
+    tables.write(root / "Text" / "later-00009-of-00010.parquet", [tables.flux_row(99)], tables.FLUX)  # others do not matter
+    again = load(manifest=tmp_path / "manifest.json")
+    assert list(again) == list(samples) and again.manifest == manifest and again.split == "train"
+    moved = root.rename(tmp_path / "moved")
+    with pytest.raises(DataError, match="no file or folder"):
+        load(manifest=manifest)
+    assert ids(load(manifest=manifest, source=moved)) == ids(samples)
+
+    part = next(iter(manifest["files"]))
+    rows = [row | {"id": f"new-{row['id']}"} for row in pq.read_table(moved / part).to_pylist()]
+    tables.write(moved / part, rows, tables.FLUX)
+    with pytest.raises(DataError, match=f"{Path(part).name}' .* has changed since the manifest was written: its content"):
+        load(manifest=manifest, source=moved)
+    manifest["files"][part]["fingerprint"] = None
+    with pytest.raises(DataError, match="its rows have other ids"):
+        load(manifest=manifest, source=moved)
+    tables.write(moved / part, rows[:5], tables.FLUX)
+    with pytest.raises(DataError, match="5 rows instead of 10"):
+        load(manifest=manifest, source=moved)
+    (moved / part).unlink()
+    with pytest.raises(DataError, match="it is gone"):
+        load(manifest=manifest, source=moved)
+    with pytest.raises(DataError, match="says which rows"):
+        load(manifest=manifest, limit=3)
+
+
+def test_repeated_ids_are_made_unique_and_reported(tmp_path):
+    names = ["a", "b", "a", "a#2", "a", None, None]
+    rows = [tables.flux_row(i, id=name) for i, name in enumerate(names)]
+    path = tables.write(tmp_path / "x.parquet", rows, tables.FLUX, row_group_size=2)
+    samples = load("flux-reason", source=path)
+    found = ids(samples)
+    assert found[:2] == ["a", "b"] and len(set(found)) == 7
+    assert [samples[i].id for i in range(7)] == found  # in whatever order they are asked for
+    assert [problem.row for problem in samples.renamed] == [2, 4] and "'a'" in samples.renamed[0].reason
+    assert not samples.problems
+
+
+def test_splits_by_file_name(tmp_path):
+    for name in (
+        "data/train-00000-of-00002.parquet",
+        "data/train-00001-of-00002.parquet",
+        "data/validation-00000-of-00001.parquet",
+    ):
+        tables.write(tmp_path / name, [tables.okvqa_row(len(name))], tables.OKVQA)
+    assert len(load("a-okvqa", source=tmp_path)) == 1 and len(load("a-okvqa", "train", tmp_path)) == 2
+    tables.write(tmp_path / "x.parquet", [tables.seed_row(1)], tables.SEED)
+    with pytest.raises(DataError, match="no split 'test'; it has 'train', 'validation'"):
+        load("seed-bench", source=tmp_path)
+    assert split_of("Text/fluxdb-text-00000-of-00143.parquet") is None and split_of("latest/contest.parquet") is None
+
+
+def test_lazy_pickled_and_as_a_dataset(flux, monkeypatch, tmp_path):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    samples = load("flux-reason", source=flux, limit=6)
+    copy = pickle.loads(pickle.dumps(samples))
+    assert list(copy) == list(samples) and "rows=6" in repr(samples)
+    dataset = samples.to_dataset()
+    assert dataset["id"][:] == ids(samples) and dataset[0]["images"][0].size == (64, 48)
+    assert json.loads(dataset[0]["meta"]) == samples[0].meta
+    assert dataset[0]["messages"][1]["content"] == [{"type": "text", "text": samples[0].reference}]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    rows = [tables.flux_row(i) for i in range(8)]
+    path = tables.write(tmp_path / "x.parquet", rows, tables.FLUX)
+    data = bytearray(path.read_bytes())
+    start = pq.read_metadata(path).row_group(1).column(1).data_page_offset
+    data[start + 60 : start + 90] = bytes(30)
+    path.write_bytes(data)
+    samples = load("flux-reason", source=path)
+    found = list(samples)  # no crash, whatever Parquet makes of it
+    assert len(found) >= 4 and len(found) + len(samples.problems) == 8
+    path.write_bytes(data[:-100])
+    with pytest.raises(DataError, match=r"'x\.parquet' .* cannot be read as Parquet"):
+        load("flux-reason", source=path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "flux"}, "no data set or prepared folder 'flux'; known are flux-reason"),
+        ({}, "Say which data set"),
+        ({"name": "surgvlm"}, "say where its files are"),
+        ({"name": "llava", "source": "no/such/place"}, "no file or folder 'no/such/place'"),
+        ({"name": "recap", "limit": 0}, "limit must be positive"),
+        ({"name": "recap", "on_error": "ignore"}, "'skip' or 'raise'"),
+        ({"name": "recap"}, "Cannot reach the data set 'gmongaras/.*give source="),
+        ({"name": np.zeros(3)}, "Say which columns"),
+        ({"manifest": "nowhere.json"}, "Cannot read the manifest"),
+        ({"manifest": {"format": 9}}, "no manifest"),
+    ],
+)
+def test_one_clear_sentence(arguments, message):
+    with pytest.raises(DataError, match=message):
+        load(**arguments)
+
+
+def test_an_empty_folder(tmp_path):
+    with pytest.raises(DataError, match="holds no Parquet, JSON"):
+        load("llava", source=tmp_path)
+
+
+def test_the_only_split_that_there_is(tmp_path):
+    tables.write(tmp_path / "own" / "train.parquet", [tables.seed_row(1)], tables.SEED)
+    assert load("seed-bench", source=tmp_path / "own").split == "train"
+    path = tables.write(tmp_path / "test-00000-of-00001.parquet", [tables.okvqa_row(1)], tables.OKVQA)
+    with pytest.raises(DataError, match="withheld; use 'validation'"):
+        load("a-okvqa", source=path)
+
+
+def test_workers_and_slices(flux):
+    from torch.utils.data import DataLoader
+
+    samples = load("flux-reason", source=flux, limit=12)
+    batches = list(DataLoader(samples, batch_size=5, num_workers=2, collate_fn=list))
+    assert [sample.id for batch in batches for sample in batch] == ids(samples)
+    assert ids(samples[3:7]) == ids(samples)[3:7] and len(samples[10:99]) == 2 and samples[-1].id == ids(samples)[-1]
