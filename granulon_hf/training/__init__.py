@@ -1,0 +1,17 @@
+"""The training recipe of the supplement as pieces of transformers' Trainer."""
+
+from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError, parse
+from granulon_hf.training.freezing import STAGES, set_stage
+from granulon_hf.training.trainer import GranulonTrainer, TrainingFailed
+
+__all__ = [
+    "STAGES",
+    "DataArguments",
+    "GranulonTrainer",
+    "ModelArguments",
+    "RecipeArguments",
+    "RecipeError",
+    "TrainingFailed",
+    "parse",
+    "set_stage",
+]

@@ -1,0 +1,111 @@
+"""Checkpoints that are whole or not there, and runs that go on as the same run."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from transformers.utils import logging
+
+from granulon_hf.training.arguments import RecipeError
+
+logger = logging.get_logger(__name__)
+ADAPTER, RUN = "adapter.safetensors", "run.json"
+UNFINISHED = ".unfinished"
+# What may differ between a run and its continuation; everything else would make another run of it.
+FREE = ("logging", "save_total_limit", "dataloader_num_workers", "report_to", "run_name", "project", "disable_tqdm", "log_")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether the files of a checkpoint can be opened; one that a full disk or another program has cut off cannot."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        weights = list(checkpoint.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, "pt") as opened:
+                opened.keys()
+        return bool(weights)
+    except Exception:  # whatever the readers raise
+        return False
+
+
+def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Folders `checkpoint-N`, the latest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The latest checkpoint that is whole; those that are not are skipped with a warning."""
+    for path in checkpoints(output_dir):
+        if is_whole(path):
+            return path
+        logger.warning(f"{path} is incomplete or damaged and is skipped.")
+    return None
+
+
+def remove_unfinished(output_dir: str | os.PathLike) -> None:
+    """Remove what a killed run was writing."""
+    unfinished = Path(output_dir) / UNFINISHED
+    if unfinished.exists():
+        logger.warning(f"{unfinished} is a checkpoint that was not finished; it is removed.")
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def settings_of(*groups: Any, **more: Any) -> dict[str, Any]:
+    """What makes a run the run it is, as plain values."""
+    settings: dict[str, Any] = {}
+    for group in groups:
+        values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
+        settings |= {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | None)}
+    local = ("output_dir", "local_rank", "resume_from_checkpoint", "logging_dir", "ddp_backend", "auto_precision")
+    return {name: value for name, value in settings.items() if name not in local} | more
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with other settings.
+
+    Raises:
+        RecipeError: names what changed.
+    """
+    if not path.exists():
+        return
+    before = json.loads(path.read_text())["settings"]
+    changed = [
+        f"{name} was {before[name]!r} and is {settings.get(name)!r}"
+        for name in sorted(before)
+        if name in settings and before[name] != settings[name] and not name.startswith(FREE)
+    ]
+    if changed:
+        raise RecipeError(
+            f"The run in {str(path.parent)!r} has other settings: {'; '.join(changed)}. Go on with the same settings, or "
+            "start a new run with another --output_dir."
+        )
+
+
+def find_resume(resume: str | None, output_dir: str) -> str | None:
+    """The checkpoint to go on from.
+
+    Args:
+        resume (`str`, *optional*): a checkpoint, or "last" for the latest whole one of `output_dir` (from the start where there
+            is none yet).
+        output_dir (`str`): of the run.
+
+    Raises:
+        RecipeError: that checkpoint cannot be used; or none is asked for, and the folder holds a run.
+    """
+    if resume is None:
+        if checkpoints(output_dir):
+            raise RecipeError(
+                f"{output_dir!r} already holds a run; say --resume_from_checkpoint last to go on, or another --output_dir."
+            )
+        return None
+    if resume.lower() in ("last", "true"):
+        found = last_checkpoint(output_dir)
+        return str(found) if found else None
+    if not is_whole(Path(resume)):
+        raise RecipeError(f"{resume!r} is no whole checkpoint; say --resume_from_checkpoint last for the latest that is.")
+    return resume

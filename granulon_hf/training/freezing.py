@@ -1,0 +1,132 @@
+"""What is trained in which stage, and how the rest is kept still."""
+
+from collections.abc import Iterable
+
+import torch
+from rich.table import Table
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
+
+STAGES = {
+    "projector": "the projector (supplement)",
+    "controller": "the granularity controller, on labelled questions (paper; examples/train_controller.py)",
+    "projector+lora": "the projector, and low-rank adapters in the language model but for its first block (ours)",
+    "full": "everything but the controller (ours)",
+}
+PARTS = ("vision_tower", "multi_modal_projector", "controller", "language_model", "lm_head")
+
+
+def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank: int = 16, lora_alpha: int = 32) -> None:
+    """Freeze all that a stage does not train.
+
+    Trained weights are kept in float32, whatever the backbones are in: steps of 1e-4 would be lost in bfloat16. With
+    `projector+lora` the language model gets adapters in its linear layers, but for the first block, which the controller
+    reads: its choice must not drift while it is not being trained.
+
+    Raises:
+        ValueError: an unknown stage, or stage "controller" for a model without levels.
+        ImportError: peft is not installed and the stage needs it.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"Unknown stage {stage!r}; the stages are {', '.join(STAGES)}.")
+    if stage == "controller" and not model.config.granularity_levels:
+        raise ValueError("This model has no granularity levels, and therefore no controller to train.")
+    model.requires_grad_(stage == "full")
+    if model.config.granularity_levels:
+        model.model.controller.requires_grad_(stage == "controller")
+    if stage in ("projector", "projector+lora"):
+        model.model.multi_modal_projector.requires_grad_(True)
+    if stage == "projector+lora":
+        add_lora(model.model.language_model, lora_rank, lora_alpha)
+    if stage != "full":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    keep_frozen_parts_in_eval(model)
+
+
+def add_lora(decoder: nn.Module, rank: int, alpha: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ImportError('The stage "projector+lora" needs peft: pip install "granulon-hf[train]"') from None
+    linear = [name for name, module in decoder.named_modules() if isinstance(module, nn.Linear)]
+    targets = [name for name in linear if not name.startswith("layers.0.")]
+    if not targets:
+        raise ValueError("The language model has one block only, which the controller reads: there is nothing to adapt.")
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    inject_adapter_in_model(config, decoder)
+
+
+def keep_frozen_parts_in_eval(model: nn.Module) -> None:
+    """Put every module that holds parameters, none of them trainable, into eval mode: no dropout, no drop-path, no running
+    statistics. To be called after each `model.train()`. Where gradient checkpointing is on its layers stay switched to
+    training, since transformers checkpoints in training mode only; what is inside them does not.
+    """
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            if module.training:
+                module.eval()
+            if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False):
+                module.training = True
+
+
+def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    """Names and parameters that are trained."""
+    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def parameter_table(model: GranulonForConditionalGeneration) -> Table:
+    """Trainable and frozen parameters of each part."""
+    table = Table("part", "trainable", "frozen", "dtype", box=None, padding=(0, 2, 0, 0))
+    totals, seen = [0, 0], set()
+    for part in PARTS:
+        module = model.lm_head if part == "lm_head" else getattr(model.model, part, None)
+        if module is None:
+            continue
+        counts, dtypes = [0, 0], set()
+        for parameter in module.parameters():
+            if id(parameter) not in seen:  # tied weights count once
+                seen.add(id(parameter))
+                # ZeRO-3 leaves empty shells behind.
+                counts[not parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
+                dtypes.add(str(parameter.dtype).removeprefix("torch."))
+        if sum(counts):
+            table.add_row(part, f"{counts[0]:,}", f"{counts[1]:,}", ", ".join(sorted(dtypes)))
+            totals = [total + count for total, count in zip(totals, counts, strict=True)]
+    table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}", "", style="bold")
+    return table
+
+
+def adapter_state(model: GranulonForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """What a run has to keep: the trained weights and always projector and controller, on the CPU, named as below `model.`."""
+    return {
+        name.removeprefix("model."): parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or name.startswith(("model.multi_modal_projector.", "model.controller."))
+    }
+
+
+def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:
+    """Put such weights back.
+
+    Raises:
+        ValueError: a weight of another shape, one that the model does not have, or a trained one that is missing.
+    """
+    own = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
+    unknown = sorted(state.keys() - own.keys())
+    missing = sorted(name.removeprefix("model.") for name, _ in trainable(model) if name.removeprefix("model.") not in state)
+    if unknown or missing:
+        what = f"has {unknown[0]}, which the model lacks" if unknown else f"lacks {missing[0]}, which is trained"
+        raise ValueError(f"The adapter does not fit: it {what}; was it trained in another stage?")
+    with torch.no_grad():
+        for name, value in state.items():
+            if own[name].shape != value.shape:
+                raise ValueError(
+                    f"The adapter does not fit: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}; it belongs to "
+                    "other backbones."
+                )
+            own[name].copy_(value)

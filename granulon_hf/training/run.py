@@ -1,0 +1,285 @@
+"""From arguments to a run: model, data, the checks before the first step, and what is left behind at the end."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import AutoProcessor
+
+import granulon_hf
+from granulon_hf import variants
+from granulon_hf.data import DataError, Sample, load
+from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.shapes import Shapes
+from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
+from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, settings_of
+from granulon_hf.training.freezing import STAGES, load_adapter_state, parameter_table, set_stage, trainable
+
+PROBED = 64  # samples that are looked at before the first step
+
+
+def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
+    """Model and processor of a run, frozen as its stage says.
+
+    Args:
+        args ([`ModelArguments`]): what to build.
+        demo (`callable`, *optional*): makes the variant "demo": `granulon_hf.demo.build_demo`, which lies above.
+
+    Raises:
+        RecipeError: an unknown variant or stage, a folder without a Granulon model, an adapter that does not fit.
+    """
+    if args.stage not in STAGES:
+        raise RecipeError(f"Unknown stage {args.stage!r}; the stages are {', '.join(STAGES)}.")
+    if args.stage == "controller":
+        raise RecipeError("The controller is trained on labelled questions: python examples/train_controller.py")
+    fields: dict[str, Any] = {}
+    if args.attn_implementation:
+        fields["attn_implementation"] = args.attn_implementation
+    if args.variant == "demo" and demo is not None:
+        try:
+            model, processor = demo()
+        except RuntimeError as error:  # MissingBackbones: its message is the command
+            raise RecipeError(f"The demo variant needs two packages with weights; run: {error}") from None
+    elif args.variant in variants.NAMES:
+        try:
+            model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights)
+        except OSError as error:
+            raise RecipeError(
+                f"The backbones of {args.variant} cannot be read ({' '.join(str(error).split())[:200]}); DINOv3 and Llama 3.2 "
+                "need a Hub account that has accepted their licences (--open_weights reads DINOv3 without)."
+            ) from error
+    else:
+        auto: Any = granulon_hf.AutoModelForVision2Seq
+        try:
+            model = auto.from_pretrained(args.variant, **fields)
+            processor = AutoProcessor.from_pretrained(args.variant)
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"--variant {args.variant!r} is neither demo nor one of {', '.join(variants.NAMES)}, and no model can be "
+                f"read there ({' '.join(str(error).split())[:200]})."
+            ) from error
+        if not isinstance(model, granulon_hf.GranulonForConditionalGeneration):
+            raise RecipeError(f"{args.variant!r} is a {type(model).__name__}, not a Granulon model.")
+    if args.attn_implementation:
+        model.set_attn_implementation({"text_config": args.attn_implementation})
+    model.config.pixel_loss_weight, model.config.semantic_loss_weight = args.pixel_loss_weight, args.semantic_loss_weight
+    set_stage(model, args.stage, lora_rank=args.lora_rank, lora_alpha=args.lora_alpha)
+    if args.adapter:
+        file = Path(args.adapter) / ADAPTER if os.path.isdir(args.adapter) else Path(args.adapter)
+        if not file.is_file():
+            raise RecipeError(f"There is no adapter {str(file)!r}.")
+        state = load_file(file)
+        own = {name.removeprefix("model.") for name, _ in model.named_parameters()}
+        if unknown := sorted(state.keys() - own):
+            raise RecipeError(f"The adapter {str(file)!r} has {unknown[0]}, which {args.variant} lacks.")
+        current = {n.removeprefix("model."): p for n, p in trainable(model) if n.removeprefix("model.") not in state}
+        try:
+            load_adapter_state(model, {**{name: p.detach() for name, p in current.items()}, **state})
+        except ValueError as error:
+            raise RecipeError(str(error)) from None
+    return model, processor
+
+
+def load_samples(args: DataArguments) -> Any:
+    """The training samples: a sequence of [`Sample`].
+
+    Raises:
+        RecipeError: the data cannot be read, or have no random access.
+    """
+    if args.data == "shapes":
+        return Shapes(args.limit or 2000, seed=args.subset_seed)
+    options: dict[str, Any] = {
+        "split": args.split,
+        "source": args.source,
+        "preset": args.preset,
+        "limit": args.limit,
+        "seed": args.subset_seed,
+    }
+    try:
+        samples = load(args.data, on_error=args.on_error, **{k: v for k, v in options.items() if v is not None})
+    except (DataError, OSError) as error:
+        raise RecipeError(f"--data {args.data!r} cannot be used: {' '.join(str(error).split())}") from error
+    if not len(samples):
+        raise RecipeError(f"--data {args.data!r} has no samples.")
+    try:
+        samples[0]
+    except DataError as error:
+        raise RecipeError(str(error)) from None
+    return samples
+
+
+class SampleDataset(Dataset):
+    """Samples as a dataset of torch."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+
+def check_samples(collator: GranulonCollator, samples: Sequence[Sample]) -> None:
+    """Refuse data of which nothing can be trained on.
+
+    Raises:
+        RecipeError: none of the first samples has a token with a label.
+    """
+    for i in range(min(PROBED, len(samples))):
+        if collator.encode(samples[i]) is not None:
+            collator.problems.clear()
+            return
+    last = collator.problems[-1]
+    raise RecipeError(
+        f"None of the first {min(PROBED, len(samples))} samples can be trained on; the last, {last['id']}: {last['reason']}."
+    )
+
+
+def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
+    """Refuse what the launcher or the device cannot do.
+
+    Raises:
+        RecipeError: names it and what to do.
+    """
+    config = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    stage3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    tied = model.config.get_text_config().tie_word_embeddings
+    if config and stage3 and tied and stage != "full":
+        raise RecipeError(
+            "ZeRO-3 cannot shard a frozen embedding that is tied to the output layer; use accelerate_zero2.yaml (the trained "
+            "part is small) or accelerate_fsdp2.yaml."
+        )
+    if args.gradient_checkpointing and stage == "projector" and not args.use_cpu:
+        Console(stderr=True).print(
+            "Gradient checkpointing costs about a third more time; the recipe does not need it.", style="yellow"
+        )
+    free = shutil.disk_usage(existing(Path(args.output_dir or "."))).free
+    kept = sum(p.numel() for _, p in trainable(model)) * 4 * 4 * ((args.save_total_limit or 1) + 1)
+    if args.save_full:
+        kept += sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 1) + 1)
+    if args.save_strategy != "no" and free < kept:
+        raise RecipeError(
+            f"--output_dir has {free / 2**30:.1f} GiB free, and {(args.save_total_limit or 1) + 1} checkpoints may take "
+            f"{kept / 2**30:.1f} GiB; make room, or lower --save_total_limit."
+        )
+
+
+def existing(path: Path) -> Path:
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, samples: Any) -> dict[str, Any]:
+    """Check that a run that goes on is the same run, and write down what it is. Called by the main process.
+
+    Returns:
+        `dict`: what `run.json` holds: settings, command, versions, and the data's manifest where there is one.
+
+    Raises:
+        RecipeError: the settings changed.
+    """
+    settings = settings_of(model_args, data_args, args, world_size=args.world_size, samples=len(samples))
+    path = Path(args.output_dir or ".") / RUN
+    if args.resume_from_checkpoint:
+        check_settings(path, settings)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    described = {
+        "settings": settings,
+        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "versions": versions(),
+        "model": asdict(model_args),
+        "data": getattr(samples, "manifest", {"data": data_args.data, "samples": len(samples), "seed": data_args.subset_seed}),
+    }
+    path.write_text(json.dumps(described, indent=1, default=str) + "\n")
+    return described
+
+
+def versions() -> dict[str, str]:
+    found = {module.__name__: module.__version__ for module in (torch, transformers, accelerate, granulon_hf)}
+    return {"python": sys.version.split()[0], **found}
+
+
+def print_table(model: Any, stage: str) -> None:
+    console = Console()
+    console.print(f"Stage {stage}: {STAGES[stage]}", style="bold")
+    console.print(parameter_table(model))
+
+
+def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator) -> None:
+    """Weights, loss curve (PNG), model card and, where samples were left out, their list. Called by the main process."""
+    folder = Path(trainer.args.output_dir)
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    if not history:
+        return
+    plot_losses(history, folder / "loss.png")
+    if collator.problems:
+        (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in collator.problems))
+    write_card(folder, described, history, trainer)
+
+
+def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
+    """Loss and learning rate over steps; left out where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    steps = [entry["step"] for entry in history]
+    left.plot(steps, [entry["loss"] for entry in history], color="tab:blue")
+    right.plot(steps, [entry.get("learning_rate", 0.0) for entry in history], color="tab:gray", linewidth=0.8)
+    left.set(xlabel="step", ylabel="training loss")
+    right.set_ylabel("learning rate", color="tab:gray")
+    figure.savefig(path, dpi=120)
+
+
+def write_card(folder: Path, described: dict[str, Any], history: list[dict[str, Any]], trainer: Any) -> None:
+    """README.md of the run: command, settings, versions, losses."""
+    settings, model = described["settings"], described["model"]
+    shown = """learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size
+        lr_scheduler_type warmup_steps weight_decay bf16 batching max_length seed""".split()
+    rows = "".join(f"| {name} | {settings.get(name)} |\n" for name in shown)
+    found = "".join(f"| {name} | {version} |\n" for name, version in described["versions"].items())
+    name = model["variant"] + (" (toy size)" if model["tiny"] else "")
+    left_out = "left_out.jsonl lists the samples that could not be used.\n" if (folder / "left_out.jsonl").exists() else ""
+    content = f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- granulon
+---
+
+# Granulon: {name}, {model["stage"]}
+
+`{ADAPTER}` holds the trained weights and, where the model has one, the controller; the backbones are not in it.
+
+```bash
+{described["command"]}
+```
+
+Loss {history[0]["loss"]:.4f} at step {history[0]["step"]}, {history[-1]["loss"]:.4f} at step {history[-1]["step"]}
+(training loss, means over logging steps). {left_out}
+![Loss curve](loss.png)
+
+| setting | value |
+|---|---|
+{rows}
+| version of | |
+|---|---|
+{found}"""
+    ModelCard(content).save(folder / "README.md")

@@ -1,0 +1,268 @@
+"""transformers' Trainer, lean: labels only where they count, frozen parts left alone, small atomic checkpoints."""
+
+import functools
+import math
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
+from granulon_hf.training.freezing import adapter_state, keep_frozen_parts_in_eval, load_adapter_state, trainable
+
+logger = logging.get_logger(__name__)
+
+# bf16 matrix multiplications a second, dense, as the makers state them; other devices have no MFU.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+
+
+class TrainingFailed(RuntimeError):
+    """The run cannot go on; the message says why and what to do."""
+
+
+class GranulonTrainer(Trainer):
+    """Trains what [`~granulon_hf.training.set_stage`] has left trainable.
+
+    - Logits and loss are computed at labelled positions only: the same loss, without the vocabulary-sized rest.
+    - Frozen modules stay in eval mode.
+    - A checkpoint holds the trained weights (`adapter.safetensors`), optimizer, schedule and random states; with `save_full`
+      the whole model. It appears under its name when it is complete.
+    - On SIGTERM a checkpoint is written at the end of the step, on all processes, and training stops.
+    - Logs also say tokens per second, the share of padding, the chosen levels and, for known devices, MFU.
+
+    Args:
+        lengths (`list[int]`, *optional*): tokens of each training sample; batches are then grouped by length.
+        The others are those of `Trainer`; `args` is [`~granulon_hf.training.arguments.RecipeArguments`].
+    """
+
+    model: Any  # a GranulonForConditionalGeneration
+
+    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lengths, self.staging = lengths, False
+        self.seen: dict[str, Any] = {}
+        self.since: float | None = None
+        self.add_callback(StopOnSignal(self.accelerator))
+        self.add_callback(Guard())
+        # DeepSpeed loads strictly, and frozen weights are not in its checkpoints.
+        self.model.register_load_state_dict_pre_hook(fill_missing)
+
+    # --- batches and the step ----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedSampler(size, self.lengths, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        keep_frozen_parts_in_eval(self.model)  # training_step has just called model.train()
+        loss, outputs = super().compute_loss(
+            model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        self.count(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def count(self, inputs, outputs) -> None:
+        """Add to what the next log says; sums stay on the device until then."""
+        mask = inputs.get("attention_mask")
+        cells = inputs["input_ids"].numel()
+        counts = {
+            "cells": cells,
+            "tokens": mask.sum() if mask is not None else cells,
+            "images": len(inputs["pixel_values"]) if "pixel_values" in inputs else 0,
+        }
+        level = outputs.get("granularity")
+        if level is not None:
+            for index, name in enumerate(self.model.config.level_names):
+                counts[f"level_{name}"] = (level == index).sum()
+        for name, value in counts.items():
+            self.seen[name] = self.seen.get(name, 0) + value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        now = time.monotonic()
+        if "loss" in logs and self.seen:
+            seen = {name: float(value) for name, value in self.seen.items()}
+            if self.since is not None:
+                logs["tokens_per_second"] = round(seen["tokens"] * self.args.world_size / max(now - self.since, 1e-6), 1)
+                if (peak := peak_flops()) is not None:
+                    logs["mfu"] = round(self.step_flops(seen) / max(now - self.since, 1e-6) / peak, 4)
+            logs["padding"] = round(1 - seen["tokens"] / seen["cells"], 4)
+            levels = {name: value for name, value in seen.items() if name.startswith("level_")}
+            logs |= {name: round(value / max(sum(levels.values()), 1), 3) for name, value in levels.items()}
+            self.seen, self.since = {}, now
+        super().log(logs, start_time)
+
+    def step_flops(self, seen: dict[str, float]) -> float:
+        """FLOPs of the matrix products of what was seen: 2 a weight and token forward, 2 for gradients of activations, 2 more
+        for those of trained weights; the tower forward only. The usual estimate, without attention."""
+        parts = self.model.model
+
+        def weights(module):
+            return sum(p.numel() for name, p in module.named_parameters() if "embed_tokens" not in name)
+
+        patches = getattr(self.model.config, "image_seq_length", 0) * seen["images"]
+        decoder = 6 if any(p.requires_grad for p in parts.language_model.parameters()) else 4
+        flops = decoder * weights(parts.language_model) * seen["tokens"]
+        flops += 6 * weights(parts.multi_modal_projector) * patches
+        return flops + 2 * weights(parts.vision_tower) * patches
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial=None):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self.staging else folder
+
+    def _save_checkpoint(self, model, trial=None):
+        folder = Path(self._get_output_dir(trial))
+        if self.args.should_save:
+            remove_unfinished(folder)
+        self.accelerator.wait_for_everyone()
+        self.staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            free = shutil.disk_usage(folder).free
+            full = getattr(error, "errno", None) == 28 or "No space left" in str(error) or free < 2**20
+            shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+            if full:
+                raise TrainingFailed(
+                    f"The disk of {str(folder)!r} is full ({free / 2**20:.0f} MiB free). Make room, then go on with "
+                    "--resume_from_checkpoint last: earlier checkpoints are whole."
+                ) from error
+            raise
+        finally:
+            self.staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            name = f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder / name, ignore_errors=True)
+            sync(folder / UNFINISHED / name)
+            os.replace(folder / UNFINISHED / name, folder / name)
+            (folder / UNFINISHED).rmdir()
+            rotate_checkpoints(output_dir=str(folder), save_total_limit=self.args.save_total_limit, use_mtime=False)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        if self.args.save_full or self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            self._save(output_dir)
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.args.save_full:
+            return super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state = adapter_state(model)
+        if state_dict is not None:  # gathered from shards
+            state = {name: state_dict.get(f"model.{name}", state_dict.get(name)) for name in state}
+        save_file(state, folder / ADAPTER, metadata={"format": "pt"})
+        (folder / ADAPTER).chmod(0o644)  # safetensors leaves its files to their owner alone
+        model.config.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if self.is_deepspeed_enabled and not self.args.save_full:
+            engine = self.model_wrapped
+            engine.save_checkpoint = functools.partial(type(engine).save_checkpoint, engine, exclude_frozen_parameters=True)
+        super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        file = Path(resume_from_checkpoint) / ADAPTER
+        if file.exists():
+            load_adapter_state(self.accelerator.unwrap_model(model or self.model), load_file(file))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class GroupedSampler(Sampler[int]):
+    """transformers' `LengthGroupedSampler`, in an order that seed and epoch alone decide: a resumed run goes on in it."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        self.batch_size, self.lengths, self.seed, self.epoch = batch_size, lengths, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=random))
+
+
+def sync(folder: Path) -> None:
+    """Have the system write a folder's files before it is renamed: a name must not appear before its content."""
+    for path in [*folder.rglob("*"), folder]:
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+
+def fill_missing(module, state_dict, prefix, *args) -> None:
+    """Weights that a checkpoint does not hold stay as they are."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    own = module.state_dict()
+    for name, value in own.items():
+        if prefix + name not in state_dict and (name in frozen or name not in dict(trainable(module))):
+            state_dict[prefix + name] = value
+
+
+def peak_flops() -> float | None:
+    """Of this GPU, where it is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM: one checkpoint at the end of the step, then stop, on all processes together."""
+
+    def __init__(self, accelerator):
+        self.accelerator, self.asked, self.before = accelerator, False, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        try:
+            self.before = signal.signal(signal.SIGTERM, self.ask)
+        except ValueError:  # not the main thread
+            self.before = None
+
+    def ask(self, signum, frame):
+        self.asked = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            self.accelerator.set_trigger()
+        if self.accelerator.check_trigger():
+            logger.warning(f"Stopped by SIGTERM after step {state.global_step}; --resume_from_checkpoint last goes on.")
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+
+class Guard(TrainerCallback):
+    """Stops at a loss that is no number."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingFailed(
+                f"The loss became {loss} between two logs, the last at step {state.global_step}. The latest checkpoint was "
+                "written before; go on from it in a new --output_dir with a smaller --learning_rate or --max_grad_norm, or "
+                "in float32."
+            )

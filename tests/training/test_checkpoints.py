@@ -1,0 +1,60 @@
+"""Which checkpoint a run goes on from, and whether it is the same run."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from granulon_hf.training import RecipeError
+from granulon_hf.training.checkpoints import check_settings, find_resume, last_checkpoint, remove_unfinished, settings_of
+
+
+def checkpoint(folder, step, whole=True):
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    save_file({"x": torch.zeros(50)}, path / "adapter.safetensors")
+    (path / "trainer_state.json").write_text("{}" if whole else "{")
+    return path
+
+
+def test_the_latest_whole_checkpoint(tmp_path):
+    assert last_checkpoint(tmp_path) is None
+    for step in (5, 90, 100):
+        checkpoint(tmp_path, step, whole=step != 100)
+    (tmp_path / "checkpoint-old").mkdir()
+    assert last_checkpoint(tmp_path).name == "checkpoint-90"
+    (tmp_path / "checkpoint-90" / "adapter.safetensors").unlink()
+    assert last_checkpoint(tmp_path).name == "checkpoint-5"
+
+
+def test_what_to_go_on_from(tmp_path):
+    assert find_resume(None, str(tmp_path)) is None
+    assert find_resume("last", str(tmp_path)) is None
+    path = checkpoint(tmp_path, 3)
+    assert find_resume("last", str(tmp_path)) == find_resume(str(path), str(tmp_path)) == str(path)
+    with pytest.raises(RecipeError, match="already holds a run; say --resume_from_checkpoint last"):
+        find_resume(None, str(tmp_path))
+    with pytest.raises(RecipeError, match="no whole checkpoint"):
+        find_resume(str(tmp_path / "none"), str(tmp_path))
+
+
+def test_unfinished_checkpoints_are_removed(tmp_path):
+    checkpoint(tmp_path / ".unfinished", 4)
+    remove_unfinished(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_changed_settings_are_named(tmp_path):
+    class Group:
+        def __init__(self, **values):
+            self.__dict__.update(values)
+
+    path = tmp_path / "run.json"
+    settings = settings_of(Group(learning_rate=1e-4, logging_steps=5, output_dir="a", callback=print), world_size=2)
+    assert "callback" not in settings and "output_dir" not in settings
+    check_settings(path, settings)  # nothing to compare with
+    path.write_text(json.dumps({"settings": settings}))
+    check_settings(path, {**settings, "logging_steps": 50})
+    with pytest.raises(RecipeError, match=r"learning_rate was 0.0001 and is 0.1; world_size was 2 and is 4"):
+        check_settings(path, {**settings, "learning_rate": 0.1, "world_size": 4})

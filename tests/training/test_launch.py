@@ -1,0 +1,151 @@
+"""Real launches of examples/train.py: kills, resumes, DeepSpeed on two CPU processes, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from granulon_hf.data.shapes import Shapes
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+TINY = ["--variant", "granulon-qwen2.5", "--tiny", "true", "--use_cpu", "true", "--limit", "64", "--report_to", "none"]
+SHORT = ["--max_steps", "8", "--logging_steps", "1", "--save_steps", "2", "--learning_rate", "1e-2"]
+BATCH = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+
+
+def start(*arguments, config="accelerate_cpu.yaml", processes=1):
+    head = [*LAUNCH, "--config_file", f"examples/{config}", "--num_processes", str(processes), "examples/train.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*head, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process, timeout=420):
+    output, _ = process.communicate(timeout=timeout)
+    return output
+
+
+def losses(folder, step=8):
+    history = json.loads((folder / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def wait_for(path, process, timeout=300):
+    deadline = time.monotonic() + timeout
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-3000:]
+        time.sleep(0.02)
+
+
+def kill(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_killed_and_resumed_it_is_the_same_run(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", whole))
+    assert len(losses(whole)) == 8, output[-3000:]
+    assert "multi_modal_projector  2,112" in output and "frozen" in output
+    for file in ("README.md", "loss.png", "run.json", "adapter.safetensors"):
+        assert (whole / file).stat().st_size > 500, file
+    assert "accelerate launch examples/train.py --variant granulon-qwen2.5" in (whole / "README.md").read_text()
+
+    process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut)
+    wait_for(cut / "checkpoint-4", process)
+    kill(process)
+    refused = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut))
+    assert "already holds a run; say --resume_from_checkpoint last" in refused
+    changed = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last", "--seed", "3"))
+    assert "seed was 42 and is 3" in changed
+    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last"))
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
+
+
+def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path):
+    long = ["--max_steps", "400", "--save_steps", "300", "--logging_steps", "1", *BATCH]
+    process = start(*TINY, *long, "--output_dir", tmp_path)
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if "'loss'" in line:
+            break
+    workers = subprocess.run(
+        ["pgrep", "-f", f"train.py.*{tmp_path}"], capture_output=True, text=True, check=False
+    ).stdout.split()
+    for worker in workers:
+        if int(worker) != process.pid:
+            os.kill(int(worker), signal.SIGTERM)
+    output = seen + finish(process)
+    assert "Stopped by SIGTERM after step" in output, output[-3000:]
+    (written,) = tmp_path.glob("checkpoint-*")
+    assert 1 <= int(written.name.split("-")[1]) < 300
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
+def test_zero2_with_two_processes_killed_and_resumed(tmp_path):
+    """DeepSpeed runs, with two ranks, and the killed run goes on to the same losses. Its first launch compiles for minutes."""
+    options = {"config": "accelerate_zero2.yaml", "processes": 2}
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", whole, **options), timeout=600)
+    assert len(losses(whole)) == 8, output[-3000:]
+    assert json.loads((whole / "run.json").read_text())["settings"]["world_size"] == 2
+    engine = list((whole / "checkpoint-8" / "global_step8").glob("zero_pp_rank_*_optim_states.pt"))
+    assert len(engine) == 2  # each rank has its part of the optimizer
+    assert sum(file.stat().st_size for file in (whole / "checkpoint-8").rglob("*")) < 2_000_000
+
+    process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut, **options)
+    wait_for(cut / "checkpoint-4", process)
+    kill(process)
+    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last", **options))
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
+
+
+def test_a_folder_in_the_llava_form(tmp_path):
+    data = tmp_path / "chat"
+    (data / "images").mkdir(parents=True)
+    records = []
+    for i in range(12):
+        sample = Shapes(12)[i]
+        (data / "images" / f"{i}.png").write_bytes(sample.images[0]["bytes"])
+        turns = [{"from": "human", "value": f"{sample.question}\n<image>"}, {"from": "gpt", "value": sample.reference}]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (data / "chat.json").write_text(json.dumps(records))
+    out = tmp_path / "out"
+    arguments = ["--max_steps", "2", "--save_steps", "2", "--data", data / "chat.json", "--output_dir", out, *BATCH]
+    output = finish(start(*TINY, *arguments))
+    assert (out / "checkpoint-2").is_dir(), output[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variant", "granulon-gpt5"], "neither demo nor one of clip-qwen2.5"),
+        (["--stage", "everything"], "the stages are projector"),
+        (["--stage", "controller"], "examples/train_controller.py"),
+        (["--data", "no-such-set"], "--data 'no-such-set'"),
+        (["--max_length", "10"], "None of the first"),
+        (["--adapter", "nowhere"], "There is no adapter"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, message):
+    head = [sys.executable, "examples/train.py", *TINY, "--output_dir", str(tmp_path / "out"), *arguments]
+    done = subprocess.run(
+        head, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out/checkpoint-*"))

@@ -1,0 +1,223 @@
+"""The lean step against the plain one, frozen weights, batches, checkpoints, logs."""
+
+import copy
+import json
+import logging
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.shapes import Shapes
+from granulon_hf.training import GranulonTrainer, RecipeArguments, TrainingFailed, set_stage
+from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
+from granulon_hf.training.run import SampleDataset
+
+SAMPLES = Shapes(48)
+
+
+@pytest.fixture
+def make(build, tmp_path):
+    """A trainer on drawn samples."""
+
+    def make(name="run", stage="projector", *, packing=False, grouped=True, model=None, side="right", **kwargs):
+        torch.manual_seed(0)
+        built, processor = build()
+        model = model or built
+        set_stage(model, stage)
+        collator = GranulonCollator(processor, packing=packing, padding_side=side)
+        options = {
+            **{"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},
+            **{"save_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **kwargs},
+        }
+        args = RecipeArguments(output_dir=str(tmp_path / name), **options)
+        lengths = collator.lengths(SAMPLES) if grouped else None
+        return GranulonTrainer(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=SampleDataset(SAMPLES),
+            lengths=lengths,
+            processing_class=processor,
+        )
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def plain_loss(model, batch):
+    """Next-token cross-entropy over the full logits, as the textbook has it."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_lean_step_is_the_plain_one(make, packing):
+    trainer = make(packing=packing)
+    model, rows = trainer.model, [SAMPLES[i] for i in range(6)]
+    padded = GranulonCollator(trainer.processing_class)(rows)
+    model.eval()
+    expected = plain_loss(model, padded)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss = trainer.compute_loss(model.train(), trainer.data_collator(rows))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.grad is not None}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, gradients[name], atol=1e-5, rtol=1e-4)
+
+
+def test_no_vocabulary_sized_tensor_for_positions_without_label(make):
+    trainer = make()
+    rows = []
+    trainer.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    batch = trainer.data_collator([SAMPLES[i] for i in range(4)])
+    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    assert outputs.logits is None and math.isfinite(loss)
+    assert rows == [(batch["labels"][:, 1:] != -100).sum()]
+
+
+def test_dual_stream_losses_are_kept_by_the_lean_step(make):
+    trainer = make()
+    trainer.model.config.pixel_loss_weight, trainer.model.config.semantic_loss_weight = 0.5, 0.25
+    batch = trainer.data_collator([SAMPLES[i] for i in range(4)])
+    trainer.model.eval()
+    plain = trainer.model(**batch).loss
+    lean = trainer.model(**batch, skip_logits=True).loss
+    trainer.model.config.pixel_loss_weight = trainer.model.config.semantic_loss_weight = 0.0
+    alone = trainer.model(**batch).loss
+    assert lean.item() == pytest.approx(plain.item(), abs=1e-5)
+    assert lean.item() > 1.5 * alone.item()
+
+
+@pytest.mark.parametrize("stage", ["projector", "projector+lora"])
+def test_nothing_frozen_moves_and_what_is_trained_does(make, stage):
+    trainer = make(stage=stage, save_strategy="no")
+    before = copy.deepcopy(trainer.model.state_dict())
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and moved <= trained
+    assert {name for name in trained if "multi_modal_projector" in name} <= moved
+
+
+def test_the_loss_goes_down(make):
+    trainer = make(stage="full", max_steps=30, save_strategy="no", gradient_accumulation_steps=1)
+    trainer.train()
+    found = losses(trainer)
+    assert sum(found[-5:]) < 0.9 * sum(found[:5])
+
+
+def test_batches_do_not_change_what_is_learned(make):
+    """Padded left, padded right and packed: the same losses, step by step."""
+    runs = [make("a"), make("b", side="left"), make("c", packing=True)]
+    for trainer in runs:
+        trainer.train()
+    for other in runs[1:]:
+        assert losses(other) == pytest.approx(losses(runs[0]), abs=2e-4)
+
+
+def test_gradient_accumulation_is_one_big_batch(make):
+    small, big = make("small", grouped=False), make("big", grouped=False)
+    small.args.max_steps = big.args.max_steps = 3
+    big.args.per_device_train_batch_size, big.args.gradient_accumulation_steps = 8, 1
+    big._train_batch_size = 8
+    big.accelerator.gradient_accumulation_steps = 1
+    big.accelerator.gradient_state.plugin_kwargs["num_steps"] = 1
+    small.train(), big.train()
+    assert losses(small) == pytest.approx(losses(big), abs=1e-4)
+
+
+def test_grouped_batches_have_little_padding(make):
+    grouped, random = make("g", per_device_train_batch_size=4), make("r", grouped=False)
+    shares = []
+    for trainer in (grouped, random):
+        batches = list(trainer.get_train_dataloader())
+        shares.append(1 - sum(b["attention_mask"].sum() for b in batches) / sum(b["input_ids"].numel() for b in batches))
+    assert shares[0] < shares[1]
+
+
+def test_checkpoints_are_small_and_resume_to_the_same_losses(make, tmp_path):
+    whole = make("whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    assert not checkpoint.exists()  # save_total_limit is 2
+    checkpoint = tmp_path / "whole" / "checkpoint-4"
+    assert (checkpoint / ADAPTER).stat().st_size < 400_000 and not list(checkpoint.glob("model*.safetensors"))
+    resumed = make("resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_resume_in_the_second_epoch_goes_on_in_its_order(make, tmp_path):
+    """48 samples make 6 steps an epoch: a checkpoint at 8 lies in the second."""
+    whole = make("whole", max_steps=11, save_steps=8)
+    whole.train()
+    resumed = make("resumed", max_steps=11, save_steps=8)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_half_written_checkpoints_are_skipped_with_a_warning(make, tmp_path, caplog):
+    trainer = make()
+    trainer.train()
+    folder = tmp_path / "run"
+    newest = folder / "checkpoint-6"
+    (newest / ADAPTER).write_bytes((newest / ADAPTER).read_bytes()[:1000])
+    logging.getLogger("transformers").propagate = True
+    logger = logging.getLogger("granulon_hf.training.checkpoints")
+    logger.addHandler(caplog.handler)
+    try:
+        assert last_checkpoint(folder) == folder / "checkpoint-4"
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "checkpoint-6 is incomplete or damaged and is skipped" in caplog.text
+
+
+def test_a_checkpoint_that_fails_leaves_nothing_half_written(make, tmp_path, monkeypatch):
+    trainer = make()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(trainer, "_save_rng_state", full)
+    with pytest.raises(TrainingFailed, match=r"disk .* is full .*--resume_from_checkpoint last"):
+        trainer.train()
+    assert not (tmp_path / "run" / UNFINISHED).exists() and last_checkpoint(tmp_path / "run") is None
+
+
+def test_a_loss_that_is_no_number_stops_the_run(make):
+    trainer = make()
+    with torch.no_grad():
+        trainer.model.model.multi_modal_projector.linear_2.bias.fill_(float("nan"))
+    with pytest.raises(TrainingFailed, match="The loss became nan"):
+        trainer.train()
+
+
+def test_logs_say_speed_padding_and_levels(make):
+    trainer = make()
+    trainer.train()
+    entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert entry["tokens_per_second"] > 0 and 0 <= entry["padding"] < 0.5
+    assert sum(entry[f"level_{name}"] for name in trainer.model.config.level_names) == pytest.approx(1, abs=0.01)
+
+
+def test_save_full_is_a_checkpoint_that_from_pretrained_loads(make, tmp_path):
+    trainer = make(save_full=True, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    loaded = type(trainer.model).from_pretrained(tmp_path / "run")
+    batch = trainer.data_collator([SAMPLES[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).loss, trainer.model.eval()(**batch).loss)
+    assert json.loads((tmp_path / "run" / "processor_config.json").read_text())
