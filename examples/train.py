@@ -25,6 +25,7 @@ from granulon_hf.training.run import (
     build_model,
     check_device,
     check_samples,
+    fill_cache,
     finish,
     load_samples,
     print_table,
@@ -40,13 +41,15 @@ def main() -> None:
     set_seed(args.seed)
 
     samples = load_samples(data_args)
-    model, processor = build_model(model_args, demo=lambda: build_demo(adapter=None))
+    model, processor = build_model(model_args, demo=build_demo)
     collator = GranulonCollator(
         processor,
         max_length=data_args.max_length,
         packing=data_args.batching == "packed",
         pad_to_multiple_of=data_args.pad_to_multiple_of,
     )
+    if data_args.feature_cache:
+        collator.image_features = fill_cache(data_args.feature_cache, model, processor, samples)
     check_samples(collator, samples)
     check_device(args, model, model_args.stage)
 

@@ -11,6 +11,7 @@ granularity levels, K semantic slots per image, S = N + K slots of one image (N 
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
@@ -110,6 +116,8 @@ class GranulonMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(text_width, text_width, bias=bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if self.linear_1.weight.is_floating_point():  # trained in float32 beside frozen parts in bfloat16
+            features = features.to(self.linear_1.weight.dtype)
         return self.linear_2(self.act(self.linear_1(features)))
 
 
@@ -270,6 +278,8 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def _patch_features(self, pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs):
         """Features [I x N x D], the grid, the relation [I x N x N] or None, and the tower's outputs."""
+        if pixel_values.ndim == 3:
+            return self._computed_features(pixel_values)
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         if layer is not None and not kwargs.get("output_hidden_states"):
@@ -292,6 +302,13 @@ class GranulonModel(GranulonPreTrainedModel):
             prefix = weights.shape[-1] - height * width
             relation = weights.mean(1)[:, prefix:, prefix:]
         return features, (height, width), relation, outputs
+
+    def _computed_features(self, features):
+        """What [`_patch_features`] gave for these images before."""
+        side = math.isqrt(features.shape[1])
+        if side * side != features.shape[1] or self.last_attention is not None:
+            raise ValueError("Features [I x N x D] stand for images on square grids only, and not with relation='attention'.")
+        return features, (side, side), None, BaseModelOutput(last_hidden_state=features)
 
     def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
         config = self.config
@@ -466,7 +483,7 @@ class GranulonModel(GranulonPreTrainedModel):
         Args:
             input_ids (`torch.LongTensor`): tokens with S image placeholders per image, shape [B x L].
             pixel_values (`torch.Tensor`, *optional*): images in the order of their placeholders, shape
-                [I x channels x height x width].
+                [I x channels x height x width]; or their patch features [I x N x D] on a square grid, computed before.
             attention_mask (`torch.Tensor`, *optional*): 1 on real tokens, shape [B x past + L].
             position_ids (`torch.LongTensor`, *optional*): shape [B x L]; empty image slots are skipped in them.
             past_key_values (`Cache`, *optional*): keys and values of earlier tokens.

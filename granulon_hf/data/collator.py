@@ -5,11 +5,12 @@ with TRL's `DPOTrainer`: `data_collator=GranulonPreferenceCollator(processor)` (
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
@@ -49,6 +50,9 @@ class GranulonCollator:
             where that is still this many times the size that the image processor wants. At 2 hardly a pixel changes, at 1 it
             is faster and edges differ (figures: examples/benchmarks/data_loading.py); `None` always decodes it in full.
 
+        image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
+            ([`~granulon_hf.training.features.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
+
     Attributes:
         problems (`list[dict]`): `{"id", "reason"}` of each sample that was left out, once. With `num_workers` in a DataLoader
             every worker has a collator, and a list, of its own; the first problem of each is also logged.
@@ -65,6 +69,7 @@ class GranulonCollator:
     pad_to_multiple_of: int | None = None
     last_answer_only: bool = False
     jpeg_reduction: float | None = 2.0
+    image_features: Callable[[Any], torch.Tensor] | None = None
     problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
     _last: Any = field(default=None, init=False, repr=False)
 
@@ -136,7 +141,7 @@ class GranulonCollator:
     def _encode(self, samples):
         rows = [as_row(sample) for sample in samples]
         answers = [self._answer_spans(row["messages"]) for row in rows]
-        images = [[open_rgb(image, self._decoded_side()) for image in row.get("images") or []] for row in rows]
+        images = [[self._open(image) for image in row.get("images") or []] for row in rows]
         inputs = self.processor.apply_chat_template(
             [conversation(row["messages"], pictures) for row, pictures in zip(rows, images, strict=True)],
             tokenize=True,
@@ -144,6 +149,8 @@ class GranulonCollator:
             processor_kwargs={"return_offsets_mapping": True, "return_text_replacement_offsets": True},
         )
         pixels = iter(inputs.get("pixel_values", ()))
+        if self.image_features is not None:
+            pixels = iter([self.image_features(image) for row in rows for image in row.get("images") or []])
         fields = ("input_ids", "question_mask", "offset_mapping", "text_replacement_offsets")
         texts = zip(*(inputs[name] for name in fields), strict=True)
         features = [self._labelled(*text, *spans) for text, spans in zip(texts, answers, strict=True)]
@@ -151,6 +158,11 @@ class GranulonCollator:
             if pictures:
                 feature["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures])
         return features
+
+    def _open(self, image):
+        if self.image_features is not None:  # the processor counts slots by the picture that it is given
+            return Image.new("RGB", (self._decoded_side() or 8,) * 2)
+        return open_rgb(image, self._decoded_side())
 
     def _answer_spans(self, messages):
         """The characters of every answer, or of the last one, and of the last one."""

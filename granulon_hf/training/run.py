@@ -26,6 +26,7 @@ from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, settings_of
+from granulon_hf.training.features import FeatureCache
 from granulon_hf.training.freezing import STAGES, load_adapter_state, parameter_table, set_stage, trainable
 
 PROBED = 64  # samples that are looked at before the first step
@@ -51,6 +52,8 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
     if args.variant == "demo" and demo is not None:
         try:
             model, processor = demo()
+            for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+                layer.reset_parameters()  # its controller is kept, its projector is trained anew
         except RuntimeError as error:  # MissingBackbones: its message is the command
             raise RecipeError(f"The demo variant needs two packages with weights; run: {error}") from None
     elif args.variant in variants.NAMES:
@@ -148,6 +151,17 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample]) -> None
     raise RecipeError(
         f"None of the first {min(PROBED, len(samples))} samples can be trained on; the last, {last['id']}: {last['reason']}."
     )
+
+
+def fill_cache(folder: str, model: Any, processor: Any, samples: Sequence[Sample]) -> FeatureCache:
+    """The features of all images of the samples: computed now, or earlier, or by an earlier run that was stopped.
+
+    Raises:
+        RecipeError: the folder or the model does not allow it.
+    """
+    cache = FeatureCache(folder, model, processor)
+    cache.fill((image for i in range(len(samples)) for image in samples[i].images), total=None)
+    return cache
 
 
 def check_device(args: RecipeArguments, model: Any, stage: str) -> None:

@@ -1,0 +1,161 @@
+"""Patch features of a frozen tower, computed once and kept in a memory-mapped file (ours)."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from rich.progress import track
+
+from granulon_hf.data.images import open_rgb
+from granulon_hf.training.arguments import RecipeError
+
+DESCRIPTION, INDEX, VALUES = "cache.json", "index.jsonl", "features.bin"
+
+
+class FeatureCache:
+    """Features [N x D] in bfloat16 of every image, by the hash of its encoded bytes.
+
+    A folder belongs to one tower and one preprocessing. Features are appended, then named in the index: a killed `fill` loses
+    the batch that it was at, and the next one goes on.
+
+    Args:
+        folder (`str`): where it is, or will be.
+        model: the Granulon model, whose tower is frozen.
+        processor: its processor.
+
+    Raises:
+        RecipeError: the folder belongs to another tower or preprocessing, the tower is trained, or the relation is the tower's
+            attention, which is not kept.
+    """
+
+    def __init__(self, folder: str, model: Any, processor: Any):
+        self.folder, self.model, self.processor = Path(folder), model, processor
+        if any(parameter.requires_grad for parameter in model.model.vision_tower.parameters()):
+            raise RecipeError("--feature_cache needs a frozen vision tower; leave it out in this stage.")
+        if model.config.relation == "attention" and model.config.granularity_levels:
+            raise RecipeError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
+        self.rows: dict[str, int] = {}
+        description = {"tower": fingerprint(model.model.vision_tower), "layer": str(model.config.vision_feature_layer)}
+        steps = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
+        description["preprocessing"] = digest(steps.encode())
+        path = self.folder / DESCRIPTION
+        if path.exists():
+            before = json.loads(path.read_text())
+            if changed := [name for name, value in description.items() if before.get(name) != value]:
+                raise RecipeError(f"The features in {folder!r} are of another {' and '.join(changed)}; name another folder.")
+            self.shape = tuple(before["shape"]) if "shape" in before else None
+        else:
+            self.shape = None
+        self.description = description
+        self.read_index()
+
+    def read_index(self) -> None:
+        path = self.folder / INDEX
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+                self.rows[row["key"]] = row["row"]
+            except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
+                continue
+
+    @torch.inference_mode()
+    def fill(self, images: Iterable[Any], batch_size: int = 16, total: int | None = None) -> None:
+        """Compute what is missing; on the main process, while the others wait. What cannot be read is left to the collator.
+
+        Args:
+            images: encoded images.
+            batch_size (`int`): images at once.
+            total (`int`, *optional*): their number, for the progress bar.
+        """
+        state = PartialState()
+        if state.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tower = self.model.model.vision_tower
+            device, before = next(tower.parameters()).device, tower.training
+            tower.to(state.device).eval()
+            for batch in batches(self.missing(track(images, description="vision features", total=total)), batch_size):
+                self.append([key for key, _ in batch], [image for _, image in batch], state.device)
+            tower.train(before).to(device)
+        state.wait_for_everyone()
+        self.read_index()
+        if not state.is_main_process and (self.folder / DESCRIPTION).exists():
+            self.shape = tuple(json.loads((self.folder / DESCRIPTION).read_text())["shape"])
+
+    def missing(self, images: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+        seen = set(self.rows)
+        for image in images:
+            try:
+                key = key_of(image)
+                if key not in seen:
+                    seen.add(key)
+                    yield key, open_rgb(image)
+            except (OSError, ValueError):
+                continue
+
+    def append(self, keys: list[str], images: list[Any], device: torch.device) -> None:
+        pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
+        features = self.model.model._patch_features(pixels, None, None)[0].to(torch.bfloat16).cpu().contiguous()
+        if self.shape is None:
+            self.shape = tuple(features.shape[1:])
+            (self.folder / DESCRIPTION).write_text(json.dumps({**self.description, "shape": self.shape}) + "\n")
+        size = self.shape[0] * self.shape[1] * 2
+        with open(self.folder / VALUES, "ab") as values:
+            values.truncate(len(self.rows) * size)  # what a killed run wrote without naming it
+            values.seek(0, os.SEEK_END)
+            values.write(features.view(torch.int16).numpy().tobytes())
+            values.flush()
+            os.fsync(values.fileno())
+        with open(self.folder / INDEX, "a") as index:
+            if index.tell() and not (self.folder / INDEX).read_bytes().endswith(b"\n"):
+                index.write("\n")
+            for key in keys:
+                self.rows[key] = len(self.rows)
+                index.write(json.dumps({"key": key, "row": self.rows[key]}) + "\n")
+
+    def __call__(self, image: Any) -> torch.Tensor:
+        """Features [N x D] of an encoded image.
+
+        Raises:
+            ValueError: it is not in the cache, since it cannot be read.
+        """
+        row = self.rows.get(key_of(image))
+        if row is None or self.shape is None:
+            open_rgb(image)  # says what is wrong with it
+            raise ValueError("the image is not in the feature cache")
+        offset = row * self.shape[0] * self.shape[1] * 2
+        values = np.memmap(self.folder / VALUES, np.int16, "r", offset=offset, shape=self.shape)
+        return torch.from_numpy(np.array(values)).view(torch.bfloat16)
+
+
+def key_of(image: Any) -> str:
+    data = image.get("bytes")
+    return digest(data if data is not None else Path(image["path"]).read_bytes())
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """Of a module's weights: every 997th value of each."""
+    found = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        found.update(name.encode() + parameter.detach().flatten()[::997].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:32]
+
+
+def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

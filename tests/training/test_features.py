@@ -1,0 +1,85 @@
+"""Cached features: the same loss as from pixels, and what cannot be cached."""
+
+import json
+
+import pytest
+import torch
+
+from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.shapes import Shapes
+from granulon_hf.training import RecipeError, set_stage
+from granulon_hf.training.features import INDEX, VALUES, FeatureCache
+
+SAMPLES = Shapes(10)
+IMAGES = [image for i in range(10) for image in SAMPLES[i].images]
+
+
+@pytest.fixture
+def parts(build):
+    model, processor = build()
+    set_stage(model, "projector")
+    return model, processor
+
+
+def filled(folder, parts, images=IMAGES):
+    cache = FeatureCache(str(folder), *parts)
+    cache.fill(images, batch_size=4)
+    return cache
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_is_that_of_the_pixels(tmp_path, parts, packing):
+    model, processor = parts
+    collator = GranulonCollator(processor, packing=packing)
+    rows = [SAMPLES[i] for i in range(6)]
+    expected = model(**collator(rows)).loss
+    collator.image_features = filled(tmp_path, parts)
+    batch = collator(rows)
+    assert batch["pixel_values"].dtype == torch.bfloat16 and batch["pixel_values"].ndim == 3
+    assert model(**batch).loss.item() == pytest.approx(expected.item(), abs=1e-3)  # bfloat16
+
+
+def test_a_killed_fill_goes_on(tmp_path, parts):
+    whole = filled(tmp_path / "a", parts)
+    filled(tmp_path / "b", parts, IMAGES[:4])
+    with open(tmp_path / "b" / VALUES, "ab") as values:  # written, but not named
+        values.write(b"x" * 1000)
+    with open(tmp_path / "b" / INDEX, "a") as index:
+        index.write('{"key": "')
+    calls = []
+    parts[0].model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    resumed = filled(tmp_path / "b", parts)
+    assert sum(calls) == 6
+    assert all(torch.equal(whole(image), resumed(image)) for image in IMAGES)
+    filled(tmp_path / "b", parts)
+    assert sum(calls) == 6  # nothing is computed again
+
+
+def test_the_same_picture_is_kept_once_and_broken_ones_are_named(tmp_path, parts):
+    cache = filled(tmp_path, parts, [IMAGES[0], IMAGES[0], {"bytes": b"broken", "path": None}])
+    assert len(cache.rows) == 1
+    with pytest.raises(ValueError, match="unusable image"):
+        cache({"bytes": b"broken", "path": None})
+    with pytest.raises(ValueError, match="not in the feature cache"):
+        cache(IMAGES[5])
+
+
+def test_what_cannot_be_cached(tmp_path, parts, build):
+    filled(tmp_path, parts)
+    other, processor = build()
+    with torch.no_grad():
+        next(other.model.vision_tower.parameters()).add_(1)
+    set_stage(other, "projector")
+    with pytest.raises(RecipeError, match="another tower"):
+        FeatureCache(str(tmp_path), other, processor)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    with pytest.raises(RecipeError, match="another preprocessing"):
+        FeatureCache(str(tmp_path), parts[0], processor)
+    set_stage(other, "full")
+    with pytest.raises(RecipeError, match="frozen vision tower"):
+        FeatureCache(str(tmp_path / "new"), other, processor)
+    attention, processor = build(relation="attention")
+    set_stage(attention, "projector")
+    with pytest.raises(RecipeError, match="keeps no attention"):
+        FeatureCache(str(tmp_path / "new"), attention, processor)
+    assert json.loads((tmp_path / "cache.json").read_text())["shape"]
