@@ -7,6 +7,7 @@ import typer
 
 import granulon_hf
 from granulon_hf.cli import data, judge
+from granulon_hf.cli import eval as evaluation
 from granulon_hf.cli.ask import ask
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 app.command()(ask)
 app.add_typer(data.app, name="data")
+app.add_typer(evaluation.app, name="eval")
 app.add_typer(judge.app, name="judge")
 
 

@@ -1,0 +1,130 @@
+"""`granulon eval`: predictions, scores and tables of several models on several sets; the fair comparison of encoders."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+
+app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
+
+
+def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
+    """Values of a YAML file.
+
+    Raises:
+        BadInput: no such file, no YAML, or a name that does not exist.
+    """
+    if path is None:
+        return {}
+    try:
+        import yaml
+
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except Exception as error:
+        raise BadInput(f"{str(path)!r} cannot be read: {one_line(error)}") from None
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+        what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
+        raise BadInput(f"{str(path)!r} holds {what}; the names are {', '.join(sorted(known))}.")
+    return values
+
+
+def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
+    """Also the embedded demo model, by the name "demo"."""
+    from granulon_hf.evaluation.models import load_model
+
+    if source == "demo":
+        from granulon_hf.demo import demo_folder
+
+        model, processor, _ = load_model(str(demo_folder()), device, dtype)
+        return model, processor, "demo"
+    return load_model(source, device, dtype)
+
+
+@app.command()
+@reports_bad_input
+def run(
+    config: Annotated[Path | None, typer.Argument(help="YAML with the options below as names; the line wins.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Folder, Hub id, demo, or tiny:VARIANT; the first is the baseline.")
+    ] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Name of a set (NAME=FOLDER says where it is), a folder, or shapes.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of predictions and tables. [eval]")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the sets.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Subset of the sets, such as paper.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many samples of each set, uniformly drawn.", min=1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the drawing. [0]")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="Instead of those that suit the task.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer. [64]", min=1)] = None,
+    granularity: Annotated[str | None, typer.Option(help="Force a level.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples at once; answers do not depend on it. [8]", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, or auto. [auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto: the checkpoint's own; float32 on a CPU. [auto]")] = None,
+    judge: Annotated[str | None, typer.Option(help="Score with this judge too, such as gpt-4o.")] = None,
+    judge_base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server.")] = None,
+    judge_max_cost: Annotated[float | None, typer.Option(help="USD for each model and set.")] = None,
+    bertscore_model: Annotated[str | None, typer.Option(help="Encoder of BERTScore. [roberta-large]")] = None,
+    bertscore_layers: Annotated[int | None, typer.Option(help="Its layer, for a folder.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Answer, score, compare. A stopped run goes on. On several devices: accelerate launch -m granulon_hf eval run …"""
+    try:
+        from granulon_hf.evaluation.prediction import Generation
+        from granulon_hf.evaluation.suite import Suite, make_table, run_suite
+    except ImportError as error:
+        raise BadInput(f'Evaluation needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
+    said = {name: value for name, value in locals().items() if name in OPTIONS and value is not None and value != []}
+    options = {**read_yaml(config, OPTIONS), **said}
+    generation = {name: options.pop(name) for name in ("max_new_tokens", "granularity", "batch_size") if name in options}
+    judged = {"model": options.pop("judge", None), "base_url": options.pop("judge_base_url", None)}
+    judged |= {"max_cost": options.pop("judge_max_cost", None)}
+    names = {"model": "models", "metric": "metrics"}
+    options = {names.get(name, name): value for name, value in options.items()}
+    try:
+        suite = Suite(
+            **{"models": [], "data": [], "out": "eval", **options},
+            generation=Generation(**generation),
+            judge={k: v for k, v in judged.items() if v is not None} if judged["model"] else None,
+        )
+    except (TypeError, ValueError) as error:
+        raise BadInput(one_line(error)) from None
+    main = int(os.environ.get("RANK", 0)) == 0
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    bars: dict[str, Any] = {}
+    with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not main) as progress:
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in bars:
+                bars[what] = progress.add_task(what, total=total)
+            progress.update(bars[what], advance=done * int(os.environ.get("WORLD_SIZE", 1)))
+
+        try:
+            result = run_suite(suite, loader, on_progress)
+        except (ImportError, ValueError) as error:
+            raise BadInput(one_line(error)) from None
+    if main:
+        show(make_table(result))
+        typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
+
+
+OPTIONS = {
+    *("model", "data", "out", "split", "preset", "limit", "seed", "metric", "max_new_tokens", "granularity", "batch_size"),
+    *("device", "dtype", "judge", "judge_base_url", "judge_max_cost", "bertscore_model", "bertscore_layers"),
+}
+
+
+def show(table: dict[str, Any]) -> None:
+    from granulon_hf.evaluation.suite import cell_text
+
+    printed = Table("model", *(f"{data}\n{metric}" for data, metric in table["columns"]), box=None, padding=(0, 2, 0, 0))
+    for row in table["rows"]:
+        cells = [cell_text(cell).replace("; ", "\n") for cell in row["cells"]]
+        printed.add_row(row["name"], *cells, style="dim" if row["paper"] else "")
+    Console(highlight=False).print(printed)

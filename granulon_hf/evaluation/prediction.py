@@ -1,0 +1,277 @@
+"""Batched greedy answers to samples, kept as they come: a run that was killed goes on, on any number of processes."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import granulon_hf
+from granulon_hf.data.images import open_rgb
+from granulon_hf.data.sample import Sample
+
+
+@dataclass
+class Generation:
+    """How answers are made; part of what a run is.
+
+    Args:
+        max_new_tokens (`int`): longest answer.
+        granularity (`str`, *optional*): forces a level; by default the controller chooses.
+        visual_stream (`str`, *optional*): "pixel" or "semantic" hides the other stream.
+        batch_size (`int`): samples at once. Answers do not depend on it.
+        extra (`dict`): further arguments of `generate`.
+    """
+
+    max_new_tokens: int = 64
+    granularity: str | None = None
+    visual_stream: str | None = None
+    batch_size: int = 8
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What the answers depend on."""
+        return {name: value for name, value in vars(self).items() if name != "batch_size"}
+
+
+@torch.inference_mode()
+def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generation: Generation) -> list[dict[str, Any]]:
+    """Answers to a batch of samples.
+
+    Args:
+        model ([`GranulonForConditionalGeneration`]): in eval mode.
+        processor ([`GranulonProcessor`]): its processor.
+        samples (`list[Sample]`): what to answer; the last assistant turn is not shown.
+        generation ([`Generation`]): how.
+
+    Returns:
+        `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), new_tokens.
+
+    Raises:
+        ValueError: an image that cannot be used.
+    """
+    conversations = []
+    for sample in samples:
+        images = iter([open_rgb(image) for image in sample.images])
+        turns = []
+        for message in sample.prompt:
+            parts = [{"type": "image", "image": next(images)} if p["type"] == "image" else p for p in message["content"]]
+            turns.append({**message, "content": parts})
+        conversations.append(turns)
+    processor.tokenizer.padding_side = "left"
+    inputs = processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    ).to(model.device)
+    has_levels, has_images = bool(model.config.granularity_levels), "pixel_values" in inputs
+    probs: list[Any] = [None] * len(samples)
+    levels: list[Any] = [None] * len(samples)
+    arguments: dict[str, Any] = {}
+    if has_levels and has_images:
+        names = model.config.level_names
+        found = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])
+        probs = [dict(zip(names, (round(p, 6) for p in row), strict=True)) for row in found.tolist()]
+        levels = [generation.granularity or names[index] for index in found.argmax(-1).tolist()]
+        arguments["granularity"] = levels
+    if generation.visual_stream is not None:
+        arguments["visual_stream"] = generation.visual_stream
+    options = {"max_new_tokens": generation.max_new_tokens, "do_sample": False, **generation.extra}
+    output = model.generate(**inputs, **arguments, **options)
+    length, pad, ends = inputs["input_ids"].shape[1], processor.tokenizer.pad_token_id, model.generation_config.eos_token_id
+    stop = set(ends if isinstance(ends, list) else [ends]) | {pad}
+    results = []
+    for i, tokens in enumerate(output[:, length:].tolist()):
+        count = next((n for n, token in enumerate(tokens) if token in stop), len(tokens))
+        text = processor.decode(tokens[:count], skip_special_tokens=True).strip()
+        shown = levels[i] if sample_has_image(samples[i]) else None
+        results.append(
+            {
+                "prediction": text,
+                "granularity": shown,
+                "granularity_probs": probs[i] if shown is not None else None,
+                "prompt_tokens": int(inputs["attention_mask"][i].sum()),
+                "new_tokens": count,
+            }
+        )
+    return results
+
+
+def sample_has_image(sample: Sample) -> bool:
+    return bool(sample.images)
+
+
+def describe_model(source: str, model: Any) -> dict[str, Any]:
+    """What identifies a model: where it came from, its commit where it has one, and a fingerprint of its weights."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(name.encode() + parameter.detach().flatten()[::997].float().cpu().numpy().tobytes())
+    commit = getattr(model.config, "_commit_hash", None)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"source": source, "revision": commit, "weights": digest.hexdigest()[:16], "dtype": dtype}
+
+
+class PredictionRun:
+    """Predictions of one model on one data set, in a folder.
+
+    `predictions.jsonl` holds one line per sample (id, question, reference, task, choices, meta, images, prediction, level,
+    probabilities, tokens), `run.json` everything that the answers depend on, `images/` the encoded images, which the judge and
+    the gallery need. Each process appends to a file of its own; the first puts them together at the end.
+
+    Args:
+        folder (`Path`): of the run.
+        description (`dict`): model, data and generation; another one in the same folder is refused.
+
+    Raises:
+        ValueError: the folder holds a run of something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
+        self.folder = Path(folder)
+        self.description = json.loads(json.dumps(description, default=str))
+        path = self.folder / "run.json"
+        if path.exists():
+            before = json.loads(path.read_text())["description"]
+            changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
+            if changed:
+                raise ValueError(
+                    f"{str(self.folder)!r} holds predictions of another {' and '.join(changed)}; name another folder, "
+                    "or remove it."
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write_description(self) -> None:
+        versions = {"granulon_hf": granulon_hf.__version__, "torch": torch.__version__}
+        content = {"description": self.description, "versions": versions}
+        replace(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
+
+    def parts(self) -> list[Path]:
+        return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """What is there, by sample id; a torn last line is left out."""
+        found: dict[str, dict[str, Any]] = {}
+        for part in self.parts():
+            for line in part.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                    found.setdefault(row["id"], row)
+                except (ValueError, KeyError, TypeError):
+                    continue
+        return found
+
+    def run(
+        self,
+        model: Any,
+        processor: Any,
+        samples: Iterable[Sample],
+        generation: Generation,
+        *,
+        state: Any = None,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> list[dict[str, Any]]:
+        """Answer what is missing, and return all rows in the order of the samples.
+
+        Args:
+            state (`accelerate.PartialState`, *optional*): shares the samples between processes.
+            on_progress (`callable`): called with the number of samples answered by this process, those found included.
+        """
+        index, count = (state.process_index, state.num_processes) if state is not None else (0, 1)
+        done, order, mine = self.rows(), [], []
+        for sample in samples:
+            order.append(sample.id)
+            if len(order) % count == index % count and sample.id not in done:
+                mine.append(sample)
+        if len(set(order)) < len(order):
+            raise ValueError("Samples have the same id; predictions could not be told apart.")
+        if index == 0:
+            self.write_description()
+        # Long prompts beside long ones: less padding. The answers do not depend on it.
+        mine.sort(key=lambda sample: len(sample.question))
+        on_progress(len([name for name in order if name in done]) // count)
+        with open(self.folder / f"part-{index:03}.jsonl", "a", encoding="utf-8") as file:
+            if file.tell() and not (self.folder / f"part-{index:03}.jsonl").read_bytes().endswith(b"\n"):
+                file.write("\n")
+            for batch in batched(mine, generation.batch_size):
+                for row in self.answer(model, processor, batch, generation):
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                on_progress(len(batch))
+        if state is not None:
+            state.wait_for_everyone()
+        rows = self.rows()
+        result = [rows[name] for name in order if name in rows]
+        if index == 0:
+            replace(self.folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result))
+            for part in self.folder.glob("part-*.jsonl"):
+                part.unlink()
+        if state is not None:
+            state.wait_for_everyone()
+        return result
+
+    def answer(self, model, processor, batch, generation) -> Iterator[dict[str, Any]]:
+        started = time.perf_counter()
+        try:
+            answers = answer_batch(model, processor, batch, generation)
+        except ValueError as error:
+            if len(batch) > 1:  # one bad sample must not cost the others their answers
+                for sample in batch:
+                    yield from self.answer(model, processor, [sample], generation)
+                return
+            answers = [{"prediction": "", "error": " ".join(str(error).split())}]
+        seconds = (time.perf_counter() - started) / len(batch)
+        for sample, answer in zip(batch, answers, strict=True):
+            yield {
+                "id": sample.id,
+                "question": sample.question,
+                "reference": sample.reference,
+                "task": sample.task,
+                "choices": sample.choices,
+                "meta": {k: v for k, v in sample.meta.items() if isinstance(v, str | int | float | bool | None)},
+                "images": [self.keep(image) for image in sample.images],
+                **answer,
+                "seconds": round(seconds, 4),
+            }
+
+    def keep(self, image: dict[str, Any]) -> str:
+        """Copy an encoded image into `images/`; its path there."""
+        data = image["bytes"] if image.get("bytes") is not None else None
+        digest = hashlib.sha256(data if data is not None else Path(image["path"]).read_bytes()).hexdigest()[:24]
+        target = self.folder / "images" / f"{digest}{suffix(data, image.get('path'))}"
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            part = target.with_name(f".{target.name}.{os.getpid()}")
+            if data is not None:
+                part.write_bytes(data)
+            else:
+                shutil.copyfile(image["path"], part)
+            os.replace(part, target)
+        return str(target.relative_to(self.folder))
+
+
+def suffix(data: bytes | None, path: str | None) -> str:
+    if data is None or path:
+        return Path(path or "").suffix.lower() or ".bin"
+    signatures = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"))
+    return next((end for start, end in signatures if data.startswith(start)), ".bin")
+
+
+def replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,351 @@
+"""Several models on several data sets: predictions, scores with intervals, paired tests, and the table of the paper."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from accelerate import PartialState
+
+from granulon_hf.data import DataError, Sample, load
+from granulon_hf.data.shapes import Shapes
+from granulon_hf.evaluation.metrics import SCORERS, bert_scores, bootstrap_mean, corpus_captions, paired_difference
+from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model, replace
+
+# recipe.md: figures of the paper, for reference; percent, GPT scores 0 to 100.
+PAPER = {
+    "clip-qwen2.5": {
+        ("seed-bench", "recall"): 50.91,
+        ("a-okvqa", "recall"): 21.79,
+        ("recap", "judge"): 21.54,
+        ("flux-reason", "judge"): 29.36,
+    },
+    "siglip-qwen2.5": {
+        ("seed-bench", "recall"): 46.72,
+        ("a-okvqa", "recall"): 21.89,
+        ("recap", "judge"): 13.59,
+        ("flux-reason", "judge"): 23.59,
+    },
+    "dinov2-qwen2.5": {
+        ("seed-bench", "recall"): 41.40,
+        ("a-okvqa", "recall"): 16.67,
+        ("recap", "judge"): 14.36,
+        ("flux-reason", "judge"): 36.67,
+    },
+    "dinov3-qwen2.5": {
+        ("seed-bench", "recall"): 55.74,
+        ("a-okvqa", "recall"): 47.43,
+        ("recap", "judge"): 23.97,
+        ("flux-reason", "judge"): 45.31,
+    },
+    "granulon-qwen2.5": {
+        ("seed-bench", "recall"): 58.80,
+        ("a-okvqa", "recall"): 57.13,
+        ("recap", "judge"): 31.28,
+        ("flux-reason", "judge"): 49.31,
+    },
+    "clip-llama3.2": {("flux-reason", "judge"): 28.97},
+    "dinov2-llama3.2": {("flux-reason", "judge"): 19.49},
+    "granulon-llama3.2": {("flux-reason", "judge"): 56.67},
+}
+METRICS = (*SCORERS, "bertscore", "cider", "bleu", "rouge_l", "judge", "hallucination")
+PERCENT = {"recall", "exact", "option_accuracy", "bertscore"}  # shown times 100
+
+
+@dataclass
+class Suite:
+    """What to evaluate.
+
+    Args:
+        models (`list[str]`): folders, Hub ids, "tiny:<variant>".
+        data (`list[str]`): names or folders for [`~granulon_hf.data.load`], or "shapes"; `name=source` says where a set is.
+        out (`str`): folder of everything.
+        split, preset, limit, seed: of all sets.
+        metrics (`list[str]`, *optional*): of [`METRICS`]; by default what suits the task: recall always, option accuracy where
+            there are choices, exact match for other questions.
+        generation ([`Generation`]): how answers are made.
+        device, dtype (`str`): where and how the models run.
+        bertscore_model (`str`), bertscore_layers (`int`, *optional*): encoder of BERTScore.
+        judge (`dict`, *optional*): arguments of the judge's `compute`, such as `model` and `base_url`.
+    """
+
+    models: list[str]
+    data: list[str]
+    out: str
+    split: str | None = None
+    preset: str | None = None
+    limit: int | None = None
+    seed: int = 0
+    metrics: list[str] | None = None
+    generation: Generation = field(default_factory=Generation)
+    device: str = "auto"
+    dtype: str = "auto"
+    bertscore_model: str = "roberta-large"
+    bertscore_layers: int | None = None
+    judge: dict[str, Any] | None = None
+
+    def __post_init__(self):
+        for name, values in (("model", self.models), ("data set", self.data)):
+            if not values:
+                raise ValueError(f"There is no {name} to evaluate.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"A {name} is named twice.")
+        if unknown := sorted(set(self.metrics or []) - set(METRICS)):
+            raise ValueError(f"Unknown metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}.")
+        if {"judge", "hallucination"} & set(self.metrics or []) and self.judge is None:
+            raise ValueError("The metric 'judge' needs a judge: say which, such as --judge gpt-4o.")
+
+
+def read_samples(suite: Suite, name: str) -> list[Sample]:
+    """The samples of a set; problems of rows are told by `load` and left out.
+
+    Raises:
+        ValueError: the set cannot be read, or is empty.
+    """
+    name, _, source = name.partition("=")
+    if name == "shapes":
+        shapes = Shapes(suite.limit or 300, seed=1000 + suite.seed)  # not those of training
+        return [shapes[i] for i in range(len(shapes))]
+    options = {"split": suite.split, "preset": suite.preset, "limit": suite.limit, "source": source or None}
+    try:
+        arguments: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+        samples = list(load(name, seed=suite.seed, **arguments))
+    except (DataError, OSError) as error:
+        raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
+    if not samples:
+        raise ValueError(f"The data {name!r} has no samples.")
+    return samples
+
+
+def slug(text: str) -> str:
+    """A name that a folder can have."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text).strip("-.") or "unnamed"
+
+
+def run_suite(
+    suite: Suite,
+    load_model: Callable[[str, str, str], tuple[Any, Any, str]],
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> dict[str, Any]:
+    """Predict, score, and write the tables; everything that is there already is kept.
+
+    Args:
+        suite ([`Suite`]): what to do.
+        load_model (`callable`): (source, device, dtype) → model, processor, name; called once a model, and only where answers
+            are missing.
+        on_progress (`callable`): (what, newly done, total).
+
+    Returns:
+        `dict`: `{"models": [...], "data": [...], "scores": {model: {data: {metric: [value of each sample]}}}}`, what the tables
+        are made from.
+
+    Raises:
+        ValueError: data or a model cannot be used; before a model is loaded where that can be known.
+    """
+    state, out = PartialState(), Path(suite.out)
+    sets = {name.partition("=")[0]: read_samples(suite, name) for name in suite.data}
+    scores: dict[str, dict[str, dict[str, list[float | None]]]] = {}
+    for source in suite.models:
+        model = processor = None
+        title = source.rstrip("/").split("/")[-1] if os.path.isdir(source) else source
+        if title in scores:
+            raise ValueError(f"Two models have the name {title!r}; rename a folder.")
+        scores[title] = {}
+        for data, samples in sets.items():
+            folder = out / slug(title) / slug(data)
+            description = {
+                "model_source": source_state(source),
+                "data": {"name": data, "ids": digest_of(sample.id for sample in samples), "samples": len(samples)},
+                "generation": suite.generation.settings(),
+                "dtype": suite.dtype,
+            }
+            if is_complete(folder, samples):
+                run = PredictionRun(folder, {**described(folder), **description})
+                rows = [run.rows()[sample.id] for sample in samples]
+            else:
+                if model is None:
+                    model, processor, _ = load_model(source, suite.device, suite.dtype)
+                run = PredictionRun(folder, {**description, "model": describe_model(source, model)})
+                what, total = f"{title} on {data}", len(samples)
+                rows = run.run(
+                    model,
+                    processor,
+                    samples,
+                    suite.generation,
+                    state=state,
+                    on_progress=lambda done, what=what, total=total: on_progress(what, done, total),  # type: ignore[misc]
+                )
+            if state.is_main_process:
+                scores[title][data] = score_rows(suite, rows, folder)
+    result = {"models": list(scores), "data": list(sets), "scores": scores}
+    if state.is_main_process:
+        replace(out / "scores.json", json.dumps(result) + "\n")
+        table = make_table(result)
+        replace(out / "table.md", markdown(table))
+        replace(out / "table.html", html(table))
+    return result
+
+
+def digest_of(ids: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+
+
+def source_state(source: str) -> list[Any]:
+    """A model's name and, of a folder, the size and time of its weight files: trained anew it is another model."""
+    files = sorted(Path(source).glob("*.safetensors")) if os.path.isdir(source) else []
+    return [source, *([file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files)]
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """What is written of the model that made the answers: a run that only scores does not load it."""
+    before = json.loads((folder / "run.json").read_text())["description"]
+    return {"model": before.get("model")}
+
+
+def is_complete(folder: Path, samples: Sequence[Sample]) -> bool:
+    file = folder / "predictions.jsonl"
+    if not file.exists() or not (folder / "run.json").exists():
+        return False
+    return {sample.id for sample in samples} <= {json.loads(line)["id"] for line in file.read_text().splitlines()}
+
+
+def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
+    if suite.metrics is not None:
+        return suite.metrics
+    chosen = ["recall"]
+    if rows and all(row["choices"] for row in rows):
+        chosen.append("option_accuracy")
+    elif rows and rows[0]["task"] == "vqa":
+        chosen.append("exact")
+    return chosen + (["judge", "hallucination"] if suite.judge else [])
+
+
+def score_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float | None]]:
+    """Values of each sample by metric; None where there is none (the judge's failures)."""
+    names, found = metrics_for(suite, rows), {}
+    predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
+    for name in names:
+        if name in SCORERS:
+            found[name] = [SCORERS[name](row) for row in rows]
+        elif name == "bertscore":
+            found[name] = bert_scores(predictions, references, suite.bertscore_model, suite.bertscore_layers)
+    if captions := [name for name in names if name in ("cider", "bleu", "rouge_l")]:
+        values = corpus_captions(predictions, references)
+        found |= {name: values[name] for name in captions}
+    if {"judge", "hallucination"} & set(names):
+        found |= judge_rows(suite, rows, folder, names)
+    return {name: found[name] for name in names}
+
+
+def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path, names: list[str]) -> dict[str, list[float | None]]:
+    """The judge's scores of a run; its answers are kept beside the predictions."""
+    from granulon_hf.judge import judge as judge_module
+
+    tasks = {row["task"] for row in rows}
+    if len(tasks) > 1:
+        raise ValueError(f"The judge scores one task at a time; the data has {' and '.join(sorted(tasks))}.")
+    result = judge_module.Judge().compute(
+        predictions=[row["prediction"] for row in rows],
+        images=[str(folder / row["images"][0]) if row["images"] else None for row in rows],
+        references=[row["reference"] for row in rows],
+        questions=[row["question"] for row in rows],
+        task=tasks.pop(),
+        **{"store": str(folder / "judge.jsonl"), **(suite.judge or {})},
+    )
+    lines = [
+        {"id": row["id"], "accuracy": a, "hallucination": h, "reason": reason}
+        for row, a, h, reason in zip(
+            rows, result["accuracy_scores"], result["hallucination_scores"], result["reasons"], strict=True
+        )
+    ]
+    replace(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    both = {"judge": result["accuracy_scores"], "hallucination": result["hallucination_scores"]}
+    return {name: both[name] for name in both if name in names}
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def make_table(result: dict[str, Any]) -> dict[str, Any]:
+    """Cells of the table: rows are models, columns data × metric; the first model is what the others are compared with."""
+    columns = [
+        (data, metric)
+        for data in result["data"]
+        for metric in dict.fromkeys(m for model in result["models"] for m in result["scores"][model][data])
+    ]
+    rows, first = [], result["models"][0]
+    for model in result["models"]:
+        cells = []
+        for data, metric in columns:
+            values = result["scores"][model][data].get(metric)
+            scored = [value for value in values or [] if value is not None]
+            if not scored:
+                cells.append(None)
+                continue
+            scale = 100.0 if metric in PERCENT else 1.0
+            mean, low, high = (scale * value for value in bootstrap_mean(scored))
+            cell: dict[str, Any] = {
+                "mean": mean,
+                "low": low,
+                "high": high,
+                "n": len(scored),
+                "unscored": len(values) - len(scored),
+            }
+            base = result["scores"][first][data].get(metric) or []
+            pairs = [(a, b) for a, b in zip(values, base, strict=False) if a is not None and b is not None]
+            if model != first and pairs:
+                difference, low, high, p = paired_difference(*zip(*pairs, strict=True))
+                cell["difference"] = {"mean": scale * difference, "low": scale * low, "high": scale * high, "p": p}
+            cells.append(cell)
+        rows.append({"name": model, "cells": cells, "paper": False})
+    named = {data for data, _ in columns}
+    for name, figures in PAPER.items():
+        if named & {data for data, _ in figures}:
+            cells = [{"mean": figures[c]} if c in figures else None for c in columns]
+            if any(cells):
+                rows.append({"name": f"{name} (paper)", "cells": cells, "paper": True})
+    return {"columns": columns, "rows": rows, "first": first}
+
+
+def cell_text(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
+    if "low" not in cell:
+        return f"{cell['mean']:.2f}"
+    text = f"{cell['mean']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+    if cell["unscored"]:
+        text += f" ({cell['unscored']} unscored)"
+    if "difference" in cell:
+        d = cell["difference"]
+        text += f"; {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}], p = {d['p']:.3f}"
+    return text
+
+
+def markdown(table: dict[str, Any]) -> str:
+    escape = str.maketrans({"|": "\\|", "\n": " "})
+    head = ["model", *(f"{data}: {metric}" for data, metric in table["columns"])]
+    lines = ["| " + " | ".join(cell.translate(escape) for cell in head) + " |", "|" + "---|" * len(head)]
+    for row in table["rows"]:
+        cells = [row["name"], *(cell_text(cell) for cell in row["cells"])]
+        if row["paper"]:
+            cells = [f"*{cell}*" if cell else "" for cell in cells]
+        lines.append("| " + " | ".join(cell.translate(escape) for cell in cells) + " |")
+    return "\n".join(lines) + f"\n\n{NOTE.format(first=table['first'])}\n"
+
+
+NOTE = (
+    "Means with 95 % bootstrap intervals over samples; after the semicolon the difference to {first} on the same samples, with "
+    "its interval and the p-value of a sign-flip test. Rows marked (paper) are the paper's own figures, from its weights and "
+    "subsets."
+)
+
+
+def html(table: dict[str, Any]) -> str:
+    template = Path(__file__).with_name("table.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["cell"] = cell_text
+    return environment.from_string(template).render(table=table, note=NOTE.format(first=table["first"]))

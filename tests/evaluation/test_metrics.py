@@ -1,0 +1,94 @@
+"""Scores against independent computations."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from granulon_hf.evaluation.metrics import (
+    bootstrap_mean,
+    chosen_option,
+    corpus_captions,
+    exact,
+    option_accuracy,
+    paired_difference,
+    recall,
+)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("a red CAR", "A red bus", 2 / 3),
+        ("red red red", "red", 1.0),
+        ("", "red", 0.0),
+        ("anything", "", 1.0),
+        ("car.", "car", 0.0),  # words as the released code splits them
+        ("红色 汽车", "红色 的 汽车", 2 / 3),
+    ],
+)
+def test_recall(prediction, reference, expected):
+    assert recall(prediction, reference) == pytest.approx(expected)
+
+
+def test_exact():
+    assert exact("The  Red car.", "red car") == 1 and exact("red cars", "red car") == 0
+
+
+OPTIONS = ["the red car", "car", "a dog", "Two"]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "index"),
+    [
+        ("B", 1),
+        ("(c)", 2),
+        ("D. Two", 3),
+        ("The dog", 2),
+        ("I think it is a dog, really", 2),
+        ("It shows the red car.", 0),  # which holds "car"
+        ("a dog or two", None),
+        ("Neither", None),
+        ("", None),
+        ("E", None),
+        ("A dog", 2),  # no letter: an article
+    ],
+)
+def test_options(prediction, index):
+    assert chosen_option(prediction, OPTIONS) == index
+    assert option_accuracy(prediction, OPTIONS, "a dog") == float(index == 2)
+
+
+def test_interval_is_scipys():
+    values = np.random.default_rng(1).normal(size=200)
+    mean, low, high = bootstrap_mean(values)
+    oracle = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=5000, random_state=1).confidence_interval
+    assert mean == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((oracle.low, oracle.high), abs=0.02)
+    with pytest.raises(ValueError, match="nothing to average"):
+        bootstrap_mean([])
+
+
+def test_paired_test_is_scipys():
+    draw = np.random.default_rng(2)
+    b = draw.normal(size=60)
+    a = b + 0.15 + 0.5 * draw.normal(size=60)
+    mean, low, high, p = paired_difference(a, b)
+    oracle = stats.permutation_test(
+        (a, b), lambda x, y: np.mean(x - y), permutation_type="samples", n_resamples=9999, random_state=3
+    )
+    assert mean == pytest.approx(np.mean(a - b)) and low < mean < high
+    assert p == pytest.approx(oracle.pvalue, abs=0.02)
+    assert paired_difference(a, a)[3] == 1.0
+    with pytest.raises(ValueError, match="same samples"):
+        paired_difference([1], [1, 2])
+
+
+def test_captions_are_the_libraries():
+    pytest.importorskip("pycocoevalcap")
+    sacrebleu = pytest.importorskip("sacrebleu")
+    references = ["a cat sits on a wall", "two dogs run over green grass", "a cup of coffee on a table"]
+    predictions = ["a cat on a wall", "a red rocket", "a cup of coffee on a table"]
+    scores = corpus_captions(predictions, references)
+    assert scores["bleu"][0] == pytest.approx(sacrebleu.sentence_bleu(predictions[0], [references[0]]).score)
+    assert scores["rouge_l"][2] == pytest.approx(100) and scores["rouge_l"][1] < 30
+    assert scores["cider"][2] > scores["cider"][0] > scores["cider"][1]

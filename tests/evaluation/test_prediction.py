@@ -1,0 +1,116 @@
+"""Answers do not depend on batches; a killed run goes on."""
+
+import json
+
+import pytest
+import torch
+
+from granulon_hf.data.shapes import Shapes
+from granulon_hf.evaluation.prediction import Generation, PredictionRun, answer_batch
+
+SAMPLES = [Shapes(14)[i] for i in range(14)]
+
+
+@pytest.fixture
+def talker(build):
+    """A toy model whose answers differ from sample to sample."""
+
+    def make(name="granulon-qwen2.5"):
+        model, processor = build(name)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.model.language_model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(std=0.4)
+        model.generation_config.suppress_tokens = sorted(processor.tokenizer.added_tokens_decoder)
+        return model, processor
+
+    return make
+
+
+@pytest.mark.parametrize("name", ["granulon-qwen2.5", "clip-llama3.2"])
+def test_answers_do_not_depend_on_the_batch_size(talker, tmp_path, name):
+    model, processor = talker(name)
+    runs = []
+    for size in (1, 5, 8):
+        rows = PredictionRun(tmp_path / str(size), {}).run(model, processor, SAMPLES, Generation(12, batch_size=size))
+        runs.append([(row["id"], row["prediction"], row["granularity"], row["new_tokens"]) for row in rows])
+    assert runs[0] == runs[1] == runs[2]
+    assert [row[0] for row in runs[0]] == [sample.id for sample in SAMPLES]
+    assert len({row[1] for row in runs[0]}) > 3
+
+
+def test_answers_are_those_of_generate(talker):
+    model, processor = talker()
+    sample = SAMPLES[2]
+    (row,) = answer_batch(model, processor, [sample], Generation(10))
+    from granulon_hf.data.images import open_rgb
+
+    content = [{"type": "image", "image": open_rgb(sample.images[0])}, {"type": "text", "text": sample.question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    tokens = model.generate(**inputs, max_new_tokens=10, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert row["prediction"] == processor.decode(tokens, skip_special_tokens=True).strip()
+    assert row["prompt_tokens"] == inputs["input_ids"].shape[1]
+    outputs = model(**inputs)
+    assert row["granularity"] == model.config.level_names[outputs.granularity[0]]
+    assert list(row["granularity_probs"].values()) == pytest.approx(outputs.granularity_probs[0].tolist(), abs=1e-5)
+
+
+def test_a_level_can_be_forced(talker):
+    model, processor = talker()
+    rows = answer_batch(model, processor, SAMPLES[:3], Generation(4, granularity="fine"))
+    assert {row["granularity"] for row in rows} == {"fine"}
+    with pytest.raises(ValueError, match="Unknown granularity"):
+        answer_batch(model, processor, SAMPLES[:3], Generation(4, granularity="huge"))
+
+
+def test_a_killed_run_goes_on_where_it_was(talker, tmp_path, monkeypatch):
+    model, processor = talker()
+    whole = PredictionRun(tmp_path / "whole", {"m": 1}).run(model, processor, SAMPLES, Generation(6, batch_size=4))
+    run = PredictionRun(tmp_path / "cut", {"m": 1})
+
+    def die(done):
+        if sum(1 for _ in run.rows()) >= 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(model, processor, SAMPLES, Generation(6, batch_size=4), on_progress=die)
+    part = next((tmp_path / "cut").glob("part-*.jsonl"))
+    part.write_text(part.read_text() + '{"id": "torn')
+    asked = []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kw: asked.append(len(kw["input_ids"])) or generate(**kw))
+    again = PredictionRun(tmp_path / "cut", {"m": 1}).run(model, processor, SAMPLES, Generation(6, batch_size=4))
+    assert sum(asked) == 6
+    drop = {"seconds"}
+    assert [{k: v for k, v in row.items() if k not in drop} for row in again] == [
+        {k: v for k, v in row.items() if k not in drop} for row in whole
+    ]
+    assert not list((tmp_path / "cut").glob("part-*"))
+
+
+def test_another_run_in_the_same_folder_is_refused(talker, tmp_path):
+    model, processor = talker()
+    PredictionRun(tmp_path, {"model": "a"}).run(model, processor, SAMPLES[:2], Generation(2))
+    with pytest.raises(ValueError, match="predictions of another model"):
+        PredictionRun(tmp_path, {"model": "b"})
+
+
+def test_broken_images_cost_only_their_own_answer(talker, tmp_path):
+    model, processor = talker()
+    broken = Shapes(20)[17]
+    broken.images = [{"bytes": b"broken", "path": None}]
+    rows = PredictionRun(tmp_path, {}).run(model, processor, [*SAMPLES[:3], broken], Generation(4))
+    assert rows[3]["prediction"] == "" and "unusable image" in rows[3]["error"]
+    assert all("error" not in row for row in rows[:3])
+    assert all((tmp_path / row["images"][0]).is_file() for row in rows)
+
+
+def test_rows_hold_what_is_needed_later(talker, tmp_path):
+    model, processor = talker()
+    PredictionRun(tmp_path, {"a": 1}).run(model, processor, SAMPLES[:2], Generation(4))
+    (row, _) = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert {"id", "question", "reference", "task", "choices", "meta", "images", "prediction", "granularity_probs"} <= row.keys()
+    assert (tmp_path / row["images"][0]).read_bytes() == SAMPLES[0].images[0]["bytes"]
