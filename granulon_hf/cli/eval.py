@@ -128,3 +128,26 @@ def show(table: dict[str, Any]) -> None:
         cells = [cell_text(cell).replace("; ", "\n") for cell in row["cells"]]
         printed.add_row(row["name"], *cells, style="dim" if row["paper"] else "")
     Console(highlight=False).print(printed)
+
+
+@app.command()
+@reports_bad_input
+def compare(
+    config: Annotated[Path, typer.Argument(help="YAML: llm, encoders, train, eval. See examples/compare.yaml.")],
+    out: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("compare"),
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Train the projector of several encoders under one language model, identically, and evaluate them. Resumable."""
+    try:
+        from granulon_hf.evaluation.comparison import compare as run_comparison
+        from granulon_hf.evaluation.suite import make_table
+        from granulon_hf.training import RecipeError, TrainingFailed
+    except ImportError as error:
+        raise BadInput(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None
+    values = read_yaml(config, {"llm", "encoders", "train", "eval"})
+    try:
+        result = run_comparison(values, out)
+    except (RecipeError, TrainingFailed, TypeError, ValueError) as error:
+        raise BadInput(one_line(error)) from None
+    show(make_table(result))
+    typer.echo(f"Table, curves and manifest: {out}")

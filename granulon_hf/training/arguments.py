@@ -103,14 +103,18 @@ class RecipeArguments(TrainingArguments):
         super().__post_init__()
 
 
+def make_parser() -> HfArgumentParser:
+    groups: Any = (ModelArguments, DataArguments, RecipeArguments)
+    return HfArgumentParser(groups, allow_abbrev=False)
+
+
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
     """Arguments of a command line: `[RECIPE.yaml] [--name value …]`; what is said on the line wins over the file.
 
     Raises:
         RecipeError: a file that cannot be read, or that holds a name no argument has.
     """
-    groups: Any = (ModelArguments, DataArguments, RecipeArguments)
-    parser = HfArgumentParser(groups)
+    parser = make_parser()
     if arguments and not arguments[0].startswith("-"):
         path, *arguments = arguments
         if not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import AutoProcessor
+from transformers import AutoProcessor, set_seed
 
 import granulon_hf
 from granulon_hf import variants
@@ -25,9 +25,10 @@ from granulon_hf.data import DataError, Sample, load
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
-from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, settings_of
+from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.features import FeatureCache
 from granulon_hf.training.freezing import STAGES, load_adapter_state, parameter_table, set_stage, trainable
+from granulon_hf.training.trainer import GranulonTrainer
 
 PROBED = 64  # samples that are looked at before the first step
 
@@ -151,6 +152,54 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample]) -> None
     raise RecipeError(
         f"None of the first {min(PROBED, len(samples))} samples can be trained on; the last, {last['id']}: {last['reason']}."
     )
+
+
+def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, *, demo: Any = None) -> tuple[Any, Any]:
+    """A whole run, from checks to model card, as examples/train.py has it.
+
+    Args:
+        demo (`callable`, *optional*): makes the variant "demo".
+
+    Returns:
+        `tuple`: the trained model and its processor.
+
+    Raises:
+        RecipeError: it cannot work; before the first step.
+        TrainingFailed: it cannot go on.
+    """
+    args.resume_from_checkpoint = find_resume(args.resume_from_checkpoint, args.output_dir or ".")
+    set_seed(args.seed)
+
+    samples = load_samples(data_args)
+    model, processor = build_model(model_args, demo=demo)
+    collator = GranulonCollator(
+        processor,
+        max_length=data_args.max_length,
+        packing=data_args.batching == "packed",
+        pad_to_multiple_of=data_args.pad_to_multiple_of,
+    )
+    if data_args.feature_cache:
+        collator.image_features = fill_cache(data_args.feature_cache, model, processor, samples)
+    check_samples(collator, samples)
+    check_device(args, model, model_args.stage)
+
+    trainer = GranulonTrainer(
+        model,
+        args,
+        data_collator=collator,
+        train_dataset=SampleDataset(samples),
+        lengths=collator.lengths(samples) if data_args.batching == "grouped" else None,
+        processing_class=processor,
+    )
+    described: dict[str, Any] = {}
+    if trainer.is_world_process_zero():
+        described = start(model_args, data_args, args, samples)
+        print_table(model, model_args.stage)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        finish(trainer, described, collator)
+    return model, processor
 
 
 def fill_cache(folder: str, model: Any, processor: Any, samples: Sequence[Sample]) -> FeatureCache:

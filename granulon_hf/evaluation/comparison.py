@@ -1,0 +1,135 @@
+"""The fair comparison: encoders under one language model, each trained and evaluated with identical settings."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace as with_changes
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+
+from granulon_hf.evaluation.prediction import replace
+from granulon_hf.evaluation.suite import Suite, run_suite
+from granulon_hf.training.arguments import make_parser, parse
+from granulon_hf.training.checkpoints import ADAPTER, RUN, last_checkpoint
+from granulon_hf.training.freezing import load_adapter_state
+from granulon_hf.training.run import build_model, train
+from granulon_hf.variants import DECODERS, ENCODERS
+
+# What differs between the rows of a fair comparison, and only that.
+OWN = ("variant", "feature_cache")
+
+
+def training_arguments(options: dict[str, Any], variant: str, out: Path) -> list[str]:
+    """The command line of one row."""
+    arguments = {**options, "variant": variant, "output_dir": str(out / variant / "training")}
+    if arguments.pop("cache_features", False):
+        arguments["feature_cache"] = str(out / variant / "features")
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+
+
+def check(config: dict[str, Any]) -> list[str]:
+    """The variants of a comparison.
+
+    Args:
+        config (`dict`): `llm`, `encoders`, `train` (arguments of examples/train.py) and `eval` (fields of [`Suite`]).
+
+    Raises:
+        ValueError: something is missing, unknown or fixed by the comparison.
+    """
+    if config.get("llm") not in DECODERS:
+        raise ValueError(f"llm is {config.get('llm')!r}; it must be one of {', '.join(DECODERS)}.")
+    encoders = config.get("encoders") or []
+    if unknown := [name for name in encoders if name not in ENCODERS]:
+        raise ValueError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")
+    if len(encoders) < 2 or len(set(encoders)) < len(encoders):
+        raise ValueError("A comparison needs at least two different encoders.")
+    for name in ("variant", "output_dir", "resume_from_checkpoint", "feature_cache"):
+        if name in config.get("train", {}):
+            raise ValueError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
+    known = {action.dest for action in make_parser()._actions} | {"cache_features"}
+    if unknown := sorted(set(config.get("train", {})) - known):
+        raise ValueError(f"`train` has {unknown[0]!r}, which examples/train.py does not know.")
+    if not config.get("eval", {}).get("data"):
+        raise ValueError("`eval` needs `data`: what to evaluate on.")
+    return [f"{name}-{config['llm']}" for name in encoders]
+
+
+def compare(
+    config: dict[str, Any], out: Path, on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+) -> dict[str, Any]:
+    """Train what is not trained yet, evaluate what is not evaluated yet, and write table, curves and manifest into `out`.
+
+    Raises:
+        ValueError: a wrong configuration, or settings that differ between rows.
+    """
+    names = check(config)
+    suites = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
+    lines = {name: parse(training_arguments(config.get("train", {}), name, out)) for name in names}
+    models: dict[str, tuple[Any, Any]] = {}
+    for name, (model_args, data_args, args) in lines.items():
+        folder = Path(args.output_dir or "")
+        if (folder / ADAPTER).exists():
+            continue
+        if last_checkpoint(folder) is not None:
+            args.resume_from_checkpoint = "last"
+        models[name] = train(model_args, data_args, args)
+    manifest = {name: json.loads((out / name / "training" / RUN).read_text()) for name in names}
+    check_equal(manifest)
+
+    def load_model(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
+        from granulon_hf.evaluation.models import pick_device
+
+        if source not in models:
+            model_args = lines[source][0]
+            model, processor = build_model(model_args)
+            load_adapter_state(model, load_file(out / source / "training" / ADAPTER))
+            models[source] = model, processor
+        model, processor = models.pop(source)
+        place = pick_device(device)
+        if place.type == "cpu":  # as load_model has it
+            model = model.float()
+        return model.to(place).eval(), processor, source
+
+    suite = Suite(**{"out": str(out / "evaluation"), **suites, "models": names})
+    generation = with_changes(suite.generation, **config["eval"].get("generation", {}))
+    result = run_suite(with_changes(suite, generation=generation), load_model, on_progress)
+    replace(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
+    plot_curves(names, out)
+    return result
+
+
+def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
+    """Raises ValueError where rows were not trained with the same settings on the same data."""
+    first, *others = manifest
+    for name in others:
+        a, b = manifest[first], manifest[name]
+        settings = sorted(a["settings"].keys() | b["settings"].keys())
+        different = [s for s in settings if s not in OWN and a["settings"].get(s) != b["settings"].get(s)]
+        different += ["data"] * (a["data"] != b["data"]) + ["versions"] * (a["versions"] != b["versions"])
+        if different:
+            raise ValueError(
+                f"{first} and {name} were not trained alike: {', '.join(different)} differ. Remove the training folder of "
+                "one, so that it is trained again."
+            )
+
+
+def plot_curves(names: Sequence[str], out: Path) -> None:
+    """Training losses of all rows in one picture; left out where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in names:
+        checkpoint = last_checkpoint(out / name / "training")
+        if checkpoint is None:
+            continue
+        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name)
+    axes.set(xlabel="step", ylabel="training loss")
+    axes.legend(frameon=False)
+    figure.savefig(out / "losses.png", dpi=120)

@@ -1,0 +1,70 @@
+"""`granulon eval compare`: rows trained alike, resumable, refused where they were not."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from granulon_hf.cli import app
+
+TRAIN = {
+    **{"tiny": True, "data": "shapes", "limit": 16, "max_steps": 2, "save_steps": 1, "logging_steps": 1, "use_cpu": True},
+    **{"report_to": "none", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "disable_tqdm": True},
+}
+CONFIG = {
+    "llm": "qwen2.5",
+    "encoders": ["clip", "granulon"],
+    "train": TRAIN,
+    "eval": {"data": ["shapes"], "limit": 4, "generation": {"max_new_tokens": 2}},
+}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(config):
+    Path("compare.yaml").write_text(yaml.safe_dump(config))
+    return CliRunner().invoke(app, ["eval", "compare", "compare.yaml", "--out", "out"])
+
+
+def test_rows_are_trained_alike_and_kept():
+    done = run(CONFIG)
+    assert done.exit_code == 0, done.output
+    manifest = json.loads(Path("out/manifest.json").read_text())["rows"]
+    settings = [row["settings"] for row in manifest.values()]
+    different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
+    assert different == {"variant"}
+    assert Path("out/losses.png").stat().st_size > 1000 and "shapes: recall" in Path("out/evaluation/table.md").read_text()
+    stamps = [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
+    assert run(CONFIG).exit_code == 0
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
+
+    run_json = Path("out/clip-qwen2.5/training/run.json")
+    changed = json.loads(run_json.read_text())
+    changed["settings"]["learning_rate"] = 0.5
+    run_json.write_text(json.dumps(changed))
+    done = run(CONFIG)
+    assert done.exit_code == 2 and "not trained alike: learning_rate differ" in done.output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"llm": "gpt5"}, "must be one of qwen2.5, llama3.2"),
+        ({"encoders": ["clip"]}, "at least two different encoders"),
+        ({"encoders": ["clip", "vgg"]}, "Unknown encoder 'vgg'"),
+        ({"train": {**TRAIN, "output_dir": "x"}}, "`output_dir` is set by the comparison"),
+        ({"train": {**TRAIN, "learning_rat": 1}}, "learning_rat"),
+        ({"eval": {}}, "`eval` needs `data`"),
+        ({"evaluation": {}}, "unknown name 'evaluation'"),
+    ],
+)
+def test_bad_configurations(change, message):
+    done = run({**CONFIG, **change})
+    assert done.exit_code == 2 and message in done.output, done.output
+    assert not Path("out").exists() or not list(Path("out").rglob("checkpoint-*"))
