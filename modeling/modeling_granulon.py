@@ -839,6 +839,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         labelled = nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[labelled]
         logits = self.lm_head(hidden_states[labelled])
+        if kwargs.get("num_items_in_batch") is None:  # the mean, and 0 where there is no label at all
+            kwargs["num_items_in_batch"] = labelled.sum().clamp(min=1)
         return self._loss(logits, None, shift_labels=shifted, **kwargs)
 
     def _stream_losses(self, outputs, inputs, labels, logits_to_keep, **kwargs):

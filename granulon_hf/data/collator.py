@@ -5,7 +5,7 @@ with TRL's `DPOTrainer`: `data_collator=GranulonPreferenceCollator(processor)` (
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,9 @@ class GranulonCollator:
 
     Labels are on every assistant turn and its end-of-turn token, for any chat template; questions, system prompts, markup and
     image slots carry -100. A sample that cannot be used (broken image, no answer, prompt beyond `max_length`) is left out of
-    its batch and noted in `problems`. A batch of which nothing is left repeats the last good sample, since `Trainer`, gradient
-    accumulation and the other processes all wait for a batch; to leave such samples out beforehand, keep those of which
-    `encode` does not give `None`.
+    its batch and noted in `problems`. A batch of which nothing is left repeats the last good sample (or, before there was one,
+    is a single token without label), since `Trainer`, gradient accumulation and the other processes all wait for a batch; to
+    leave such samples out beforehand, keep those of which `encode` does not give `None`.
 
     Args:
         processor ([`GranulonProcessor`]): of the model.
@@ -49,7 +49,6 @@ class GranulonCollator:
         jpeg_reduction (`float`, *optional*, defaults to 2.0): a JPEG file is decoded at a half, quarter or eighth of its size
             where that is still this many times the size that the image processor wants. At 2 hardly a pixel changes, at 1 it
             is faster and edges differ (figures: examples/benchmarks/data_loading.py); `None` always decodes it in full.
-
         image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
             ([`~granulon_hf.training.features.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
 
@@ -58,8 +57,7 @@ class GranulonCollator:
             every worker has a collator, and a list, of its own; the first problem of each is also logged.
 
     Raises:
-        ValueError: an unknown padding side, or `packing` with `pad_to_multiple_of`. When called: nothing of the first batch
-            can be used.
+        ValueError: an unknown padding side, or `packing` with `pad_to_multiple_of`.
     """
 
     processor: GranulonProcessor
@@ -100,11 +98,14 @@ class GranulonCollator:
 
     def _or_last(self, features):
         if not features:
-            if self._last is None:
-                raise ValueError(f"No sample of the batch can be used; the last problem: {self.problems[-1:]}")
-            features = [self._last]
+            return [self._last if self._last is not None else self._nothing()]
         self._last = features[-1]
         return features
+
+    def _nothing(self):
+        """One token without a label: a worker's first batch may be its only bad one, and an epoch must not end there."""
+        token = torch.tensor([self.processor.tokenizer.pad_token_id])
+        return {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
 
     def _packed(self, features):
         batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}
@@ -215,19 +216,28 @@ class GranulonCollator:
             return None
         return int(self.jpeg_reduction * max(side or 0 for side in sides))
 
-    def lengths(self, samples: Iterable[Sample | Mapping[str, Any]]) -> list[int]:
-        """Tokens of each sample, image slots included, without opening an image: for `LengthGroupedSampler` and
-        [`~granulon_hf.data.batching.PackSampler`].
-
-        Raises:
-            ValueError: a conversation that the chat template refuses.
+    def lengths(self, samples: Sequence[Sample | Mapping[str, Any]]) -> list[int]:
+        """Tokens of the sample at each index, image slots included, without opening an image: for `LengthGroupedSampler` and
+        [`~granulon_hf.data.batching.PackSampler`]. A sample that the chat template refuses counts as none.
         """
-        rows = [as_row(sample) for sample in samples]
+        found: list[int] = []
+        for start in range(0, len(samples), 1000):
+            # By index, as a sampler asks for them: what iterates may leave bad rows out.
+            found += self._lengths([as_row(samples[i]) for i in range(start, min(start + 1000, len(samples)))])
+        return found
+
+    def _text(self, row):
+        try:
+            text = self.processor.apply_chat_template(conversation(row["messages"]), tokenize=False)
+            text.encode()  # half characters cannot be tokenised
+            return text
+        except Exception:  # `encode` will say what is wrong with it
+            return ""
+
+    def _lengths(self, rows):
         tokenizer = self.processor.tokenizer
-        texts = [self.processor.apply_chat_template(conversation(row["messages"]), tokenize=False) for row in rows]
-        if not texts:
-            return []
-        begun = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        texts = [self._text(row) for row in rows]
+        begun = tokenizer.bos_token is not None and any(text.startswith(tokenizer.bos_token) for text in texts)
         tokens = tokenizer(texts, add_special_tokens=not begun, return_attention_mask=False)["input_ids"]
         (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
         counts = [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
@@ -248,6 +258,9 @@ class GranulonPreferenceCollator(GranulonCollator):
         if self.packing:
             raise ValueError("DPOTrainer compares rows: preference pairs cannot be packed.")
         self.last_answer_only = True
+
+    def _nothing(self):
+        return [super()._nothing()] * 2
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """

@@ -68,9 +68,13 @@ class GranulonTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         keep_frozen_parts_in_eval(self.model)  # training_step has just called model.train()
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # all samples of a step may have been unusable
         loss, outputs = super().compute_loss(
             model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
+        if "pixel_values" not in inputs:  # the projector is not reached: there must be something to differentiate all the same
+            loss = loss + 0.0 * sum(parameter.sum() for _, parameter in trainable(self.model))
         self.count(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
 

@@ -287,11 +287,47 @@ def test_samples_that_say_nothing_or_do_not_fit_their_images():
     assert reasons["silent"] == reasons["asked"] == "it has no answer"
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_an_epoch_with_workers_survives_whatever_comes_first(packing):
+    """Every worker has a collator of its own, and for one of them the bad sample is the first."""
+    model, processor = variants.build("granulon-qwen2.5", tiny=True)
+    samples = [simple(f"What is {i}?") for i in range(4)] + [simple("Why? " * 300, id="long")]
+    for epoch in range(4):
+        order = [4, 4, *range(4)] if epoch % 2 else [0, 4, 4, 1]
+        collator = GranulonCollator(processor, max_length=200, packing=packing)
+        batches = list(DataLoader([samples[i] for i in order], collate_fn=collator, num_workers=2))
+        assert len(batches) == len(order)
+        assert all(torch.isfinite(model(**batch, skip_logits=True).loss) for batch in batches)
+        assert (batches[epoch % 2 == 0]["labels"] == -100).all()
+
+
+def test_lengths_belong_to_indices():
+    """What iterates leaves bad rows out; a sampler asks by index."""
+    _, processor = variants.build("granulon-qwen2.5", tiny=True)
+
+    class Rows:
+        rows = [simple("One?"), simple("And what is this, if not that?"), simple("\ud83d"), simple("Two?", images=2)]
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+        def __iter__(self):
+            yield self.rows[0]
+
+    collator = GranulonCollator(processor)
+    lengths = collator.lengths(Rows())
+    for i in (0, 1, 3):
+        assert lengths[i] == len(collator.encode(Rows.rows[i])["input_ids"])
+    assert len(lengths) == 4
+
+
 def test_a_batch_of_which_nothing_is_left_repeats_the_last_good_sample():
     _, processor = variants.build("granulon-qwen2.5", tiny=True)
     collator, bad = GranulonCollator(processor), simple(pictures=[{"bytes": b"", "path": None}], id="bad")
-    with pytest.raises(ValueError, match=r"No sample of the batch can be used.*bad.*unusable image"):
-        collator([bad, bad])
+    assert (collator([bad, bad])["labels"] == -100).all()  # before there was one
     good = collator([bad, simple("One?"), simple("And the other?")])
     repeated = collator([bad])
     assert torch.equal(repeated["input_ids"], good["input_ids"][1:])

@@ -13,6 +13,7 @@ from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.training import GranulonTrainer, RecipeArguments, TrainingFailed, set_stage
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
+from granulon_hf.training.freezing import trainable
 from granulon_hf.training.run import SampleDataset
 
 SAMPLES = Shapes(48)
@@ -107,6 +108,20 @@ def test_nothing_frozen_moves_and_what_is_trained_does(make, stage):
     moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved and moved <= trained
     assert {name for name in trained if "multi_modal_projector" in name} <= moved
+
+
+def test_steps_without_an_image_or_a_label(make):
+    """Text-only batches reach no projector; in DDP and in `backward` there must be something to differentiate."""
+    trainer = make(save_strategy="no", max_steps=3, per_device_train_batch_size=1, gradient_accumulation_steps=1, grouped=False)
+    text = SAMPLES[0]
+    text.images, text.messages[0]["content"] = [], [{"type": "text", "text": "What is red?"}]
+    silent = SAMPLES[1]
+    silent.messages = silent.messages[:1]
+    trainer.train_dataset = [silent, text, silent]
+    before = [p.clone() for _, p in trainable(trainer.model)]
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses(trainer))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, trainable(trainer.model), strict=True))
 
 
 def test_the_loss_goes_down(make):
