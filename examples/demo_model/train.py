@@ -40,9 +40,9 @@ from timm.data import ImageNetInfo
 
 from granulon_hf.demo.assemble import SHIPPED, build_demo, load_classifier
 from granulon_hf.modeling.aggregation_granulon import aggregate
-from granulon_hf.modeling.controller_granulon import first_block_states
+from granulon_hf.training.controller import CORPUS, ControllerArguments, Question
+from granulon_hf.training.controller import train_controller as fit_controller
 
-HERE = Path(__file__).parent
 LEVELS = ("coarse", "middle", "fine")
 
 
@@ -66,15 +66,16 @@ def arguments() -> argparse.Namespace:
 
 
 def read_questions(split: str) -> list[dict]:
-    rows = [json.loads(line) for line in (HERE / "questions.jsonl").read_text().splitlines()]
+    """Of the corpus that ships; those with a topic are asked about the scenes."""
+    rows = [json.loads(line) for line in CORPUS.read_text().splitlines()]
     return [row for row in rows if row["split"] == split]
 
 
 def phrasings(split: str) -> dict[str, list[str]]:
     topics: dict[str, list[str]] = {}
     for row in read_questions(split):
-        if row["topic"]:
-            topics.setdefault(row["topic"], []).append(row["text"])
+        if "topic" in row:
+            topics.setdefault(row["topic"], []).append(row.get("template", row["text"]))
     return topics
 
 
@@ -444,57 +445,21 @@ def write_adapter(args, model) -> None:
 def filled(row: dict, rng: random.Random) -> str:
     """A phrasing with its slots filled."""
     kind = rng.choice(list(VOCABULARY))
-    return row["text"].format(
+    return row.get("template", row["text"]).format(
         kind=with_article(kind), name=rng.choice(list(VOCABULARY[kind])), region=rng.choice([r for row in REGIONS for r in row])
     )
 
 
-@torch.no_grad()
-def question_states(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """E1 of each question, averaged over its tokens as the controller does, shape [questions x E]."""
-    means = []
-    for text in texts:
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-        states = first_block_states(model.model.language_model, model.get_input_embeddings()(ids), torch.ones_like(ids).bool())
-        means.append(states.float().mean(1))
-    return torch.cat(means)
-
-
 def train_controller(args, model, processor) -> dict:
-    """Soft-label cross-entropy on the questions' first-block states; accuracy on held-out phrasings."""
-    torch.manual_seed(2)
-    rng, sets = random.Random(3), {}
+    """Soft-label cross-entropy on the corpus, the scenes' questions with many fillings; accuracy on held-out phrasings."""
+    rng, questions = random.Random(3), []
     for split, copies in (("train", 6), ("test", 4)):
-        rows = [row for row in read_questions(split) for _ in range(copies if row["topic"] else 1)]
-        texts = [filled(row, rng) for row in rows]
-        if split == "train":  # also as people type
-            rows, texts = rows * 2, texts + [text.lower().rstrip("?.") for text in texts]
-        states = question_states(model, processor.tokenizer, texts).unsqueeze(1)
-        sets[split] = states, torch.tensor([row["weights"] for row in rows]), texts
-    controller = model.model.controller.float().requires_grad_(True)
-    torch.nn.init.normal_(controller.fc2.weight, std=0.02)
-    optimizer = torch.optim.AdamW(controller.parameters(), lr=2e-3, weight_decay=0.05)
-    states, target, _ = sets["train"]
-    for step in track(range(600), description="controller"):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / 600)
-        chosen = torch.randint(len(states), (128,))
-        logits = controller(states[chosen], torch.ones(128, 1, dtype=torch.bool))
-        loss = F.cross_entropy(logits, target[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    controller.requires_grad_(False).to(torch.bfloat16)  # measured as it is shipped
-    result = {}
-    for split, (states, target, texts) in sets.items():
-        logits = controller(states, torch.ones(len(states), 1, dtype=torch.bool))
-        right = logits.argmax(-1) == target.argmax(-1)
-        result[split] = {"n": len(right), "accuracy": right.float().mean().item()}
-        if split == "test":
-            wrong = [(texts[i], LEVELS[logits[i].argmax()]) for i in (~right).nonzero().flatten().tolist()]
-            print("controller, wrong on held-out phrasings:", wrong)
-    print("controller", result)
-    save({name: value.contiguous() for name, value in controller.state_dict().items()}, args.work / "controller.safetensors")
+        rows = [row for row in read_questions(split) for _ in range(copies if "template" in row else 1)]
+        questions += [Question(filled(row, rng), row["weights"], split == "test") for row in rows]
+    torch.manual_seed(2)
+    result = fit_controller(model, processor, questions, ControllerArguments(seed=2))
+    print("controller", {name: result[name] for name in ("n_train", "n_test", "accuracy", "ece", "confusion", "wrong")})
+    save({n: v.contiguous() for n, v in model.model.controller.state_dict().items()}, args.work / "controller.safetensors")
     return result
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import granulon_hf
-from granulon_hf.cli import data, judge
+from granulon_hf.cli import controller, data, judge
 from granulon_hf.cli import eval as evaluation
 from granulon_hf.cli.ask import ask
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(ask)
+app.add_typer(controller.app, name="controller")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluation.app, name="eval")
 app.add_typer(judge.app, name="judge")

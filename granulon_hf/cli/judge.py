@@ -30,7 +30,9 @@ def judging() -> Any:
     return judging
 
 
-def pairs(options: list[str] | None, name: str) -> dict[str, str]:
+def pairs(
+    options: list[str] | None, name: str, form: str = "FIELD=COLUMN, such as --column prediction=answer"
+) -> dict[str, str]:
     """`["a=b"]` as `{"a": "b"}`.
 
     Raises:
@@ -39,7 +41,7 @@ def pairs(options: list[str] | None, name: str) -> dict[str, str]:
     found = [option.partition("=") for option in options or []]
     for key, sign, value in found:
         if not (key and sign and value):
-            raise BadInput(f"{name} takes FIELD=COLUMN, such as {name} prediction=answer; got {key + sign + value!r}.")
+            raise BadInput(f"{name} takes {form}; got {key + sign + value!r}.")
     return {key: value for key, _, value in found}
 
 
@@ -143,11 +145,11 @@ def progress_bar(console: Console) -> Progress:
     return Progress(TextColumn("{task.description}"), *columns, console=console)
 
 
-def show_estimate(console: Console, estimate: dict[str, Any], model: str) -> None:
+def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: str = "predictions") -> None:
     table = Table.grid(padding=(0, 2))
-    table.add_row("predictions", str(estimate["n"]))
+    table.add_row(what, str(estimate["n"]))
     for name, key in (("empty, not sent", "n_empty"), ("unreadable images", "n_unreadable"), ("already stored", "n_stored")):
-        if estimate[key]:
+        if estimate.get(key):
             table.add_row(name, str(estimate[key]))
     table.add_row("requests", str(estimate["n_requests"]))
     table.add_row("prompt tokens, about", f"{estimate['prompt_tokens']:,}")

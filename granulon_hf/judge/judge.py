@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import datasets
 import evaluate
@@ -133,22 +133,25 @@ class Stopped(Exception):
     """A unit is not sent because the run stops; the message is the reason."""
 
 
+def fence(value: str, mark: str) -> str:
+    """What others wrote between fence lines, with look-alikes of these broken up."""
+    value = re.sub(r"<<<(?=\s*(?:BEGIN|END)\b)", "< < <", value, flags=re.IGNORECASE)
+    value = value.replace("<|", "< |")  # chat-template tokens, which some local servers would obey
+    return f"\n<<<BEGIN {mark}>>>\n{value}\n<<<END {mark}>>>"
+
+
 def render(task: str, prediction: str, question: str, reference: str, mark: str | None) -> tuple[str | None, str]:
     """System message (None without hardening) and text of a request.
 
     Task "reasoning" has no place for question and reference (supplement: judged against the image only). With a `mark`, what
-    others wrote stands between fence lines, with look-alikes of these broken up; the prompt's own words are the same in both
-    modes. Substitution is one pass over the *prompt*: nothing inside a prediction is ever looked at as a template.
+    others wrote stands between fence lines, and look-alikes of these are broken up; the prompt's own words are the same in
+    both modes. Substitution is one pass over the *prompt*: nothing inside a prediction is ever looked at as a template.
     """
     values = {"pred": prediction, "question": question, "reference": reference}
 
     def fill(match: re.Match) -> str:
         value = values[match[1]]
-        if mark is None:
-            return value
-        value = re.sub(r"<<<(?=\s*(?:BEGIN|END)\b)", "< < <", value, flags=re.IGNORECASE)  # fence look-alikes
-        value = value.replace("<|", "< |")  # chat-template tokens, which some local servers would obey
-        return f"\n<<<BEGIN {mark}>>>\n{value}\n<<<END {mark}>>>"
+        return value if mark is None else fence(value, mark)
 
     template = PROMPTS[task]
     for name in ("question", "reference"):
@@ -250,8 +253,8 @@ def encode_image(image: Any) -> dict:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def parse(content: str) -> tuple[int, int]:
-    """Accuracy and hallucination of a reply: one JSON object with exactly the two integers, 0-100.
+def read_object(content: str, names: Iterable[str]) -> dict[str, Any]:
+    """The one JSON object that a reply consists of, with exactly these names.
 
     The whole reply may stand in one code fence, as the object does in the supplement's prompt; nothing else is forgiven.
 
@@ -263,18 +266,28 @@ def parse(content: str) -> tuple[int, int]:
         pairs = json.loads(fenced[1] if fenced else content, object_pairs_hook=tuple)
     except (ValueError, RecursionError):
         raise ValueError(f"no JSON object: {content.strip()[:80]!r}") from None
-    names = sorted(SCHEMA["properties"])
+    names = sorted(names)
     if not isinstance(pairs, tuple) or sorted(name for name, _ in pairs) != names:
         raise ValueError(f"not an object with exactly {' and '.join(names)}: {content.strip()[:80]!r}")
-    scores = dict(pairs)
-    for name in names:
-        if type(scores[name]) is not int or not 0 <= scores[name] <= 100:
+    return dict(pairs)
+
+
+def parse(content: str) -> tuple[int, int]:
+    """Accuracy and hallucination of a reply: one JSON object with exactly the two integers, 0-100.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    scores = read_object(content, SCHEMA["properties"])
+    for name, score in sorted(scores.items()):
+        if type(score) is not int or not 0 <= score <= 100:
             raise ValueError(f"{name} is no integer from 0 to 100: {content.strip()[:80]!r}")
     return scores["accuracy_score"], scores["hallucination_score"]
 
 
-def read_answer(row: dict) -> tuple[tuple[int, int] | None, str | None, bool]:
-    """Scores or None, the reason why there are none, and whether a repair request is worth it."""
+def read_answer(row: dict, parse: Callable[[str], Any] = parse) -> tuple[Any, str | None, bool]:
+    """What `parse` makes of the reply (scores) or None, the reason why there are none, and whether a repair request is worth
+    it."""
     if row.get("refusal"):
         return None, f"refused: {str(row['refusal'])[:200]}", False
     if row.get("finish_reason") == "length":
@@ -285,11 +298,6 @@ def read_answer(row: dict) -> tuple[tuple[int, int] | None, str | None, bool]:
         return parse(row.get("content") or ""), None, False
     except ValueError as error:
         return None, f"unparsable: {error}", True
-
-
-def is_final(rows: list[dict]) -> bool:
-    """Whether the answers to a unit decide it: the first does unless it is worth a repair, the second does."""
-    return len(rows) == 2 or (len(rows) == 1 and not read_answer(rows[0])[2])
 
 
 def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
@@ -306,7 +314,7 @@ def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
             content = "".join(part.get("text", "") for part in content)
         if not isinstance(content, str | None):
             raise TypeError
-        row = {
+        return {
             **fields,
             "content": content,
             "refusal": refusal,
@@ -318,9 +326,6 @@ def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
         }
     except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError):
         raise ValueError(f"the server's reply is no chat completion: {str(body)[:80]!r}") from None
-    scores, reason, _ = read_answer(row)
-    accuracy, hallucination = scores or (None, None)
-    return {**row, "accuracy": accuracy, "hallucination": hallucination, "reason": reason}
 
 
 def price_of(model: str, prices: dict | None, backend: str) -> tuple[float, float] | None:
@@ -554,7 +559,13 @@ class Unit:
 
 @dataclass
 class Options:
-    """What a run is told; the arguments of `Judge.compute`, which explains them."""
+    """What a run is told; the arguments of `Judge.compute`, which explains them.
+
+    `Run` and `foresee` know units only through the methods from `formats` to `tokens`: a subclass that overrides them asks
+    something else on the same transport, store and budget.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = tuple(PROMPTS)
 
     task: str = "reasoning"
     model: str = "gpt-4o"
@@ -587,10 +598,10 @@ class Options:
 
     def __post_init__(self):
         for name, allowed in (
-            ("task", tuple(PROMPTS)),
+            ("task", self.tasks),
             ("backend", ("chat", "batch")),
             ("detail", ("low", "high")),
-            ("response_format", ("auto", *RESPONSE_FORMATS)),
+            ("response_format", ("auto", *self.formats)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}.")
@@ -604,6 +615,31 @@ class Options:
         if self.max_cost is not None and price_of(self.model, self.prices, self.backend) is None:
             raise ValueError(f"max_cost needs prices={{{self.model!r}: (USD per million prompt tokens, completion tokens)}}.")
 
+    @property
+    def formats(self) -> dict[str, dict | None]:
+        """Values of `response_format` by name, in the order in which they are tried."""
+        return RESPONSE_FORMATS
+
+    @property
+    def repair(self) -> str:
+        """What follows an answer that cannot be read."""
+        return REPAIR
+
+    def prepare(self, unit: Unit) -> tuple[str, str, int]:
+        """Digest, data URL and prompt tokens of a unit's image. Any exception means that the unit cannot be sent."""
+        return prepare_image(unit.image, self.detail, self.model)
+
+    def outcome(self, row: dict | None) -> tuple[dict, bool]:
+        """What an answer says (None: there is none), with the "reason" where it says nothing, and whether a repair request is
+        worth it."""
+        scores, reason, repairable = read_answer(row) if row else (None, None, False)
+        accuracy, hallucination = scores or (None, None)
+        return {"accuracy": accuracy, "hallucination": hallucination, "reason": reason}, repairable
+
+    def is_final(self, rows: list[dict]) -> bool:
+        """Whether the answers to a unit decide it: the first does unless it is worth a repair, the second does."""
+        return len(rows) == 2 or (len(rows) == 1 and not self.outcome(rows[0])[1])
+
     def key(self, image_digest: str, unit: Unit) -> str:
         """Of the store: what the judge is shown, and how; not the fence's mark, the server's address or the key."""
         system, text = render(self.task, unit.prediction, unit.question, unit.reference, "" if self.hardened else None)
@@ -613,7 +649,7 @@ class Options:
 
     def settled(self, rows: list[dict]) -> bool:
         """Whether stored answers are to be used as they are."""
-        return is_final(rows) and not (self.retry_unscored and read_answer(rows[-1])[0] is None)
+        return self.is_final(rows) and not (self.retry_unscored and self.outcome(rows[-1])[0]["reason"] is not None)
 
     def messages(self, unit: Unit, image_url: str, bad: str | None) -> list[dict]:
         """The conversation; with the `bad` answer it is a repair. Without hardening the repair is the printed prompt again."""
@@ -624,7 +660,7 @@ class Options:
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
             if bad is not None:
-                messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": REPAIR}]
+                messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
         return messages
 
     def tokens(self, unit: Unit, image: int) -> int:
@@ -685,7 +721,7 @@ class Run:
         self.results: list[dict | None] = [None] * len(units)
         self.asked: dict[str, asyncio.Future] = {}
         self.limiter = Limiter(options.rpm, options.tpm)
-        self.formats = list(RESPONSE_FORMATS) if options.response_format == "auto" else [options.response_format]
+        self.formats = list(options.formats) if options.response_format == "auto" else [options.response_format]
         self.extras: dict = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
         self.probe, self.proven, self.proven_before = asyncio.Lock(), False, False
         self.excess = 1.0  # real prompt tokens over estimated ones, the largest so far
@@ -747,16 +783,13 @@ class Run:
             raise self.error
 
     def finish(self, index: int, rows: list[dict] | None = None, reason: str | None = None, **more: Any) -> None:
-        scores = None
-        if rows:
-            scores, reason, repairable = read_answer(rows[-1])
-            if repairable:
-                reason = f"{reason} (after one repair request)"
-        accuracy, hallucination = scores or (None, None)
+        outcome, repairable = self.options.outcome(rows[-1] if rows else None)
+        reason = outcome["reason"] or reason
+        if repairable:
+            reason = f"{reason} (after one repair request)"
         unit = self.units[index]
         self.results[index] = result = {
-            "accuracy": accuracy,
-            "hallucination": hallucination,
+            **outcome,
             "reason": reason,
             "rows": rows or [],
             "cached": False,
@@ -771,7 +804,7 @@ class Run:
     async def one(self, index: int) -> None:
         unit = self.units[index]
         try:
-            digest, url, tokens = await asyncio.to_thread(prepare_image, unit.image, self.options.detail, self.options.model)
+            digest, url, tokens = await asyncio.to_thread(self.options.prepare, unit)
         except Exception as error:  # Pillow raises what its many decoders raise
             self.finish(index, reason=f"image: {' '.join(str(error).split()) or type(error).__name__}")
             return
@@ -797,7 +830,7 @@ class Run:
         """
         self.store.refresh()
         rows = self.store.answers(key)
-        if self.options.settled(rows) or (self.options.backend == "batch" and is_final(rows)):
+        if self.options.settled(rows) or (self.options.backend == "batch" and self.options.is_final(rows)):
             self.proven_before = True
             return {"rows": rows, "cached": True}
         if self.options.backend == "batch":
@@ -813,8 +846,8 @@ class Run:
             rows = self.store.answers(key)
             if self.options.settled(rows):
                 return {"rows": rows, "cached": True}
-            rows = [] if is_final(rows) else rows  # final but to be asked again
-            while not is_final(rows):
+            rows = [] if self.options.is_final(rows) else rows  # final but to be asked again
+            while not self.options.is_final(rows):
                 bad = (rows[0].get("content") or "") if rows else None
                 await self.ask(key, len(rows), unit, url, tokens, bad)
                 rows = self.store.answers(key)
@@ -827,8 +860,8 @@ class Run:
         body = {"model": self.options.model, "messages": messages, **extras}
         if body["seed"] is not None:
             body["seed"] += attempt
-        if RESPONSE_FORMATS[name]:
-            body["response_format"] = RESPONSE_FORMATS[name]
+        if self.options.formats[name]:
+            body["response_format"] = self.options.formats[name]
         return {name: value for name, value in body.items() if value is not None}
 
     def reserve(self, tokens: int) -> float:
@@ -861,7 +894,7 @@ class Run:
                     stack.callback(self.probe.release)
             if self.stop:
                 raise Stopped(f"not sent: {self.stop}")
-            tokens += len((bad + REPAIR).encode()) // 4 if bad is not None else 0
+            tokens += len((bad + self.options.repair).encode()) // 4 if bad is not None else 0
             cost = self.reserve(tokens)
             stack.callback(lambda: setattr(self, "reserved", self.reserved - cost))
             await self.ask_until(key, attempt, unit, url, tokens, cost, bad)
@@ -882,8 +915,7 @@ class Run:
                 reply = self.client.chat.completions.with_raw_response.create(**request)
                 raw = await asyncio.wait_for(reply, self.options.timeout)
                 headers = raw.headers
-                row = to_row(json.loads(raw.content), tokens, key=key, attempt=attempt, **self.record(formats[0]))
-                self.store.append(row)
+                row = self.keep(json.loads(raw.content), tokens, key=key, attempt=attempt, response_format=formats[0])
                 self.proven, self.failures = True, 0
                 self.excess = max(self.excess, row["prompt_tokens"] / max(1, tokens))
                 if trial is not None:
@@ -923,14 +955,17 @@ class Run:
                 self.limiter.learn(ticket, headers)
             await self.sleep(delay)
 
-    def record(self, name: str) -> dict:
-        """What every row says about how it came about."""
-        return {
-            "task": self.options.task,
-            "hardened": self.options.hardened,
-            "backend": self.options.backend,
-            "response_format": name,
-        }
+    def keep(self, body: Any, estimated: int = 0, **fields: Any) -> dict:
+        """Put a chat completion into the store, with how it came about and what it says.
+
+        Raises:
+            ValueError: the body is no chat completion.
+        """
+        told = {name: getattr(self.options, name) for name in ("task", "hardened", "backend")}
+        row = to_row(body, estimated, **fields, **told)
+        row |= self.options.outcome(row)[0]
+        self.store.append(row)
+        return row
 
     def give_up(self, message: str, fatal: bool = False, refused: bool = False) -> NoReturn:
         """Raises Stopped; what is fatal, and many failures in a row, stop the whole run."""
@@ -1044,15 +1079,15 @@ class Run:
 
         for unit in self.units:
             try:
-                digest, url, tokens = prepare_image(unit.image, self.options.detail, self.options.model)
+                digest, url, tokens = self.options.prepare(unit)
             except Exception:  # told by `one`
                 continue
             key = self.options.key(digest, unit)
             self.store.refresh()
             rows = self.store.answers(key)
-            if attempt == 0 and is_final(rows) and not self.options.settled(rows):
+            if attempt == 0 and self.options.is_final(rows) and not self.options.settled(rows):
                 rows = []  # to be asked again
-            if key in seen or is_final(rows) or len(rows) != attempt:
+            if key in seen or self.options.is_final(rows) or len(rows) != attempt:
                 continue
             seen.add(key)
             try:
@@ -1146,8 +1181,7 @@ class Run:
             if response.get("status_code") != 200:
                 error = reply.get("error") or (response.get("body") or {}).get("error") or {}
                 raise ValueError(f"batch: {error.get('message') or error.get('code') or response.get('status_code')}")
-            row = to_row(response.get("body"), key=key, attempt=int(attempt), **self.record(self.formats[0]))
-            self.store.append(row)
+            row = self.keep(response.get("body"), key=key, attempt=int(attempt), response_format=self.formats[0])
             self.spent += cost_of([row], self.options.model, self.options.prices) or 0.0
         except ValueError as error:
             self.pending[key] = str(error)
@@ -1220,45 +1254,52 @@ def units_of(columns: dict[str, list], options: Options) -> list[Unit]:
     return units
 
 
-def estimate(predictions: Any, images: Any, references: Any = None, questions: Any = None, **options: Any) -> dict:
-    """What `compute` with these arguments would ask and cost; sends nothing, and writes nothing.
+def foresee(units: list[Unit], options: Options) -> dict:
+    """What a run would ask and cost; sends nothing, and writes nothing.
 
     Returns:
-        n, n_empty, n_unreadable (images), n_stored (units that the store already has), n_requests, prompt_tokens,
-        completion_tokens (20 a request), cost_usd (None for an unknown model), prices_date. Repairs are not foreseen.
+        n_unreadable (images), n_stored (units that the store already has), n_requests, prompt_tokens, completion_tokens (20 a
+        request), cost_usd (None for an unknown model), prices_date. Repairs are not foreseen.
     """
-    chosen = Options(**options)
-    columns = columns_of(predictions, images, references, questions)
-    units = units_of(columns, chosen)
-    exists = chosen.store is not None and os.path.exists(chosen.store)
-    store = Store(chosen.store if exists else None)
+    exists = options.store is not None and os.path.exists(options.store)
+    store = Store(options.store if exists else None)
     keys, counts, images_seen = set(), {"n_unreadable": 0, "n_stored": 0, "prompt_tokens": 0}, {}
     for unit in units:
         try:
             if unit.segment is None:
-                images_seen = {unit.sample: prepare_image(unit.image, chosen.detail, chosen.model)}
+                images_seen = {unit.sample: options.prepare(unit)}
             digest, _, image_cost = images_seen[unit.sample]
         except Exception:
             counts["n_unreadable"] += unit.segment is None
             continue
-        key = chosen.key(digest, unit)
+        key = options.key(digest, unit)
         if key not in keys:
             keys.add(key)
-            stored = chosen.settled(store.answers(key))
+            stored = options.settled(store.answers(key))
             counts["n_stored"] += stored
-            counts["prompt_tokens"] += 0 if stored else chosen.tokens(unit, image_cost)
+            counts["prompt_tokens"] += 0 if stored else options.tokens(unit, image_cost)
     store.close()
     n_requests = len(keys) - counts["n_stored"]
-    price = price_of(chosen.model, chosen.prices, chosen.backend)
+    price = price_of(options.model, options.prices, options.backend)
     return {
-        "n": len(columns["predictions"]),
-        "n_empty": sum(not text.strip() for text in columns["predictions"]),
         **counts,
         "n_requests": n_requests,
         "completion_tokens": 20 * n_requests,
         "cost_usd": price and price[0] * counts["prompt_tokens"] + price[1] * 20 * n_requests,
         "prices_date": PRICES_DATE,
     }
+
+
+def estimate(predictions: Any, images: Any, references: Any = None, questions: Any = None, **options: Any) -> dict:
+    """What `compute` with these arguments would ask and cost; sends nothing, and writes nothing.
+
+    Returns:
+        n, n_empty, and what `foresee` says.
+    """
+    chosen = Options(**options)
+    columns = columns_of(predictions, images, references, questions)
+    n_empty = sum(not text.strip() for text in columns["predictions"])
+    return {"n": len(columns["predictions"]), "n_empty": n_empty, **foresee(units_of(columns, chosen), chosen)}
 
 
 def mean_and_interval(scores: list, n_resamples: int) -> tuple[float | None, list[float] | None]:

@@ -57,10 +57,16 @@ class Server:
 
     Args:
         polls: how often a batch is still "in_progress" when looked at.
+        name_of: what `paid` counts a request under.
     """
 
-    def __init__(self, behave: Callable[["Server", dict], Reply] = lambda server, body: Reply(), polls: int = 1):
-        self.behave, self.polls, self.lock = behave, polls, threading.Lock()
+    def __init__(
+        self,
+        behave: Callable[["Server", dict], Reply] = lambda server, body: Reply(),
+        polls: int = 1,
+        name_of: Callable[[dict], str] = prediction_of,
+    ):
+        self.behave, self.polls, self.name_of, self.lock = behave, polls, name_of, threading.Lock()
         self.requests: list[dict] = []
         self.headers: list = []
         self.times: list[float] = []
@@ -134,7 +140,7 @@ class Server:
                     self.send(reply.status, data, reply.headers)
                 if reply.status == 200:
                     with server.lock:
-                        server.paid[prediction_of(body)] += 1
+                        server.paid[server.name_of(body)] += 1
 
         class Quiet(ThreadingHTTPServer):
             daemon_threads = True
@@ -174,7 +180,7 @@ class Server:
                 self.requests.append(request["body"])
                 response = {"status_code": reply.status, "body": reply.body(request["body"])}
                 (output if reply.status == 200 else errors).append({"custom_id": request["custom_id"], "response": response})
-                self.paid[prediction_of(request["body"])] += reply.status == 200
+                self.paid[self.name_of(request["body"])] += reply.status == 200
             for key, rows in (("output_file_id", output), ("error_file_id", errors)):
                 if rows:
                     batch[key] = f"file-{key}-{name}"

@@ -1,0 +1,282 @@
+"""Training of the controller: labels, the oracle of inference, measures against scikit-learn, the script."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from granulon_hf.training import RecipeError, controller
+from granulon_hf.training.controller import (
+    CORPUS,
+    ControllerArguments,
+    Question,
+    check_levels,
+    measure,
+    read_labels,
+    run_controller,
+    train_controller,
+)
+from granulon_hf.training.freezing import load_adapter_state, set_stage
+from tests.conftest import make_conversation, make_inputs, make_picture
+
+ROOT = Path(__file__).parents[2]
+LEVELS = ("coarse", "middle", "fine")
+
+
+def row(text, weights=(0.1, 0.2, 0.7), levels=LEVELS, **more):
+    return {"text": text, "weights": dict(zip(levels, weights, strict=True)), **more}
+
+
+def write(path, rows):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows))
+    return path
+
+
+SMALL = [
+    *(row(f"What kind of scene is number {i}?", (0.8, 0.15, 0.05), split="train" if i % 4 else "test") for i in range(12)),
+    *(row(f"How many things has {i}?", (0.1, 0.8, 0.1), split="train" if i % 4 else "test") for i in range(12)),
+    *(row(f"Where is the cat left of the {i}", (0.05, 0.15, 0.8), split="train" if i % 4 else "test") for i in range(12)),
+]
+
+
+# --- labels -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_corpus_that_ships():
+    rows = [json.loads(line) for line in CORPUS.read_text().splitlines()]
+    questions = read_labels(CORPUS)
+    assert len(questions) == len(rows) >= 450 and len({re.sub(r"\W+", " ", r["text"].lower()) for r in rows}) == len(rows)
+    assert all(list(r["weights"]) == list(LEVELS) and r["split"] in ("train", "test") for r in rows)
+    for held_out in (False, True):
+        counts = Counter(max(q.weights, key=q.weights.get) for q in questions if q.test == held_out)
+        assert max(counts.values()) < 1.1 * min(counts.values())
+    for r in rows:  # templates of the demo's scenes and what fills them
+        assert "{" not in r["text"] and ("topic" in r or "template" not in r)
+        if "template" in r:
+            pattern = re.sub(r"\\\{\w+\\\}", ".+", re.escape(r["template"]))
+            assert re.fullmatch(pattern, r["text"])
+    card = (CORPUS.parent / "README.md").read_text()
+    assert f"{len(rows)} English questions" in card and "not GPT-4o's labels" in card
+    for level in LEVELS:
+        numbers = [sum(max(q.weights, key=q.weights.get) == level and q.test == t for q in questions) for t in (False, True)]
+        assert re.search(rf"\| {level} \|.*\| {numbers[0]} \| {numbers[1]} \|", card)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([], "no labelled questions"),
+        (["{"], "line 1: it is no JSON object"),
+        ([row("a", split="train"), "[1]"], "line 2: it is no JSON object"),
+        ([{"weights": {"coarse": 1, "fine": 0}}], "no question in `text`"),
+        ([{"text": "a", "weights": [0.5, 0.5]}], "has no `weights`"),
+        ([row("a", (0.5, 0.7, -0.2))], "has no `weights`"),
+        ([row("a", (0.5, 0.3, 0.3))], "its weights sum to 1.1, not to 1"),
+        ([row("a"), row("b", levels=("coarse", "middle", "tiny"))], "its levels are coarse, middle, tiny"),
+        ([row("a", split="train"), row("b", split="train")], "no questions held out to test on"),
+        ([row("a", split="test")], "no questions to train on"),
+        ([row("a")], "there are too few"),
+        ([row("a", split="train"), row("b")], "some rows have a split"),
+        ([row("What is it?", split="train"), row("what is it", split="test")], "both trained on and held out"),
+    ],
+)
+def test_bad_labels_are_one_sentence(tmp_path, rows, sentence):
+    with pytest.raises(RecipeError, match=re.escape(sentence)) as error:
+        read_labels(write(tmp_path / "labels.jsonl", rows))
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file_names_the_command(tmp_path):
+    with pytest.raises(RecipeError, match="granulon controller label"):
+        read_labels(tmp_path / "none.jsonl")
+
+
+def test_a_hold_out_is_drawn_by_text(tmp_path):
+    path = write(tmp_path / "labels.jsonl", [row(f"Question {i // 2}{'?' * (i % 2)}") for i in range(100)])
+    first, again, other = (read_labels(path, 0.3, seed) for seed in (1, 1, 2))
+    held = [[q.test for q in questions] for questions in (first, again, other)]
+    assert held[0] == held[1] != held[2] and sum(held[0]) == 30
+    assert held[0][::2] == held[0][1::2]  # the same words are on one side
+
+
+def test_levels_must_be_the_models():
+    questions = [Question("a", {"coarse": 0.5, "tiny": 0.5}, False)]
+    with pytest.raises(RecipeError, match=r"levels coarse, tiny, and m has coarse, fine; .*--level"):
+        check_levels(questions, ["coarse", "fine"], "m")
+    with pytest.raises(RecipeError, match="m has no granularity levels"):
+        check_levels(questions, [], "m")
+
+
+@pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "holdout"])
+def test_arguments_are_checked(name):
+    with pytest.raises(RecipeError, match=f"--{name}"):
+        ControllerArguments(**{name: 0})
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def questions_of(rows):
+    return [Question(r["text"], r["weights"], r["split"] == "test") for r in rows]
+
+
+def arguments(**kwargs):
+    return ControllerArguments(**{"variant": "toy", "steps": 60, "batch_size": 32, **kwargs})
+
+
+@pytest.mark.parametrize("name", ["granulon-qwen2.5", "granulon-llama3.2"])
+def test_probabilities_are_those_of_inference(build, name, monkeypatch):
+    """Text-only states in batches of any padding against `get_granularity_probs` with an image, alone and on either side."""
+    model, processor = build(name)
+    probs = {}
+    monkeypatch.setattr(controller, "measure", lambda p, *others: probs.update(test=p) or {"accuracy": 0.0})
+    questions = questions_of(SMALL)
+    train_controller(model, processor, questions, arguments(learning_rate=0.02), show=False)
+    held_out = [q.text for q in questions if q.test]
+    assert np.ptp(probs["test"], axis=0).max() > 0.02  # it does look at the question
+    for side in ("left", "right"):
+        chats = [make_conversation(text, [make_picture(0)]) for text in held_out]
+        inputs = make_inputs(processor, chats, side=side)
+        shown = model.get_granularity_probs(inputs["input_ids"], question_mask=inputs["question_mask"])
+        torch.testing.assert_close(shown, torch.from_numpy(probs["test"]), atol=1e-5, rtol=0)
+    inputs = make_inputs(processor, [make_conversation(held_out[0], [make_picture(1)], answer="On the sofa.")], generate=False)
+    output = model(**inputs)
+    torch.testing.assert_close(output.granularity_probs[0], torch.from_numpy(probs["test"][0]), atol=1e-5, rtol=0)
+
+
+def test_it_learns_and_nothing_else_moves(build):
+    model, processor = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = train_controller(model, processor, questions_of(SMALL), arguments(steps=400, learning_rate=0.01), show=False)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert moved and all(name.startswith("model.controller.") for name in moved)
+    assert result["accuracy"] == 1 and result["n_train"] == 27 and result["n_test"] == 9 and not result["wrong"]
+    assert result["confusion"] == [[3, 0, 0], [0, 3, 0], [0, 0, 3]]
+    assert result["label_entropy"] < result["cross_entropy"] < 1
+
+
+def test_the_seed_decides(build):
+    found = []
+    for seed in (0, 0, 1):
+        model, processor = build()
+        train_controller(model, processor, questions_of(SMALL), arguments(seed=seed, steps=20), show=False)
+        found.append(model.model.controller.fc2.weight.detach().clone())
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
+def test_levels_go_by_name_and_precision_is_the_models(build):
+    model, processor = build()
+    model.to(torch.bfloat16)
+    rows = [row(r["text"], list(r["weights"].values())[::-1], LEVELS[::-1], split=r["split"]) for r in SMALL]
+    result = train_controller(model, processor, questions_of(rows), arguments(steps=400, learning_rate=0.01), show=False)
+    assert result["accuracy"] > 0.9 and result["levels"] == list(LEVELS)
+    assert {parameter.dtype for parameter in model.model.controller.parameters()} == {torch.bfloat16}
+
+
+def test_a_loss_that_is_not_finite_ends_the_training(build):
+    model, processor = build()
+    with torch.no_grad():
+        model.model.controller.fc1.weight.fill_(float("nan"))
+    with pytest.raises(RecipeError, match="not finite at step 0"):
+        train_controller(model, processor, questions_of(SMALL), arguments(), show=False)
+
+
+# --- measures ---------------------------------------------------------------------------------------------------------
+
+
+def test_measures_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(0)
+    probs, weights = random.dirichlet([0.7] * 3, 200), random.dirichlet([0.5] * 3, 200)
+    found = measure(probs, weights, weights[:50])
+    truth, chosen = weights.argmax(1), probs.argmax(1)
+    assert found["accuracy"] == pytest.approx(metrics.accuracy_score(truth, chosen))
+    assert found["confusion"] == metrics.confusion_matrix(truth, chosen).tolist()
+    assert found["accuracy_ci95"][0] < found["accuracy"] < found["accuracy_ci95"][1]
+    assert found["cross_entropy"] == pytest.approx(
+        np.mean([-(w * np.log(p)).sum() for w, p in zip(weights, probs, strict=True)])
+    )
+    ece = ece_weight = 0.0
+    for low in np.arange(10) / 10:  # by the definition
+        inside = [i for i in range(200) if low <= probs[i].max() < low + 0.1]
+        if inside:
+            sure = np.mean([probs[i].max() for i in inside])
+            ece += len(inside) / 200 * abs(sure - np.mean([truth[i] == chosen[i] for i in inside]))
+            ece_weight += len(inside) / 200 * abs(sure - np.mean([weights[i, chosen[i]] for i in inside]))
+    assert found["ece"] == pytest.approx(ece) and found["ece_weight"] == pytest.approx(ece_weight)
+    assert sum(bin["n"] for bin in found["reliability"]) == 200
+
+
+def test_perfect_probabilities():
+    weights = np.array([[0.8, 0.2], [0.2, 0.8], [0.5, 0.5]])
+    found = measure(weights, weights, weights)
+    assert found["accuracy"] == 1  # of two equal weights either is right
+    assert found["ece_weight"] == pytest.approx(0, abs=1e-9) and found["ece"] == pytest.approx((0.2 + 0.2 + 0.5) / 3)
+    assert found["cross_entropy"] == pytest.approx(found["label_entropy"])
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+
+def script(*options):
+    command = [sys.executable, str(ROOT / "examples" / "train_controller.py"), *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_the_script_end_to_end(tmp_path, build):
+    labels = write(tmp_path / "labels.jsonl", SMALL)
+    out = tmp_path / "run"
+    model, processor = build()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = ("--variant", tmp_path / "model", "--steps", 400, "--learning_rate", 0.01)
+    done = script(*options, "--labels", labels, "--output_dir", out, "--save_full")
+    assert done.returncode == 0, done.stderr
+    assert "calibration error, to right or wrong" in done.stdout and "labelled \\ chosen" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert results["accuracy"] > 0.9 and results["n_test"] == 9 and results["seconds"] > 0 and "torch" in results["versions"]
+    assert str(tmp_path) not in json.dumps(results["settings"]["labels"])
+    pytest.importorskip("matplotlib")
+    assert (out / "controller.png").read_bytes()[:4] == b"\x89PNG"
+    state = load_file(out / "adapter.safetensors")
+    assert {name.split(".")[0] for name in state} == {"controller"}
+    # The same controller by way of the adapter, and of the whole model.
+    import granulon_hf
+
+    whole = granulon_hf.AutoModelForVision2Seq.from_pretrained(out)
+    set_stage(model, "controller")
+    load_adapter_state(model, state)
+    inputs = make_inputs(processor, [make_conversation(r["text"], [make_picture(0)]) for r in SMALL if r["split"] == "test"])
+    asked = {"input_ids": inputs["input_ids"], "question_mask": inputs["question_mask"]}
+    probs = model.get_granularity_probs(**asked)
+    torch.testing.assert_close(probs, whole.get_granularity_probs(**asked), atol=1e-5, rtol=0)
+    right = sum(int(probs[i].argmax()) == i // 3 for i in range(9))
+    assert right / 9 == pytest.approx(results["accuracy"])
+
+
+def test_a_run_refuses_before_any_time_is_spent(tmp_path):
+    other = str(write(tmp_path / "other.jsonl", [row(f"q {i}", levels=("a", "b", "c")) for i in range(10)]))
+    file = write(tmp_path / "file", [""])
+    for options, sentence in (
+        ({"labels": str(tmp_path / "none.jsonl")}, "no file of labels"),
+        ({"variant": "granulon-qwen2.5", "labels": other}, "has coarse, middle, fine"),
+        ({"variant": "clip-qwen2.5"}, "no granularity levels"),
+        ({"variant": "granulon-qwen2.5", "tiny": True, "output_dir": str(file / "x")}, "cannot be made"),
+        ({"variant": str(tmp_path / "nowhere")}, "no model can be read there"),
+    ):
+        with pytest.raises(RecipeError, match=sentence):
+            run_controller(ControllerArguments(**{"output_dir": str(tmp_path / "run"), **options}))
+    assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+def test_the_script_says_one_sentence(tmp_path):
+    done = script("--output_dir", tmp_path / "run", "--labels", tmp_path / "none.jsonl")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Error: There is no file of labels")
+    assert "Traceback" not in done.stderr
