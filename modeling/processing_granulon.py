@@ -158,7 +158,8 @@ class GranulonProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        size = getattr(self.image_processor, "crop_size", None) or self.image_processor.size
+        crops = getattr(self.image_processor, "do_center_crop", False)
+        size = self.image_processor.crop_size if crops else self.image_processor.size
         slots = self._slots_per_image(size["height"], size["width"])
         return MultiModalData(num_image_tokens=[slots] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 

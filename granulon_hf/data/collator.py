@@ -1,7 +1,7 @@
 """From samples to training batches: labels on the answers, padded or packed.
 
-With `Trainer` (`remove_unused_columns=False`) or TRL's `SFTTrainer`: `data_collator=GranulonCollator(processor, packing=True)`;
-with TRL's `DPOTrainer`: `data_collator=GranulonPreferenceCollator(processor)` (examples/trl_samples.py).
+With `Trainer` (`remove_unused_columns=False`) or TRL's `SFTTrainer`: `data_collator=GranulonCollator(processor, packing=True)`
+(examples/sft_trl.py); with TRL's `DPOTrainer`: `data_collator=GranulonPreferenceCollator(processor)` (examples/dpo_trl.py).
 """
 
 import logging

@@ -60,18 +60,23 @@ def add_lora(decoder: nn.Module, rank: int, alpha: int) -> None:
     inject_adapter_in_model(config, decoder)
 
 
-def keep_frozen_parts_in_eval(model: nn.Module) -> None:
-    """Put every module that holds parameters, none of them trainable, into eval mode: no dropout, no drop-path, no running
-    statistics. To be called after each `model.train()`. Where gradient checkpointing is on its layers stay switched to
-    training, since transformers checkpoints in training mode only; what is inside them does not.
-    """
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that hold parameters, none of them trainable, and all that is inside of them."""
+    found: dict[nn.Module, None] = {}
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
-            if module.training:
-                module.eval()
-            if isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False):
-                module.training = True
+            found.update(dict.fromkeys(module.modules()))
+    return list(found)
+
+
+def keep_frozen_parts_in_eval(model: nn.Module, frozen: list[nn.Module] | None = None) -> None:
+    """Put frozen modules into eval mode: no dropout, no drop-path, no jitter of positions, no running statistics. To be called
+    after each `model.train()`; `frozen` are [`frozen_modules`], found once. Where gradient checkpointing is on its layers stay
+    switched to training, since transformers checkpoints in training mode only; what is inside them does not.
+    """
+    for module in frozen_modules(model) if frozen is None else frozen:
+        module.training = isinstance(module, GradientCheckpointingLayer) and getattr(module, "gradient_checkpointing", False)
 
 
 def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -19,7 +19,13 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
-from granulon_hf.training.freezing import adapter_state, keep_frozen_parts_in_eval, load_adapter_state, trainable
+from granulon_hf.training.freezing import (
+    adapter_state,
+    frozen_modules,
+    keep_frozen_parts_in_eval,
+    load_adapter_state,
+    trainable,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +56,7 @@ class GranulonTrainer(Trainer):
 
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.lengths, self.staging = lengths, False
+        self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
         self.seen: dict[str, Any] = {}
         self.since: float | None = None
         self.add_callback(StopOnSignal(self.accelerator))
@@ -67,7 +73,7 @@ class GranulonTrainer(Trainer):
         return GroupedSampler(size, self.lengths, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        keep_frozen_parts_in_eval(self.model)  # training_step has just called model.train()
+        keep_frozen_parts_in_eval(self.model, self.frozen)  # training_step has just called model.train()
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # all samples of a step may have been unusable
         loss, outputs = super().compute_loss(

@@ -1,6 +1,5 @@
-"""The collator: where labels are, what is cut, what is left out, which pixels; and the same samples in TRL."""
+"""The collator: where labels are, what is cut, what is left out, which pixels."""
 
-import importlib.util
 import io
 from pathlib import Path
 
@@ -444,12 +443,3 @@ def test_the_controller_reads_the_same_question_of_chosen_and_rejected(build):
     assert torch.equal(collator([broken])["input_ids"], collator([row])["input_ids"])
     with pytest.raises(ValueError, match="cannot be packed"):
         GranulonPreferenceCollator(processor, packing=True)
-
-
-def test_the_same_samples_feed_trl(tmp_path):
-    pytest.importorskip("trl")
-    spec = importlib.util.spec_from_file_location("trl_samples", ROOT / "examples/trl_samples.py")
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    for losses in example.main(str(tmp_path), steps=4):
-        assert len(losses) == 4 and losses[-1] < losses[0]

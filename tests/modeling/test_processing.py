@@ -189,3 +189,15 @@ def test_any_kind_of_image(processor, mode):
     inputs = make_inputs(processor, make_conversation(QUESTION, [picture]))
     assert inputs["pixel_values"].shape[1:] == (3, 96, 96)
     assert inputs["pixel_values"].isfinite().all()
+
+
+@pytest.mark.parametrize("crops", [True, False])
+def test_slots_are_counted_as_they_are_written(crops):
+    """What is said of an image's tokens beforehand is what `__call__` writes, also where nothing is cropped."""
+    _, processor = variants.build("granulon-qwen2.5", tiny=True)
+    if not crops:
+        processor.image_processor.do_center_crop = False
+        processor.image_processor.size = {"height": 64, "width": 64}
+    inputs = processor(images=[make_picture(0)], text=processor.image_token, return_tensors="pt")
+    (counted,) = processor._get_num_multimodal_tokens(image_sizes=[(96, 120)]).num_image_tokens
+    assert counted == (inputs["input_ids"] == processor.image_token_id).sum()

@@ -1,0 +1,132 @@
+"""Preference pairs from the judge: of two sampled answers to a question, the less hallucinated is preferred (ours)."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from granulon_hf.data import Sample
+from granulon_hf.data.collator import conversation
+from granulon_hf.data.images import open_rgb
+from granulon_hf.judge.judge import Judge, estimate
+from granulon_hf.training.arguments import RecipeError
+
+
+@torch.no_grad()
+def sample_answers(model: Any, processor: Any, sample: Sample, **generation: Any) -> list[str]:
+    """Two sampled answers to the last question of a sample.
+
+    Args:
+        model ([`GranulonForConditionalGeneration`]): in eval mode.
+        processor ([`GranulonProcessor`]): of the model.
+        sample ([`Sample`]): its last answer is not shown.
+        **generation: arguments of `generate` (`max_new_tokens`, `temperature`, `top_p` …).
+    """
+    inputs = processor.apply_chat_template(
+        conversation(sample.prompt, [open_rgb(image) for image in sample.images]),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+    ).to(model.device)
+    output = model.generate(**inputs, do_sample=True, num_return_sequences=2, **generation)
+    return processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def sampled(path: Path, model: Any, processor: Any, samples: Sequence[Sample], **generation: Any) -> list[list[str]]:
+    """[`sample_answers`] of all samples [N x 2], written to a JSONL file one by one: what a stopped run has is used again."""
+    found = {row["id"]: row["answers"] for row in read_lines(path)}
+    write_lines(path, ({"id": name, "answers": answers} for name, answers in found.items()))  # without a line that was cut off
+    with path.open("a", encoding="utf-8") as file:
+        for sample in samples:
+            if sample.id not in found:
+                found[sample.id] = sample_answers(model, processor, sample, **generation)
+                file.write(json.dumps({"id": sample.id, "answers": found[sample.id]}) + "\n")
+                file.flush()
+    return [found[sample.id] for sample in samples]
+
+
+def judged(samples: Sequence[Sample], answers: Sequence[Sequence[str]], *, dry_run: bool = False, **options: Any) -> Any:
+    """Hallucination scores of two answers to each sample [N x 2], 0-100 or `None`; or, for a dry run, what they would cost.
+
+    Args:
+        samples (`list[Sample]`): with one image each, all of one task.
+        answers (`list[list[str]]`): [N x 2].
+        dry_run (`bool`): send nothing; give the judge's `estimate`.
+        **options: of the judge's `compute` (`model`, `base_url`, `store`, `max_cost` …).
+
+    Raises:
+        RecipeError: samples that cannot be judged together.
+        JudgeError: the run cannot go on; what was paid for is in the store.
+    """
+    tasks = sorted({sample.task for sample in samples})
+    if len(tasks) != 1 or any(len(sample.images) != 1 for sample in samples):
+        raise RecipeError(
+            f"Answers are judged about one image each, in one task; these are of {', '.join(tasks)}, with "
+            f"{sorted({len(sample.images) for sample in samples})} images."
+        )
+    inputs: dict[str, Any] = {
+        "predictions": [answer for two in answers for answer in two],
+        "images": [sample.images[0] for sample in samples for _ in range(2)],
+        "references": [sample.reference for sample in samples for _ in range(2)],
+        "questions": [sample.question for sample in samples for _ in range(2)],
+    }
+    if dry_run:
+        return estimate(**inputs, task=tasks[0], **options)
+    scores = Judge().compute(**inputs, task=tasks[0], **options)["hallucination_scores"]
+    return [scores[i : i + 2] for i in range(0, len(scores), 2)]
+
+
+def prefer(
+    samples: Sequence[Sample], answers: Sequence[Sequence[str]], hallucination: Sequence[Sequence[int | None]]
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Pairs in the form of TRL's `DPOTrainer`, the answer with the lower hallucination score chosen.
+
+    Args:
+        samples (`list[Sample]`): N samples.
+        answers (`list[list[str]]`): two for each, [N x 2].
+        hallucination (`list[list[int | None]]`): the judge's scores, 0-100, `None` where there is none, [N x 2].
+
+    Returns:
+        `tuple`: rows with `id`, `prompt`, `chosen`, `rejected` and both scores (the images are the samples'); and how many
+        samples became `pairs` and how many were dropped: `ties`, `unscored`, and `empty` for those where an answer has no
+        word, which the judge is not asked about (it would count as free of hallucination).
+    """
+    pairs: list[dict[str, Any]] = []
+    counts = {"pairs": 0, "ties": 0, "unscored": 0, "empty": 0}
+    for sample, two, scores in zip(samples, answers, hallucination, strict=True):
+        (low, chosen), (high, rejected) = sorted(zip(scores, two, strict=True), key=lambda pair: pair[0] or 0)
+        if not all(answer.strip() for answer in two):
+            counts["empty"] += 1
+        elif low is None or high is None:
+            counts["unscored"] += 1
+        elif low == high:
+            counts["ties"] += 1
+        else:
+            counts["pairs"] += 1
+            scored = {"chosen_hallucination": low, "rejected_hallucination": high}
+            pairs.append(
+                {"id": sample.id, "prompt": sample.prompt, "chosen": turn(chosen), "rejected": turn(rejected), **scored}
+            )
+    return pairs, counts
+
+
+def turn(words: str) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "content": [{"type": "text", "text": words}]}]
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A JSONL file that is there as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file, none where there is no file; a last line that was cut off is left out."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    return [json.loads(line) for line in lines[:-1]]

@@ -1,0 +1,51 @@
+"""The benchmark of the training step at the smallest size: its arms compute the same loss over the same samples."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+
+PATH = Path(__file__).parents[2] / "examples/benchmarks/train_step.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("train_step", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_step"] = module  # its classes are pickled
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def options(benchmark):
+    return benchmark.parse(
+        ["--size", "tiny", "--samples", "4", "--batch", "2", "--rounds", "1", "--median-words", "8", "--ablation"]
+    )
+
+
+def test_all_arms_compute_the_same_loss(benchmark, options, capsys):
+    summary = benchmark.measure(options)
+    arms = summary["arms"]
+    assert len(arms) == 9
+    losses = [arm["loss"] for arm in arms.values()]
+    assert max(losses) - min(losses) < 1e-5
+    assert arms["ours, packed"]["padding"] == 1 <= arms["ours, grouped"]["padding"] <= arms["released style"]["padding"]
+    assert arms["TRL"]["padding"] == arms["released style"]["padding"]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(arms)
+
+
+def test_another_loss_is_an_error(benchmark, options, monkeypatch):
+    monkeypatch.setattr(benchmark, "drop_labels_behind_the_answer", lambda batch, end: dict(batch))
+    with pytest.raises(SystemExit, match="same loss"):
+        benchmark.measure(options)
+
+
+def test_the_small_size_has_the_proportions_of_the_full_one(benchmark):
+    small, full = benchmark.shares("small"), benchmark.shares("full")
+    for name, share in full.items():
+        assert small[name] == pytest.approx(share, rel=0.1)
