@@ -64,6 +64,7 @@ def prepare(
     preset: Annotated[str | None, typer.Option(help="paper: as many rows as the paper's subset.")] = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same rows.")] = 0,
     holdout: Annotated[int | None, typer.Option(help="Rows held out of training; by default the set's own.")] = None,
+    holdout_seed: Annotated[int, typer.Option(help="Which rows are held out, whatever the seed.")] = 0,
     max_files: Annotated[int | None, typer.Option(help="Files to draw from at most; 0 for all.")] = None,
     column: Annotated[list[str] | None, typer.Option(help="For your own table: image=COLUMN, question=COLUMN, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the repository; by default the newest commit.")] = None,
@@ -75,10 +76,13 @@ def prepare(
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
     if columns and not all(columns.values()):
-        raise BadInput("--column takes image=COLUMN, question=COLUMN, answer=COLUMN, choices=COLUMN or id=COLUMN.")
+        raise BadInput(
+            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…"
+        )
     if shard_rows < 1:
         raise BadInput(f"--shard-rows must be at least 1; got {shard_rows}.")
     with data_errors():
+        from granulon_hf.data import Problem
         from granulon_hf.data import prepare as write
 
         options: dict[str, Any] = {
@@ -88,6 +92,7 @@ def prepare(
             "preset": preset,
             "seed": seed,
             "holdout": holdout,
+            "holdout_seed": holdout_seed,
         }
         options |= {"max_files": max_files, "columns": columns, "revision": revision, "on_error": on_error}
         try:
@@ -102,8 +107,10 @@ def prepare(
     for reason, count in manifest["filtered"].items():
         console.print(f"{count} rows are no part of the set: {escape(reason)}")
     if done["problems"]:
-        console.print(f"{len(done['problems'])} bad rows were left out:")
-        print_problems(console, [f"{file}, row {row}: {reason}" for file, row, reason in done["problems"]], "yellow")
+        files = sum(row is None for _, row, _ in done["problems"])
+        unread = f" and {files} files that cannot be read" if files else ""
+        console.print(f"{len(done['problems']) - files} bad rows{unread} were left out:")
+        print_problems(console, [Problem(*problem) for problem in done["problems"]], "yellow")
     if done["renamed"]:
         console.print(f"{len(done['renamed'])} ids were made unique")
     console.print(f"{done['samples']} samples in {escape(str(out))}", style="bold", soft_wrap=True)
@@ -175,5 +182,8 @@ def show(
 
         if not folder.is_dir():
             raise BadInput(f"There is no folder {str(folder)!r}.")
-        out.write_text(contact_sheet(load(folder, split=split, verify="none"), limit), encoding="utf-8")
+        samples = load(folder, split=split, verify="none")
+        out.write_text(contact_sheet(samples, limit), encoding="utf-8")
+    for problem in samples.unreadable:
+        typer.echo(f"Note: {problem}", err=True)
     typer.echo(f"Contact sheet written to {out}")

@@ -1,9 +1,13 @@
 """What an adapter is, and the few helpers that all of them share."""
 
+import ast
 import hashlib
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
+from pathlib import PurePosixPath
 from typing import Any
 
 from PIL import Image
@@ -11,6 +15,7 @@ from PIL import Image
 from granulon_hf.data.sample import Sample
 
 Row = Mapping[str, Any]
+Levels = Sequence[Sequence[str]]
 
 
 class DataError(ValueError):
@@ -35,6 +40,8 @@ class Adapter:
         id_column (`str`, *optional*): where the row's name is; rows without one are named by file and row.
         unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are no part of the
             set, or `None`; they are counted, and no limit or hold-out ever counts on them.
+        group (`tuple`, *optional*): a column, and a function of its value that says what the row shares with others: names on
+            one or more levels, the coarsest first (`[[video], [image]]`). No hold-out shares a name with training.
         paper (`dict[str, int]`): rows of the paper's subset by split (supplement, section 1: preset `"paper"`).
         holdout (`int`): rows that are kept out of training by default, in a set that has no test split.
         max_files (`int`): files that a sample of limited size is drawn from at most, 0 for all: what bounds reading (ours).
@@ -50,6 +57,7 @@ class Adapter:
     default_split: str = "train"
     id_column: str | None = "id"
     unwanted: tuple[str, Callable[[Any], str | None]] | None = None
+    group: tuple[str, Callable[[Any], Levels]] | None = None
     paper: dict[str, int] = field(default_factory=dict)
     holdout: int = 0
     max_files: int = 0
@@ -57,13 +65,38 @@ class Adapter:
     license: str | None = None
 
 
+def plain(value: Any, what: str) -> str:
+    """A text, a number or UTF-8 bytes as a string; nothing, or NaN (how pandas writes it), as an empty one.
+
+    Raises:
+        BadRow: it is none of these, or no Unicode text.
+    """
+    if isinstance(value, bytes | bytearray | memoryview):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError:
+            raise BadRow(f"the {what} is bytes that are not UTF-8") from None
+    if value is None or (isinstance(value, Number) and value != value):
+        return ""
+    if not isinstance(value, str | Number):
+        raise BadRow(f"the {what} is a {type(value).__name__}, not text")
+    if broken_text(words := str(value)):
+        raise BadRow(f"the {what} holds half a character (a lone surrogate)")
+    return words
+
+
+def broken_text(words: str) -> bool:
+    """Whether it has a lone surrogate, which no file can hold: JSON can, as half of an escaped pair."""
+    return re.search("[\ud800-\udfff]", words) is not None
+
+
 def text(value: Any, what: str) -> str:
     """A non-empty string, stripped.
 
     Raises:
-        BadRow: there is nothing in it.
+        BadRow: there is nothing in it, or it is no text.
     """
-    words = "" if value is None or value != value else str(value).strip()  # NaN is how pandas writes a missing text
+    words = plain(value, what).strip()
     if not words:
         raise BadRow(f"the {what} is empty")
     return words
@@ -71,8 +104,61 @@ def text(value: Any, what: str) -> str:
 
 def row_id(row: Row, column: str) -> str:
     """The row's name, or an empty string: then file and row name it."""
-    value = row.get(column)
-    return "" if value is None else str(value)
+    return plain(row.get(column), "id")
+
+
+def parse_list(value: Any, what: str) -> list[Any]:
+    """A list, or a string that holds a Python list, which is parsed as a literal and never run; nothing is an empty list.
+
+    Raises:
+        BadRow: it is no list.
+    """
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value.strip()) if value.strip() else []
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadRow(f"{what} is not a list: {value[:60]!r}") from None
+    if value is not None and not isinstance(value, list | tuple):
+        raise BadRow(f"{what} is not a list: {str(value)[:60]!r}")
+    return list(value or [])
+
+
+def pick(choices: Sequence[str], index: Any, what: str) -> str:
+    """The choice with an index from 0; integral floats are how pandas writes integers beside missing ones.
+
+    Raises:
+        BadRow: there is no such choice.
+    """
+    number = int(index) if isinstance(index, Number) and index == index and int(index) == index else -1  # type: ignore[call-overload]
+    if not 0 <= number < len(choices):
+        raise BadRow(f"{what} is {index}, but there are {len(choices)} choices")
+    return choices[number]
+
+
+def image_names(images: Any) -> list[str]:
+    """What tells the images of a cell from others: a digest of the bytes, or the path; none for what is no image."""
+    try:
+        found = encoded_list(images)
+    except BadRow:
+        return []
+    return [hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else image["path"] for image in found]
+
+
+def by_image(images: Any) -> Levels:
+    return [image_names(images)]
+
+
+def by_video(images: Any) -> Levels:
+    """By folder and file name without the frame's number (`video1/25.jpg`, `images/video1_25.jpg`); and by image."""
+    try:
+        found = encoded_list(images)
+    except BadRow:
+        return [[], []]
+    names = image_names(images)
+    paths = [PurePosixPath(image["path"] or "") for image in found]
+    stems = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
+    videos = [stem for stem in stems if stem != "."]
+    return [[*videos, *names], names]
 
 
 def encoded(image: Any) -> dict[str, Any]:
@@ -140,9 +226,14 @@ def single_turn(
     )
 
 
+def label(index: int) -> str:
+    """A to Z, AA, AB, …: as the columns of a spreadsheet."""
+    return (label(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
 def list_options(question: str, choices: Sequence[str]) -> str:
     """A question with its options, in the form of the released code: A–D, and a request for the option's content."""
-    lines = [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices)]
+    lines = [f"{label(i)}. {choice}" for i, choice in enumerate(choices)]
     return "\n".join([question, *lines, "(Answer with the option content)"])
 
 

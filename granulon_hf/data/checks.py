@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from granulon_hf.data import prepared
 from granulon_hf.data.adapter import DataError
 from granulon_hf.data.images import open_rgb
 from granulon_hf.data.loading import Problem, Samples, load
@@ -57,6 +58,7 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     """
     if not Path(folder).expanduser().is_dir():
         raise DataError(f"There is no folder {str(folder)!r}.")
+    prepared.missing_shards(Path(folder).expanduser())
     splits: list[str | None] = [*splits_of(open_source(folder))]
     for split in splits or [None]:
         yield load(folder, split=split, verify="none")

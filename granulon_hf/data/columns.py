@@ -1,6 +1,7 @@
 """Your own data: any table whose columns you name."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -8,10 +9,16 @@ from granulon_hf.data.adapter import (
     Adapter,
     BadRow,
     DataError,
+    Levels,
     Row,
+    by_image,
     draw,
     encoded_list,
+    label,
     list_options,
+    parse_list,
+    pick,
+    plain,
     row_id,
     single_turn,
     text,
@@ -19,29 +26,41 @@ from granulon_hf.data.adapter import (
 from granulon_hf.data.recap import INSTRUCTIONS
 from granulon_hf.data.sample import Sample
 
-NAMES = ("image", "question", "answer", "choices", "id")
+NAMES = ("image", "question", "answer", "index", "choices", "id", "group")
 
 
 def pick_choice(answer: Any, choices: list[str]) -> str:
-    """The content of the answer: one of the choices by content, by index or by letter.
+    """The content of the answer: one of the choices by content or, if none reads so, by letter.
 
     Raises:
         BadRow: it is none of them.
     """
-    if not isinstance(answer, int):
-        answer = text(answer, "answer")
-        if answer in choices:
-            return answer
-        answer = ord(answer.upper()) - ord("A") if len(answer) == 1 else -1
-    if not 0 <= answer < len(choices):
-        raise BadRow("the answer is neither one of the choices nor the index or letter of one")
-    return choices[answer]
+    words = text(answer, "answer")
+    whole = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else words
+    for content in (words, whole):
+        if content in choices:
+            return content
+    labels = {label(i): choice for i, choice in enumerate(choices)}
+    if words.upper() not in labels:
+        raise BadRow(
+            "the answer is none of the choices nor the letter of one (a column that counts from 0 is 'index', not 'answer')"
+        )
+    return labels[words.upper()]
+
+
+def by_group(value: Any) -> Levels:
+    name = plain(value, "group")
+    return [[name] if name else []]
 
 
 def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
     """Without a question column the answer is a caption; a cell with an empty list of images is text alone."""
     cell = {name: row.get(column) for name, column in columns.items()}
-    choices = [str(choice) for choice in cell.get("choices") or []]
+    choices = [text(choice, "choice") for choice in parse_list(cell.get("choices"), "choices")]
+    if "index" in columns:
+        answer = pick(choices, cell["index"], "the index")
+    else:
+        answer = pick_choice(cell["answer"], choices) if choices else text(cell["answer"], "answer")
     images = encoded_list(cell["image"]) if "image" in columns and not is_empty_list(cell["image"]) else []
     if "question" in columns:
         question = text(cell["question"], "question")
@@ -52,7 +71,7 @@ def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
         id_column=columns.get("id", "id"),
         images=images,
         question=list_options(question, choices) if choices else question,
-        answer=pick_choice(cell["answer"], choices) if choices else text(cell["answer"], "answer"),
+        answer=answer,
         task="vqa" if "question" in columns else "caption",
         choices=choices or None,
     )
@@ -68,14 +87,23 @@ def make_adapter(columns: Mapping[str, str]) -> Adapter:
     Raises:
         DataError: no column is named as the answer, or for something else.
     """
+    columns = dict(columns)
     unknown = sorted(set(columns) - set(NAMES))
-    if unknown or not {"answer"} <= set(columns):
-        wrong = f"not {', '.join(map(repr, unknown))}" if unknown else "and 'answer' is needed"
+    if unknown or ("answer" in columns) == ("index" in columns):
+        wrong = f"not {', '.join(map(repr, unknown))}" if unknown else "and 'answer' is needed, or 'index' instead"
         raise DataError(f"columns may name {', '.join(map(repr, NAMES))}, {wrong}.")
+    if "choices" in columns and re.search(r"(^|_)(idx|index)$", columns.get("answer", "")):
+        columns["index"] = columns.pop("answer")  # its name says that it counts
+    if "index" in columns and "choices" not in columns:
+        raise DataError("An 'index' counts choices from 0: name the column of the 'choices' too.")
+    group: tuple[str, Callable[[Any], Levels]] | None = (columns["image"], by_image) if "image" in columns else None
+    if "group" in columns:
+        group = (columns["group"], by_group)
     return Adapter(
         name="columns",
-        to_sample=partial(to_sample, columns=dict(columns)),
+        to_sample=partial(to_sample, columns=columns),
         columns=tuple(dict.fromkeys(columns.values())),
         optional=() if "id" in columns else ("id",),
+        group=group,
         id_column=columns.get("id", "id"),
     )

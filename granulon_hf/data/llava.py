@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from granulon_hf.data.adapter import Adapter, BadRow, Row, encoded_list, row_id, text
+from granulon_hf.data.adapter import Adapter, BadRow, Row, by_image, encoded_list, row_id, text
 from granulon_hf.data.sample import Sample
 
 MARKER = "<image>"
@@ -47,4 +47,6 @@ def to_sample(row: Row, task: str = "reasoning") -> Sample:
     )
 
 
-ADAPTER = Adapter(name="llava", to_sample=to_sample, columns=("conversations",), optional=("id", "image"))
+ADAPTER = Adapter(
+    name="llava", to_sample=to_sample, columns=("conversations",), optional=("id", "image"), group=("image", by_image)
+)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from typing import Any, overload
 import numpy as np
 
 from granulon_hf.data import a_okvqa, flux_reason, llava, medical, pictures, prepared, recap, seed_bench
-from granulon_hf.data.adapter import Adapter, BadRow, DataError
+from granulon_hf.data.adapter import Adapter, BadRow, DataError, broken_text, plain
 from granulon_hf.data.columns import make_adapter
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sampling import choose
-from granulon_hf.data.sources import DatasetSource, Source, StreamSource, open_source, splits_of, take_split
+from granulon_hf.data.sources import DatasetSource, Source, StreamSource, open_source, split_of, splits_of, take_split
 
 ADAPTERS: dict[str, Adapter] = {
     module.ADAPTER.name: module.ADAPTER for module in (flux_reason, seed_bench, a_okvqa, recap, medical, llava, prepared)
@@ -30,14 +31,14 @@ VERIFY = ("decode", "header", "none")
 
 @dataclass(frozen=True)
 class Problem:
-    """A row that something is wrong with: its file, its row (from 0) and what."""
+    """A row that something is wrong with: its file, its row (from 0; `None` for the whole file) and what."""
 
     file: str
-    row: int
+    row: int | None
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}, row {self.row}: {self.reason}"
+        return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
 
 
 class Samples(Sequence[Sample]):
@@ -51,7 +52,7 @@ class Samples(Sequence[Sample]):
     Attributes:
         adapter ([`Adapter`]): how rows become samples.
         split (`str`): as asked for.
-        problems (`list[Problem]`): bad rows met so far, in this process, each once.
+        problems (`list[Problem]`): files that cannot be read, and bad rows met so far, in this process, each once.
         renamed (`list[Problem]`): rows whose id was another row's too, and which therefore got a new one.
         filtered (`Counter`): rows that are no part of the set, by reason.
     """
@@ -70,13 +71,12 @@ class Samples(Sequence[Sample]):
         self._given_names: dict[tuple[str, int], tuple[str, str]] | None = names
         self._fingerprints = {part: source.fingerprint(part) for part in rows}  # also what `datasets` caches by
         self._ends = np.cumsum([len(numbers) for numbers in rows.values()])
-        present = set().union(*(source.columns(part) for part in list(rows)[:1])) if rows else set()
-        names = [name for column in adapter.columns for name in column.split("|")]
-        self._columns = [name for name in dict.fromkeys([*names, *adapter.optional]) if name in present]
+        self._columns: dict[str, list[str]] = {}
 
     def __getstate__(self):
         # What follows from the rest is left out: it would only make `datasets` believe that something has changed.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_names", "ids")} | {"_problems": {}}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_names", "ids")}
+        return kept | {"_problems": {}, "_columns": {}}
 
     def __len__(self) -> int:
         if rows_unknown(self):
@@ -122,6 +122,14 @@ class Samples(Sequence[Sample]):
 
     @property
     def problems(self) -> list[Problem]:
+        return self.unreadable + self.bad_rows
+
+    @property
+    def unreadable(self) -> list[Problem]:
+        return [Problem(part, None, reason) for part, reason in self.source.broken.items()]
+
+    @property
+    def bad_rows(self) -> list[Problem]:
         return list(self._problems.values())
 
     @property
@@ -150,11 +158,15 @@ class Samples(Sequence[Sample]):
 
     def _read(self, part, numbers) -> Iterator[tuple[str, int, Sample | None]]:
         wanted = numbers if isinstance(numbers, range) else [int(number) for number in numbers]
-        for number, row in self.source.rows(part, wanted, self._columns):
+        if part not in self._columns:
+            present, names = self.source.columns(part), [name for column in self.adapter.columns for name in column.split("|")]
+            self._columns[part] = [name for name in dict.fromkeys([*names, *self.adapter.optional]) if name in present]
+        for number, row in self.source.rows(part, wanted, self._columns[part]):
             try:
                 yield part, number, self._make(part, number, row)
             except BadRow as error:
-                problem = Problem(*self.source.where(part, number), str(error))
+                reason = str(error).encode("utf-8", "backslashreplace").decode()  # it may cite what is no text
+                problem = Problem(*self.source.where(part, number), reason)
                 if self._on_error == "raise":
                     raise DataError(f"Bad row in {self.source.location!r}: {problem}.") from None
                 self._problems[part, number] = problem
@@ -169,6 +181,9 @@ class Samples(Sequence[Sample]):
             raise
         except Exception as error:  # a value of a type that nobody thought of must not end an epoch
             raise BadRow(f"the row is not as it should be ({type(error).__name__}: {error})") from error
+        paths = [image["path"] or "" for image in sample.images]
+        if broken_text("".join([*paths, json.dumps(sample.meta, ensure_ascii=False, default=str)])):
+            raise BadRow("the path of an image or what else the row says holds half a character (a lone surrogate)")
         sample.images = [pictures.locate(image, self.source.roots) for image in sample.images]
         if self._verify != "none":
             for image in sample.images:
@@ -186,12 +201,12 @@ class Samples(Sequence[Sample]):
         column = self.adapter.id_column
         if not column or isinstance(self.source, StreamSource) or len(self) > NAMED_ROWS:
             return None
-        if any(column not in self.source.columns(part) for part in self._rows):
+        named = [part for part in self._rows if column in self.source.columns(part)]
+        if not named:
             return None
-        values = self.source.column_of(list(self._rows), column)
+        values = self.source.column_of(named, column)
         return {
-            part: ["" if (name := values[part][i]) is None else str(name) for i in numbers]
-            for part, numbers in self._rows.items()
+            part: [name_of(values[part][i]) if part in values else "" for i in numbers] for part, numbers in self._rows.items()
         }
 
     @cached_property
@@ -225,7 +240,8 @@ class Samples(Sequence[Sample]):
             }
             for part, numbers in self._rows.items()
         }
-        return {**self._description, "filtered": dict(self.filtered), "files": files}
+        remarks = {"filtered": dict(self.filtered), "unreadable": dict(self.source.broken)}
+        return {**self._description, **remarks, "files": files}
 
     def save_manifest(self, path: str | Path) -> None:
         Path(path).write_text(json.dumps(self.manifest, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -238,6 +254,14 @@ class Samples(Sequence[Sample]):
         from datasets import Dataset
 
         return Dataset.from_generator(_rows_of, features=prepared.features(), gen_kwargs={"samples": self})
+
+
+def name_of(value: Any) -> str:
+    """A row's own name; none for what is no text, and makes it a bad row."""
+    try:
+        return plain(value, "id")
+    except BadRow:
+        return ""
 
 
 def _rows_of(samples: Samples) -> Iterator[dict[str, Any]]:
@@ -258,6 +282,7 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
         place = adapter.repo if source is None else source
     elif source is None and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
+        prepared.missing_shards(place)
     elif not isinstance(name, str | Path):
         raise DataError('Say which columns to use: columns={"image": …, "question": …, "answer": …}.')
     else:
@@ -284,6 +309,7 @@ def load(
     max_files: int | None = None,
     revision: str | None = None,
     verify: str | None = None,
+    holdout_seed: int = 0,
 ) -> Samples:
     """Load a data set as [`Sample`]s. Nothing but row counts and names is read before samples are asked for.
 
@@ -294,6 +320,18 @@ def load(
         load("prepared/folder")                                      # of `granulon data prepare`
         load(manifest="manifest.json")                               # the very same rows again
 
+    From a set to training batches:
+
+        from torch.utils.data import DataLoader
+        from transformers import AutoProcessor
+        from granulon_hf.data import load
+        from granulon_hf.data.collator import GranulonCollator
+
+        samples = load("a-okvqa", "train", source="folder/with/parquet")
+        collator = GranulonCollator(AutoProcessor.from_pretrained("path/to/model"), max_length=2048)
+        for batch in DataLoader(samples, batch_size=8, shuffle=True, num_workers=2, collate_fn=collator):
+            model(**batch).loss.backward()
+
     Args:
         name: a set (`ADAPTERS`), a prepared folder, or with `columns` any table.
         split (`str`, *optional*): by default the set's own. "holdout" is what training never sees.
@@ -302,11 +340,15 @@ def load(
             left out and not replaced.
         seed (`int`): the same seed draws the same rows from the same files.
         holdout (`int`, *optional*): rows held out of training; give both loads the same. By default the set's own (1,000 for
-            flux-reason and surgvlm) if there are ten times as many rows.
+            flux-reason and surgvlm) if there are ten times as many rows. Where several rows may show one image or video, none
+            of training shows one of the hold-out; to know, images are read. Of a stream it is the first rows, groups or not.
+        holdout_seed (`int`): of the hold-out alone: no `seed` of training ever sees its rows.
         preset (`str`, *optional*): `"paper"`: as many rows as the paper's subset of this split (supplement, section 1).
-        on_error (`str`): "skip" bad rows (they are listed in `.problems`) or "raise".
+        on_error (`str`): "skip" bad rows and files that cannot be read (they are listed in `.problems`) or "raise".
         manifest (*optional*): of an earlier load, as file or dictionary; the files must not have changed.
-        columns (`dict`, *optional*): for your own tables: the columns that are "image", "question", "answer", "choices", "id".
+        columns (`dict`, *optional*): for your own tables: the columns that are "image", "question", "answer", "choices", "id";
+            "index" instead of "answer" where a number from 0 says which choice is right (so does an answer's column that is
+            called `…_idx` or `…_index`); "group" where rows belong together that no hold-out may part, such as patients.
         max_files (`int`, *optional*): files that a limited subset is drawn from, spread over the folders in proportion; 0 for
             all. By default the set's own: 118 of FLUX-Reason's 1,180 and 64 of recap's 8,700, because drawing rows from all of
             them reads nearly all of them.
@@ -335,6 +377,7 @@ def load(
     if split in adapter.withheld:  # before anything is fetched
         raise withheld(adapter, split)
     opened = open_source(place, revision, split or adapter.default_split)
+    opened.tolerant = on_error == "skip"
     present = splits_of(opened)
     if split is None:
         split = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
@@ -355,24 +398,26 @@ def load(
         if adapter.holdout and split not in (adapter.default_split, *present):
             raise DataError(f"{adapter.name!r} has no split {split!r}, only {adapter.default_split!r} and 'holdout'.")
     bound = adapter.max_files if max_files is None else max_files
-    if opened.parts:
-        check_columns(adapter, opened, opened.parts[:1])
+    note_missing(adapter, opened, split)
+    check_columns(adapter, opened, first_readable(opened))
     if isinstance(opened, StreamSource):
         opened, rows = open_stream(adapter, opened, split, limit, holdout or 0)
         return Samples(adapter, opened, split, rows, on_error=on_error, verify=verify or default_verify(adapter))
     choice = choose(
         opened,
+        adapter,
         seed=seed,
+        holdout_seed=holdout_seed,
         limit=limit,
         draw_holdout=split == "holdout" and split not in present,
         holdout=holdout,
-        default_holdout=adapter.holdout,
         max_files=bound,
-        unwanted=adapter.unwanted,
     )
+    if not choice.rows:
+        warnings.warn(f"{opened.location!r} has no rows of this subset.", stacklevel=2)
     check_columns(adapter, opened, choice.rows)
     description = describe(adapter, opened, place, columns) | {"split": split, "preset": preset, "limit": limit}
-    description |= {"seed": seed, "holdout": choice.holdout, "max_files": bound}
+    description |= {"seed": seed, "holdout": choice.holdout, "holdout_seed": holdout_seed, "max_files": bound}
     return Samples(
         adapter,
         opened,
@@ -383,6 +428,24 @@ def load(
         description=description,
         filtered=choice.filtered,
     )
+
+
+def note_missing(adapter: Adapter, source: Source, split: str) -> None:
+    """Of a prepared folder the shards that should be there; raises DataError where they are not to be skipped."""
+    for shard in prepared.missing_shards(Path(source.location)) if adapter is prepared.ADAPTER else []:
+        if split_of(shard) in (split, None):
+            if not source.tolerant:
+                raise DataError(f"{source.location!r}: {shard}: {prepared.MISSING}.")
+            source.broken[shard] = prepared.MISSING
+
+
+def first_readable(source: Source) -> list[str]:
+    """Raises DataError where there are parts, but none that can be read."""
+    first = next(([part] for part in source.parts if source.readable(part)), [])
+    if source.parts and not first:
+        reason = source.broken[source.parts[0]]
+        raise DataError(reason if len(source.parts) == 1 else f"Not one of {len(source.parts)} files can be read: {reason}")
+    return first
 
 
 def rows_unknown(samples: Samples) -> bool:
@@ -440,10 +503,11 @@ def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
     if not isinstance(manifest, Mapping):
         try:
             manifest = json.loads(Path(manifest).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"Cannot read the manifest {str(manifest)!r} ({error}).") from None
     if not isinstance(manifest, Mapping) or manifest.get("format") != MANIFEST_FORMAT or "files" not in manifest:
         raise DataError("This is no manifest of a subset that this version of granulon_hf can read.")
+    check_manifest(manifest)
     if name is not None and name != manifest["name"]:
         raise DataError(f"The manifest describes {manifest['name']!r}, not {name!r}.")
     columns = columns or manifest["columns"]
@@ -453,6 +517,7 @@ def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
     if source is None and manifest["source"] == "datasets.Dataset":
         raise DataError("The manifest describes a datasets.Dataset that was in memory: give it again with source=….")
     opened = open_source(manifest["source"] if source is None else source, manifest["revision"], manifest["split"])
+    opened.broken.update(manifest.get("unreadable", {}))
     rows = {}
     known = set(opened.parts)
     opened.prepare(part for part in manifest["files"] if part in known)
@@ -466,7 +531,7 @@ def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
             raise changed(opened, part, "its content is another")
         rows[part] = np.arange(entry["rows"]) if entry["take"] == "all" else np.asarray(entry["take"], dtype=np.int64)
     check_columns(adapter, opened, rows)
-    header = {key: value for key, value in manifest.items() if key not in ("files", "filtered")}
+    header = {key: value for key, value in manifest.items() if key not in ("files", "filtered", "unreadable")}
     options = {"on_error": on_error, "verify": verify or default_verify(adapter), "description": header}
     samples = Samples(adapter, opened, manifest["split"], rows, filtered=manifest["filtered"], **options)
     ids = {part: entry["ids"] for part, entry in manifest["files"].items()}
@@ -474,6 +539,22 @@ def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
         part = next(part for part in ids if samples.ids is None or samples.ids[part] != ids[part])
         raise changed(opened, part, "its rows have other ids")
     return samples
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Raises DataError where something is missing, or rows are listed that cannot be."""
+    files: Mapping[str, Any] = manifest["files"] if isinstance(manifest["files"], Mapping) else {"files": None}
+    own = ("name", "columns", "source", "revision", "split", "filtered")
+    wanted: list[tuple[str, Any, tuple[str, ...]]] = [("the manifest", manifest, own)]
+    wanted += [(repr(part), entry, ("rows", "fingerprint", "take", "ids")) for part, entry in files.items()]
+    for where, entry, keys in wanted:
+        if lacking := [key for key in keys if not isinstance(entry, Mapping) or key not in entry]:
+            raise DataError(f"The manifest is not whole: {where} lacks {', '.join(map(repr, lacking))}.")
+    for part, entry in files.items():
+        rows, take = entry["rows"], entry["take"]
+        listed = isinstance(take, list) and all(isinstance(row, int) and 0 <= row < rows for row in take)
+        if take != "all" and not listed:
+            raise DataError(f"The manifest is wrong: it takes rows of {part!r} that are none of its {rows}.")
 
 
 def changed(source: Source, part: str, what: str) -> DataError:

@@ -4,11 +4,13 @@ The images of every row are decoded once on the way, so that what lies in the fo
 the chosen rows and is renamed into place when it is whole: whatever interrupts the work, the next call goes on.
 """
 
+import fcntl
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +27,7 @@ from granulon_hf.data.sources import StreamSource
 
 SHARD_ROWS = 1000
 GROUP_ROWS = 16  # what is read to get at one sample
+LOCK = ".lock"
 NOTE = b"granulon"  # bad and renamed rows of a shard, in its own metadata
 
 
@@ -41,7 +44,7 @@ def prepare(
 
     Args:
         out (`str` or `Path`): a folder that is new, empty or of the same subset.
-        overwrite (`bool`): delete what an earlier call with other settings wrote there.
+        overwrite (`bool`): delete what an earlier call wrote there, unless it was this very one, and interrupted.
         shard_rows (`int`): chosen rows per file.
         progress (`Callable`, *optional*): called with rows done and rows in all.
         options: as for [`load`].
@@ -50,9 +53,51 @@ def prepare(
         `dict`: the manifest: that of [`load`] with `prepared`: samples, bad and renamed rows, and whether it is complete.
 
     Raises:
-        DataError: the folder holds something else, or as [`load`].
+        DataError: the folder holds something else, another call is writing it, or as [`load`].
     """
     folder = Path(out).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{str(folder)!r} is a file; --out takes a folder.")
+    with locked(folder):
+        return write(name, folder, overwrite, shard_rows, progress, options)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder, for one process at a time; one that was made for nothing is taken away again.
+
+    Raises:
+        DataError: another process has it.
+    """
+    new, path = not folder.exists(), folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
+                raise BlockingIOError  # a call that ended in this moment took its file away
+        except BlockingIOError:
+            raise DataError(
+                f"Another granulon data prepare is writing to {str(folder)!r}; wait for it, or take another folder."
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            if new and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def write(
+    name: Any,
+    folder: Path,
+    overwrite: bool,
+    shard_rows: int,
+    progress: Callable[[int, int], None] | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
     note = progress or (lambda done, total: None)
     settings = {"name": str(name), "shard_rows": shard_rows} | {key: plain(value) for key, value in sorted(options.items())}
     samples = start(folder, name, settings, options, overwrite)
@@ -61,12 +106,12 @@ def prepare(
     (folder / "data").mkdir(parents=True, exist_ok=True)
     for leftover in (folder / "data").glob(".*.tmp"):
         leftover.unlink()
-    problems: list[Problem] = []
+    problems = samples.unreadable
     renamed: list[Problem] = []
     written = 0
     tasks: Counter[str] = Counter()
     for i in range(count):
-        path = folder / "data" / f"{split}-{i:05d}-of-{count:05d}.parquet"
+        path = folder / prepared.shard_name(split, i, count)
         first = i * shard_rows
         if not is_whole(path):
             write_shard(path, samples.slice(first, first + shard_rows), partial(shift, note, first, total))
@@ -111,13 +156,11 @@ def plain(value: Any) -> Any:
 def start(folder: Path, name: Any, settings: dict[str, Any], options: dict[str, Any], overwrite: bool) -> Samples:
     """The samples to write, their manifest in place: an earlier call's if there was one, so that its commit is kept."""
     manifest_path = folder / "manifest.json"
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is a file; --out takes a folder.")
     earlier = None
     if manifest_path.is_file():
         try:
             earlier = json.loads(manifest_path.read_text(encoding="utf-8"))
-            before = earlier["prepared"]["settings"]
+            before, complete = earlier["prepared"]["settings"], earlier["prepared"]["complete"]
         except (ValueError, KeyError, TypeError):
             raise DataError(f"{str(manifest_path)!r} is none of granulon's manifests; choose another folder.") from None
         if before != settings and not overwrite:
@@ -125,16 +168,20 @@ def start(folder: Path, name: Any, settings: dict[str, Any], options: dict[str, 
             raise DataError(
                 f"{str(folder)!r} was prepared with another {' and '.join(differing)}; take another folder, or --overwrite it."
             )
-        if overwrite:
+        if overwrite and (before != settings or complete):
             earlier = None
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif any(path.name != LOCK for path in folder.iterdir()):
         raise DataError(f"{str(folder)!r} is not empty and holds no prepared subset; choose another folder.")
     if earlier is not None:
         kept = {key: options[key] for key in ("source", "columns", "on_error", "verify") if options.get(key) is not None}
         if options.get("columns") is not None and options.get("source") is None:
             kept["source"] = name
         kept.setdefault("verify", "decode")
-        return load(manifest={k: v for k, v in earlier.items() if k != "prepared"}, **kept)
+        try:
+            return load(manifest={k: v for k, v in earlier.items() if k != "prepared"}, **kept)
+        except DataError:
+            if not overwrite:
+                raise
     samples = load(name, **({"verify": "decode"} | {key: value for key, value in options.items() if value is not None}))
     if isinstance(samples.source, StreamSource):
         raise DataError("A stream cannot be prepared: its rows cannot be counted. Give it as files or as a datasets.Dataset.")
@@ -167,7 +214,7 @@ def write_shard(path: Path, samples: Samples, progress: Callable[[int], None]) -
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         remarks = {
-            "problems": [[problem.file, problem.row, problem.reason] for problem in samples.problems],
+            "problems": [[problem.file, problem.row, problem.reason] for problem in samples.bad_rows],
             "renamed": [[problem.file, problem.row, problem.reason] for problem in samples.renamed],
             "tasks": tasks,
         }

@@ -6,7 +6,7 @@ SurgVLM has no repository of its own; SurgSigma/SurgSigma-DB is partly released 
 import re
 
 from granulon_hf.data import llava
-from granulon_hf.data.adapter import Adapter, Row, encoded_list, single_turn, text
+from granulon_hf.data.adapter import Adapter, Row, by_video, encoded_list, single_turn, text
 from granulon_hf.data.sample import Sample
 
 PHASES = (
@@ -45,6 +45,7 @@ ADAPTER = Adapter(
     to_sample=to_sample,
     columns=("conversations|question",),
     optional=("id", "image", "answer"),
+    group=("image", by_video),
     paper={"train": 50_000, "holdout": 1_000},
     holdout=1_000,
 )

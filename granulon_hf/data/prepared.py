@@ -1,12 +1,39 @@
 """A subset that `granulon data prepare` wrote: samples as Parquet, images embedded."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.adapter import Adapter, BadRow, Row, encoded
+from granulon_hf.data.adapter import Adapter, BadRow, DataError, Row, encoded
 from granulon_hf.data.sample import TASKS, Sample
 
 COLUMNS = ("id", "images", "messages", "reference", "task", "choices", "meta")
+
+
+MISSING = "the shard is missing; run granulon data prepare again"
+
+
+def shard_name(split: str, number: int, count: int) -> str:
+    return f"data/{split}-{number:05d}-of-{count:05d}.parquet"
+
+
+def missing_shards(folder: Path) -> list[str]:
+    """What the manifest of a finished folder promises and is not there.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        done, split = manifest["prepared"], manifest["split"]
+        count = done["shards"] if done["complete"] else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    missing = [name for i in range(count) if not (folder / (name := shard_name(split, i, count))).is_file()]
+    if not any(folder.rglob("*.parquet")):
+        reason = f"{missing[0]} is missing" if missing else "its preparation was interrupted"
+        raise DataError(f"{str(folder)!r} has no shards: {reason}; run granulon data prepare again.")
+    return missing
 
 
 def features():

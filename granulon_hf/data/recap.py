@@ -1,6 +1,6 @@
 """CC12M and ImageNet21K, recaptioned: a long and a short caption per image."""
 
-from granulon_hf.data.adapter import Adapter, Row, draw, encoded, row_id, single_turn, text
+from granulon_hf.data.adapter import Adapter, Row, draw, encoded, plain, row_id, single_turn, text
 from granulon_hf.data.sample import Sample
 
 INSTRUCTIONS = (
@@ -17,7 +17,7 @@ def to_sample(row: Row) -> Sample:
     Long and short are swapped for CC12M rows (known flaw of the set): there the longer of the two is taken as the long one,
     and `meta["swapped"]` says where that changed anything.
     """
-    long, short = (str(row.get(name) or "").strip() for name in ("recaption", "recaption_short"))
+    long, short = (plain(row.get(name), name).strip() for name in ("recaption", "recaption_short"))
     swapped = row.get("class") == "CC12M" and len(short) > len(long)
     if swapped:
         long, short = short, long

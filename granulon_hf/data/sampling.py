@@ -2,18 +2,19 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.adapter import DataError
+from granulon_hf.data.adapter import Adapter, DataError, Levels
 from granulon_hf.data.sources import Source
 
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
 HOLDOUT_SHARE = 10  # a hold-out is taken from at least so many times its rows
+Taken = tuple[int, frozenset[str]]  # a level, and the names on it that are held out
 
 
 @dataclass
@@ -40,19 +41,21 @@ def file_order(parts: Iterable[str], seed: int) -> list[str]:
 
 
 class Population:
-    """The eligible rows of parts, found when they are needed."""
+    """The eligible rows of parts, and what they share, found when they are needed."""
 
-    def __init__(self, source: Source, unwanted: tuple[str, Callable[[Any], str | None]] | None):
-        self.source, self.unwanted = source, unwanted
+    def __init__(self, source: Source, adapter: Adapter):
+        self.source, self.unwanted, self.group = source, adapter.unwanted, adapter.group
         self.rows: dict[str, np.ndarray] = {}
         self.filtered: Counter[str] = Counter()
+        self._names: dict[str, list[Levels]] = {}
 
     def find(self, parts: list[str]) -> None:
         parts = [part for part in parts if part not in self.rows]
         self.source.prepare(parts)
-        self.rows |= {part: np.arange(self.source.count(part)) for part in parts}
+        self.rows |= {part: np.arange(self.source.count(part) if self.source.readable(part) else 0) for part in parts}
         if self.unwanted is not None:
             column, judge = self.unwanted
+            parts = [part for part in parts if len(self.rows[part])]
             for part, values in self.source.column_of(parts, column).items():
                 reasons = [judge(value) for value in values]
                 self.filtered.update(reason for reason in reasons if reason)
@@ -68,43 +71,93 @@ class Population:
             taken += len(batch)
         return order[:taken], total
 
+    def names(self, part: str) -> list[Levels]:
+        """What each row shares with others, level by level."""
+        if part not in self._names:
+            assert self.group is not None
+            column, name = self.group
+            every = list(self.source.cells(part, column)) or [None] * self.source.count(part)
+            self._names[part] = [name(every[row]) for row in self.rows[part]]
+        return self._names[part]
+
+    def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> tuple[dict[str, np.ndarray], Taken] | None:
+        """`count` rows, and what no other row may then share with them; `None` where that is too much.
+
+        Rows are taken by whole groups: of the coarsest level (videos) that leaves half of the rows, or else of the finest
+        (images). Of the last group only so many as are wanted: its other rows are on neither side.
+        """
+        rows = {part: self.rows[part] for part in pool}
+        if self.group is None:
+            return trim(rows, count, random), (0, frozenset())
+        every = [levels for part in pool for levels in self.names(part)]
+        for level in range(last := len(every[0])):
+            names = [levels[level] for levels in every]
+            groups: dict[Any, list[int]] = {}
+            for i, own in enumerate(names):
+                groups.setdefault(own[0] if own else i, []).append(i)
+            members, taken = list(groups.values()), list[int]()
+            for group in random.permutation(len(members)):
+                taken += members[group] if len(taken) < count else []
+            kept = np.sort(random.permutation(taken)[:count])
+            shared = frozenset(name for i in kept for name in names[i])
+            free = sum(shared.isdisjoint(own) for own in names) - sum(not names[i] for i in kept)
+            if free >= len(names) / 2 or (free and level == last - 1):
+                return share_out(rows, kept), (level, shared)
+        return None
+
+    def without(self, part: str, held: np.ndarray | None, taken: Taken) -> np.ndarray:
+        """The rows of a part that are not held out and share nothing with those that are."""
+        level, shared = taken
+        rows = self.rows[part]
+        if shared:
+            rows = rows[[shared.isdisjoint(levels[level]) for levels in self.names(part)]]
+        return rows if held is None else np.setdiff1d(rows, held)
+
 
 def choose(
     source: Source,
+    adapter: Adapter,
     *,
     seed: int,
+    holdout_seed: int,
     limit: int | None,
     draw_holdout: bool,
     holdout: int | None,
-    default_holdout: int,
     max_files: int,
-    unwanted: tuple[str, Callable[[Any], str | None]] | None,
 ) -> Choice:
     """Draw a subset.
 
-    The hold-out is drawn first: `holdout` rows from the first 32 parts of the seeded order (more where these are small).
-    Training never sees these rows, whatever its own limit and `max_files`: the two are disjoint by construction. Within the
-    parts that are drawn from, every row is equally likely. (Ours; the paper says "uniformly sampling" and "hold out".)
+    The hold-out is drawn first: `holdout` rows from the first 32 parts of its own seeded order (more where these are small).
+    Training never sees these rows, nor others of their groups, whatever its own seed, limit and `max_files`: the two are
+    disjoint by construction. Within the parts that are drawn from, every row is equally likely. (Ours; the paper says
+    "uniformly sampling" and "hold out".)
 
     Args:
+        seed, holdout_seed (`int`): of what is drawn from the rest, or of the held out rows; and of what is held out.
         draw_holdout (`bool`): whether the hold-out is wanted, and not what is left.
-        holdout (`int`, *optional*): rows held out; by default `default_holdout` if the set has ten times as many, else none.
+        holdout (`int`, *optional*): rows held out; by default the adapter's if the set has ten times as many, else none.
         max_files (`int`): parts that a limited subset is drawn from, 0 for all.
 
     Raises:
         DataError: the hold-out does not fit.
     """
-    population, order = Population(source, unwanted), file_order(source.parts, seed)
+    population, order = Population(source, adapter), file_order(source.parts, seed)
     held: dict[str, np.ndarray] = {}
-    asked = default_holdout if holdout is None else holdout
+    taken: Taken = (0, frozenset())
+    asked = adapter.holdout if holdout is None else holdout
     if asked:
-        pool, total = population.prefix(order, HOLDOUT_FILES, HOLDOUT_SHARE * asked)
-        if holdout is None and total < HOLDOUT_SHARE * asked:
+        pool, total = population.prefix(file_order(source.parts, holdout_seed), HOLDOUT_FILES, HOLDOUT_SHARE * asked)
+        found = None
+        if asked < total and (holdout is not None or total >= HOLDOUT_SHARE * asked):
+            # Sorted names: the permutation, not the order of files, decides.
+            found = population.hold_out(sorted(pool), asked, np.random.default_rng([holdout_seed, 1]))
+        if found is not None:
+            held, taken = found
+        elif holdout is None:
             asked = 0
-        elif asked >= total:
-            raise DataError(f"{source.location!r} has {total} rows, too few to hold out {asked}.")
-        # Sorted names: the permutation, not the order of files, decides.
-        held = trim({part: population.rows[part] for part in sorted(pool)}, asked, np.random.default_rng([seed, 1]))
+        else:
+            reason = "too few" if asked >= total else "but too few that share no video or image with others,"
+            raise DataError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
     if draw_holdout:
         if not asked:
             raise DataError(
@@ -116,7 +169,7 @@ def choose(
     else:
         bound = max_files if max_files and limit is not None else len(order)
         parts, _ = population.prefix(order, bound, (limit or 0) + asked)
-        free = {part: np.setdiff1d(population.rows[part], held.get(part, [])) for part in sorted(parts)}
+        free = {part: population.without(part, held.get(part), taken) for part in sorted(parts)}
         if limit is not None and (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
         chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
@@ -125,9 +178,12 @@ def choose(
 
 def trim(rows: dict[str, np.ndarray], count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """`count` of the rows, uniformly."""
+    return share_out(rows, np.sort(random.permutation(sum(map(len, rows.values())))[:count]))
+
+
+def share_out(rows: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows at positions, ascending, that count through all parts."""
     ends = np.cumsum([len(numbers) for numbers in rows.values()])
-    total = int(ends[-1]) if len(ends) else 0
-    kept = np.sort(random.permutation(total)[:count])
     where = np.searchsorted(kept, ends)
     starts, result = 0, {}
     for (part, numbers), end, first in zip(rows.items(), where, ends - [len(n) for n in rows.values()], strict=True):

@@ -1,6 +1,6 @@
 """SEED-Bench: multiple choice about images; its video rows are no part of the paper's benchmark."""
 
-from granulon_hf.data.adapter import Adapter, BadRow, Row, encoded_list, list_options, single_turn, text
+from granulon_hf.data.adapter import Adapter, BadRow, Row, encoded_list, list_options, plain, single_turn, text
 from granulon_hf.data.sample import Sample
 
 QUESTION_TYPES = (
@@ -55,6 +55,7 @@ ADAPTER = Adapter(
     default_split="test",
     id_column="question_id",
     unwanted=("data_type", is_video),
+    group=("data_id", lambda name: [[plain(name, "data_id")]] if name else [[]]),
     paper={"test": 1_000},
     license="cc-by-nc-4.0",
 )

@@ -13,6 +13,8 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,6 +30,10 @@ FINGERPRINT_BYTES = 1 << 16
 REQUESTS = 16  # at a time: footers and single columns are small, latency is all they cost
 
 
+class BrokenFile(DataError):
+    """A file that is there, but cannot be read at all."""
+
+
 class Source:
     """Parts with rows; the kinds below say how they are read.
 
@@ -36,6 +42,8 @@ class Source:
         revision (`str`, *optional*): commit of a repository.
         parts (`list[str]`): names of the files, relative to the location.
         roots (`list[Path]`): folders that images given as paths are relative to.
+        tolerant (`bool`): whether files that cannot be read are left out.
+        broken (`dict[str, str]`): those that were, and why.
     """
 
     location: str
@@ -43,6 +51,21 @@ class Source:
     parts: list[str]
     roots: list[Path]
     remote = False
+    tolerant = False
+
+    @cached_property
+    def broken(self) -> dict[str, str]:
+        return {}
+
+    def readable(self, part: str) -> bool:
+        """Whether the part can be read at all; where not, it is noted as broken, or refused with [`BrokenFile`]."""
+        try:
+            self.columns(part)
+        except BrokenFile as error:
+            if not self.tolerant:
+                raise
+            self.broken[part] = str(error)
+        return part not in self.broken
 
     def columns(self, part: str) -> list[str]:
         raise NotImplementedError
@@ -51,8 +74,14 @@ class Source:
         raise NotImplementedError
 
     def column(self, part: str, name: str) -> list[Any]:
-        """All values of one column."""
-        raise NotImplementedError
+        """All values of one column, `None` for those that cannot be read."""
+        return list(self.cells(part, name))
+
+    def cells(self, part: str, name: str) -> Iterator[Any]:
+        """The values of one column one by one, `None` for those that cannot be read or do not exist."""
+        wanted = range(self.count(part)) if name in self.columns(part) else ()
+        for _, row in self.rows(part, wanted, [name]):
+            yield row.get(name) if isinstance(row, dict) else None
 
     def column_of(self, parts: Sequence[str], name: str) -> dict[str, list[Any]]:
         """All values of one column of several parts."""
@@ -132,7 +161,8 @@ class ParquetSource(Source):
             raise DataError(f"The file {part!r} of {self.location!r} is gone.") from None
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise DataError(f"The file {part!r} of {self.location!r} cannot be read as Parquet ({reason}).") from error
+            kind = DataError if self.remote and isinstance(error, OSError) else BrokenFile  # the network, not the file
+            raise kind(f"The file {part!r} of {self.location!r} cannot be read as Parquet ({reason}).") from error
         self._metadata[part] = file.metadata
         return file
 
@@ -140,8 +170,11 @@ class ParquetSource(Source):
         missing = [part for part in parts if part not in self._metadata]
         if self.remote and len(missing) > 1:
             with ThreadPoolExecutor(REQUESTS) as pool:
-                for file in pool.map(self._open, missing):
-                    file.close(force=True)
+                list(pool.map(self._footer, missing))
+
+    def _footer(self, part: str) -> None:
+        with suppress(BrokenFile):  # said when the part is needed
+            self._open(part).close(force=True)
 
     def _meta(self, part: str):
         if part not in self._metadata:
@@ -155,20 +188,27 @@ class ParquetSource(Source):
         return self._meta(part).num_rows
 
     def column(self, part: str, name: str) -> list[Any]:
-        return self._column(self._file(part), part, name)
+        values = self._column(self._file(part), part, name)
+        return super().column(part, name) if values is None else values
 
-    def _column(self, file: pq.ParquetFile, part: str, name: str) -> list[Any]:
+    def _column(self, file: pq.ParquetFile, part: str, name: str) -> list[Any] | None:
+        """All values at once, or `None` where one of them cannot be read."""
         try:
-            return file.read(columns=[name]).column(name).to_pylist()
-        except (pa.ArrowException, OSError) as error:
+            return file.read(columns=[name]).column(name).to_pylist() if name in self.columns(part) else None
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            if not self.remote or not isinstance(error, OSError):
+                return None
             reason = " ".join(str(error).split())
-            raise DataError(f"Column {name!r} of the file {part!r} of {self.location!r} cannot be read ({reason}).") from error
+            raise DataError(
+                f"Column {name!r} of the file {part!r} of {self.location!r} cannot be fetched ({reason})."
+            ) from error
 
     def column_of(self, parts: Sequence[str], name: str) -> dict[str, list[Any]]:
         if not self.remote:
             return super().column_of(parts, name)
         with ThreadPoolExecutor(REQUESTS) as pool:
-            return dict(zip(parts, pool.map(lambda part: self._column(self._open(part), part, name), parts), strict=True))
+            found = pool.map(lambda part: self._column(self._open(part), part, name), parts)
+            return {p: self.column(p, name) if values is None else values for p, values in zip(parts, found, strict=True)}
 
     def _group(self, part: str, group: int, columns: list[str]) -> pa.Table:
         key = (part, group, tuple(columns))
@@ -210,9 +250,9 @@ class RecordSource(Source):
     def count(self, part: str) -> int:
         return len(self.tables[part])
 
-    def column(self, part: str, name: str) -> list[Any]:
-        records = (self._parse(record) for _, _, record in self.tables[part])
-        return [record.get(name) if isinstance(record, dict) else None for record in records]
+    def cells(self, part: str, name: str) -> Iterator[Any]:  # a record may have what the first thousand have not
+        for _, row in self.rows(part, range(self.count(part)), [name]):
+            yield row.get(name) if isinstance(row, dict) else None
 
     def rows(self, part, wanted, columns):
         for row in wanted:
@@ -224,6 +264,8 @@ class RecordSource(Source):
                 record = json.loads(record)
             except ValueError as error:
                 return ValueError(f"the line is not JSON: {error}")
+            except RecursionError:
+                return ValueError("the line is not JSON that can be read: it is nested too deeply")
         return record if isinstance(record, dict | Exception) else ValueError(f"a record is a {type(record).__name__}")
 
     def fingerprint(self, part: str) -> str | None:
@@ -243,7 +285,7 @@ def read_json(root: Path, files: list[Path]) -> RecordSource:
         else:
             try:
                 records = json.loads(data)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"The file {str(path)!r} is not JSON ({error}).") from None
             if not isinstance(records, list):
                 raise DataError(f"The file {str(path)!r} holds a {type(records).__name__}, not a list of conversations.")
@@ -255,16 +297,22 @@ def read_json(root: Path, files: list[Path]) -> RecordSource:
 def read_lines(root: Path, files: list[Path]) -> RecordSource:
     """`question|answer` lines: `<video>/…/<frame>_QA.txt`, with the frame's image anywhere below the same root.
 
-    Of several images of that name the one is taken that shares most folders with the text.
+    Of several images of that name the one is taken that shares most folders with the text. Folders say the split.
     """
     frames: dict[str, list[Path]] = {}
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in IMAGE_ENDINGS:
             frames.setdefault(path.stem, []).append(path.relative_to(root))
-    digest, rows = hashlib.sha256(), []
+    digests: dict[str, Any] = {}
+    tables: dict[str, list[tuple[str, int, Any]]] = {}
     for path in files:
         data, relative = path.read_bytes(), path.relative_to(root)
-        digest.update(f"{relative.as_posix()} {len(data)}\n".encode() + data)
+        split = split_of(f"{relative.parent.as_posix()}/lines")
+        # One part per split: a set has tens of thousands of such files, with a line or two each.
+        part = f"{split}/lines" if split else "lines"
+        rows = tables.setdefault(part, [])
+        digest = digests.setdefault(part, hashlib.sha256())
+        digest.update(f"{relative.as_posix()} {len(data)}\n".encode("utf-8", "surrogateescape") + data)
         stem = re.sub(r"_QA$", "", path.stem, flags=re.IGNORECASE)
         found = max(frames.get(stem, []), key=lambda frame: len(set(frame.parts) & set(relative.parts)), default=None)
         for i, line in enumerate(data.decode("utf-8", "replace").splitlines()):
@@ -279,8 +327,7 @@ def read_lines(root: Path, files: list[Path]) -> RecordSource:
                 rows.append(
                     (relative.as_posix(), i, record if bar else ValueError("the line has no | between question and answer"))
                 )
-    # One part: a set has tens of thousands of such files, with a line or two each.
-    return RecordSource(str(root), root, {"lines": rows}, {"lines": digest.hexdigest()[:24]})
+    return RecordSource(str(root), root, tables, {part: digest.hexdigest()[:24] for part, digest in digests.items()})
 
 
 class DatasetSource(Source):
@@ -297,13 +344,22 @@ class DatasetSource(Source):
         return len(self.dataset)
 
     def column(self, part: str, name: str) -> list[Any]:
-        return self._plain(self.dataset.select_columns([name]).with_format("arrow")[:], [name])[name].to_pylist()
+        try:
+            return self._plain(self.dataset.select_columns([name]).with_format("arrow")[:], [name])[name].to_pylist()
+        except UnicodeDecodeError:
+            return super().column(part, name)
 
     def rows(self, part, wanted, columns):
         dataset = self.dataset.select_columns(columns).with_format("arrow")
         for start in range(0, len(wanted), 16):
             numbers = [int(row) for row in wanted[start : start + 16]]
-            yield from zip(numbers, self._plain(dataset[numbers], columns).to_pylist(), strict=True)
+            table = self._plain(dataset[numbers], columns)
+            for i, number in enumerate(numbers):
+                try:
+                    row = table.slice(i, 1).to_pylist()[0]
+                except UnicodeDecodeError as error:
+                    row = error
+                yield number, row
 
     def _plain(self, table: pa.Table, columns: list[str]) -> pa.Table:
         """Class labels by their names."""

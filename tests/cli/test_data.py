@@ -127,6 +127,75 @@ def test_an_interrupted_preparation_goes_on(flux, run, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out" / "data").iterdir())) == 2
 
 
+def test_an_interrupted_overwriting_goes_on(flux, run, tmp_path, monkeypatch):
+    arguments = ("prepare", "flux-reason", "--source", flux, "--out", tmp_path / "out", "--shard-rows", 8)
+    ok(run(*arguments))
+    again = (*arguments, "--seed", 1, "--overwrite")
+    written, write = [], materialise.write_shard
+
+    def interrupted(path, samples, progress):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path.name)
+        write(path, samples, progress)
+
+    monkeypatch.setattr(materialise, "write_shard", interrupted)
+    assert run(*again).exit_code == 130
+    monkeypatch.setattr(materialise, "write_shard", lambda *a: (written.append(a[0].name), write(*a)))
+    ok(run(*again))
+    assert len(written) == len(set(written)) == 5  # each once
+    ok(run(*again))
+    assert len(written) == 10  # what is finished is written anew
+
+
+def test_an_interrupted_overwriting_of_what_changed(flux, run, tmp_path, monkeypatch):
+    arguments = ("prepare", "flux-reason", "--source", flux, "--out", tmp_path / "out", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(materialise, "write_shard", lambda *a: 1 / 0)
+        run(*arguments)
+    tables.write(next((flux / "Text").iterdir()), [tables.flux_row(i, id=f"new{i}") for i in range(9)], tables.FLUX)
+    assert "39 samples" in ok(run(*arguments))
+
+
+def test_two_preparations_of_one_folder(flux, run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    arguments = ("prepare", "flux-reason", "--source", flux, "--out", out)
+    inner, write = [], materialise.write_shard
+    monkeypatch.setattr(materialise, "write_shard", lambda *a: (inner.append(run(*arguments)), write(*a)))
+    ok(run(*arguments))
+    refused(inner[0], "Another granulon data prepare is writing to .*out'; wait for it")
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "data", "manifest.json"]
+    ok(run(*arguments))
+
+
+def test_files_that_cannot_be_read_are_counted(flux, run, tmp_path, monkeypatch):
+    next((flux / "Text").iterdir()).write_bytes(b"")
+    arguments = ("prepare", "flux-reason", "--source", flux, "--out", tmp_path / "out", "--shard-rows", 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(materialise, "write_shard", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*arguments).exit_code == 130
+    printed = ok(run(*arguments))  # also after an interruption
+    assert "0 bad rows and 1 files that cannot be read were left out" in printed and "cannot be read as Parquet" in printed
+    assert "30 samples" in printed
+    refused(run(*arguments[:4], "--out", tmp_path / "strict", "--on-error", "raise"), "cannot be read as Parquet")
+
+
+def test_a_missing_shard_is_named(prepared, run, tmp_path):
+    shards = sorted((prepared / "data").iterdir())
+    shards[1].unlink()
+    missing = "data/train-00001-of-00003.parquet: the shard is missing; run granulon data prepare again"
+    result = run("check", prepared)
+    assert result.exit_code == 1 and missing in result.stdout
+    result = run("show", prepared, "--out", tmp_path / "sheet.html")
+    assert result.exit_code == 0 and missing in result.stderr
+    with pytest.raises(granulon_hf.data.DataError, match="the shard is missing"):
+        granulon_hf.data.load(prepared, on_error="raise")
+    for shard in (shards[0], shards[2]):
+        shard.unlink()
+    for command in ("check", "show"):
+        refused(run(command, prepared), "has no shards: data/train-00000-of-00003.parquet is missing")
+
+
 def test_a_killed_preparation_goes_on(tmp_path, run):
     root = tables.flux_folder(tmp_path / "flux", [("Text", 3)], rows=100)
     arguments = ["prepare", "flux-reason", "--source", str(root), "--out", str(tmp_path / "out"), "--shard-rows", "10"]

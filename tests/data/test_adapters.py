@@ -99,6 +99,64 @@ def test_a_okvqa_parses_the_string_and_never_runs_it(tmp_path):
     assert "withheld" in reasons(samples)[2] and "use validation" in reasons(samples)[2]
 
 
+def test_a_okvqa_choices(tmp_path):
+    rows = [
+        tables.okvqa_row(0, choices=str(["cat", "dog"]), correct_choice_idx=1.0),
+        tables.okvqa_row(1, choices=["cat", None], correct_choice_idx=1.0),
+        tables.okvqa_row(2, choices="cat", correct_choice_idx=0.0),
+        tables.okvqa_row(3, choices=["cat", "dog"], correct_choice_idx=0.5),
+        tables.okvqa_row(4, choices=["cat", "dog"], direct_answers="['x', None, '']", correct_choice_idx=0.0),
+    ]
+    to_sample = ADAPTERS["a-okvqa"].to_sample
+    first = to_sample(rows[0])
+    assert first.choices == ["cat", "dog"] and first.reference == "dog"
+    assert to_sample(rows[4]).meta["direct_answers"] == ["x"]
+    for row, message in zip(rows[1:4], ("the choice is empty", "choices is not a list: 'cat'", "idx is 0.5"), strict=True):
+        with pytest.raises(BadRow, match=message):
+            to_sample(row)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(["a", "b"], "is a list, not text"), ([], "is a list"), ({"a": 1}, "is a dict"), (b"\xff", "is bytes that are not UTF-8")],
+)
+def test_what_is_no_text_is_no_answer(value, message):
+    to_sample = ADAPTERS["flux-reason"].to_sample
+    with pytest.raises(BadRow, match=f"the caption_detail {message}"):
+        to_sample(tables.flux_row(0, caption_detail=value))
+    with pytest.raises(BadRow, match="the id"):
+        to_sample(tables.flux_row(0, id=value))
+    with pytest.raises(BadRow, match="the recaption"):
+        ADAPTERS["recap"].to_sample(tables.recap_row(0, recaption=value))
+    assert to_sample(tables.flux_row(0, caption_detail="é".encode(), id=b"name")).reference == "é"
+
+
+def test_half_characters_are_bad_rows(tmp_path):
+    half = "yo \ud83d"
+    for row in (tables.flux_row(0, caption_detail=half), tables.flux_row(0, id=half)):
+        with pytest.raises(BadRow, match="lone surrogate"):
+            ADAPTERS["flux-reason"].to_sample(row)
+    good = {"id": "good", "conversations": tables.turn("hi", "yo")}
+    records = [
+        good,
+        good | {"id": half},
+        good | {"conversations": tables.turn("hi", half)},
+        good | {"conversations": tables.turn(half, "yo")},
+        good | {"conversations": [{"from": half}]},
+        good | {"image": f"{half}.jpg", "conversations": tables.turn("<image>", "yo")},
+    ]
+    samples = load("llava", source=tables.chat(tmp_path / "chat", records))
+    assert [sample.reference for sample in samples] == ["yo"] and set(reasons(samples)) == {1, 2, 3, 4, 5}
+    samples.save_manifest(tmp_path / "manifest.json")
+    assert len(load(manifest=tmp_path / "manifest.json")) == 6
+    manifest = prepare("llava", tmp_path / "out", source=tmp_path / "chat")
+    assert manifest["prepared"]["samples"] == 1 and len(manifest["prepared"]["problems"]) == 5
+    rows = [tables.okvqa_row(0), tables.okvqa_row(1, rationales=[half])]  # what only `meta` holds
+    stream = datasets.IterableDataset.from_generator(lambda: iter(rows))
+    samples = load("a-okvqa", source=stream)
+    assert len(list(samples)) == 1 and "lone surrogate" in samples.problems[0].reason
+
+
 def test_a_okvqa_refuses_the_split_without_answers(tmp_path):
     with pytest.raises(DataError, match="withheld; use 'validation'"):
         load("a-okvqa", split="test", source=tmp_path)
@@ -159,10 +217,12 @@ def test_llava_lines_with_one_that_is_cut_off(tmp_path):
     records = [{"id": str(i), "image": "a.jpg", "conversations": tables.turn("<image>", f"A{i}")} for i in range(3)]
     tables.chat(tmp_path, records, "chat.jsonl")
     path = tmp_path / "chat.jsonl"
-    path.write_text(path.read_text() + '\n{"id": "cut", "conv')
+    deep = '{"id": "deep", "conversations":' + "[" * 200_000
+    path.write_text(path.read_text() + f'\n{{"id": "cut", "conv\n{deep}')
     samples = load("llava", source=path)
     assert [sample.reference for sample in samples] == ["A0", "A1", "A2"]
     assert samples.problems[0].row == 3 and "not JSON" in samples.problems[0].reason
+    assert samples.problems[1].row == 4 and "nested too deeply" in samples.problems[1].reason
     path.rename(tmp_path / "chat.json")
     with pytest.raises(DataError, match="not JSON"):
         load("llava", source=tmp_path)
@@ -226,6 +286,36 @@ def test_your_own_columns(tmp_path):
 
     captions = load(dataset, columns={"image": "picture", "answer": "a"})
     assert captions[0].task == "caption" and captions[0].question
+
+
+def own(columns=None, **cells):
+    table = {"image": [tables.jpeg()], "q": ["?"]} | {name: [value] for name, value in cells.items()}
+    named = {"image": "image", "question": "q", "answer": "a", "choices": "o"} if columns is None else columns
+    samples = load(datasets.Dataset.from_dict(table), columns=named)
+    found = list(samples)
+    return found[0] if found else samples.problems[0].reason
+
+
+def test_choices_by_content_letter_and_index():
+    numbers = [1, 2, 3, 4]
+    assert own(a=1, o=numbers).reference == "1" and own(a=4.0, o=numbers).reference == "4"  # content, never an index
+    assert own(a="B", o=["C", "A"]).reference == "A" and own(a="B", o=["B", "x"]).reference == "B"
+    assert "is 'index', not 'answer'" in own(a=1, o=["no", "yes"])
+    index = {"image": "image", "question": "q", "index": "a", "choices": "o"}
+    assert own(index, a=1, o=numbers).reference == "2" and own(index, a=1.0, o=["no", "yes"]).reference == "yes"
+    assert own(index, a=None, o=numbers) == "the index is None, but there are 4 choices"
+    assert own(index, a=4, o=numbers) == "the index is 4, but there are 4 choices"
+    assert own(index, a=0.5, o=numbers) == "the index is 0.5, but there are 4 choices"
+    named = {"image": "image", "question": "q", "answer": "correct_choice_idx", "choices": "o"}
+    assert own(named, correct_choice_idx=1, o=numbers).reference == "2"
+    assert own(a="dog", o="['cat', 'dog']").choices == ["cat", "dog"]
+    assert own(a="dog", o="cat;dog") == "choices is not a list: 'cat;dog'"
+    assert own(a="dog", o=["dog", None]) == "the choice is empty"
+    many = own(a="ab", o=[f"c{i}" for i in range(30)])
+    assert many.reference == "c27" and many.question.splitlines()[26:29] == ["Z. c25", "AA. c26", "AB. c27"]
+    assert "none of the choices" in own(a="[", o=[f"c{i}" for i in range(30)])
+    with pytest.raises(DataError, match="'choices' too"):
+        own({"index": "a"}, a=1)
 
 
 def test_labels_lists_and_decoded_pictures():

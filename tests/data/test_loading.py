@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -91,6 +92,66 @@ def test_train_and_holdout_are_disjoint_whatever_their_limits(flux):
         load("flux-reason", "test", flux)
 
 
+def test_no_seed_of_training_sees_the_holdout(flux):
+    held = ids(load("flux-reason", "holdout", flux, holdout=17))
+    for seed in range(5):
+        assert ids(load("flux-reason", "holdout", flux, holdout=17, seed=seed)) == held
+        assert not set(ids(load("flux-reason", "train", flux, holdout=17, seed=seed, limit=40))) & set(held)
+    other = load("flux-reason", "train", flux, holdout=17, holdout_seed=1)
+    assert set(ids(other)) & set(held) and other.manifest["holdout_seed"] == 1
+
+
+def frames(samples):
+    return {(image["path"], image["bytes"]) for sample in samples for image in sample.images}
+
+
+@pytest.mark.parametrize("form", ["lines", "lines of one video", "conversations", "two images", "embedded", "own", "group"])
+def test_the_holdout_shares_no_image_with_training(tmp_path, form):
+    name, columns, row = "surgvlm", None, {"question": "q", "answer": "a"}
+    videos = 1 if form == "lines of one video" else 4
+    if form.startswith("lines"):
+        for i in range(24):
+            folder = tmp_path / f"video{i % videos}"
+            folder.mkdir(exist_ok=True)
+            (folder / f"{i}.jpg").write_bytes(tables.jpeg(i))
+            (folder / f"{i}_QA.txt").write_text("phase?|Preparation\ntool?|Hook\nmore?|no\n")
+    elif form in ("conversations", "two images"):
+        pairs = [[f"{i}.jpg"] if form == "conversations" else [f"{i}.jpg", f"{i + 24}.jpg"] for i in range(24)]
+        rows = [
+            {"id": f"{i}-{k}", "image": own[:: 1 - 2 * (k % 2)], "conversations": tables.turn("<image>" * len(own), "a")}
+            for i, own in enumerate(pairs)
+            for k in range(3)
+        ]
+        name, _ = "llava", tables.chat(tmp_path, rows, images=[f"{i}.jpg" for i in range(48)])
+    else:
+        if form != "embedded":
+            columns = {"image": "image", "question": "question", "answer": "answer"}
+            columns |= {"group": "patient"} if form == "group" else {}
+        rows = [row | {"image": tables.jpeg(i), "patient": i % 6, "id": f"{i}-{k}"} for k in range(3) for i in range(24)]
+        for k in range(3):  # the same images again in another file
+            tables.write(tmp_path / f"{k}.parquet", rows[k * 24 : k * 24 + 24])
+    name = name if columns is None else tmp_path
+    options = {"source": tmp_path, "columns": columns, "holdout": 10}
+    train, held = (load(name, split, **options) for split in ("train", "holdout"))
+    assert len(held) == len(list(held)) == 10 and len(train) >= 36 and frames(train)
+    assert not frames(train) & frames(held)
+    if form == "lines":
+        videos = [{Path(sample.meta["file"]).parts[0] for sample in samples} for samples in (train, held)]
+        assert not videos[0] & videos[1]
+    if form == "group":
+        picture = {tables.jpeg(i): i % 6 for i in range(24)}
+        patients = [{picture[data] for _, data in frames(samples)} for samples in (train, held)]
+        assert not patients[0] & patients[1]
+    again = load(name, "train", **options, seed=9, limit=20)
+    assert len(again) == 20 and not frames(again) & frames(held)
+
+
+def test_a_holdout_without_groups_enough(tmp_path):
+    rows = [{"id": str(i), "image": "a.jpg", "conversations": tables.turn("<image>", "x")} for i in range(20)]
+    with pytest.raises(DataError, match="20 rows, but too few that share no video or image with others, to hold out 5"):
+        load("surgvlm", source=tables.chat(tmp_path, rows), holdout=5)
+
+
 def test_the_holdout_of_the_set_is_kept_out_by_default(flux, monkeypatch):
     import dataclasses
 
@@ -123,7 +184,7 @@ def test_the_papers_subsets(flux, tmp_path):
         "surgvlm": {"train": 50_000, "holdout": 1_000},
     }
     assert {name: adapter.paper for name, adapter in ADAPTERS.items() if adapter.paper} == wanted
-    rows = [{"id": str(i), "image": "a.jpg", "conversations": tables.turn("<image>", f"{i}")} for i in range(60_000)]
+    rows = [{"id": str(i), "image": f"{i}.jpg", "conversations": tables.turn("<image>", "x")} for i in range(60_000)]
     root = tables.chat(tmp_path, rows)
     train = load("surgvlm", source=root, preset="paper")
     held = load("surgvlm", "holdout", root, preset="paper")
@@ -194,6 +255,102 @@ def test_splits_by_file_name(tmp_path):
     with pytest.raises(DataError, match="no split 'test'; it has 'train', 'validation'"):
         load("seed-bench", source=tmp_path)
     assert split_of("Text/fluxdb-text-00000-of-00143.parquet") is None and split_of("latest/contest.parquet") is None
+
+
+def test_folders_of_lines_name_the_split(tmp_path):
+    for i, split in enumerate(("train", "test")):
+        folder = tmp_path / split / "video1"
+        folder.mkdir(parents=True)
+        (folder / "0.jpg").write_bytes(tables.jpeg(i))
+        (folder / "0_QA.txt").write_text(f"which?|{split}\n")
+    for split in ("train", "test"):
+        (sample,) = load("surgvlm", split, tmp_path)
+        assert sample.reference == split and sample.images[0]["path"] == str(tmp_path / split / "video1" / "0.jpg")
+    with pytest.raises(DataError, match="no split 'validation'; it has 'test', 'train'"):
+        load("surgvlm", "validation", tmp_path)
+
+
+def test_files_with_other_columns(tmp_path):
+    talk = {"conversations": tables.turn("hi", "yo")}
+    tables.write(tmp_path / "chat" / "a.parquet", [{"id": "a"} | talk])
+    seen = {"id": "b", "image": tables.jpeg(), "conversations": tables.turn("<image>", "seen")}
+    tables.write(tmp_path / "chat" / "b.parquet", [seen])
+    assert [sample.reference for sample in load("llava", source=tmp_path / "chat")] == ["yo", "seen"]
+    tables.write(tmp_path / "mixed" / "a.parquet", [seen])
+    tables.write(tmp_path / "mixed" / "b.parquet", [{"image": tables.jpeg(1), "question": "q", "answer": "told"}])
+    samples = load("surgvlm", source=tmp_path / "mixed")
+    assert [sample.reference for sample in samples] == ["seen", "told"] and ids(samples) == ["b", "b-0"]
+    assert samples[1].reference == "told" and not samples.problems
+    assert samples.manifest["files"]["b.parquet"]["ids"] == [""]
+
+
+def id_table(names):
+    images = pa.array([{"bytes": tables.jpeg(i), "path": None} for i in range(4)], tables.IMAGE)
+    return pa.table({"id": names, "image": images, "caption_detail": [f"t{i}" for i in range(4)]})
+
+
+def test_ids_that_cannot_be_read(tmp_path):
+    raw = pa.array([b"ab", b"\xff\xfe", b"cd", b"ef"], pa.binary())
+    invalid = pa.StringArray.from_buffers(4, *raw.buffers()[1:])
+    pq.write_table(id_table(invalid), tmp_path / "a.parquet")
+    pq.write_table(id_table(["p", "q", "r", "s"]), tmp_path / "b.parquet", row_group_size=2, compression="none")
+    samples = load("flux-reason", source=tmp_path)
+    assert ids(samples) == ["ab", "cd", "ef", "p", "q", "r", "s"] and samples.ids["a.parquet"] == ["ab", "", "cd", "ef"]
+    assert [(problem.file, problem.row) for problem in samples.problems] == [("a.parquet", 1)]
+    with pytest.raises(DataError, match="a.parquet, row 1: the row cannot be read"):
+        list(load("flux-reason", source=tmp_path, on_error="raise"))
+
+    path = tmp_path / "b.parquet"
+    chunk = pq.read_metadata(path).row_group(0).column(0)
+    data, start = bytearray(path.read_bytes()), chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    samples = load("flux-reason", source=path)
+    assert [sample.reference for sample in samples] == ["t2", "t3"]
+    assert [problem.row for problem in samples.problems] == [0, 1]
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    root = tables.flux_folder(tmp_path / "flux", [("Text", 4)])
+    first, second, *_ = sorted((root / "Text").iterdir())
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-200])
+    samples = load("flux-reason", source=root, holdout=3)
+    assert len(samples) == 17 and len(list(samples)) == 17
+    assert {problem.file for problem in samples.problems} == {f"Text/{path.name}" for path in (first, second)}
+    assert all(problem.row is None and "cannot be read as Parquet" in str(problem) for problem in samples.problems)
+    assert not set(ids(samples)) & set(ids(load("flux-reason", "holdout", root, holdout=3)))
+    assert load(manifest=samples.manifest).problems == samples.problems
+    with pytest.raises(DataError, match=f"{first.name}' .* cannot be read as Parquet"):
+        load("flux-reason", source=root, on_error="raise")
+    for path in (root / "Text").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="Not one of 4 files can be read: .*cannot be read as Parquet"):
+        load("flux-reason", source=root)
+
+
+def test_an_empty_file_is_said(tmp_path):
+    tables.write(tmp_path / "x.parquet", [], tables.FLUX)
+    with pytest.warns(UserWarning, match="has no rows of this subset"):
+        assert len(load("flux-reason", source=tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda manifest: manifest.pop("source"), "the manifest lacks 'source'"),
+        (lambda manifest: manifest.update(files=[1]), "'files' lacks"),
+        (lambda manifest: manifest["files"].update(x={"rows": 3}), "'x' lacks 'fingerprint', 'take', 'ids'"),
+        (lambda manifest: next(iter(manifest["files"].values())).update(take=[9999]), "takes rows of .* none of its 10"),
+        (lambda manifest: next(iter(manifest["files"].values())).update(take=[-1]), "takes rows of .* none of its 10"),
+        (lambda manifest: next(iter(manifest["files"].values())).update(take="some"), "takes rows of"),
+    ],
+)
+def test_a_manifest_that_is_not_whole(flux, change, message):
+    manifest = json.loads(json.dumps(load("flux-reason", source=flux, limit=9).manifest))
+    change(manifest)
+    with pytest.raises(DataError, match=message):
+        load(manifest=manifest)
 
 
 def test_lazy_pickled_and_as_a_dataset(flux, monkeypatch, tmp_path):
