@@ -29,6 +29,7 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
         raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
     place = pick_device(device)
     if source.startswith("tiny:"):
+        model: Any
         model, processor = variants.build(source.removeprefix("tiny:"), tiny=True)
         return model.to(place).eval(), processor, source
     check_config(source)

@@ -226,16 +226,17 @@ def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
 
 def score_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float | None]]:
     """Values of each sample by metric; None where there is none (the judge's failures)."""
-    names, found = metrics_for(suite, rows), {}
+    names = metrics_for(suite, rows)
+    found: dict[str, list[float | None]] = {}
     predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
     for name in names:
         if name in SCORERS:
             found[name] = [SCORERS[name](row) for row in rows]
         elif name == "bertscore":
-            found[name] = bert_scores(predictions, references, suite.bertscore_model, suite.bertscore_layers)
+            found[name] = list(bert_scores(predictions, references, suite.bertscore_model, suite.bertscore_layers))
     if captions := [name for name in names if name in ("cider", "bleu", "rouge_l")]:
         values = corpus_captions(predictions, references)
-        found |= {name: values[name] for name in captions}
+        found |= {name: list(values[name]) for name in captions}
     if {"judge", "hallucination"} & set(names):
         found |= judge_rows(suite, rows, folder, names)
     return {name: found[name] for name in names}
@@ -279,7 +280,7 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
     ]
     rows, first = [], result["models"][0]
     for model in result["models"]:
-        cells = []
+        cells: list[dict[str, Any] | None] = []
         for data, metric in columns:
             values = result["scores"][model][data].get(metric)
             scored = [value for value in values or [] if value is not None]
@@ -298,7 +299,7 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
             base = result["scores"][first][data].get(metric) or []
             pairs = [(a, b) for a, b in zip(values, base, strict=False) if a is not None and b is not None]
             if model != first and pairs:
-                difference, low, high, p = paired_difference(*zip(*pairs, strict=True))
+                difference, low, high, p = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
                 cell["difference"] = {"mean": scale * difference, "low": scale * low, "high": scale * high, "p": p}
             cells.append(cell)
         rows.append({"name": model, "cells": cells, "paper": False})
