@@ -4,7 +4,7 @@
     accelerate launch --config_file examples/accelerate_multi_gpu.yaml examples/train.py examples/granulon_qwen2.5.yaml
     accelerate launch --config_file examples/accelerate_zero2.yaml examples/train.py examples/granulon_llama3.2.yaml \\
         --data ./flux-reason-200k --output_dir runs/llama
-    accelerate launch examples/train.py examples/granulon_qwen2.5.yaml --variant clip-qwen2.5 --data chat/chat.json
+    accelerate launch examples/train.py --variant clip-qwen2.5 --data chat/chat.json --save_full true
     accelerate launch examples/train.py <as before> --resume_from_checkpoint last   # goes on after a crash or SIGTERM
 
 All options: python examples/train.py --help. What a run does, step by step: granulon_hf.training.run.train.
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from granulon_hf.demo.assemble import build_demo
-from granulon_hf.training import RecipeError, TrainingFailed, parse
+from granulon_hf.training import RecipeError, TrainingFailed, TrainingStopped, parse
 from granulon_hf.training.run import train
 
 DEMO = str(Path(__file__).with_name("demo.yaml"))
@@ -23,5 +23,8 @@ DEMO = str(Path(__file__).with_name("demo.yaml"))
 if __name__ == "__main__":
     try:
         train(*parse(sys.argv[1:] or [DEMO]), demo=build_demo)
+    except TrainingStopped as error:
+        print(error)
+        sys.exit(143)  # as the signal itself would have ended it
     except (RecipeError, TrainingFailed) as error:
         sys.exit(f"Error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)

@@ -50,6 +50,9 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
 
 def check_config(source: str) -> None:
     """Raises ValueError where there is no Granulon model, before any weight is read."""
+    folder = Path(source)
+    if (folder / "adapter.safetensors").is_file() and not any(folder.glob("model*.safetensors")):
+        raise ValueError(f"{source!r} holds trained weights without their backbones; train with --save_full true.")
     if os.path.isdir(source) and not (Path(source) / "config.json").is_file():
         raise ValueError(f"The folder {source!r} holds no model: it has no config.json.")
     try:

@@ -2,7 +2,7 @@
 
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError, parse
 from granulon_hf.training.freezing import STAGES, set_stage
-from granulon_hf.training.trainer import GranulonTrainer, TrainingFailed
+from granulon_hf.training.trainer import GranulonTrainer, TrainingFailed, TrainingStopped
 
 __all__ = [
     "STAGES",
@@ -12,6 +12,7 @@ __all__ = [
     "RecipeArguments",
     "RecipeError",
     "TrainingFailed",
+    "TrainingStopped",
     "parse",
     "set_stage",
 ]

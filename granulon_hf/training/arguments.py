@@ -41,7 +41,9 @@ class ModelArguments:
 class DataArguments:
     """What it is trained on, and how batches are made."""
 
-    data: str = field(default="shapes", metadata={"help": "shapes (drawn, built in), a data set's name, or a folder or file."})
+    data: str = field(
+        default="shapes", metadata={"help": "shapes (drawn, built in), a set's name, a prepared folder, or a chat.json."}
+    )
     source: str | None = field(default=None, metadata={"help": "Where the data set is, if not at its place on the Hub."})
     split: str | None = field(default=None, metadata={"help": "Split of the data set."})
     preset: str | None = field(default=None, metadata={"help": "One of the data set's subsets, as in the paper."})
@@ -131,7 +133,32 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RecipeAr
         parser.set_defaults(**values)
         for action in parser._actions:
             action.required = action.required and action.dest not in values
-    model, data, recipe = parser.parse_args_into_dataclasses(arguments)
+    try:
+        model, data, recipe = parser.parse_args_into_dataclasses(arguments)
+    except (TypeError, ValueError) as error:  # an unknown option, a value of the wrong kind
+        raise RecipeError(f"The options cannot be used: {' '.join(str(error).split())}") from None
+    refuse(model, data, recipe)
+    return model, data, recipe
+
+
+def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) -> None:
+    """Raises RecipeError for options that exclude each other, or that would be ignored or change what is trained."""
     if data.batching not in BATCHING:
         raise RecipeError(f"Unknown batching {data.batching!r}; the choices are {', '.join(BATCHING)}.")
-    return model, data, recipe
+    if data.batching == "packed" and data.pad_to_multiple_of:
+        raise RecipeError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
+    if data.data == "shapes" and (given := [n for n in ("source", "split", "preset") if getattr(data, n) is not None]):
+        raise RecipeError(f"The drawn shapes have no {given[0]}; leave out --{given[0]}, or name another --data.")
+    if recipe.label_smoothing_factor:
+        raise RecipeError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
+    if recipe.eval_strategy != "no":
+        raise RecipeError("The recipe does not evaluate while it trains; leave out --eval_strategy, and use granulon eval run.")
+    if recipe.save_full and model.stage == "projector+lora":
+        raise RecipeError("--save_full cannot write adapters as a model; leave it out in the stage projector+lora.")
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or (
+        recipe.deepspeed_plugin is not None and recipe.deepspeed_plugin.zero_stage == 3
+    ):
+        raise RecipeError(
+            "ZeRO-3 is not supported: it shards the frozen weights, tied ones among them, while the model is being built. Use "
+            "accelerate_zero2.yaml (the trained part is small) or accelerate_fsdp2.yaml."
+        )

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ def is_whole(checkpoint: Path) -> bool:
     """Whether the files of a checkpoint can be opened; one that a full disk or another program has cut off cannot."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        weights = list(checkpoint.glob("*.safetensors"))
+        weights = list(checkpoint.glob("*.safetensors")) or list(checkpoint.glob("pytorch_model*"))
         for file in weights:
-            with safe_open(file, "pt") as opened:
-                opened.keys()
-        return bool(weights)
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+        pickles = [file for ending in ("*.pt", "*.pth") for file in checkpoint.rglob(ending)]
+        parts = ("optimizer*", "global_step*"), ("rng_state*",), ("scheduler.pt", "global_step*")
+        present = all(any(any(checkpoint.glob(name)) for name in names) for names in parts)
+        return bool(weights) and present and all(zipfile.is_zipfile(file) for file in pickles)
     except Exception:  # whatever the readers raise
         return False
 
@@ -60,25 +65,29 @@ def settings_of(*groups: Any, **more: Any) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for group in groups:
         values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
-        settings |= {name: value for name, value in values.items() if isinstance(value, str | int | float | bool | None)}
+        settings |= {name: value for name, value in values.items() if not callable(value)}
     local = ("output_dir", "local_rank", "resume_from_checkpoint", "logging_dir", "ddp_backend", "auto_precision")
-    return {name: value for name, value in settings.items() if name not in local} | more
+    settings = {name: value for name, value in settings.items() if name not in local} | more
+    return json.loads(json.dumps(settings, default=str, sort_keys=True))
 
 
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Refuse to go on with other settings.
+def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> None:
+    """Refuse to go on with other settings, or on other data.
 
     Raises:
         RecipeError: names what changed.
     """
     if not path.exists():
         return
-    before = json.loads(path.read_text())["settings"]
+    written = json.loads(path.read_text())
+    before = written["settings"]
     changed = [
         f"{name} was {before[name]!r} and is {settings.get(name)!r}"
         for name in sorted(before)
         if name in settings and before[name] != settings[name] and not name.startswith(FREE)
     ]
+    if data is not None and "data" in written and written["data"] != json.loads(json.dumps(data, default=str)):
+        changed.append("the data are not the same files or rows")
     if changed:
         raise RecipeError(
             f"The run in {str(path.parent)!r} has other settings: {'; '.join(changed)}. Go on with the same settings, or "
@@ -97,6 +106,11 @@ def find_resume(resume: str | None, output_dir: str) -> str | None:
     Raises:
         RecipeError: that checkpoint cannot be used; or none is asked for, and the folder holds a run.
     """
+    folder = Path(output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"--output_dir {output_dir!r} is a file; it takes a folder.")
+    if not os.access(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), os.W_OK):
+        raise RecipeError(f"--output_dir {output_dir!r} cannot be written; name another.")
     if resume is None:
         if checkpoints(output_dir):
             raise RecipeError(

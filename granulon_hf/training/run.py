@@ -7,10 +7,12 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import psutil
 import torch
 import transformers
 from huggingface_hub import ModelCard
@@ -28,7 +30,7 @@ from granulon_hf.training.arguments import DataArguments, ModelArguments, Recipe
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.features import FeatureCache
 from granulon_hf.training.freezing import STAGES, load_adapter_state, parameter_table, set_stage, trainable
-from granulon_hf.training.trainer import GranulonTrainer
+from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
 PROBED = 64  # samples that are looked at before the first step
 
@@ -105,6 +107,9 @@ def load_samples(args: DataArguments) -> Any:
     """
     if args.data == "shapes":
         return Shapes(args.limit or 2000, seed=args.subset_seed)
+    name, path = args.data, Path(args.data)
+    if path.suffix in (".json", ".jsonl") or (path / "chat.json").is_file():  # conversations in LLaVA's form
+        name, args = "llava", with_changes(args, source=args.source or args.data)
     options: dict[str, Any] = {
         "split": args.split,
         "source": args.source,
@@ -113,7 +118,7 @@ def load_samples(args: DataArguments) -> Any:
         "seed": args.subset_seed,
     }
     try:
-        samples = load(args.data, on_error=args.on_error, **{k: v for k, v in options.items() if v is not None})
+        samples = load(name, on_error=args.on_error, **{k: v for k, v in options.items() if v is not None})
     except (DataError, OSError) as error:
         raise RecipeError(f"--data {args.data!r} cannot be used: {' '.join(str(error).split())}") from error
     if not len(samples):
@@ -138,16 +143,19 @@ class SampleDataset(Dataset):
         return self.samples[index]
 
 
-def check_samples(collator: GranulonCollator, samples: Sequence[Sample]) -> None:
+def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: str = "projector") -> None:
     """Refuse data of which nothing can be trained on.
 
     Raises:
-        RecipeError: none of the first samples has a token with a label.
+        RecipeError: none of the first samples has a token with a label or, where the projector is trained, an image.
     """
     for i in range(min(PROBED, len(samples))):
-        if collator.encode(samples[i]) is not None:
+        encoded = collator.encode(samples[i])
+        if encoded is not None and (stage != "projector" or "pixel_values" in encoded):
             collator.problems.clear()
             return
+    if not collator.problems:
+        raise RecipeError(f"None of the first {min(PROBED, len(samples))} samples has an image: there is nothing to project.")
     last = collator.problems[-1]
     raise RecipeError(
         f"None of the first {min(PROBED, len(samples))} samples can be trained on; the last, {last['id']}: {last['reason']}."
@@ -180,7 +188,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     )
     if data_args.feature_cache:
         collator.image_features = fill_cache(data_args.feature_cache, model, processor, samples)
-    check_samples(collator, samples)
+    check_samples(collator, samples, model_args.stage)
     check_device(args, model, model_args.stage)
 
     trainer = GranulonTrainer(
@@ -191,14 +199,25 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         lengths=collator.lengths(samples) if data_args.batching == "grouped" else None,
         processing_class=processor,
     )
+    if (problems := getattr(samples, "problems", [])) and trainer.is_world_process_zero():
+        Console(stderr=True).print(
+            f"{len(problems)} rows cannot be used, the first: {problems[0]}. Another sample stands in for each; all are listed "
+            "in left_out.jsonl at the end.",
+            style="yellow",
+            markup=False,
+        )
     described: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         described = start(model_args, data_args, args, samples)
         print_table(model, model_args.stage)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    if trainer.stop_on_signal.stopped:
+        raise TrainingStopped(
+            f"Stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint last goes on."
+        )
     trainer.save_model()
     if trainer.is_world_process_zero():
-        finish(trainer, described, collator)
+        finish(trainer, described, collator, samples)
     return model, processor
 
 
@@ -219,14 +238,6 @@ def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
     Raises:
         RecipeError: names it and what to do.
     """
-    config = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    stage3 = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    tied = model.config.get_text_config().tie_word_embeddings
-    if config and stage3 and tied and stage != "full":
-        raise RecipeError(
-            "ZeRO-3 cannot shard a frozen embedding that is tied to the output layer; use accelerate_zero2.yaml (the trained "
-            "part is small) or accelerate_fsdp2.yaml."
-        )
     if args.gradient_checkpointing and stage == "projector" and not args.use_cpu:
         Console(stderr=True).print(
             "Gradient checkpointing costs about a third more time; the recipe does not need it.", style="yellow"
@@ -257,18 +268,30 @@ def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     """
     settings = settings_of(model_args, data_args, args, world_size=args.world_size, samples=len(samples))
     path = Path(args.output_dir or ".") / RUN
+    data = getattr(samples, "manifest", {"data": data_args.data, "samples": len(samples), "seed": data_args.subset_seed})
     if args.resume_from_checkpoint:
-        check_settings(path, settings)
+        check_settings(Path(args.resume_from_checkpoint).parent / RUN, settings, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {
         "settings": settings,
-        "command": shlex.join(["accelerate", "launch", *sys.argv]),
+        "command": command_line(),
         "versions": versions(),
         "model": asdict(model_args),
-        "data": getattr(samples, "manifest", {"data": data_args.data, "samples": len(samples), "seed": data_args.subset_seed}),
+        "data": data,
     }
     path.write_text(json.dumps(described, indent=1, default=str) + "\n")
     return described
+
+
+def command_line() -> str:
+    """What was typed: the launcher's own line where there is one."""
+    for process in psutil.Process().parents():
+        line = process.cmdline()
+        at = next((i for i, part in enumerate(line) if Path(part).name in ("accelerate", "accelerate.commands.launch")), None)
+        if at is not None:
+            rest = line[at + 1 :]
+            return shlex.join(["accelerate", "launch", *(rest[1:] if rest[:1] == ["launch"] else rest)])
+    return shlex.join(["python", *sys.argv])
 
 
 def versions() -> dict[str, str]:
@@ -282,15 +305,16 @@ def print_table(model: Any, stage: str) -> None:
     console.print(parameter_table(model))
 
 
-def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator) -> None:
+def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, samples: Any = ()) -> None:
     """Weights, loss curve (PNG), model card and, where samples were left out, their list. Called by the main process."""
     folder = Path(trainer.args.output_dir)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if not history:
         return
     plot_losses(history, folder / "loss.png")
-    if collator.problems:
-        (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in collator.problems))
+    left_out = [*map(asdict, getattr(samples, "problems", [])), *collator.problems]
+    if left_out:
+        (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in left_out))
     write_card(folder, described, history, trainer)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
@@ -33,8 +34,15 @@ logger = logging.get_logger(__name__)
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
 
 
+REMEDY = "Start again in a new --output_dir with a smaller --learning_rate or --max_grad_norm, or in float32."
+
+
 class TrainingFailed(RuntimeError):
     """The run cannot go on; the message says why and what to do."""
+
+
+class TrainingStopped(TrainingFailed):
+    """The run was asked to stop, and wrote a checkpoint."""
 
 
 class GranulonTrainer(Trainer):
@@ -59,7 +67,8 @@ class GranulonTrainer(Trainer):
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
         self.seen: dict[str, Any] = {}
         self.since: float | None = None
-        self.add_callback(StopOnSignal(self.accelerator))
+        self.stop_on_signal = StopOnSignal(self.accelerator)
+        self.add_callback(self.stop_on_signal)
         self.add_callback(Guard())
         # DeepSpeed loads strictly, and frozen weights are not in its checkpoints.
         self.model.register_load_state_dict_pre_hook(fill_missing)
@@ -136,13 +145,17 @@ class GranulonTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial=None):
         folder = Path(self._get_output_dir(trial))
+        if broken := [name for name, parameter in trainable(self.model) if not torch.isfinite(parameter).all()]:
+            raise TrainingFailed(
+                f"{broken[0]} is no number any more after step {self.state.global_step}; earlier checkpoints are kept. {REMEDY}"
+            )
         if self.args.should_save:
             remove_unfinished(folder)
         self.accelerator.wait_for_everyone()
         self.staging = True
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             free = shutil.disk_usage(folder).free
             full = getattr(error, "errno", None) == 28 or "No space left" in str(error) or free < 2**20
             shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
@@ -242,7 +255,7 @@ class StopOnSignal(TrainerCallback):
     """On SIGTERM: one checkpoint at the end of the step, then stop, on all processes together."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.asked, self.before = accelerator, False, None
+        self.accelerator, self.asked, self.before, self.stopped = accelerator, False, None, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         try:
@@ -258,7 +271,7 @@ class StopOnSignal(TrainerCallback):
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
             logger.warning(f"Stopped by SIGTERM after step {state.global_step}; --resume_from_checkpoint last goes on.")
-            control.should_save = control.should_training_stop = True
+            control.should_save = control.should_training_stop = self.stopped = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.before is not None:
@@ -271,8 +284,4 @@ class Guard(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise TrainingFailed(
-                f"The loss became {loss} between two logs, the last at step {state.global_step}. The latest checkpoint was "
-                "written before; go on from it in a new --output_dir with a smaller --learning_rate or --max_grad_norm, or "
-                "in float32."
-            )
+            raise TrainingFailed(f"The loss became {loss} between two logs, the last at step {state.global_step}. {REMEDY}")

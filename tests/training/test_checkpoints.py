@@ -15,6 +15,8 @@ def checkpoint(folder, step, whole=True):
     path.mkdir(parents=True)
     save_file({"x": torch.zeros(50)}, path / "adapter.safetensors")
     (path / "trainer_state.json").write_text("{}" if whole else "{")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        torch.save({}, path / name)
     return path
 
 
@@ -24,8 +26,11 @@ def test_the_latest_whole_checkpoint(tmp_path):
         checkpoint(tmp_path, step, whole=step != 100)
     (tmp_path / "checkpoint-old").mkdir()
     assert last_checkpoint(tmp_path).name == "checkpoint-90"
-    (tmp_path / "checkpoint-90" / "adapter.safetensors").unlink()
+    optimizer = tmp_path / "checkpoint-90" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-40])
     assert last_checkpoint(tmp_path).name == "checkpoint-5"
+    (tmp_path / "checkpoint-5" / "rng_state.pth").unlink()
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_what_to_go_on_from(tmp_path):
@@ -56,5 +61,9 @@ def test_changed_settings_are_named(tmp_path):
     check_settings(path, settings)  # nothing to compare with
     path.write_text(json.dumps({"settings": settings}))
     check_settings(path, {**settings, "logging_steps": 50})
+    path.write_text(json.dumps({"settings": settings, "data": {"rows": [1, 2]}}))
+    check_settings(path, settings, {"rows": (1, 2)})
+    with pytest.raises(RecipeError, match="not the same files or rows"):
+        check_settings(path, settings, {"rows": [2, 1]})
     with pytest.raises(RecipeError, match=r"learning_rate was 0.0001 and is 0.1; world_size was 2 and is 4"):
         check_settings(path, {**settings, "learning_rate": 0.1, "world_size": 4})

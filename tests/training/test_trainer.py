@@ -219,6 +219,22 @@ def test_a_loss_that_is_no_number_stops_the_run(make):
         trainer.train()
 
 
+def test_a_checkpoint_never_holds_what_is_no_number(make, tmp_path):
+    trainer = make(logging_steps=100, logging_first_step=False)
+    train_step = trainer.training_step
+
+    def poison(*args, **kwargs):
+        if trainer.state.global_step == 3:
+            with torch.no_grad():
+                trainer.model.model.multi_modal_projector.linear_2.bias.fill_(float("inf"))
+        return train_step(*args, **kwargs)
+
+    trainer.training_step = poison
+    with pytest.raises(TrainingFailed, match="no number any more after step 4; earlier checkpoints are kept"):
+        trainer.train()
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
+
+
 def test_logs_say_speed_padding_and_levels(make):
     trainer = make()
     trainer.train()
