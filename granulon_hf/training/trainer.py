@@ -85,9 +85,11 @@ class GranulonTrainer(Trainer):
         keep_frozen_parts_in_eval(self.model, self.frozen)  # training_step has just called model.train()
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # all samples of a step may have been unusable
-        loss, outputs = super().compute_loss(
-            model, {**inputs, "skip_logits": True}, return_outputs=True, num_items_in_batch=num_items_in_batch
-        )
+        outputs = model(**inputs, skip_logits=True, num_items_in_batch=num_items_in_batch)
+        loss = outputs["loss"]
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # As Trainer has it, but not in place, which the output of a compiled model does not allow.
+            loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         if "pixel_values" not in inputs:  # the projector is not reached: there must be something to differentiate all the same
             loss = loss + 0.0 * sum(parameter.sum() for _, parameter in trainable(self.model))
         self.count(inputs, outputs)

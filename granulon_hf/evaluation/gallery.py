@@ -1,0 +1,510 @@
+"""Case studies: the answers of several models side by side, as one HTML page that needs nothing else."""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from PIL import Image
+
+from granulon_hf.data.images import open_rgb
+from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
+from granulon_hf.evaluation.prediction import PredictionRun, replace
+
+SIDE = 480  # pixels, long side of a picture
+# Photograph and overlay of 200 samples stay below 20 MB: 2 x 32 kB, a third more in base64.
+PICTURE_BYTES = 32_000
+RIGHT_FROM = 0.5  # of recall, or of the judge's accuracy / 100, where there are no options to name
+ORDERS = {
+    "judge": "worst first, by the judge",
+    "recall": "worst first, by recall",
+    "difference": "largest difference between models",
+    "data": "order of the data",
+}
+# Words too common to be a claim about a picture.
+STOP_WORDS = frozenset(
+    "a about above after all also an and any are as at be because been being below between both but by can could did do does "
+    "down each for from had has have he her here his how i if in into is it its just may more most no not of off on one only "
+    "or other our out over she should so some such than that the their them then there these they this those through to too "
+    "under up very was we were what when where which while who will with would yes you your".split()
+)
+
+
+class GalleryError(ValueError):
+    """The page cannot be made; the message is one sentence that says why."""
+
+
+@dataclass
+class Answer:
+    """One model's answer to a sample.
+
+    Args:
+        scores (`dict`): accuracy and hallucination of the judge, 0 to 100 or None; `reason` where it gave none.
+        hallucinated (`list[str]`): phrases that the scores file calls hallucinated.
+    """
+
+    model: str
+    prediction: str
+    level: str | None = None
+    probs: dict[str, float] = field(default_factory=dict)
+    recall: float = 0.0
+    right: bool = False
+    accuracy: float | None = None
+    hallucination: float | None = None
+    note: str = ""
+    hallucinated: list[str] = field(default_factory=list)
+    pieces: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def forced(self) -> bool:
+        """Another level than the controller's choice was used."""
+        return bool(self.probs) and self.level != max(self.probs, key=lambda name: self.probs[name])
+
+    @property
+    def judged(self) -> float | None:
+        """Accuracy minus hallucination, -100 to 100."""
+        return None if self.accuracy is None or self.hallucination is None else self.accuracy - self.hallucination
+
+
+@dataclass
+class Picture:
+    """A JPEG data URL and its size in pixels."""
+
+    url: str
+    width: int
+    height: int
+
+
+@dataclass
+class Case:
+    """A sample with the answers of all models; `images` are the places where each image may be found, first choice first."""
+
+    id: str
+    question: str
+    reference: str
+    task: str
+    choices: list[str]
+    images: list[list[Path]]
+    answers: list[Answer]
+    place: int
+    photos: list[Picture | None] = field(default_factory=list)
+    overlays: list[Picture | None] = field(default_factory=list)
+    overlay_level: str = ""
+
+    def keys(self) -> dict[str, float | None]:
+        """Sort keys by order, smallest first, None last."""
+        judged = [a.judged for a in self.answers if a.judged is not None]
+        # Differences of the judge count more where all answers have them; both are on a scale of 0 to 100.
+        values = [j / 2 for j in judged] if len(judged) == len(self.answers) else [100 * a.recall for a in self.answers]
+        return {
+            "judge": sum(judged) / len(judged) if judged else None,
+            "recall": sum(answer.recall for answer in self.answers) / len(self.answers),
+            "difference": min(values) - max(values),
+            "data": self.place,
+        }
+
+    def facts(self) -> str:
+        """What the page filters and sorts by, as JSON for an attribute; the template escapes it."""
+        return json.dumps(
+            {
+                "keys": self.keys(),
+                "task": self.task,
+                "levels": sorted({answer.level for answer in self.answers if answer.level is not None}),
+                "right": [answer.right for answer in self.answers],
+                "differ": len({normalise(answer.prediction) for answer in self.answers}) > 1,
+            }
+        )
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The predictions of a folder, by sample id, in the order of the file."""
+
+    folder: Path
+    name: str
+    source: str
+    rows: dict[str, dict[str, Any]]
+
+
+def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> list[Run]:
+    """Predictions of several folders, each with a name of its own: its model's, with the folder's where two are alike.
+
+    Raises:
+        GalleryError: a folder is there twice or holds no predictions, or a prediction is not what `granulon eval run` writes.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise GalleryError("The same folder is given twice; a gallery puts different predictions side by side.")
+    runs = []
+    for folder in folders:
+        try:
+            description = json.loads((folder / "run.json").read_text(encoding="utf-8"))["description"]
+            rows = PredictionRun(folder, description).rows()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise GalleryError(f"{str(folder)!r} is no folder of predictions of `granulon eval run` ({error!r:.80}).") from None
+        if not rows:
+            raise GalleryError(f"{str(folder)!r} holds no predictions yet.")
+        for key, row in rows.items():
+            check_row(folder, key, row)
+        model = description.get("model") if isinstance(description, dict) else None
+        source = str((model.get("source") if isinstance(model, dict) else model) or folder.name)
+        runs.append(Run(folder, (names or {}).get(folder) or source.rstrip("/").rpartition("/")[2], source, rows))
+    given = [run.name for run in runs]
+    for run in runs:
+        if given.count(run.name) > 1:
+            run.name = f"{run.name} ({run.folder.resolve().name})"
+    if len({run.name for run in runs}) < len(runs):
+        raise GalleryError(f"Several folders are called {runs[0].name!r}; tell them apart with --name FOLDER=NAME.")
+    return runs
+
+
+def check_row(folder: Path, key: str, row: dict[str, Any]) -> None:
+    kinds: dict[str, Any] = {"prediction": str, "question": str, "reference": str, "images": list, "choices": list | None}
+    kinds |= {"task": str | None, "granularity": str | None, "granularity_probs": dict | None, "error": str | None}
+    for name, kind in kinds.items():
+        default = None if isinstance(None, kind) else [] if kind is list else ""
+        if not isinstance(row.setdefault(name, default), kind):
+            raise GalleryError(f"{str(folder)!r}, sample {key!r}: {name} is {row[name]!r:.60}, which no evaluation writes.")
+    numbers = (row["granularity_probs"] or {}).values()
+    if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers):
+        raise GalleryError(f"{str(folder)!r}, sample {key!r}: granularity_probs are no probabilities.")
+
+
+def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
+    """Rows of the `samples.jsonl` of `granulon judge run`, or of the folder that it is in, by sample id.
+
+    A row may carry `hallucinated`, a list of phrases of the answer that people, or another judge, found to be made up.
+    The judge's own prompt asks for two scores and no phrases.
+
+    Raises:
+        GalleryError: no such file, a score that is none, or scores of other predictions.
+    """
+    from granulon_hf.evaluation.judging import PredictionsError, rows_of
+
+    path = path / "samples.jsonl" if path.is_dir() else path
+    found = {}
+    try:
+        for place, row in rows_of(path):
+            key, phrases = str(row.get("id")), row.get("hallucinated") or []
+            for name in ("accuracy", "hallucination"):
+                value = row.get(name)
+                if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
+                    raise GalleryError(f"{path}, {place}: {name} is {value!r:.40}, not 0 to 100.")
+            if not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
+                raise GalleryError(f"{path}, {place}: hallucinated is {phrases!r:.40}, not a list of phrases.")
+            if key in run.rows and row.get("prediction", run.rows[key]["prediction"]) != run.rows[key]["prediction"]:
+                raise GalleryError(f"{path}, {place} scores another answer than {str(run.folder)!r} holds; judge it again.")
+            found[key] = row
+    except PredictionsError as error:
+        raise GalleryError(str(error)) from None
+    if not found.keys() & run.rows.keys():
+        raise GalleryError(f"{path} has no id in common with {str(run.folder)!r}.")
+    return found
+
+
+def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | None = None) -> list[Case]:
+    """Cases of the samples that all runs have, in the order of the first.
+
+    Args:
+        scores (`dict`, *optional*): by the run's name, what [`read_scores`] returned.
+
+    Raises:
+        GalleryError: no sample is in all runs, or one has another question or reference in another run.
+    """
+    first, cases = runs[0], []
+    for place, (key, row) in enumerate(first.rows.items()):
+        if not all(key in run.rows for run in runs):
+            continue
+        answers, images = [], [[] for _ in row["images"]]  # type: ignore[var-annotated]
+        for run in runs:
+            other = run.rows[key]
+            if (other["question"], other["reference"]) != (row["question"], row["reference"]):
+                raise GalleryError(
+                    f"The sample {key!r} has another question or reference in {str(run.folder)!r} than in "
+                    f"{str(first.folder)!r}; a gallery needs predictions on the same data."
+                )
+            for paths, name in zip(images, other["images"], strict=False):
+                paths.append(inside(run.folder, name))
+            answers.append(answer_of(run.name, other, (scores or {}).get(run.name, {}).get(key)))
+        shared = {name: row[name] for name in ("question", "reference")}
+        choices = [str(choice) for choice in row["choices"] or []]
+        cases.append(Case(key, **shared, task=row["task"] or "", choices=choices, images=images, answers=answers, place=place))
+    if not cases:
+        raise GalleryError("No sample is in all folders: their ids have nothing in common.")
+    return cases
+
+
+def answer_of(model: str, row: dict[str, Any], score: dict[str, Any] | None) -> Answer:
+    """An answer with its scores; right is what the judge, the named option or the shared words say, in this order."""
+    prediction, reference = row["prediction"], row["reference"]
+    found = recall(prediction, reference)
+    score = score or {}
+    accuracy = score.get("accuracy")
+    if accuracy is not None:
+        right = accuracy >= 100 * RIGHT_FROM
+    elif row["choices"]:
+        right = option_accuracy(prediction, [str(choice) for choice in row["choices"]], reference) == 1
+    else:
+        right = recall(normalise(prediction), normalise(reference)) >= RIGHT_FROM  # "A car." shares the "a" of "a rocket"
+    return Answer(
+        model=model,
+        prediction=prediction,
+        level=row["granularity"],
+        probs=row["granularity_probs"] or {},
+        recall=found,
+        right=right,
+        accuracy=accuracy,
+        hallucination=score.get("hallucination"),
+        note=str(row["error"] or (score.get("reason") if accuracy is None else "") or ""),
+        hallucinated=score.get("hallucinated") or [],
+    )
+
+
+def inside(folder: Path, name: Any) -> Path:
+    """Path of an image; predictions may come from others, and must not put any file of this machine on a page.
+
+    Raises:
+        GalleryError: the image is outside of the folder.
+    """
+    path = (folder / str(name).replace("\0", "")).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise GalleryError(f"{str(folder)!r} names the image {name!r:.80}, which lies outside of the folder.")
+    return path
+
+
+# --- marking ----------------------------------------------------------------------------------------------------------
+
+
+def mark(text: str, spans: Iterable[tuple[int, int, str]]) -> list[tuple[str, str]]:
+    """Text in pieces `(kind, text)`; the kind is "" where nothing is marked. Of spans that overlap the first given wins."""
+    kinds = [""] * len(text)
+    for start, end, kind in spans:
+        for i in range(start, end):
+            kinds[i] = kinds[i] or kind
+    edges = [0, *(i for i in range(1, len(text)) if kinds[i] != kinds[i - 1]), len(text)]
+    return [(kinds[a], text[a:b]) for a, b in itertools.pairwise(edges) if a < b]
+
+
+def hallucinated_spans(answer: Answer) -> list[tuple[int, int, str]]:
+    """Where the phrases that the scores file names occur as whole words, in any case."""
+    patterns = [r"(?<!\w)" + re.escape(phrase.strip()) + r"(?!\w)" for phrase in answer.hallucinated if phrase.strip()]
+    found = (m for pattern in patterns for m in re.finditer(pattern, answer.prediction, re.IGNORECASE))
+    return [(m.start(), m.end(), "hallucinated") for m in found]
+
+
+def unsupported_spans(prediction: str, *known: str) -> list[tuple[int, int, str]]:
+    """Content words of an answer that neither the question, its options nor the reference use (ours; a hint, no verdict).
+
+    A true statement that the reference leaves out is marked too, and a false one in the reference's words is not.
+    """
+    words = {stem(word) for text in known for word in re.findall(r"\w+", text.lower())}
+    spans = []
+    for found in re.finditer(r"\w+", prediction):
+        word = found[0].lower()
+        if len(word) > 2 and word not in STOP_WORDS and stem(word) not in words:
+            spans.append((found.start(), found.end(), "unsupported"))
+    return spans
+
+
+def stem(word: str) -> str:
+    return word.removesuffix("s") if len(word) > 3 else word
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def picture(image: Image.Image, most_bytes: int = PICTURE_BYTES) -> Picture:
+    """A JPEG data URL of at most so many bytes before base64: first the quality gives way, then the size."""
+    side = SIDE
+    while True:
+        small = image.copy()
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+        for quality in (82, 70, 55, 40):
+            buffer = io.BytesIO()
+            small.save(buffer, "JPEG", quality=quality, optimize=True)
+            if buffer.tell() <= most_bytes or side <= 32:
+                return Picture("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *small.size)
+        side = side * 2 // 3
+
+
+def open_first(paths: Sequence[Path]) -> Image.Image | None:
+    for path in paths:
+        try:
+            return open_rgb(path, at_least=SIDE)
+        except ValueError:
+            continue
+    return None
+
+
+def add_pictures(case: Case, draw: Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]] | None = None) -> None:
+    """Photographs of a case, and overlays where `draw` is given and all photographs can be read."""
+    images = [open_first(paths) for paths in case.images]
+    budget = PICTURE_BYTES // max(len(images), 1)
+    case.photos = [None if image is None else picture(image, budget) for image in images]
+    readable = [image for image in images if image is not None]
+    case.overlays = [None] * len(images)
+    if draw is None or not images or len(readable) < len(images):
+        return
+    try:
+        drawn, case.overlay_level = draw(case, readable)
+    except ValueError as error:  # such as a question that holds the image token: the photograph is still there
+        case.overlay_level = f"no overlay: {error}"
+        return
+    case.overlays = [picture(image, budget) for image in drawn]
+
+
+def cluster_drawer(
+    model: Any, processor: Any, levels: dict[str, str] | None = None
+) -> Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]]:
+    """A function that draws the kept clusters of a case.
+
+    Args:
+        model ([`GranulonForConditionalGeneration`]): in eval mode, with levels.
+        processor ([`GranulonProcessor`]): its processor.
+        levels (`dict[str, str]`, *optional*): by sample id, the level to draw; by default the controller's choice.
+
+    Raises:
+        GalleryError: the model has no levels, hence no clusters.
+    """
+    import torch
+
+    from granulon_hf import overlay
+
+    if not model.config.granularity_levels:
+        raise GalleryError("The model for the overlay has no granularity levels, and so no clusters to draw.")
+
+    @torch.inference_mode()
+    def draw(case: Case, images: list[Image.Image]) -> tuple[list[Image.Image], str]:
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": case.question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            add_generation_prompt=True,
+        ).to(model.device)
+        level = (levels or {}).get(case.id, "")
+        if level not in model.config.level_names:
+            probs = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])[0]
+            level = model.config.level_names[int(probs.argmax())]
+        aggregation = model.aggregate(inputs["pixel_values"], level)
+        views = [
+            overlay.model_view(processor.image_processor, image, pixels, SIDE)
+            for image, pixels in zip(images, inputs["pixel_values"], strict=True)
+        ]
+        drawn = [overlay.draw_clusters(view, aggregation, i, size=2 * SIDE) for i, view in enumerate(views)]
+        # Whole pixels per patch changed the proportions a little: on the page the picture would jump.
+        return [one.resize(view.size, Image.Resampling.LANCZOS) for one, view in zip(drawn, views, strict=True)], level
+
+    return draw
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def ordered(cases: Iterable[Case], order: str) -> list[Case]:
+    """Cases by one of [`ORDERS`]; what has no key comes last, ties keep the order of the data."""
+
+    def key(case: Case) -> tuple[bool, float, int]:
+        value = case.keys()[order]
+        return value is None, value or 0.0, case.place
+
+    return sorted(cases, key=key)
+
+
+def means(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Per model over all cases: mean recall, share of right answers, and the judge's means over what it scored."""
+    table = []
+    for column in zip(*(case.answers for case in cases), strict=True):
+        row: dict[str, Any] = {"model": column[0].model, "right": 100 * sum(a.right for a in column) / len(column)}
+        row["recall"] = 100 * sum(a.recall for a in column) / len(column)
+        for name in ("accuracy", "hallucination"):
+            values = [getattr(a, name) for a in column if getattr(a, name) is not None]
+            row[name] = sum(values) / len(values) if values else None
+        table.append(row)
+    return table
+
+
+def digest(text: str) -> str:
+    """The source expression by which a Content-Security-Policy allows this text, and no other, as an inline script or style."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(str(text).encode()).digest()).decode()
+
+
+def write_gallery(
+    out: str | os.PathLike,
+    cases: Sequence[Case],
+    *,
+    title: str = "Case studies",
+    order: str = "recall",
+    limit: int | None = 200,
+    draw: Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]] | None = None,
+    overlay_model: str = "",
+    mark_unsupported: bool = False,
+    notes: Sequence[str] = (),
+    on_progress: Callable[[int], Any] = lambda done: None,
+) -> int:
+    """Write the page.
+
+    Everything that comes from models and data is text or an attribute that Jinja escapes, and none of it is inside of the
+    script or the style, which a Content-Security-Policy pins by their hashes.
+
+    Args:
+        cases (`list[Case]`): of [`join`].
+        order (`str`): one of [`ORDERS`].
+        limit (`int`, *optional*): only the first so many in that order.
+        draw (`callable`, *optional*): of [`cluster_drawer`].
+        overlay_model (`str`): what to call the model that draws.
+        mark_unsupported (`bool`): mark [`unsupported_spans`].
+        notes (`list[str]`): sentences for the head of the page.
+        on_progress (`callable`): called with 1 for each sample.
+
+    Returns:
+        `int`: size in bytes.
+    """
+    shown = ordered(cases, order)[:limit]
+    for case in shown:
+        add_pictures(case, draw)
+        for answer in case.answers:
+            spans = hallucinated_spans(answer)
+            if mark_unsupported:
+                spans += unsupported_spans(answer.prediction, case.question, case.reference, *case.choices)
+            answer.pieces = mark(answer.prediction, spans)
+        on_progress(1)
+    kinds = {kind for case in shown for answer in case.answers for kind, _ in answer.pieces if kind}
+    levels: dict[str, None] = {}  # in the order of the models' levels, not of the alphabet
+    for case in shown:
+        for answer in case.answers:
+            levels |= dict.fromkeys([*answer.probs, *([answer.level] if answer.level is not None else [])])
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["digest"] = digest
+    template = Path(__file__).with_name("gallery.html.jinja").read_text(encoding="utf-8")
+    page = environment.from_string(template).render(
+        title=title,
+        cases=shown,
+        total=len(cases),
+        models=[answer.model for answer in cases[0].answers],
+        means=means(cases),
+        judged=any(answer.judged is not None for case in cases for answer in case.answers),
+        order=order,
+        orders=ORDERS,
+        tasks=sorted({case.task for case in shown if case.task}),
+        levels=[level for level in levels if any(level == answer.level for case in shown for answer in case.answers)],
+        kinds=kinds | ({"unsupported"} if mark_unsupported else set()),
+        overlays=any(overlay is not None for case in shown for overlay in case.overlays),
+        overlay_model=overlay_model,
+        right_from=RIGHT_FROM,
+        notes=notes,
+    )
+    page = page.encode("utf-8", "replace").decode()  # half characters, as models make them, cannot be written
+    replace(Path(out), page)
+    return len(page.encode())
