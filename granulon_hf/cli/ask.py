@@ -24,6 +24,7 @@ import granulon_hf
 from granulon_hf import overlay as drawing
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
 from granulon_hf.data.images import LONGEST_ASPECT, to_rgb
+from granulon_hf.evaluation import models
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -115,15 +116,10 @@ def check_overlay(path: Path, images: list[str]) -> None:
 
 def pick_device(name: str) -> torch.device:
     """Raises BadInput where there is no such device."""
-    if name == "auto":
-        mps = torch.backends.mps.is_available()
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
     try:
-        device = torch.device(name)
-        torch.ones(1, device=device).item()  # "meta" has no numbers to give
-    except Exception:
-        raise BadInput(f"There is no usable device {name!r} here; try --device cpu.") from None
-    return device
+        return models.pick_device(name)
+    except ValueError as error:
+        raise BadInput(str(error)) from None
 
 
 def model_source(model: str | None, quiet: bool) -> tuple[str, str]:

@@ -73,5 +73,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # "meta" has no numbers to give
     except Exception:
-        raise ValueError(f"There is no usable device {name!r} here; try cpu.") from None
+        raise ValueError(f"There is no usable device {name!r} here; try --device cpu.") from None
     return device
