@@ -9,6 +9,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 
 from granulon_hf.data.shapes import Shapes
@@ -51,9 +52,12 @@ def wait_for(path, process, timeout=300):
         time.sleep(0.02)
 
 
-def kill(process):
-    os.killpg(process.pid, signal.SIGKILL)
+def kill(process, folder):
+    """`kill -9` of the launcher and of every worker, which torch puts into sessions of their own."""
+    for other in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        other.kill()
     process.communicate()
+    assert not (folder / "checkpoint-8").exists()
 
 
 def test_killed_and_resumed_it_is_the_same_run(tmp_path):
@@ -68,7 +72,7 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path):
 
     process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut)
     wait_for(cut / "checkpoint-4", process)
-    kill(process)
+    kill(process, cut)
     refused = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut))
     assert "already holds a run; say --resume_from_checkpoint last" in refused
     changed = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last", "--seed", "3"))
@@ -112,7 +116,7 @@ def test_zero2_with_two_processes_killed_and_resumed(tmp_path):
 
     process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut, **options)
     wait_for(cut / "checkpoint-4", process)
-    kill(process)
+    kill(process, cut)
     output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last", **options))
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
 
