@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from granulon_hf.evaluation.metrics import (
+    bert_scores,
     bootstrap_mean,
     chosen_option,
     corpus_captions,
@@ -92,3 +95,32 @@ def test_captions_are_the_libraries():
     assert scores["bleu"][0] == pytest.approx(sacrebleu.sentence_bleu(predictions[0], [references[0]]).score)
     assert scores["rouge_l"][2] == pytest.approx(100) and scores["rouge_l"][1] < 30
     assert scores["cider"][2] > scores["cider"][0] > scores["cider"][1]
+
+
+def test_bertscore_is_greedy_matching_of_token_states(tmp_path):
+    """F1 by hand: each word's best cosine among all tokens of the other side (bert-score lets it be a special one); an empty
+    answer scores 0."""
+    pytest.importorskip("bert_score")
+    words = "a red blue car bus dog is on the table of".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=64)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).eval()
+    model.save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
+    predictions, references = ["a red car", "the dog is on the table", ""], ["a blue car", "a dog on a red bus", "a dog"]
+
+    @torch.no_grad()
+    def states(text):
+        inputs = tokenizer(text, return_tensors="pt")
+        found = model(**inputs, output_hidden_states=True).hidden_states[2][0]
+        return found / found.norm(dim=-1, keepdim=True)
+
+    expected = []
+    for prediction, reference in zip(predictions[:2], references[:2], strict=True):
+        likeness = states(prediction) @ states(reference).T
+        precision = likeness.max(1).values[1:-1].mean().item()
+        recalled = likeness.max(0).values[1:-1].mean().item()
+        expected.append(2 * precision * recalled / (precision + recalled))
+    found = bert_scores(predictions, references, str(tmp_path), 2)
+    assert found[:2] == pytest.approx(expected, abs=1e-5) and found[2] == 0
