@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import granulon_hf
 from granulon_hf.data.images import open_rgb
@@ -105,6 +107,73 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
             }
         )
     return results
+
+
+@torch.inference_mode()
+def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequence[str]) -> dict[str, Any]:
+    """What `generate` needs to answer many questions about one image, with everything up to the pixel tokens computed once.
+
+    The tower runs once, and so does the decoder on the prompt up to the last pixel slot: pixel tokens do not depend on the
+    question, so that their keys and values are shared. Each question then adds its own semantic tokens and words. The answers
+    are those of [`answer_batch`].
+
+    Args:
+        image (`PIL.Image.Image`): in RGB.
+        questions (`list[str]`): Q questions.
+
+    Returns:
+        `dict`: `input_ids` [Q x L], `attention_mask`, `past_key_values`, `mm_encoder_outputs`, for `model.generate(**…)`.
+
+    Raises:
+        ValueError: the model has no levels, or its chat template puts something before the image that depends on the question.
+    """
+    if not model.config.granularity_levels:
+        raise ValueError("This model has no levels: what it sees does not depend on the question.")
+    processor.tokenizer.padding_side = "left"
+    content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for question in questions]
+    inputs = processor.apply_chat_template(
+        [[{"role": "user", "content": parts}] for parts in content],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    ).to(model.device)
+    ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(questions)
+    rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+    slots = (rows[0] == model.config.image_token_id).nonzero().flatten()
+    length = int(slots[0]) + len(slots) - model.config.num_semantic_slots  # of the prefix, pixel slots included
+    if any(not torch.equal(row[:length], rows[0][:length]) for row in rows):
+        raise ValueError("The prompts differ before the pixel tokens: they cannot be shared.")
+
+    level = model.get_granularity_probs(ids, mask, inputs["question_mask"]).argmax(-1)
+    features = model.model._patch_features(inputs["pixel_values"][:1], None, None)[0]
+    images = model.get_image_features(features.expand(count, -1, -1), granularity=level, return_dict=True)
+    encoded = torch.stack(list(images.pooler_output))
+    pixels = encoded.shape[1] - model.config.num_semantic_slots
+    prefix = rows[0][:length].unsqueeze(0)
+    embeds = model.get_input_embeddings()(prefix)
+    embeds = embeds.masked_scatter((prefix == model.config.image_token_id).unsqueeze(-1), encoded[:1, :pixels].to(embeds))
+    cache = DynamicCache(config=model.config.get_text_config())
+    model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    cache.batch_repeat_interleave(count)
+
+    # Prefix, padding, then what belongs to each question; slots that its level leaves empty are hidden like padding.
+    longest = max(map(len, rows))
+    new_ids = ids.new_full((count, longest), processor.tokenizer.pad_token_id)
+    new_mask = mask.new_zeros(count, longest)
+    for i, row in enumerate(rows):
+        start = longest - (len(row) - length)
+        new_ids[i, :length], new_mask[i, :length] = row[:length], 1
+        new_ids[i, start:], new_mask[i, start:] = row[length:], 1
+        new_mask[i, start : start + encoded.shape[1] - pixels] = images.slot_mask[i, pixels:].to(new_mask)
+    semantic = BaseModelOutputWithPooling(pooler_output=encoded[:, pixels:])
+    return {
+        "input_ids": new_ids,
+        "attention_mask": new_mask,
+        "past_key_values": cache,
+        "mm_encoder_outputs": {"image": semantic},
+    }
 
 
 def sample_has_image(sample: Sample) -> bool:

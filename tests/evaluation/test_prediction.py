@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
+from granulon_hf.data.images import open_rgb
 from granulon_hf.data.shapes import Shapes
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, answer_batch
+from granulon_hf.evaluation.prediction import Generation, PredictionRun, answer_batch, prefill_shared_image
+from tests.conftest import make_conversation, make_inputs
 
 SAMPLES = [Shapes(14)[i] for i in range(14)]
 
@@ -44,8 +46,6 @@ def test_answers_are_those_of_generate(talker):
     model, processor = talker()
     sample = SAMPLES[2]
     (row,) = answer_batch(model, processor, [sample], Generation(10))
-    from granulon_hf.data.images import open_rgb
-
     content = [{"type": "image", "image": open_rgb(sample.images[0])}, {"type": "text", "text": sample.question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
@@ -56,6 +56,30 @@ def test_answers_are_those_of_generate(talker):
     outputs = model(**inputs)
     assert row["granularity"] == model.config.level_names[outputs.granularity[0]]
     assert list(row["granularity_probs"].values()) == pytest.approx(outputs.granularity_probs[0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["granulon-qwen2.5", "granulon-llama3.2"])
+def test_many_questions_about_one_image_share_what_they_can(build, name):
+    """The same logits and answers as in an ordinary batch, at different levels, with the tower run once."""
+    model, processor = build(name)
+    picture = open_rgb(SAMPLES[3].images[0])
+    questions = [f"{word} " * (1 + n % 5) + "?" for n, word in enumerate("what where how red many circle left is".split())]
+    conversations = [make_conversation(question, [picture]) for question in questions]
+    plain = make_inputs(processor, conversations)
+    expected = model(**plain)
+    assert len(set(expected.granularity.tolist())) > 1
+    calls = []
+    model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    shared = prefill_shared_image(model, processor, picture, questions)
+    assert calls == [1]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    answers = model.generate(**shared, **options)[:, shared["input_ids"].shape[1] :]
+    assert torch.equal(answers, model.generate(**plain, **options)[:, plain["input_ids"].shape[1] :])
+    shared = prefill_shared_image(model, processor, picture, questions)
+    first = model.generate(
+        **shared, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    ).logits[0]
+    torch.testing.assert_close(first, expected.logits[:, -1].float(), atol=1e-4, rtol=1e-4)
 
 
 def test_a_level_can_be_forced(talker):
