@@ -1,7 +1,9 @@
 """The fair comparison: encoders under one language model, each trained and evaluated with identical settings."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import fields as dataclass_fields
 from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from granulon_hf.evaluation.prediction import replace
 from granulon_hf.evaluation.suite import Suite, run_suite
 from granulon_hf.training.arguments import make_parser, parse
-from granulon_hf.training.checkpoints import ADAPTER, RUN, last_checkpoint
+from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
 from granulon_hf.training.freezing import load_adapter_state
 from granulon_hf.training.run import build_model, train
 from granulon_hf.variants import DECODERS, ENCODERS
@@ -45,12 +47,15 @@ def check(config: dict[str, Any]) -> list[str]:
     if len(encoders) < 2 or len(set(encoders)) < len(encoders):
         raise ValueError("A comparison needs at least two different encoders.")
     for name in ("variant", "output_dir", "resume_from_checkpoint", "feature_cache"):
-        if name in config.get("train", {}):
+        if name in (config.get("train") or {}):
             raise ValueError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
+    fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out"}
+    if unknown := sorted(set(config.get("eval") or {}) - fields):
+        raise ValueError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
     known = {action.dest for action in make_parser()._actions} | {"cache_features"}
-    if unknown := sorted(set(config.get("train", {})) - known):
+    if unknown := sorted(set(config.get("train") or {}) - known):
         raise ValueError(f"`train` has {unknown[0]!r}, which examples/train.py does not know.")
-    if not config.get("eval", {}).get("data"):
+    if not (config.get("eval") or {}).get("data"):
         raise ValueError("`eval` needs `data`: what to evaluate on.")
     return [f"{name}-{config['llm']}" for name in encoders]
 
@@ -65,11 +70,12 @@ def compare(
     """
     names = check(config)
     suites = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
-    lines = {name: parse(training_arguments(config.get("train", {}), name, out)) for name in names}
+    lines = {name: parse(training_arguments(config.get("train") or {}, name, out)) for name in names}
     models: dict[str, tuple[Any, Any]] = {}
     for name, (model_args, data_args, args) in lines.items():
         folder = Path(args.output_dir or "")
         if (folder / ADAPTER).exists():
+            check_settings(folder / RUN, settings_of(model_args, data_args, args, world_size=args.world_size))
             continue
         if last_checkpoint(folder) is not None:
             args.resume_from_checkpoint = "last"
@@ -93,6 +99,10 @@ def compare(
 
     suite = Suite(**{"out": str(out / "evaluation"), **suites, "models": names})
     generation = with_changes(suite.generation, **config["eval"].get("generation", {}))
+    for name in names:  # answers of weights that are not there any more
+        weights, answers = out / name / "training" / ADAPTER, Path(suite.out) / name
+        if answers.exists() and any(file.stat().st_mtime < weights.stat().st_mtime for file in answers.rglob("run.json")):
+            shutil.rmtree(answers)
     result = run_suite(with_changes(suite, generation=generation), load_model, on_progress)
     replace(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
     plot_curves(names, out)

@@ -107,6 +107,8 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
     for place, row in rows_of(path):
         if named["image"] not in row and "images" in row and "image" not in (columns or {}):
             images = row["images"]
+            if images == []:  # a question without an image: one unscored sample
+                images = [None]
             if not isinstance(images, list) or len(images) != 1:
                 raise PredictionsError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
             row["image"] = images[0]

@@ -228,7 +228,7 @@ class PredictionRun:
         """What is there, by sample id; a torn last line is left out."""
         found: dict[str, dict[str, Any]] = {}
         for part in self.parts():
-            for line in part.read_text(encoding="utf-8").splitlines():
+            for line in part.read_text(encoding="utf-8").split("\n"):
                 try:
                     row = json.loads(line)
                     found.setdefault(row["id"], row)

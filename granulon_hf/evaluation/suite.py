@@ -92,7 +92,7 @@ class Suite:
         for name, values in (("model", self.models), ("data set", self.data)):
             if not values:
                 raise ValueError(f"There is no {name} to evaluate.")
-            if len(set(values)) < len(values):
+            if len({value.partition("=")[0] for value in values}) < len(values):
                 raise ValueError(f"A {name} is named twice.")
         if unknown := sorted(set(self.metrics or []) - set(METRICS)):
             raise ValueError(f"Unknown metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}.")
@@ -159,7 +159,7 @@ def run_suite(
             folder = out / slug(title) / slug(data)
             description = {
                 "model_source": source_state(source),
-                "data": {"name": data, "ids": digest_of(sample.id for sample in samples), "samples": len(samples)},
+                "data": {"name": data, "content": digest_of(samples), "samples": len(samples)},
                 "generation": suite.generation.settings(),
                 "dtype": suite.dtype,
             }
@@ -190,8 +190,16 @@ def run_suite(
     return result
 
 
-def digest_of(ids: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
+def digest_of(samples: Iterable[Sample]) -> str:
+    """Of everything that answers and scores depend on."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        parts: list[Any] = [sample.id, sample.prompt, sample.reference, sample.choices, sample.task]
+        for image in sample.images:
+            data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
+            parts.append(hashlib.sha256(data).hexdigest())
+        digest.update(json.dumps(parts, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
 
 
 def source_state(source: str) -> list[Any]:
@@ -210,7 +218,9 @@ def is_complete(folder: Path, samples: Sequence[Sample]) -> bool:
     file = folder / "predictions.jsonl"
     if not file.exists() or not (folder / "run.json").exists():
         return False
-    return {sample.id for sample in samples} <= {json.loads(line)["id"] for line in file.read_text().splitlines()}
+    return {sample.id for sample in samples} <= {
+        json.loads(line)["id"] for line in file.read_text(encoding="utf-8").split("\n") if line
+    }
 
 
 def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:

@@ -44,12 +44,15 @@ def test_rows_are_trained_alike_and_kept():
     assert run(CONFIG).exit_code == 0
     assert stamps == [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
 
+    other = run({**CONFIG, "train": {**TRAIN, "max_steps": 3}})
+    assert other.exit_code == 2 and "max_steps was 2 and is 3" in other.output
+
     run_json = Path("out/clip-qwen2.5/training/run.json")
     changed = json.loads(run_json.read_text())
-    changed["settings"]["learning_rate"] = 0.5
+    changed["settings"]["samples"] = 5
     run_json.write_text(json.dumps(changed))
     done = run(CONFIG)
-    assert done.exit_code == 2 and "not trained alike: learning_rate differ" in done.output
+    assert done.exit_code == 2 and "not trained alike: samples differ" in done.output
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,7 @@ def test_rows_are_trained_alike_and_kept():
         ({"train": {**TRAIN, "output_dir": "x"}}, "`output_dir` is set by the comparison"),
         ({"train": {**TRAIN, "learning_rat": 1}}, "learning_rat"),
         ({"eval": {}}, "`eval` needs `data`"),
+        ({"eval": {"data": ["shapes"], "metrik": ["recall"]}}, "`eval` has 'metrik'"),
         ({"evaluation": {}}, "unknown name 'evaluation'"),
     ],
 )

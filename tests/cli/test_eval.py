@@ -99,6 +99,7 @@ def test_yaml_and_folders():
         (["--data", "shapes"], "There is no model to evaluate"),
         (["--model", "tiny:clip-qwen2.5"], "There is no data set to evaluate"),
         (["--model", "tiny:clip-qwen2.5", "--model", "tiny:clip-qwen2.5", "--data", "shapes"], "named twice"),
+        (["--model", "tiny:clip-qwen2.5", "--data", "llava=a", "--data", "llava=b"], "named twice"),
         (["--model", "tiny:clip-gpt5", "--data", "shapes"], "Unknown variant"),
         (["--model", "nowhere/at-all", "--data", "shapes"], "Cannot find the model"),
         (["--model", ".", "--data", "shapes"], "holds no model"),
