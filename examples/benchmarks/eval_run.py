@@ -25,12 +25,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from granulon_hf.cli.eval import loader  # noqa: E402
+from granulon_hf.data.files import batches  # noqa: E402
 from granulon_hf.data.images import open_rgb  # noqa: E402
 from granulon_hf.data.shapes import Shapes  # noqa: E402
 from granulon_hf.evaluation.prediction import (  # noqa: E402
     Generation,
     answer_batch,
-    batched,
     prefill_shared_image,
 )
 
@@ -59,7 +59,7 @@ def main() -> dict:
         arms = [("one by one", 1), ("batched", args.batch_size)]
         for name, size in arms if round_number % 2 else arms[::-1]:
             started = clock()
-            rows = [row for batch in batched(samples, size) for row in answer_batch(model, processor, batch, generation)]
+            rows = [row for batch in batches(samples, size) for row in answer_batch(model, processor, batch, generation)]
             seconds[name].append(clock() - started)
             answers[name] = [row["prediction"] for row in rows]
     if answers["one by one"] != answers["batched"]:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
 from granulon_hf.data import DataError
+from granulon_hf.data.files import existing
 
 app = typer.Typer(
     help="Look inside: alignment layer by layer, and what granularity levels are worth.",
@@ -126,7 +127,7 @@ def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str,
 def check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {str(out)!r} is a file; it takes a folder.")
-    if not os.access(next(parent for parent in (out, *out.absolute().parents) if parent.exists()), os.W_OK):
+    if not os.access(existing(out), os.W_OK):
         raise BadInput(f"The folder {str(out)!r} cannot be written; say --out.")
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.data.files import existing, write_text
 
 app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
 
@@ -114,7 +115,7 @@ def run(
             show_estimate(console, judge.estimate(**inputs, **options), model)
             return
         work.judge_module.units_of(work.judge_module.columns_of(**inputs), work.judge_module.Options(**options))
-        if not os.access(next(parent for parent in (folder, *folder.absolute().parents) if parent.exists()), os.W_OK):
+        if not os.access(existing(folder), os.W_OK):
             raise BadInput(f"The folder {str(folder)!r} cannot be written; say --out.")
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
@@ -134,8 +135,9 @@ def run(
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None
     rows = work.judged(samples, result)
-    work.write_text(folder / "samples.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    work.write_text(folder / "results.json", json.dumps({"predictions": str(predictions), **result}, indent=1) + "\n")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_text(folder / "samples.jsonl", lines, errors="replace")
+    write_text(folder / "results.json", json.dumps({"predictions": str(predictions), **result}, indent=1) + "\n")
     work.write_report(folder / "report.html", f"{predictions.name} judged by {model}", samples, result, show)
     show_result(console, result, rows, folder)
 

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from granulon_hf.data import pictures, prepared
 from granulon_hf.data.adapter import DataError
+from granulon_hf.data.files import write_text
 from granulon_hf.data.loading import Problem, Samples, load
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sources import StreamSource
@@ -229,12 +230,6 @@ def embed(sample: Sample) -> Sample:
         for image in sample.images
     ]
     return sample
-
-
-def write_text(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def make_card(samples: Samples, manifest: dict[str, Any], tasks: Counter[str]) -> str:

@@ -28,8 +28,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.files import write_text
 from granulon_hf.data.sample import Sample
-from granulon_hf.evaluation.prediction import Generation, answer_batch, replace
+from granulon_hf.evaluation.prediction import Generation, answer_batch
 
 ANSWERS = ("prediction", "reference")
 TOKENS = ("content", "all")
@@ -186,7 +187,7 @@ class AlignmentRun:
                     f"{str(self.folder)!r} was made with another {' and '.join(changed)}; name another folder, or remove it."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        replace(known, json.dumps(self.description, indent=1) + "\n")
+        write_text(known, json.dumps(self.description, indent=1) + "\n")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """What is there, one sample at a time; a torn line, of a run that was killed, is left out."""
@@ -445,5 +446,5 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun]) -> dict[str
         "band": f"95 % percentile Poisson bootstrap, {N_RESAMPLES} resamples, seed 0",
         "layers": "decoder layers from 1, as transformers' hidden_states[1:]",
     }
-    replace(folder / "alignment.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "alignment.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return summary

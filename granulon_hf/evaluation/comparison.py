@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from granulon_hf.evaluation.prediction import replace
+from granulon_hf.data.files import write_text
 from granulon_hf.evaluation.suite import Suite, run_suite
 from granulon_hf.training.arguments import make_parser, parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
@@ -104,7 +104,7 @@ def compare(
         if answers.exists() and any(file.stat().st_mtime < weights.stat().st_mtime for file in answers.rglob("run.json")):
             shutil.rmtree(answers)
     result = run_suite(with_changes(suite, generation=generation), load_model, on_progress)
-    replace(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
+    write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
     plot_curves(names, out)
     return result
 

@@ -15,9 +15,10 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from granulon_hf.data.files import write_text
 from granulon_hf.data.images import open_rgb
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
-from granulon_hf.evaluation.prediction import PredictionRun, replace
+from granulon_hf.evaluation.prediction import PredictionRun
 
 SIDE = 480  # pixels, long side of a picture
 # Photograph and overlay of 200 samples stay below 20 MB: 2 x 32 kB, a third more in base64.
@@ -506,5 +507,5 @@ def write_gallery(
         notes=notes,
     )
     page = page.encode("utf-8", "replace").decode()  # half characters, as models make them, cannot be written
-    replace(Path(out), page)
+    write_text(Path(out), page)
     return len(page.encode())

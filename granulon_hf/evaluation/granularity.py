@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from granulon_hf.data.files import write_text
 from granulon_hf.data.images import open_rgb
 from granulon_hf.data.sample import Sample
 from granulon_hf.evaluation.metrics import SCORERS, bootstrap_mean, paired_difference
 from granulon_hf.evaluation.prediction import Generation, PredictionRun
-from granulon_hf.evaluation.prediction import replace as write
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")
@@ -483,9 +483,9 @@ def report(
     folder = Path(folder)
     choices, policies = choice_table(found, fields), policy_table(found, fields)
     sweep = sweep_table(cells, fields) if cells else []
-    write(folder / "granularity.md", markdown(choices, policies, sweep, title))
+    write_text(folder / "granularity.md", markdown(choices, policies, sweep, title))
     result = {"settings": settings, "choices": choices, "levels": policies, "sweep": sweep}
-    write(folder / "granularity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "granularity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     pq.write_table(pa.Table.from_pylist(long_rows(found, cells)), folder / "granularity.parquet")
     plot_choices(choices).savefig(folder / "choices.png", dpi=150)
     plot_policies(policies).savefig(folder / "levels.png", dpi=150)

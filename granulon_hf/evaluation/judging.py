@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from granulon_hf.data.files import write_text
 from granulon_hf.judge import judge as judge_module
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
@@ -198,14 +199,7 @@ def write_report(path: Path, title: str, samples: list[Prediction], result: dict
     template = Path(__file__).with_name("judge_report.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(template).render(title=title, result=result, cards=cards, n=len(rows), histograms=histograms)
-    write_text(path, page)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(part, path)
+    write_text(path, page, errors="replace")
 
 
 def install() -> Path:

@@ -24,9 +24,10 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from granulon_hf.data.files import batches
 from granulon_hf.data.sample import Sample
 from granulon_hf.evaluation.models import load_model
-from granulon_hf.evaluation.prediction import Generation, answer_batch, batched
+from granulon_hf.evaluation.prediction import Generation, answer_batch
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_NEW_TOKENS = 1024  # of a task that names none; as lmms-eval's LLaVA
@@ -120,7 +121,7 @@ class Granulon(lmms):
         """Short prompts beside short ones; images are read when their batch is."""
         indices = sorted(indices, key=lambda index: len(requests[index].args[0]))
         with tqdm(total=len(indices), desc=title, disable=self.rank != 0) as bar:
-            for batch in batched(indices, self.batch_size):
+            for batch in batches(indices, self.batch_size):
                 yield list(batch), [requests[index] for index in batch]
                 bar.update(len(batch))
 

@@ -15,6 +15,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import granulon_hf
+from granulon_hf.data.collator import conversation
+from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.images import open_rgb
 from granulon_hf.data.sample import Sample
 from granulon_hf.training.features import fingerprint
@@ -43,6 +45,19 @@ class Generation:
         return {name: value for name, value in vars(self).items() if name != "batch_size"}
 
 
+def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
+    """Inputs of `generate` for conversations with their images, padded on the left."""
+    processor.tokenizer.padding_side = "left"
+    return processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    )
+
+
 @torch.inference_mode()
 def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generation: Generation) -> list[dict[str, Any]]:
     """Answers to a batch of samples.
@@ -59,23 +74,8 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
     Raises:
         ValueError: an image that cannot be used.
     """
-    conversations = []
-    for sample in samples:
-        images = iter([open_rgb(image) for image in sample.images])
-        turns = []
-        for message in sample.prompt:
-            parts = [{"type": "image", "image": next(images)} if p["type"] == "image" else p for p in message["content"]]
-            turns.append({**message, "content": parts})
-        conversations.append(turns)
-    processor.tokenizer.padding_side = "left"
-    inputs = processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    ).to(model.device)
+    conversations = [conversation(sample.prompt, [open_rgb(image) for image in sample.images]) for sample in samples]
+    inputs = encode_prompts(processor, conversations).to(model.device)
     has_levels, has_images = bool(model.config.granularity_levels), "pixel_values" in inputs
     probs: list[Any] = [None] * len(samples)
     levels: list[Any] = [None] * len(samples)
@@ -129,16 +129,8 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
     """
     if not model.config.granularity_levels:
         raise ValueError("This model has no levels: what it sees does not depend on the question.")
-    processor.tokenizer.padding_side = "left"
     content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for question in questions]
-    inputs = processor.apply_chat_template(
-        [[{"role": "user", "content": parts}] for parts in content],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    ).to(model.device)
+    inputs = encode_prompts(processor, [[{"role": "user", "content": parts}] for parts in content]).to(model.device)
     ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(questions)
     rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
     slots = (rows[0] == model.config.image_token_id).nonzero().flatten()
@@ -219,7 +211,7 @@ class PredictionRun:
     def write_description(self) -> None:
         versions = {"granulon_hf": granulon_hf.__version__, "torch": torch.__version__}
         content = {"description": self.description, "versions": versions}
-        replace(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
+        write_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
 
     def parts(self) -> list[Path]:
         return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]
@@ -268,7 +260,7 @@ class PredictionRun:
         with open(self.folder / f"part-{index:03}.jsonl", "a", encoding="utf-8") as file:
             if file.tell() and not (self.folder / f"part-{index:03}.jsonl").read_bytes().endswith(b"\n"):
                 file.write("\n")
-            for batch in batched(mine, generation.batch_size):
+            for batch in batches(mine, generation.batch_size):
                 for row in self.answer(model, processor, batch, generation):
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
@@ -279,7 +271,7 @@ class PredictionRun:
         rows = self.rows()
         result = [rows[name] for name in order if name in rows]
         if index == 0:
-            replace(self.folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result))
+            write_text(self.folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result))
             for part in self.folder.glob("part-*.jsonl"):
                 part.unlink()
         if state is not None:
@@ -331,14 +323,3 @@ def suffix(data: bytes | None, path: str | None) -> str:
         return Path(path or "").suffix.lower() or ".bin"
     signatures = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"))
     return next((end for start, end in signatures if data.startswith(start)), ".bin")
-
-
-def replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def batched(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]

@@ -12,9 +12,10 @@ import jinja2
 from accelerate import PartialState
 
 from granulon_hf.data import DataError, Sample, load
+from granulon_hf.data.files import write_text
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.evaluation.metrics import SCORERS, bert_scores, bootstrap_mean, corpus_captions, paired_difference
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model, replace
+from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model
 
 # recipe.md: figures of the paper, for reference; percent, GPT scores 0 to 100.
 PAPER = {
@@ -165,7 +166,8 @@ def run_suite(
             }
             if is_complete(folder, samples):
                 run = PredictionRun(folder, {**described(folder), **description})
-                rows = [run.rows()[sample.id] for sample in samples]
+                known = run.rows()
+                rows = [known[sample.id] for sample in samples]
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
@@ -183,10 +185,10 @@ def run_suite(
                 scores[title][data] = score_rows(suite, rows, folder)
     result = {"models": list(scores), "data": list(sets), "scores": scores}
     if state.is_main_process:
-        replace(out / "scores.json", json.dumps(result) + "\n")
+        write_text(out / "scores.json", json.dumps(result) + "\n")
         table = make_table(result)
-        replace(out / "table.md", markdown(table))
-        replace(out / "table.html", html(table))
+        write_text(out / "table.md", markdown(table))
+        write_text(out / "table.html", html(table))
     return result
 
 
@@ -273,7 +275,7 @@ def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path, names: li
             rows, result["accuracy_scores"], result["hallucination_scores"], result["reasons"], strict=True
         )
     ]
-    replace(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     both = {"judge": result["accuracy_scores"], "hallucination": result["hallucination_scores"]}
     return {name: both[name] for name in both if name in names}
 

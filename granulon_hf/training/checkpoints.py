@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import logging
 
+from granulon_hf.data.files import existing
 from granulon_hf.training.arguments import RecipeError
 
 logger = logging.get_logger(__name__)
@@ -109,7 +110,7 @@ def find_resume(resume: str | None, output_dir: str) -> str | None:
     folder = Path(output_dir)
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"--output_dir {output_dir!r} is a file; it takes a folder.")
-    if not os.access(next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists()), os.W_OK):
+    if not os.access(existing(folder), os.W_OK):
         raise RecipeError(f"--output_dir {output_dir!r} cannot be written; name another.")
     if resume is None:
         if checkpoints(output_dir):

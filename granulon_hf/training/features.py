@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from rich.progress import track
 
+from granulon_hf.data.files import batches
 from granulon_hf.data.images import open_rgb
 from granulon_hf.training.arguments import RecipeError
 
@@ -148,14 +149,3 @@ def fingerprint(module: torch.nn.Module) -> str:
     for name, parameter in sorted(module.named_parameters()):
         found.update(name.encode() + parameter.detach().flatten()[::997].float().cpu().numpy().tobytes())
     return found.hexdigest()[:32]
-
-
-def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -25,6 +25,7 @@ import granulon_hf
 from granulon_hf import variants
 from granulon_hf.data import DataError, Sample, load
 from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.files import existing
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
@@ -251,10 +252,6 @@ def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
             f"--output_dir has {free / 2**30:.1f} GiB free, and {(args.save_total_limit or 1) + 1} checkpoints may take "
             f"{kept / 2**30:.1f} GiB; make room, or lower --save_total_limit."
         )
-
-
-def existing(path: Path) -> Path:
-    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, samples: Any) -> dict[str, Any]:

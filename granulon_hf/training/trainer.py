@@ -240,11 +240,10 @@ def sync(folder: Path) -> None:
 
 def fill_missing(module, state_dict, prefix, *args) -> None:
     """Weights that a checkpoint does not hold stay as they are."""
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    own = module.state_dict()
-    for name, value in own.items():
-        if prefix + name not in state_dict and (name in frozen or name not in dict(trainable(module))):
-            state_dict[prefix + name] = value
+    trained = {name for name, _ in trainable(module)}
+    for name, value in module.state_dict().items():
+        if name not in trained:
+            state_dict.setdefault(prefix + name, value)
 
 
 def peak_flops() -> float | None:
