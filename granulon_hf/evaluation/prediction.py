@@ -19,6 +19,7 @@ from granulon_hf.data.collator import conversation
 from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.images import open_rgb
 from granulon_hf.data.sample import Sample
+from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.training.features import fingerprint
 
 
@@ -316,6 +317,33 @@ class PredictionRun:
                 shutil.copyfile(image["path"], part)
             os.replace(part, target)
         return str(target.relative_to(self.folder))
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, data: str, generation: Generation) -> None:
+    """Rows of a run as a table; tables of several runs have the same columns, and can be read as one.
+
+    As in `predictions.jsonl`, with model, data set and generation in every row. What can hold anything (`meta`, and `extra` of
+    the generation) is JSON; images are paths below the folder of the run.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text, whole = pa.string(), pa.int64()
+    # Models without levels have the columns of the others, and nothing in them.
+    found = dict.fromkeys(name for row in rows for name in row.get("granularity_probs") or ())
+    names = list(found) or [level["name"] for level in DEFAULT_GRANULARITY_LEVELS]
+    strings = ("model", "data", "id", "question", "reference", "task", "meta", "prediction", "error", "granularity")
+    columns: dict[str, Any] = dict.fromkeys(strings, text)
+    columns |= {"choices": pa.list_(text), "images": pa.list_(text), "prompt_tokens": whole, "new_tokens": whole}
+    columns |= {"seconds": pa.float64(), "granularity_probs": pa.struct(dict.fromkeys(names, pa.float64()))}
+    columns["generation"] = pa.struct({"max_new_tokens": whole, "granularity": text, "visual_stream": text, "extra": text})
+    settings = generation.settings()
+    settings["extra"] = json.dumps(settings["extra"], default=str)
+    own = {"model": model, "data": data, "generation": settings}
+    full = [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows]
+    part = path.with_name(f".{path.name}.part")
+    pq.write_table(pa.Table.from_pylist(full, schema=pa.schema(columns)), part)
+    os.replace(part, path)
 
 
 def suffix(data: bytes | None, path: str | None) -> str:

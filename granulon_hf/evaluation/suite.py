@@ -10,12 +10,14 @@ from typing import Any
 
 import jinja2
 from accelerate import PartialState
+from transformers import AutoConfig
 
-from granulon_hf.data import DataError, Sample, load
+from granulon_hf.data import Sample
 from granulon_hf.data.files import write_text
-from granulon_hf.data.shapes import Shapes
 from granulon_hf.evaluation.metrics import SCORERS, bert_scores, bootstrap_mean, corpus_captions, paired_difference
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model
+from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model, write_parquet
+from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
+from granulon_hf.training.run import command_line
 
 # recipe.md: figures of the paper, for reference; percent, GPT scores 0 to 100.
 PAPER = {
@@ -90,36 +92,30 @@ class Suite:
     judge: dict[str, Any] | None = None
 
     def __post_init__(self):
-        for name, values in (("model", self.models), ("data set", self.data)):
+        for name, values in (("model", self.models), ("data set", self.data), ("metric", self.metrics)):
+            if values is None:
+                continue
+            if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+                raise ValueError(f"What to take as {name} is a list of names, not {values!r}.")
             if not values:
                 raise ValueError(f"There is no {name} to evaluate.")
             if len({value.partition("=")[0] for value in values}) < len(values):
                 raise ValueError(f"A {name} is named twice.")
+        for name, number, least in (("limit", self.limit, 1), ("seed", self.seed, 0)):
+            if number is not None and (not isinstance(number, int) or number < least):
+                raise ValueError(f"The {name} is a whole number from {least}, not {number!r}.")
         if unknown := sorted(set(self.metrics or []) - set(METRICS)):
             raise ValueError(f"Unknown metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}.")
         if {"judge", "hallucination"} & set(self.metrics or []) and self.judge is None:
             raise ValueError("The metric 'judge' needs a judge: say which, such as --judge gpt-4o.")
 
 
-def read_samples(suite: Suite, name: str) -> list[Sample]:
-    """The samples of a set; problems of rows are told by `load` and left out.
-
-    Raises:
-        ValueError: the set cannot be read, or is empty.
-    """
+def open_set(suite: Suite, name: str) -> Any:
+    """Samples of a set, not gone through yet. Raises ValueError where it cannot be read."""
     name, _, source = name.partition("=")
-    if name == "shapes":
-        shapes = Shapes(suite.limit or 300, seed=1000 + suite.seed)  # not those of training
-        return [shapes[i] for i in range(len(shapes))]
-    options = {"split": suite.split, "preset": suite.preset, "limit": suite.limit, "source": source or None}
-    try:
-        arguments: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-        samples = list(load(name, seed=suite.seed, **arguments))
-    except (DataError, OSError) as error:
-        raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
-    if not samples:
-        raise ValueError(f"The data {name!r} has no samples.")
-    return samples
+    # Split and preset are those of the sets beside the drawn one.
+    options = {} if name == "shapes" else {"split": suite.split, "preset": suite.preset}
+    return open_samples(name, drawn=300, seed=suite.seed, limit=suite.limit, source=source or None, **options)
 
 
 def slug(text: str) -> str:
@@ -127,10 +123,40 @@ def slug(text: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in text).strip("-.") or "unnamed"
 
 
+def titles_of(sources: Sequence[str]) -> dict[str, str]:
+    """What each model is called: its folder's name, or its source. Raises ValueError where two would share a folder."""
+    titles = {source: source.rstrip("/").split("/")[-1] if os.path.isdir(source) else source for source in sources}
+    for i, source in enumerate(sources):
+        if slug(titles[source]) in [slug(titles[other]) for other in sources[:i]]:
+            raise ValueError(f"Two models have the name {titles[source]!r}; rename a folder.")
+    return titles
+
+
+def check_encoder(suite: Suite) -> None:
+    """Raises ValueError where BERTScore is asked for and its encoder is not there."""
+    if "bertscore" not in (suite.metrics or []):
+        return
+    try:
+        AutoConfig.from_pretrained(suite.bertscore_model)
+    except (OSError, ValueError) as error:
+        reason = one_sentence(error)
+        raise ValueError(
+            f"The encoder {suite.bertscore_model!r} of BERTScore cannot be loaded ({reason}); a folder will do too."
+        ) from error
+    if os.path.isdir(suite.bertscore_model) and suite.bertscore_layers is None:
+        raise ValueError("For an encoder in a folder say --bertscore-layers: which of its layers BERTScore compares.")
+
+
+def one_sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+
+
 def run_suite(
     suite: Suite,
     load_model: Callable[[str, str, str], tuple[Any, Any, str]],
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_set: Callable[[str], None] = lambda line: None,
+    check_models: Callable[[list[str], str, str], None] = lambda sources, device, dtype: None,
 ) -> dict[str, Any]:
     """Predict, score, and write the tables; everything that is there already is kept.
 
@@ -139,25 +165,41 @@ def run_suite(
         load_model (`callable`): (source, device, dtype) → model, processor, name; called once a model, and only where answers
             are missing.
         on_progress (`callable`): (what, newly done, total).
+        on_set (`callable`): called with a line on each set, of its samples and what was left out, before a model is loaded.
+        check_models (`callable`): (sources, device, dtype) of all models whose answers are missing; raises ValueError for what
+            can be seen to be wrong before the first is loaded.
 
     Returns:
-        `dict`: `{"models": [...], "data": [...], "scores": {model: {data: {metric: [value of each sample]}}}}`, what the tables
-        are made from.
+        `dict`: `models`, `data` (names), `sets` (`{data: {"samples": number, "left_out": rows, files, filtered}}`), `scores`
+        (`{model: {data: {metric: [value of each sample]}}}`) and `failed` (`{model: {data: number}}`, samples without an
+        answer, which are scored as empty ones): what the tables are made from, and what `scores.json` holds.
 
     Raises:
         ValueError: data or a model cannot be used; before a model is loaded where that can be known.
     """
-    state, out = PartialState(), Path(suite.out)
-    sets = {name.partition("=")[0]: read_samples(suite, name) for name in suite.data}
+    state, out, titles = PartialState(), Path(suite.out), titles_of(suite.models)
+    check_encoder(suite)
+    sets: dict[str, list[Sample]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    for name in suite.data:
+        opened, data = open_set(suite, name), name.partition("=")[0]
+        sets[data] = list(opened)
+        if not sets[data]:
+            raise no_sample(data, opened)
+        about[data] = {"samples": len(sets[data]), "left_out": left_out(opened)}
+        on_set(f"{data}: {describe_set(len(sets[data]), about[data]['left_out'])}")
+    folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(f"Two data sets would share a folder: {', '.join(sets)}; rename one.")
+    wanting = {source for (source, data), folder in folders.items() if not is_complete(folder, sets[data])}
+    check_models([source for source in suite.models if source in wanting], suite.device, suite.dtype)
     scores: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    for source in suite.models:
+    failed: dict[str, dict[str, int]] = {}
+    for source, title in titles.items():
         model = processor = None
-        title = source.rstrip("/").split("/")[-1] if os.path.isdir(source) else source
-        if title in scores:
-            raise ValueError(f"Two models have the name {title!r}; rename a folder.")
-        scores[title] = {}
+        scores[title], failed[title] = {}, {}
         for data, samples in sets.items():
-            folder = out / slug(title) / slug(data)
+            folder = folders[source, data]
             description = {
                 "model_source": source_state(source),
                 "data": {"name": data, "content": digest_of(samples), "samples": len(samples)},
@@ -171,6 +213,9 @@ def run_suite(
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
+                    level, levels = suite.generation.granularity, [one["name"] for one in model.config.granularity_levels]
+                    if level is not None and levels and level not in levels:
+                        raise ValueError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
                 run = PredictionRun(folder, {**description, "model": describe_model(source, model)})
                 what, total = f"{title} on {data}", len(samples)
                 rows = run.run(
@@ -181,9 +226,17 @@ def run_suite(
                     state=state,
                     on_progress=lambda done, what=what, total=total: on_progress(what, done, total),  # type: ignore[misc]
                 )
+            if all("error" in row for row in rows):
+                raise ValueError(
+                    f"{title} could answer none of the samples of {data} ({rows[0]['error'].rstrip('.')}); when that "
+                    f"is mended, remove {str(folder)!r}."
+                )
             if state.is_main_process:
+                write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=suite.generation)
+                failed[title][data] = sum("error" in row for row in rows)
                 scores[title][data] = score_rows(suite, rows, folder)
-    result = {"models": list(scores), "data": list(sets), "scores": scores}
+    result = {"models": list(scores), "data": list(sets), "sets": about, "scores": scores, "failed": failed}
+    result["command"] = command_line()
     if state.is_main_process:
         write_text(out / "scores.json", json.dumps(result) + "\n")
         table = make_table(result)
@@ -307,6 +360,7 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
                 "high": high,
                 "n": len(scored),
                 "unscored": len(values) - len(scored),
+                "failed": result["failed"][model][data],
             }
             base = result["scores"][first][data].get(metric) or []
             pairs = [(a, b) for a, b in zip(values, base, strict=False) if a is not None and b is not None]
@@ -321,7 +375,10 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
             cells = [{"mean": figures[c]} if c in figures else None for c in columns]
             if any(cells):
                 rows.append({"name": f"{name} (paper)", "cells": cells, "paper": True})
-    return {"columns": columns, "rows": rows, "first": first}
+    counts = {data: about["samples"] for data, about in result["sets"].items()}
+    told = {data: describe_set(about["samples"], about["left_out"]) for data, about in result["sets"].items()}
+    remarks = [f"{data}: {told[data]}." for data, about in result["sets"].items() if any(about["left_out"].values())]
+    return {"columns": columns, "rows": rows, "first": first, "counts": counts, "remarks": remarks}
 
 
 def cell_text(cell: dict[str, Any] | None) -> str:
@@ -332,6 +389,8 @@ def cell_text(cell: dict[str, Any] | None) -> str:
     text = f"{cell['mean']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
     if cell["unscored"]:
         text += f" ({cell['unscored']} unscored)"
+    if cell["failed"]:
+        text += f" ({cell['failed']} without an answer)"
     if "difference" in cell:
         d = cell["difference"]
         text += f"; {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}], p = {d['p']:.3f}"
@@ -340,14 +399,14 @@ def cell_text(cell: dict[str, Any] | None) -> str:
 
 def markdown(table: dict[str, Any]) -> str:
     escape = str.maketrans({"|": "\\|", "\n": " "})
-    head = ["model", *(f"{data}: {metric}" for data, metric in table["columns"])]
+    head = ["model", *(f"{data}: {metric} (n = {table['counts'][data]})" for data, metric in table["columns"])]
     lines = ["| " + " | ".join(cell.translate(escape) for cell in head) + " |", "|" + "---|" * len(head)]
     for row in table["rows"]:
         cells = [row["name"], *(cell_text(cell) for cell in row["cells"])]
         if row["paper"]:
             cells = [f"*{cell}*" if cell else "" for cell in cells]
         lines.append("| " + " | ".join(cell.translate(escape) for cell in cells) + " |")
-    return "\n".join(lines) + f"\n\n{NOTE.format(first=table['first'])}\n"
+    return "\n\n".join(["\n".join(lines), NOTE.format(first=table["first"]), *table["remarks"]]) + "\n"
 
 
 NOTE = (

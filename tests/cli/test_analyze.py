@@ -76,7 +76,7 @@ def test_granularity(run, tmp_path):
         ((*ALIGNMENT, "--model", "tiny:nothing"), "Unknown variant 'nothing'"),
         ((*ALIGNMENT, "--model", "."), "holds no model"),
         ((*ALIGNMENT, "--data", "nowhere"), "no data set or prepared folder 'nowhere'"),
-        ((*ALIGNMENT, "--split", "train"), "no --split"),
+        ((*ALIGNMENT, "--split", "train"), "have no split"),
         ((*ALIGNMENT, "--device", "abacus"), "no usable device"),
         ((*ALIGNMENT, "--dtype", "int8"), "Unknown dtype"),
         ((*GRANULARITY, "--score", "bleu"), "Unknown score 'bleu'"),
@@ -94,10 +94,37 @@ def test_bad_input(run, no_model, arguments, words):
 
 
 def test_a_file_in_the_way(run, no_model, tmp_path):
-    (tmp_path / "out").write_text("")
+    (tmp_path / "file").write_text("")
     for arguments in (ALIGNMENT, GRANULARITY):
-        done = run(*arguments)
-        assert done.exit_code == 2 and "is a file; it takes a folder" in done.stderr
+        for out in ("file", "file/below/it"):
+            done = run(*arguments, "--out", out)
+            assert done.exit_code == 2 and f"--out '{out}' takes a folder" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_what_is_left_out_is_told(run, tmp_path):
+    rows = [tables.okvqa_row(0), tables.okvqa_row(1, image={"bytes": b"garbage", "path": None})]
+    tables.write(tmp_path / "data" / "validation-00000-of-00001.parquet", rows, tables.OKVQA)
+    for command, file in ((ALIGNMENT, "alignment.json"), (GRANULARITY[:-2], "granularity.json")):
+        done = run(*command, "--data", "a-okvqa", "--source", tmp_path, "--out", command[0])
+        assert done.exit_code == 0, done.output
+        assert "a-okvqa: 1 samples, 1 left out: the image cannot be used" in done.stdout
+        result = json.loads((tmp_path / command[0] / file).read_text())
+        left = result.get("left_out_of_data") or result["settings"]["left_out"]
+        assert [row["row"] for row in left["rows"]] == [1]
+
+
+def test_nothing_to_look_at_is_known_before_a_model_is(run, no_model, tmp_path):
+    rows = [tables.okvqa_row(1, image={"bytes": b"garbage", "path": None})]
+    tables.write(tmp_path / "data" / "validation-00000-of-00001.parquet", rows, tables.OKVQA)
+    for command in (ALIGNMENT, GRANULARITY):
+        done = run(*command, "--data", "a-okvqa", "--source", tmp_path)
+        assert done.exit_code == 2 and "can be used: 0 samples, 1 left out: the image" in done.stderr, done.output
+
+
+def test_scenes_are_not_those_of_training(run, tmp_path):
+    assert run(*ALIGNMENT).exit_code == 0
+    ids = pq.read_table("out/alignment.parquet")["id"].to_pylist()
+    assert ids and all(int(name.split("-")[1]) >= 1000 for name in ids)
 
 
 def test_models_that_do_not_fit(run):

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 
 from granulon_hf import variants
 from granulon_hf.cli import app
+from granulon_hf.data.shapes import Shapes
+from granulon_hf.evaluation import models
 from granulon_hf.evaluation.metrics import recall
+from tests.data import tables
 from tests.judge.server import Reply, Server
 
 ROOT = Path(__file__).parents[2]
@@ -27,12 +30,24 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["eval", *map(str, arguments)])
+
+
 def run(*arguments):
-    return CliRunner().invoke(app, ["eval", "run", *map(str, arguments)])
+    return invoke("run", *arguments)
 
 
 MODELS = ["--model", "tiny:clip-qwen2.5", "--model", "tiny:granulon-qwen2.5"]
 SHORT = ["--data", "shapes", "--limit", 8, "--max-new-tokens", 4]
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def load_model(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load_model", load_model)
 
 
 def rows(folder):
@@ -48,7 +63,7 @@ def test_predictions_scores_and_tables():
         scores = result["scores"][model]["shapes"]
         assert len(found) == 8 and scores["recall"] == [recall(row["prediction"], row["reference"]) for row in found]
     table = Path("out/table.md").read_text()
-    assert "| shapes: recall | shapes: exact |" in table and "p = " in table
+    assert "| shapes: recall (n = 8) | shapes: exact (n = 8) |" in table and "p = " in table
     assert "<script" not in Path("out/table.html").read_text()
     again = run(*MODELS, *SHORT, "--out", "out", "--metric", "recall", "--metric", "exact")
     assert again.exit_code == 0 and json.loads(Path("out/scores.json").read_text()) == result
@@ -91,6 +106,107 @@ def test_yaml_and_folders():
     os.utime("mine/model.safetensors", (1, 1))
     done = run("suite.yaml", "--limit", 2)
     assert done.exit_code == 2 and "predictions of another" in done.output
+
+
+def test_what_is_left_out_is_told_everywhere():
+    records = [
+        {"id": "0", "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", "This.")},
+        {"id": "1", "image": "gone.jpg", "conversations": tables.turn("<image>\nWhat?", "That.")},
+        {"id": "2", "conversations": []},
+    ]
+    tables.chat(Path("chat"), records)
+    done = run("--model", "tiny:clip-qwen2.5", "--data", "llava=chat", *SHORT, "--out", "out")
+    assert done.exit_code == 0, done.output
+    line = "llava: 1 samples, 2 left out: "
+    assert line in done.stderr and "shapes: 8 samples, 0 left out\n" in done.stderr
+    sets = json.loads(Path("out/scores.json").read_text())["sets"]
+    assert [sets[name]["samples"] for name in ("llava", "shapes")] == [1, 8]
+    assert [row["row"] for row in sets["llava"]["left_out"]["rows"]] == [1, 2]
+    for name in ("table.md", "table.html"):
+        text = Path("out", name).read_text()
+        assert line in text and "gone.jpg" in text and "n = 1" in text and "n = 8" in text and "shapes: 8" not in text
+
+
+def test_answers_that_could_not_be_made_are_counted(monkeypatch):
+    whole = Shapes.__getitem__
+
+    def broken(self, index):
+        sample = whole(self, index)
+        sample.images = [{"bytes": b"broken", "path": None}] if index == 1 else sample.images
+        return sample
+
+    monkeypatch.setattr(Shapes, "__getitem__", broken)
+    assert run(*MODELS[2:], *SHORT, "--out", "out").exit_code == 0
+    assert json.loads(Path("out/scores.json").read_text())["failed"] == {"tiny:granulon-qwen2.5": {"shapes": 1}}
+    assert "(1 without an answer)" in Path("out/table.md").read_text()
+
+
+def test_parquet_beside_the_answers():
+    assert run(*MODELS, *SHORT, "--out", "out").exit_code == 0
+    from datasets import load_dataset
+
+    files = sorted(str(path) for path in Path("out").glob("*/shapes/predictions.parquet"))
+    table = load_dataset("parquet", data_files=files, split="train")
+    assert table.unique("model") == ["tiny:clip-qwen2.5", "tiny:granulon-qwen2.5"]
+    answers = [row["prediction"] for model in MODELS[1::2] for row in rows(f"out/{model.replace(':', '-')}/shapes")]
+    assert table["prediction"] == answers and set(table[8]["granularity_probs"]) == {"coarse", "middle", "fine"}
+
+
+def test_a_file_in_the_way(no_model):
+    Path("taken").write_text("")
+    Path("compare.yaml").write_text("llm: qwen2.5\nencoders: [clip, granulon]\neval: {data: [shapes]}\n")
+    for out in ("taken", "taken/below/it"):
+        for done in (run(*MODELS, *SHORT, "--out", out), invoke("compare", "compare.yaml", "--out", out)):
+            assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.output
+            assert f"--out '{out}' takes a folder" in done.stderr and "taken' is a file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("limit: lots", "suite.yaml': Invalid value for '--limit'"),
+        ("limit: 0", "suite.yaml': Invalid value for '--limit'"),
+        ("limit: [1, 2]", "limit is [1, 2]; it takes one value"),
+        ("data: {shapes: 1}", "it takes a list"),
+        ("seed: -1", "seed is a whole number from 0, not -1"),
+        ("judge_max_cost: much", "Invalid value for '--judge-max-cost'"),
+        ("limits: 3", "unknown name 'limits'"),
+        ("- model", "no names and values"),
+        ("model: [", "cannot be read"),
+    ],
+)
+def test_bad_yaml_is_one_sentence(no_model, yaml, message):
+    Path("suite.yaml").write_text(yaml)
+    done = run("suite.yaml", *MODELS, "--data", "shapes", "--out", "out")
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere/at-all"], "Cannot find the model"),
+        (["--dtype", "int8"], "Unknown dtype 'int8'"),
+        (["--data", "shapes=here"], "Drawn shapes have no source"),
+        (["--metric", "bertscore", "--bertscore-model", "no-such-encoder"], "encoder 'no-such-encoder' of BERTScore"),
+    ],
+)
+def test_what_is_wrong_with_the_last_is_known_before_the_first_is_loaded(no_model, arguments, message):
+    data = [] if "--data" in arguments else ["--data", "shapes"]
+    done = run(*MODELS, *data, *arguments, "--limit", 2, "--out", "out")
+    assert done.exit_code == 2 and message in done.stderr and not list(Path(".").rglob("run.json")), done.output
+
+
+def test_a_level_that_the_model_does_not_have():
+    done = run(*MODELS[2:], *SHORT, "--granularity", "huge", "--out", "out")
+    assert done.exit_code == 2 and "Unknown granularity 'huge'; the levels of tiny:granulon-qwen2.5 are coarse" in done.stderr
+    assert not Path("out/scores.json").exists()
+
+
+def test_one_name_in_yaml_is_a_list_of_one():
+    Path("suite.yaml").write_text("model: tiny:clip-qwen2.5\ndata: shapes\nlimit: 2\nmax_new_tokens: 2\nout: 5\n")
+    done = run("suite.yaml")
+    assert done.exit_code == 0, done.output
+    assert len(rows("5/tiny-clip-qwen2.5/shapes")) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from datasets import load_dataset
 
 from granulon_hf.data.images import open_rgb
 from granulon_hf.data.shapes import Shapes
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, answer_batch, prefill_shared_image
+from granulon_hf.evaluation.prediction import Generation, PredictionRun, answer_batch, prefill_shared_image, write_parquet
 from tests.conftest import make_conversation, make_inputs
 
 SAMPLES = [Shapes(14)[i] for i in range(14)]
@@ -138,3 +139,26 @@ def test_rows_hold_what_is_needed_later(talker, tmp_path):
     (row, _) = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert {"id", "question", "reference", "task", "choices", "meta", "images", "prediction", "granularity_probs"} <= row.keys()
     assert (tmp_path / row["images"][0]).read_bytes() == SAMPLES[0].images[0]["bytes"]
+
+
+def test_parquet_holds_what_the_journal_holds(talker, tmp_path):
+    """Read back with `datasets`: probabilities and generation as they were, a broken image, fields of any type, no levels."""
+    samples = [*SAMPLES[:2], Shapes(20)[17]]
+    samples[1].meta, samples[1].choices = {"level": 3, "année": None}, ["a", "b"]
+    samples[2].images, samples[2].meta = [{"bytes": b"broken", "path": None}], {}
+    generation = Generation(4, extra={"num_beams": 2})
+    written = {}
+    for name in ("clip-qwen2.5", "granulon-qwen2.5"):
+        model, processor = talker(name)
+        written[name] = PredictionRun(tmp_path / name, {}).run(model, processor, samples, generation)
+        file = tmp_path / name / "predictions.parquet"
+        write_parquet(file, written[name], model=name, data="shapes", generation=generation)
+    files = [str(tmp_path / name / "predictions.parquet") for name in written]
+    back = load_dataset("parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(back) == 6 and not list(tmp_path.rglob("*.part"))
+    for row, (name, old) in zip(back, [(name, row) for name, rows in written.items() for row in rows], strict=True):
+        assert (row.pop("model"), row.pop("data")) == (name, "shapes")
+        row["meta"], settings = json.loads(row["meta"]), row.pop("generation")
+        assert {**settings, "extra": json.loads(settings["extra"])} == generation.settings()
+        assert {key: value for key, value in row.items() if value is not None or key in old} == old
+    assert sum(back[3]["granularity_probs"].values()) == pytest.approx(1, abs=1e-5) and back[5]["error"]

@@ -1,0 +1,74 @@
+"""The samples that models are evaluated and analysed on, and what loading left out of them."""
+
+from collections import Counter
+from typing import Any
+
+from granulon_hf.data import DataError, load
+from granulon_hf.data.loading import Samples
+from granulon_hf.data.shapes import Shapes
+
+HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own with smaller ones
+REASONS = 3  # that are told; all are in scores.json
+
+
+def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = None, **options: Any) -> Samples | Shapes:
+    """A set by its name; what is drawn is held out, as nothing that is trained on may be evaluated on.
+
+    Args:
+        name (`str`): of [`~granulon_hf.data.load`], or "shapes".
+        drawn (`int`): number of drawn scenes, of which there is no end, where there is no limit.
+        seed (`int`): 0 or more; other seeds give other samples.
+        limit (`int`, *optional*): at most so many.
+        options: further arguments of `load`; None is the default. Drawn scenes have none of them.
+
+    Raises:
+        ValueError: the set cannot be read, or drawn scenes are given what they do not have.
+    """
+    if seed < 0:
+        raise ValueError(f"The seed must be 0 or more; got {seed}.")
+    if name == "shapes":
+        if given := [key for key, value in options.items() if value is not None]:
+            raise ValueError(f"Drawn shapes have no {' and no '.join(given)}.")
+        return Shapes(limit or drawn, seed=HELD_OUT + seed)
+    try:
+        return load(name, seed=seed, limit=limit, **{key: value for key, value in options.items() if value is not None})
+    except (DataError, OSError) as error:
+        raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def no_sample(name: str, samples: Samples | Shapes) -> ValueError:
+    """What to say of a set that was gone through without finding any."""
+    return ValueError(f"Nothing of the data {name!r} can be used: {describe_set(0, left_out(samples))}.")
+
+
+def left_out(samples: Samples | Shapes) -> dict[str, Any]:
+    """What is missing from a set that has been gone through.
+
+    Returns:
+        `dict`: `rows`, those that cannot be used (file, row from 0, reason); `files` that cannot be read (file, reason);
+        `filtered`, by reason the number of rows of the files that were looked at which are no part of the set.
+    """
+    if isinstance(samples, Shapes):
+        return {"rows": [], "files": [], "filtered": {}}
+    return {
+        "rows": [{"file": problem.file, "row": problem.row, "reason": problem.reason} for problem in samples.bad_rows],
+        "files": [{"file": problem.file, "reason": problem.reason} for problem in samples.unreadable],
+        "filtered": dict(samples.filtered),
+    }
+
+
+def describe_set(count: int, left: dict[str, Any]) -> str:
+    """`297 samples, 3 left out: …`, on one line."""
+    text = f"{count} samples, {len(left['rows'])} left out"
+    parts = []
+    if left["rows"]:
+        reasons = Counter(row["reason"] for row in left["rows"]).most_common()
+        told = [f"{reason} ({times})" for reason, times in reasons[:REASONS]]
+        rest = sum(times for _, times in reasons[REASONS:])
+        text += ": " + ", ".join(told + [f"other reasons ({rest})"] * bool(rest))
+    if left["files"]:
+        first = left["files"][0]
+        parts.append(f"{len(left['files'])} files cannot be read, such as {first['file']} ({first['reason'].rstrip('.')})")
+    if left["filtered"]:
+        parts.append("no part of the set: " + ", ".join(f"{reason} ({times})" for reason, times in left["filtered"].items()))
+    return " ".join("; ".join([text, *parts]).split())
