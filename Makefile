@@ -11,7 +11,7 @@ IMAGE ?= examples/images/chelsea.jpg
 QUESTION ?= What is in the picture?
 OVERLAY ?= overlay.png
 
-.PHONY: demo test lint types format clean help
+.PHONY: demo test lint types format dist clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -47,6 +47,16 @@ types: $(VENV)/.dev  ## mypy
 format: $(VENV)/.dev  ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/.release: $(VENV)/.dev
+	$(PIP) install --quiet --editable '.[release]'
+	@touch $@
+
+dist: $(VENV)/.release  ## build wheel and source distribution into dist/, and check them
+	rm -rf build dist *.egg-info
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -q tests/test_dist.py
 
 clean:  ## remove the virtual environment and all caches of the checkout
 	rm -rf $(VENV) .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

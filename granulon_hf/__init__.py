@@ -15,7 +15,13 @@ if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
         f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
     )
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 from granulon_hf.modeling.configuration_granulon import GranulonConfig  # noqa: E402
 from granulon_hf.modeling.modeling_granulon import (  # noqa: E402
@@ -28,6 +34,7 @@ from granulon_hf.modeling.processing_granulon import GranulonProcessor  # noqa: 
 AutoConfig.register(GranulonConfig.model_type, GranulonConfig)
 AutoModel.register(GranulonConfig, GranulonModel)
 AutoModelForImageTextToText.register(GranulonConfig, GranulonForConditionalGeneration)
+AutoModelForMultimodalLM.register(GranulonConfig, GranulonForConditionalGeneration)
 AutoProcessor.register(GranulonConfig, GranulonProcessor)
 
 # transformers 5 dropped this name; it is the same Auto class.

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 DEFAULT_GRANULARITY_LEVELS = (
     {"name": "coarse", "alpha": 4, "beta": 5, "gamma": 1.0},
@@ -70,6 +71,9 @@ class GranulonConfig(PreTrainedConfig):
             Whether the projector's linear layers have a bias.
         tie_word_embeddings (`bool`, *optional*):
             Taken from `text_config` unless given.
+        backbones (`dict`, *optional*):
+            Where the frozen backbones come from *(ours)*: `{"vision": {"name", "revision"}, "text": {"name", "revision"}}`.
+            A checkpoint in adapter form is assembled from them; in any other it is information.
 
     Raises:
         ValueError: a level, the default level or an option is not valid.
@@ -144,6 +148,7 @@ class GranulonConfig(PreTrainedConfig):
     multimodal_projector_bias: bool = True
     initializer_range: float = 0.02
     tie_word_embeddings: bool | None = None
+    backbones: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
         if self.granularity_levels is None:
@@ -206,8 +211,21 @@ class GranulonConfig(PreTrainedConfig):
         for name in ("relation_weight", "clustering_steps", "pixel_loss_weight", "semantic_loss_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if self.backbones is not None and not (
+            set(self.backbones) == {"vision", "text"}
+            and all(isinstance(source, dict) and "name" in source for source in self.backbones.values())
+            # Nothing else is passed on: a config must not be able to switch remote code on.
+            and all(set(source) <= {"name", "revision", "subfolder"} for source in self.backbones.values())
+        ):
+            raise ValueError(
+                'backbones are {"vision": {"name": …, "revision": …}, "text": {"name": …, "revision": …}} (and "subfolder"); '
+                f"got {self.backbones!r}."
+            )
         if self.controller_hidden_size < 1:
             raise ValueError(f"controller_hidden_size must be at least 1; got {self.controller_hidden_size}.")
 
+
+# By this table of names `transformers serve` knows which models read images.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.setdefault(GranulonConfig.model_type, "GranulonForConditionalGeneration")
 
 __all__ = ["GranulonConfig"]

@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -28,9 +37,17 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import torch_compilable_check
+from transformers.utils import (
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    logging,
+    torch_compilable_check,
+)
 from transformers.utils.generic import can_return_tuple
 
+from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_file, name_backbone
 from .aggregation_granulon import GranulonAggregation, aggregate
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, LevelHead, first_block_states, unpack_questions
@@ -44,6 +61,7 @@ from .vision_granulon import (
     vision_width,
 )
 
+logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
 
 
@@ -141,6 +159,72 @@ class GranulonPreTrainedModel(PreTrainedModel):
         # Initialisation below respects weights that are loaded, as transformers' own models do. Custom code is not trusted
         # to, and the backbones' modules without direct parameters would not be initialised.
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """As in transformers; a checkpoint in adapter form is assembled from the backbones that its config names.
+
+        Only safetensors are read unless `use_safetensors=False` says that pickled weights are trusted.
+
+        Args:
+            backbones (`dict`, *optional*): other places of the same backbones, as in [`GranulonConfig`].
+
+        Raises:
+            OSError: weights or backbones cannot be read.
+            ValueError: the adapter does not fit its backbones, or names none.
+        """
+        trusts_pickles = kwargs.setdefault("use_safetensors", True) is not True
+        name, options = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        if name is None:
+            return super().from_pretrained(name, *model_args, config=config, **kwargs)
+        place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)} | options
+        if not isinstance(config, PreTrainedConfig):
+            held = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}  # a config takes no "auto"
+            rest = {key: value for key, value in kwargs.items() if key not in place | held}
+            config, rest = cls.config_class.from_pretrained(config or name, return_unused_kwargs=True, **place, **rest)
+            kwargs = rest | place | held
+        references = (getattr(config, "auto_map", None) or {}).values()
+        if foreign := {str(ref).partition("--")[0] for ref in references if "--" in str(ref)} - {str(name)}:
+            logger.warning(f"{name} names code of {', '.join(sorted(foreign))} as its own; {cls.__module__} is used instead.")
+        adapter = find_file(name, ADAPTER_WEIGHTS, **place)
+        if adapter is None or any(find_file(name, file, **place) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+            try:
+                return super().from_pretrained(name, *model_args, config=config, **kwargs)
+            except OSError as error:
+                if trusts_pickles or not find_file(name, WEIGHTS_NAME, **place):
+                    raise
+                raise OSError(
+                    f"{name} holds pickled weights ({WEIGHTS_NAME}), which are read only where they are trusted: pass "
+                    "use_safetensors=False."
+                ) from error
+        if config.backbones is None:
+            raise ValueError(
+                f"{name} holds trained weights ({ADAPTER_WEIGHTS}) and its config does not say of which backbones; say it: "
+                'from_pretrained(…, backbones={"vision": {"name": …}, "text": {"name": …}}).'
+            )
+        dtype = kwargs.get("dtype") or "auto"
+        weights, generation_config = assemble(
+            config,
+            adapter,
+            dtype=config.dtype if dtype == "auto" else dtype,
+            use_safetensors=kwargs["use_safetensors"],
+            **options,
+        )
+        if find_file(name, GENERATION_CONFIG_NAME, **place):
+            generation_config = GenerationConfig.from_pretrained(name, **place)
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder", *HUB_OPTIONS)}
+        if cls.can_generate():
+            kwargs.setdefault("generation_config", generation_config)
+        else:  # the model without its head, whose names begin one level lower
+            weights = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
+        with_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"The adapter {name} lacks {len(missing)} weights, {missing[0]} first: it is only a part of one.")
+        model.name_or_path = model.config.name_or_path = str(name)
+        return (model, info) if with_info else model
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -697,6 +781,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
                 f"{vision} lacks {len(missing)} weights of its vision tower, such as {missing[0]}; it cannot be used."
             )
         config.setdefault("image_seq_length", grid.height * grid.width)
+        backbones = {"vision": name_backbone(vision, vision_kwargs), "text": name_backbone(text, text_kwargs)}
+        config.setdefault("backbones", backbones if all(backbones.values()) else None)
         config = GranulonConfig(vision_config=tower.config, text_config=language.config, dtype=language.dtype, **config)
         return cls.from_backbones(config, tower, language)
 

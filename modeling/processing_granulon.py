@@ -167,8 +167,13 @@ class GranulonProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "question_mask"]
 
-    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs):
-        """As in transformers; with `tokenize=True, return_dict=True` the result also holds `question_mask` [B x L]."""
+    def apply_chat_template(self, conversation, chat_template: str | None = None, *, granularity: str | None = None, **kwargs):
+        """As in transformers; with `tokenize=True, return_dict=True` the result also holds `question_mask` [B x L].
+
+        Args:
+            granularity (`str`, *optional*): a level by its name, handed on to the model as it is: it is used instead of the
+                one that the question would choose. A server's clients reach it as `chat_template_kwargs`.
+        """
         if "date_string" in str(chat_template or self.chat_template):
             kwargs.setdefault("date_string", DATE_STRING)
         if kwargs.get("tokenize"):
@@ -179,7 +184,10 @@ class GranulonProcessor(ProcessorMixin):
             rendered = super().apply_chat_template(marked, chat_template, **{**kwargs, **text_only})
             spans = [marked_spans(one) for one in ([rendered] if isinstance(rendered, str) else rendered)]
             kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "question_spans": spans}
-        return super().apply_chat_template(conversation, chat_template, **kwargs)
+        inputs = super().apply_chat_template(conversation, chat_template, **kwargs)
+        if granularity is not None and kwargs.get("tokenize") and kwargs.get("return_dict"):
+            inputs["granularity"] = granularity
+        return inputs
 
     def __call__(self, images=None, text=None, *, question_spans: list[list[tuple[int, int]]] | None = None, **kwargs):
         """As in transformers.

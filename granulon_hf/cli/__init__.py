@@ -9,7 +9,10 @@ import granulon_hf
 from granulon_hf.cli import analyze, controller, data, judge
 from granulon_hf.cli import eval as evaluation
 from granulon_hf.cli.ask import ask
+from granulon_hf.cli.demo import demo
 from granulon_hf.cli.gallery import gallery
+from granulon_hf.cli.push import push
+from granulon_hf.cli.serve import serve
 
 app = typer.Typer(
     help="Granulon: multimodal language models that choose the granularity of their visual tokens.",
@@ -19,6 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(ask)
+app.command()(demo)
+app.command()(push)
+app.command()(serve)
 analyze.app.command()(gallery)
 app.add_typer(analyze.app, name="analyze")
 app.add_typer(controller.app, name="controller")

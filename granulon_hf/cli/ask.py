@@ -147,10 +147,6 @@ def read_config(source: str, name: str) -> granulon_hf.GranulonConfig:
     folder = Path(source)
     if folder.is_file():
         raise BadInput(f"{name!r} is a file; --model takes the folder that it is in.")
-    if folder.is_dir() and (folder / "adapter.safetensors").is_file() and not any(folder.glob("model*.safetensors")):
-        raise BadInput(
-            f"{name!r} holds trained weights without their backbones; train with --save_full true to ask that model."
-        )
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise BadInput(f"The folder {name!r} holds no model: it has no config.json.")
     try:

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from transformers.utils import logging
 
 from granulon_hf.data.files import existing
+from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
 from granulon_hf.training.arguments import RecipeError
 
 logger = logging.get_logger(__name__)
-ADAPTER, RUN = "adapter.safetensors", "run.json"
+ADAPTER, RUN = ADAPTER_WEIGHTS, "run.json"
 UNFINISHED = ".unfinished"
 # What may differ between a run and its continuation; everything else would make another run of it.
 FREE = ("logging", "save_total_limit", "dataloader_num_workers", "report_to", "run_name", "project", "disable_tqdm", "log_")

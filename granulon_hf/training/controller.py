@@ -20,15 +20,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from granulon_hf import data, variants
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
 from granulon_hf.training.arguments import ModelArguments, RecipeError
-from granulon_hf.training.checkpoints import ADAPTER
-from granulon_hf.training.freezing import adapter_state, set_stage
+from granulon_hf.training.freezing import adapter_state, save_adapter, set_stage
 from granulon_hf.training.run import build_model, versions
 
 # Written by the project, labels included; its card is beside it.
@@ -399,13 +397,10 @@ def save(folder: Path, model: Any, processor: Any, results: dict[str, Any], full
     """`adapter.safetensors` with the controller alone, `config.json`, `results.json`, and `controller.png` where matplotlib is
     installed; with `full` the whole model too."""
     state = {name: value for name, value in adapter_state(model).items() if name.startswith("controller.")}
-    save_file(state, folder / ADAPTER, metadata={"format": "pt"})
-    (folder / ADAPTER).chmod(0o644)  # safetensors leaves its files to their owner alone
+    save_adapter(folder, model, state)
     if full:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
-    else:
-        model.config.save_pretrained(folder)
     described = {**results, "versions": versions()}
     (folder / "results.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
     plot(results, folder / "controller.png")

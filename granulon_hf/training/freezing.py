@@ -1,12 +1,16 @@
 """What is trained in which stage, and how the rest is kept still."""
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, LORA_SCALE
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 
 STAGES = {
@@ -34,6 +38,8 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
     if stage == "controller" and not model.config.granularity_levels:
         raise ValueError("This model has no granularity levels, and therefore no controller to train.")
     model.requires_grad_(stage == "full")
+    if stage == "full":
+        model.config.backbones = None  # no longer theirs
     if model.config.granularity_levels:
         model.model.controller.requires_grad_(stage == "controller")
     if stage in ("projector", "projector+lora"):
@@ -113,6 +119,18 @@ def adapter_state(model: GranulonForConditionalGeneration) -> dict[str, torch.Te
         for name, parameter in model.named_parameters()
         if parameter.requires_grad or name.startswith(("model.multi_modal_projector.", "model.controller."))
     }
+
+
+def save_adapter(folder: Path, model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Weights of [`adapter_state`], or those given, and both configs: what `from_pretrained` assembles with the backbones."""
+    state = adapter_state(model) if state is None else state
+    factors: Any = next((module for module in model.modules() if hasattr(module, "lora_A")), None)
+    scale = {} if factors is None else {LORA_SCALE: str(factors.scaling["default"])}
+    file = folder / ADAPTER_WEIGHTS
+    save_file(state, file, metadata={"format": "pt", **scale})
+    file.chmod(0o644)  # safetensors leaves its files to their owner alone
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
 
 
 def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:

@@ -288,7 +288,10 @@ def command_line() -> str:
         if at is not None:
             rest = line[at + 1 :]
             return shlex.join(["accelerate", "launch", *(rest[1:] if rest[:1] == ["launch"] else rest)])
-    return shlex.join(["python", *sys.argv])
+    program = Path(sys.argv[0])
+    return shlex.join(
+        [*(["granulon"] if program.name in ("granulon", "__main__.py") else ["python", sys.argv[0]]), *sys.argv[1:]]
+    )
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -25,6 +25,7 @@ from granulon_hf.training.freezing import (
     frozen_modules,
     keep_frozen_parts_in_eval,
     load_adapter_state,
+    save_adapter,
     trainable,
 )
 
@@ -194,9 +195,9 @@ class GranulonTrainer(Trainer):
         state = adapter_state(model)
         if state_dict is not None:  # gathered from shards
             state = {name: state_dict.get(f"model.{name}", state_dict.get(name)) for name in state}
-        save_file(state, folder / ADAPTER, metadata={"format": "pt"})
-        (folder / ADAPTER).chmod(0o644)  # safetensors leaves its files to their owner alone
-        model.config.save_pretrained(folder)
+        save_adapter(folder, model, state)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self.is_deepspeed_enabled and not self.args.save_full:

@@ -88,7 +88,7 @@ def test_the_question_is_fenced_and_levels_are_told():
     system, user = options.messages(unit, "", None)
     mark = re.search(r"<<<BEGIN (\w{32})>>>", system["content"])[1]
     assert user["content"].count(f"<<<END {mark}>>>") == 1 and "<|" not in user["content"]
-    assert "<<<END 0" not in user["content"] and "{levels} {reply}" in user["content"]  # no second substitution
+    assert "<<<END 0>>>" not in user["content"] and "{levels} {reply}" in user["content"]  # no second substitution
     assert "- whole: all of it\n- part: a piece" in user["content"] and '{"whole": number, "part": number}' in user["content"]
     schema = options.formats["json_schema"]["json_schema"]["schema"]
     assert schema["required"] == ["whole", "part"]

@@ -1,0 +1,236 @@
+"""Model cards: one Jinja template, one data file for each variant of the paper, and what renders them for any model.
+
+Import it as ``granulon_hf.cards``. The other cards here are finished files: `demo_space.md` is the README of the demo's Space.
+"""
+
+import html
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from granulon_hf.modeling.configuration_granulon import GranulonConfig
+from granulon_hf.variants import NAMES, parse
+
+FOLDER = Path(__file__).parent
+
+
+def card_data(name: str) -> dict[str, Any]:
+    """The data file of a variant.
+
+    Args:
+        name (`str`): one of [`~granulon_hf.variants.NAMES`].
+
+    Returns:
+        `dict`: `title`, `metadata` (the head of the card), `parts` (`vision` and `text`: name, licence, link, hidden_size),
+        `recipe`, and for some `notice`.
+
+    Raises:
+        ValueError: an unknown name; the message lists all.
+    """
+    parse(name)
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def model_card(
+    config: GranulonConfig,
+    *,
+    name: str | None = None,
+    repo_id: str | None = None,
+    form: Literal["full", "adapter"] = "full",
+    backbones: dict[str, Any] | None = None,
+    results: dict[str, Any] | None = None,
+) -> ModelCard:
+    """Render the card of a model.
+
+    Args:
+        config ([`GranulonConfig`]): of the model; levels and sizes are read from it.
+        name (`str`, *optional*): the variant of the paper that the weights are, trained by its recipe. Without it nothing is
+            said about training, and of the backbones only what `config` and `backbones` tell.
+        repo_id (`str`, *optional*): where it is going to be, for the snippets.
+        form (`str`, defaults to `"full"`): all weights, or `"adapter"`: only what was trained.
+        backbones (`dict`, *optional*): where the frozen parts are from, as in [`GranulonConfig`]; by default what `config`
+            says.
+        results (`dict`, *optional*): content of the `scores.json` of `granulon eval run`; with several models in it, that of
+            this one is found by `repo_id` or `name`.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: with the scores as `model-index`.
+
+    Raises:
+        ValueError: an unknown name, a model that is not the named variant, no repository id, or results of other models.
+        ImportError: `results` need the packages of `granulon-hf[eval]`.
+    """
+    if form not in ("full", "adapter"):
+        raise ValueError(f"A card is of the form 'full' or 'adapter'; got {form!r}.")
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            raise ValueError(f"{repo_id!r} is no repository id: {error}") from None
+    backbones = backbones or config.backbones
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    if name is not None:
+        check_variant(config, name)
+    variant = name or find_variant(backbones)
+    data = card_data(variant) if variant else {}
+    width = data["parts"]["text"]["hidden_size"] if data else None
+    other_size = name if name and text.hidden_size != width else None
+    if text.hidden_size != width:  # what is said of the variant's own weights is not true of these
+        name, data = None, {}
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["granulon"]}
+    known = data.get("metadata", {"license": "unknown"})
+    metadata |= known if name else {key: value for key, value in known.items() if key.startswith("license")}
+    if backbones:
+        metadata["base_model"] = [s["name"] for s in backbones.values() if is_hub_id(s["name"])] or None
+    if metadata.get("base_model"):
+        # Two models joined, both unchanged, is nearest to the Hub's "merge".
+        metadata["base_model_relation"] = "adapter" if form == "adapter" else "merge"
+    repo_name = repo_id.split("/")[-1] if repo_id else None
+    title = data["title"] if name else repo_name or "A Granulon model"
+    if data.get("notice") and repo_name and not repo_name.lower().startswith("llama"):
+        warnings.warn(
+            f"The Llama 3.2 licence asks that the name of a published model begins with 'Llama'; {repo_name!r} does not.",
+            stacklevel=2,
+        )
+    rows, command = score_rows(results, [repo_id, repo_name, name or other_size]) if results else ([], "")
+    if rows:
+        metadata["metrics"] = list(dict.fromkeys(row["metric"] for row in rows))
+    return ModelCard.from_template(
+        ModelCardData(
+            **metadata,
+            model_name=repo_name or title if rows else None,
+            eval_results=[eval_result(row) for row in rows] or None,
+        ),
+        template_str=(FOLDER / "model_card.md.jinja").read_text(encoding="utf-8"),
+        md=inline,
+        title=title,
+        name=name,
+        data=data,
+        config=config,
+        vision=vision,
+        text=text,
+        hub=metadata.get("base_model"),
+        repo=repo_id or "path/to/this/folder",
+        form=form,
+        other_size=other_size,
+        width=width,
+        rows=rows,
+        paper=paper_figures(name, rows),
+        command=command,
+        recorded=bool(results and results.get("command")),
+    )
+
+
+def check_variant(config: GranulonConfig, name: str) -> None:
+    """See that the model can be that variant.
+
+    Raises:
+        ValueError: the name is unknown, or the model is another.
+    """
+    encoder, decoder = parse(name)
+    vision: Any = config.vision_config
+    text: Any = config.text_config
+    towers = {encoder.tiny["model_type"]} | ({"timm_wrapper"} if encoder.open_id else set())
+    wanted = {
+        "vision tower": (vision.model_type, towers),
+        "language model": (text.model_type, {decoder.tiny["model_type"]}),
+        "granularity levels": (bool(config.granularity_levels), {not encoder.config}),
+    }
+    for what, (found, right) in wanted.items():
+        if found not in right:
+            raise ValueError(
+                f"The model is not {name!r}: {what} {found!r} instead of {sorted(right)[0]!r}. Name its own variant, or none."
+            )
+
+
+def find_variant(backbones: dict[str, Any] | None) -> str | None:
+    """A variant with these backbones: their licences are known."""
+    if not backbones:
+        return None
+    vision, text = backbones["vision"]["name"], backbones["text"]["name"]
+    for name in NAMES:
+        encoder, decoder = parse(name)
+        if vision in (encoder.hub_id, encoder.open_id) and text == decoder.hub_id:
+            return name
+    return None
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a backbone's name can be a repository; folders are nobody else's business."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text and not Path(text).exists()
+
+
+def inline(text: Any) -> str:
+    """Words of others as one line of plain text in Markdown."""
+    text = html.escape(" ".join(str(text).split()))
+    return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in text)
+
+
+def score_rows(results: dict[str, Any], names: list[str | None]) -> tuple[list[dict[str, Any]], str]:
+    """Rows of the evaluation's table for one model, one for each data set and metric, and the command."""
+    try:
+        from granulon_hf.evaluation.metrics import bootstrap_mean
+        from granulon_hf.evaluation.suite import PERCENT
+    except ImportError as error:
+        raise ImportError(f'{error}; a card with results needs: pip install "granulon-hf[eval]"') from None
+    rows: list[dict[str, Any]] = []
+    try:
+        models = list(results["models"])
+        found = models if len(models) == 1 else [model for model in models if model in names]
+        if len(found) != 1:
+            raise ValueError(f"The results are of {', '.join(models)}; say which is this model by the name of its repository.")
+        for data, metrics in results["scores"][found[0]].items():
+            for metric, values in metrics.items():
+                scored = [value for value in values if value is not None]
+                if not scored:
+                    continue
+                scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
+                mean, low, high = (scale * value for value in bootstrap_mean(scored))
+                # A set that is a folder has the folder's name: where it lies is nobody else's business.
+                row = {"data": data, "shown": Path(data).name, "metric": metric, "unit": unit, "mean": mean, "low": low}
+                row |= {"high": high, "n": len(scored), "unscored": len(values) - len(scored)}
+                rows.append(row | {"failed": results.get("failed", {}).get(found[0], {}).get(data, 0)})
+        sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None
+    command = results.get("command") or shlex.join(["granulon", "eval", "run", "--model", found[0], *sets])
+    return rows, " ".join(command.replace("```", "").split())
+
+
+def eval_result(row: dict[str, Any]) -> EvalResult:
+    """A row as the Hub's `model-index` has it; the interval is in the metric's arguments."""
+    from granulon_hf.data.loading import ADAPTERS
+
+    adapter = ADAPTERS.get(row["data"])
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=(adapter and adapter.repo) or row["shown"],
+        dataset_name=row["shown"],
+        metric_type=row["metric"],
+        metric_name=row["metric"] + row["unit"],
+        metric_value=round(row["mean"], 2),
+        metric_args={"interval_95": [round(row["low"], 2), round(row["high"], 2)], "samples": row["n"]},
+    )
+
+
+def paper_figures(name: str | None, rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """What the paper reports for the same cells."""
+    if not (name and rows):
+        return {}
+    from granulon_hf.evaluation.suite import PAPER
+
+    cells = {(row["data"], row["metric"]) for row in rows}
+    return {cell: figure for cell, figure in PAPER.get(name, {}).items() if cell in cells}
+
+
+__all__ = ["card_data", "check_variant", "model_card"]

