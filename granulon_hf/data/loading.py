@@ -12,7 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from granulon_hf.data import a_okvqa, flux_reason, llava, medical, pictures, prepared, recap, seed_bench
+from granulon_hf.data import a_okvqa, flux_reason, granuscenes, llava, medical, pictures, prepared, recap, seed_bench
 from granulon_hf.data.adapter import Adapter, BadRow, DataError, broken_text, plain
 from granulon_hf.data.columns import make_adapter
 from granulon_hf.data.sample import Sample
@@ -20,7 +20,8 @@ from granulon_hf.data.sampling import choose
 from granulon_hf.data.sources import DatasetSource, Source, StreamSource, open_source, split_of, splits_of, take_split
 
 ADAPTERS: dict[str, Adapter] = {
-    module.ADAPTER.name: module.ADAPTER for module in (flux_reason, seed_bench, a_okvqa, recap, medical, llava, prepared)
+    module.ADAPTER.name: module.ADAPTER
+    for module in (flux_reason, seed_bench, a_okvqa, recap, medical, llava, granuscenes, prepared)
 }
 KNOWN = ", ".join(name for name in ADAPTERS if name != "prepared")
 MANIFEST_FORMAT = 1
@@ -280,6 +281,7 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     elif isinstance(name, str) and name in ADAPTERS:
         adapter = ADAPTERS[name]
         place = adapter.repo if source is None else source
+        place = granuscenes.DRAWN if place is None and adapter is granuscenes.ADAPTER else place
     elif source is None and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
         prepared.missing_shards(place)
@@ -292,6 +294,11 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     if place is None:
         raise DataError(f"{adapter.name!r} is in no repository: say where its files are with source=….")
     return adapter, place
+
+
+def open_place(adapter: Adapter, place: Any, revision: str | None, split: str) -> Source:
+    generated = adapter is granuscenes.ADAPTER
+    return granuscenes.open_scenes(place, split) if generated else open_source(place, revision, split)
 
 
 def load(
@@ -316,6 +323,7 @@ def load(
         load("flux-reason", preset="paper")                          # the 200 K rows of training
         load("flux-reason", split="holdout", preset="paper")         # the 1 K held out of them
         load("a-okvqa", source="folder/with/parquet", limit=100)
+        load("granuscenes", "test_heldout", source="pictures?scenes=500&seed=7")    # generated: see granuscenes.open_scenes
         load(dataset, columns={"image": "picture", "question": "q", "answer": "a"})
         load("prepared/folder")                                      # of `granulon data prepare`
         load(manifest="manifest.json")                               # the very same rows again
@@ -376,11 +384,13 @@ def load(
     adapter, place = find_adapter(name, source, columns)
     if split in adapter.withheld:  # before anything is fetched
         raise withheld(adapter, split)
-    opened = open_source(place, revision, split or adapter.default_split)
+    opened = open_place(adapter, place, revision, split or adapter.default_split)
     opened.tolerant = on_error == "skip"
     present = splits_of(opened)
     if split is None:
         split = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
+    if adapter is prepared.ADAPTER and split not in present:
+        split = split_of(split) or split  # a folder holds one split, which its files name: "test_heldout" reads as a test
     if split in adapter.withheld:
         raise withheld(adapter, split)
     if preset is not None:
@@ -472,7 +482,7 @@ def default_verify(adapter: Adapter) -> str:
 def describe(adapter: Adapter, source: Source, place: Any, columns: Mapping[str, str] | None) -> dict[str, Any]:
     from granulon_hf import __version__
 
-    in_memory = isinstance(source, DatasetSource) and not source.stored
+    in_memory = isinstance(source, granuscenes.SceneSource) or (isinstance(source, DatasetSource) and not source.stored)
     several = [str(path) for path in place] if isinstance(place, list | tuple) else None
     location = source.location if source.remote or in_memory else str(Path(source.location).resolve())
     return {
@@ -516,7 +526,8 @@ def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
         raise DataError(f"The manifest's data set {manifest['name']!r} is not known.")
     if source is None and manifest["source"] == "datasets.Dataset":
         raise DataError("The manifest describes a datasets.Dataset that was in memory: give it again with source=….")
-    opened = open_source(manifest["source"] if source is None else source, manifest["revision"], manifest["split"])
+    place = manifest["source"] if source is None else source
+    opened = open_place(adapter, place, manifest["revision"], manifest["split"])
     opened.broken.update(manifest.get("unreadable", {}))
     rows = {}
     known = set(opened.parts)

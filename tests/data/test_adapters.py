@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from granulon_hf.data import ADAPTERS, BadRow, DataError, load, prepare
+from granulon_hf.data.granuscenes import GranuScenes, SceneSource
 from granulon_hf.data.medical import PHASES
 from granulon_hf.data.prepared import to_row
 from tests.data import tables
@@ -26,6 +27,7 @@ def test_every_adapter_is_data_and_refuses_what_it_cannot_use():
         "surgvlm": {"image": b"x", "question": "Phase?", "answer": "Preparation"},
         "llava": {"id": "1", "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", "This.")},
     }
+    rows["granuscenes"] = next(SceneSource(GranuScenes(scenes=1)).rows("", [0], ["image"]))[1]
     rows["prepared"] = to_row(ADAPTERS["llava"].to_sample(rows["llava"]))
     assert set(rows) == set(ADAPTERS)
     for name, row in rows.items():
