@@ -56,7 +56,7 @@ def print_problems(console: Console, problems: list, style: str) -> None:
 @app.command()
 @reports_bad_input
 def prepare(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="flux-reason, seed-bench, a-okvqa, recap, surgvlm, llava, …")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="flux-reason, a-okvqa, surgvlm, llava, granuscenes, …")],
     out: Annotated[Path, typer.Option(help="Folder to write: Parquet with images, manifest.json, README.md.")],
     source: Annotated[str | None, typer.Option(help="Local files, or another repository; by default the set's own.")] = None,
     split: Annotated[str | None, typer.Option(help="By default the set's own; holdout is what training never sees.")] = None,
