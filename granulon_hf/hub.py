@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
@@ -16,11 +17,13 @@ import numpy as np
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from transformers import AutoConfig, PreTrainedConfig
 
 import granulon_hf
 from granulon_hf import cards, modeling, probe
 from granulon_hf.evaluation.models import check_config, read_model
-from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_file, name_backbone
+from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_adapter, name_backbone
+from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.training.freezing import save_adapter
 
 FORMS = ("full", "adapter")
@@ -35,9 +38,12 @@ AUTO_MAP = {
 }
 # All that is ever uploaded; pickles, optimizer states and caches match none of these.
 UPLOADED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.txt", "*.model", "README.md", "LICENSE")
-# What an upload replaces: a shard or a file of code that an earlier one left behind would be read too.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py", "*.jinja")
-SECRETS = re.compile(rb"\bhf_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+# What an upload replaces at the top of a repository: shards and code that an earlier one left behind would be read too.
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*_granulon.py", "*.jinja")
+SECRETS = re.compile(
+    rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{36}|\bAKIA[0-9A-Z]{16}\b"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 TOLERANCE = 1e-4  # of the largest logit; on one machine the difference is 0
 
 
@@ -86,29 +92,59 @@ def export(
         if name is not None:
             cards.card_data(name)
         check_config(source)
-        model, processor, _ = read_model(source)
+        config = AutoConfig.from_pretrained(source)
         if name is not None:
-            cards.check_variant(model.config, name)
-    except ValueError as error:
-        raise HubError(str(error)) from error
-    trained = find_file(source, ADAPTER_WEIGHTS)
-    is_adapter = trained is not None and model.config.backbones is not None
-    form = form or ("adapter" if is_adapter else "full")
-    if form == "adapter":
-        model.config.backbones = named_backbones(model.config.backbones, backbones)
-    elif backbones:
+            cards.check_variant(config, name)
+    except (OSError, ValueError) as error:
+        raise HubError(" ".join(str(error).split())) from error
+    trained = find_adapter(source)
+    form = form or ("adapter" if trained else "full")
+    if backbones and form == "full":
         raise HubError("Backbones are named in the adapter form only; add form='adapter'.")
-    local = [source["name"] for source in (model.config.backbones or {}).values() if os.path.isdir(source["name"])]
+    named = named_backbones(config.backbones, backbones) if form == "adapter" else config.backbones
+    local = [one["name"] for one in (named or {}).values() if os.path.isabs(one["name"])]
     if local and form == "adapter" and repo_id is not None:
         raise HubError(
             f"The backbone {local[0]!r} is a folder of this machine, which no one else can read: name its repository on the "
             "Hub (--vision org/name, --text org/name), or upload the full form."
         )
-    if local and form == "full":
-        model.config.backbones = None
+    try:
+        # An adapter whose config names none is read with those that are given.
+        options: dict[str, Any] = {"backbones": named} if trained and config.backbones is None else {}
+        model, processor, _ = read_model(source, **options)
+    except ValueError as error:
+        raise HubError(str(error)) from error
     expected = probe.logits(model, processor) if validate else {}
+    if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
+        raise HubError(f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken.")
+    model.config.backbones = None if local and form == "full" else named
 
-    folder.mkdir(parents=True, exist_ok=True)
+    # A folder appears under its name when it is whole and was tried.
+    target, folder = folder, folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        write_folder(model, processor, folder, form, trained)
+        card = cards.model_card(
+            model.config, name=name, repo_id=repo_id, form=form, backbones=model.config.backbones, results=results
+        )
+        card.save(folder / "README.md")
+        check_export(folder)
+        if validate:
+            del model
+            compare(folder, expected)
+        if target.is_dir():
+            target.rmdir()
+        folder.rename(target)
+    except ValueError as error:
+        raise HubError(str(error)) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: str | None) -> None:
+    """All files of an export but its card."""
+    folder.mkdir(parents=True)
     model.config.auto_map = AUTO_MAP
     model.config.architectures = [type(model).__name__]
     if form == "full":
@@ -116,24 +152,19 @@ def export(
     else:
         model.requires_grad_(False)  # of what is frozen nothing is saved
         save_adapter(folder, model)
-        if trained is not None and is_adapter:  # as it was trained: in float32, and low-rank factors not merged
+        if trained is not None:  # as it was trained: in float32, and low-rank factors not merged
             shutil.copyfile(trained, folder / ADAPTER_WEIGHTS)
     processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
     processor.save_pretrained(folder)
     for path in (*CODE.glob("*_granulon.py"), *CODE.glob("*.jinja")):
         shutil.copyfile(path, folder / path.name)
     (folder / "LICENSE").write_text(licence())
-    card = cards.model_card(
-        model.config, name=name, repo_id=repo_id, form=form, backbones=model.config.backbones, results=results
-    )
-    card.save(folder / "README.md")
-    for path in folder.iterdir():
-        path.chmod(0o644)
-    check_export(folder)
-    if validate:
-        del model
-        compare(folder, expected)
-    return folder
+    config = json.loads((folder / "config.json").read_text())
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        part.pop("_name_or_path", None)  # paths of this machine
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors leaves its files to their owner alone
 
 
 def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) -> dict[str, Any]:
@@ -154,7 +185,7 @@ def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) 
                 f"The model does not say where its {part} backbone comes from, which the adapter form needs: name it "
                 f"(--{part} org/name), or export the full form."
             )
-        if "revision" not in source and not os.path.isdir(source["name"]):
+        if "revision" not in source and not os.path.isabs(source["name"]):
             found[part] = source = name_backbone(source["name"], source)
             if "revision" not in (source or {}):
                 raise HubError(f"The {part} backbone {found[part]['name']!r} cannot be found on the Hub to pin its commit.")
@@ -190,10 +221,20 @@ def check_export(folder: Path) -> None:
         if SECRETS.search(content):
             raise HubError(f"{path.name} holds what looks like a secret; it is not uploaded.")
         if path.suffix == ".json":
-            code = json.loads(content).get("auto_map") or {}
-            foreign = [reference for key, reference in code.items() if AUTO_MAP.get(key) != reference]
-            if foreign:
-                raise HubError(f"{path.name} names code that is not this package's: {foreign[0]}.")
+            for code in auto_maps(json.loads(content)):
+                if not isinstance(code, dict) or not code.items() <= AUTO_MAP.items():
+                    raise HubError(f"{path.name} names code that is not this package's: {json.dumps(code)[:200]}.")
+
+
+def auto_maps(content: Any) -> Iterator[Any]:
+    """Every `auto_map` in a JSON value, at any depth."""
+    if isinstance(content, dict):
+        if content.get("auto_map"):
+            yield content["auto_map"]
+        content = list(content.values())
+    if isinstance(content, list):
+        for value in content:
+            yield from auto_maps(value)
 
 
 def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float:
@@ -219,7 +260,8 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
     worst = 0.0
     for level, values in expected.items():
         scale = float(np.abs(values).max()) or 1.0
-        worst = max(worst, float(np.abs(found[level] - values).max()) / scale)
+        # A NaN is no difference for max, and none is small enough.
+        worst = float(np.maximum(worst, np.abs(found[level] - values).max() / scale))
     if not worst <= TOLERANCE:
         raise HubError(
             f"The exported model says something else than its source (logits differ by {worst:.1e} of the largest): the "
@@ -255,7 +297,7 @@ def push(
         HubError: no login, a repository that is public though `private`, or what [`export`] raises.
     """
     api = HfApi(token=token)
-    repo_id = check_repo(api, repo_id, private)
+    repo_id, present = check_repo(api, repo_id, private)
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
         path = export(source, place, repo_id=repo_id, **options)
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -267,15 +309,20 @@ def push(
             revision=revision,
             commit_message=message or f"Upload with granulon_hf {granulon_hf.__version__}",
             allow_patterns=list(UPLOADED),
-            delete_patterns=list(REPLACED),
+            delete_patterns=[file for file in present if is_replaced(file)] or None,
         )
 
 
-def check_repo(api: HfApi, repo_id: str, private: bool) -> str:
-    """The full name of a repository that may be written, before anything is computed.
+def is_replaced(file: str) -> bool:
+    return "/" not in file and any(Path(file).match(pattern) for pattern in REPLACED)
+
+
+def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]:
+    """The full name of a repository that may be written, and its files, before anything is computed.
 
     Raises:
-        HubError: the name is not valid, there is no login, or the repository is public and `private` was meant.
+        HubError: the name is not valid, there is no login, the repository is not as private as was meant, or it holds something
+            else than a Granulon model.
     """
     check_repo_id(repo_id)
     try:
@@ -287,12 +334,22 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> str:
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
-        known = api.repo_info(repo_id)
+        known = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        return repo_id
+        return repo_id, []
     if private and not known.private:
         raise HubError(f"{repo_id} exists and is public; say so (--public), or name another repository.")
-    return repo_id
+    if not private and known.private:
+        raise HubError(f"{repo_id} exists and is private; make it public in its settings, or leave out --public.")
+    present = [one.rfilename for one in known.siblings or []]
+    if set(present) - {".gitattributes", "README.md"}:
+        try:
+            kind = PreTrainedConfig.get_config_dict(repo_id, token=api.token)[0].get("model_type")
+        except OSError:
+            kind = None
+        if kind != GranulonConfig.model_type:
+            raise HubError(f"{repo_id} holds something else than a Granulon model; name another repository.")
+    return repo_id, present
 
 
 def check_repo_id(repo_id: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import safe_open
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
 ADAPTER_WEIGHTS = "adapter.safetensors"
@@ -25,6 +26,8 @@ def name_backbone(name: str, loading: dict[str, Any]) -> dict[str, str] | None:
     """
     if loading.get("gguf_file"):
         return None
+    if os.path.isdir(name):  # absolute: a relative name would be looked for on the Hub where the folder is not
+        return {"name": os.path.abspath(name)} | ({"subfolder": loading["subfolder"]} if loading.get("subfolder") else {})
     options = {key: loading[key] for key in ("token", "cache_dir", "local_files_only") if key in loading}
     resolved = resolve_revision(name, loading.get("revision"), **options)
     kept = {"name": str(name), "revision": getattr(resolved, "resolved", resolved), "subfolder": loading.get("subfolder")}
@@ -35,6 +38,13 @@ def find_file(name: str | os.PathLike, file: str, **options) -> str | None:
     """Path of a file of a folder or Hub repository, or `None` where there is none."""
     quiet = [f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")]
     return cached_file(name, file, **options, **dict.fromkeys(quiet, False))
+
+
+def find_adapter(name: str | os.PathLike, **options) -> str | None:
+    """Path of the adapter's weights, or `None` where there are none or all weights beside them."""
+    adapter = find_file(name, ADAPTER_WEIGHTS, **options)
+    whole = adapter and any(find_file(name, file, **options) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    return None if whole else adapter
 
 
 def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **options):
@@ -69,8 +79,12 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
             generation_config = model.generation_config
             weights |= decoder | {"lm_head.weight": model.get_output_embeddings().weight.detach()}
     with safe_open(adapter, "pt") as file:
-        scale = float((file.metadata() or {}).get(LORA_SCALE, 1.0))
+        metadata = (file.metadata() or {}).get(LORA_SCALE, "1")
         trained = {f"{'' if key.startswith('lm_head.') else 'model.'}{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        scale = float(metadata)
+    except ValueError:
+        raise ValueError(f"The adapter {adapter} is damaged: its {LORA_SCALE} is {metadata!r}, not a number.") from None
     factors = {key: trained.pop(key) for key in list(trained) if ".lora_" in key}
     for key in [key for key in factors if ".lora_A." in key]:
         base = f"{key.partition('.lora_A.')[0]}.weight"

@@ -37,17 +37,10 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import (
-    GENERATION_CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    logging,
-    torch_compilable_check,
-)
+from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_NAME, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_file, name_backbone
+from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, name_backbone
 from .aggregation_granulon import GranulonAggregation, aggregate
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, LevelHead, first_block_states, unpack_questions
@@ -173,9 +166,10 @@ class GranulonPreTrainedModel(PreTrainedModel):
             OSError: weights or backbones cannot be read.
             ValueError: the adapter does not fit its backbones, or names none.
         """
-        trusts_pickles = kwargs.setdefault("use_safetensors", True) is not True
+        if kwargs.get("use_safetensors") is None:  # transformers would then take pickles where there is nothing else
+            kwargs["use_safetensors"] = True
         name, options = pretrained_model_name_or_path, {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        if name is None:
+        if name is None or kwargs.get("state_dict") is not None:
             return super().from_pretrained(name, *model_args, config=config, **kwargs)
         place = {key: kwargs[key] for key in ("revision", "subfolder") if kwargs.get(key)} | options
         if not isinstance(config, PreTrainedConfig):
@@ -186,12 +180,12 @@ class GranulonPreTrainedModel(PreTrainedModel):
         references = (getattr(config, "auto_map", None) or {}).values()
         if foreign := {str(ref).partition("--")[0] for ref in references if "--" in str(ref)} - {str(name)}:
             logger.warning(f"{name} names code of {', '.join(sorted(foreign))} as its own; {cls.__module__} is used instead.")
-        adapter = find_file(name, ADAPTER_WEIGHTS, **place)
-        if adapter is None or any(find_file(name, file, **place) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)):
+        adapter = find_adapter(name, **place)
+        if adapter is None:
             try:
                 return super().from_pretrained(name, *model_args, config=config, **kwargs)
             except OSError as error:
-                if trusts_pickles or not find_file(name, WEIGHTS_NAME, **place):
+                if not kwargs["use_safetensors"] or not find_file(name, WEIGHTS_NAME, **place):
                     raise
                 raise OSError(
                     f"{name} holds pickled weights ({WEIGHTS_NAME}), which are read only where they are trusted: pass "
@@ -200,7 +194,7 @@ class GranulonPreTrainedModel(PreTrainedModel):
         if config.backbones is None:
             raise ValueError(
                 f"{name} holds trained weights ({ADAPTER_WEIGHTS}) and its config does not say of which backbones; say it: "
-                'from_pretrained(…, backbones={"vision": {"name": …}, "text": {"name": …}}).'
+                'from_pretrained(…, backbones={"vision": {"name": …}, "text": {"name": …}}); or train with --save_full true.'
             )
         dtype = kwargs.get("dtype") or "auto"
         weights, generation_config = assemble(
@@ -223,6 +217,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
         )
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"The adapter {name} lacks {len(missing)} weights, {missing[0]} first: it is only a part of one.")
+        if unknown := sorted(info["unexpected_keys"]):
+            raise ValueError(f"The adapter {name} has {unknown[0]}, which this model lacks: it belongs to another one.")
         model.name_or_path = model.config.name_or_path = str(name)
         return (model, info) if with_info else model
 

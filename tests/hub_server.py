@@ -13,11 +13,12 @@ KINDS = {"models": "model", "datasets": "dataset", "spaces": "space"}
 class HubServer:
     """`with HubServer() as hub:` serves at `hub.url`. `hub.files(kind, name)` are the files of main; `hub.log` all requests.
 
-    `hub.commits[kind, name]` is a list of (sha, files, message), the oldest first.
+    `hub.commits[kind, name]` is a list of (sha, files, message), the oldest first; that of another branch is
+    `hub.commits[kind, name, branch]`.
     """
 
     def __init__(self):
-        self.commits: dict[tuple[str, str], list[tuple[str, dict[str, bytes], str]]] = {}
+        self.commits: dict[tuple[str, ...], list[tuple[str, dict[str, bytes], str]]] = {}
         self.private: dict[tuple[str, str], bool] = {}
         self.log: list[str] = []
         hub = self
@@ -82,7 +83,11 @@ class HubServer:
                     files = json.loads(body)["files"]
                     modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in files]
                     return self.reply(200, {"files": modes})
+                if rest[0] == "branch":
+                    hub.commits.setdefault((*repo, rest[1]), list(hub.commits[repo]))
+                    return self.reply(200, {})
                 if rest[0] == "commit":
+                    repo = repo if rest[1] == "main" else (*repo, rest[1])
                     lines = [json.loads(line) for line in body.splitlines() if line.strip()]
                     files, message = dict(hub.files(*repo)), ""
                     for line in lines:
@@ -148,13 +153,15 @@ class HubServer:
 
     def at(self, repo, revision):
         """(sha, files) of "main" or of a commit."""
-        history = self.commits[repo]
+        history = self.commits.get((*repo, revision), self.commits[repo])
+        if (*repo, revision) in self.commits:
+            return history[-1][:2]
         if revision in ("main", "refs/heads/main"):
             return history[-1][:2]
         return next(((sha, files) for sha, files, _ in history if sha.startswith(revision)), None)
 
-    def files(self, kind, name):
-        return self.commits[kind, name][-1][1]
+    def files(self, kind, name, *branch):
+        return self.commits[(kind, name, *branch)][-1][1]
 
     @staticmethod
     def entry(name, data):

@@ -48,10 +48,12 @@ processor.save_pretrained(run)
 commit = hub.push(run, "org/adapter", name=None)
 print("URL", commit.commit_url)
 hub.push(run, "org/full", form="full", message="first")
-try:
-    hub.push(run, "org/public")
-except hub.HubError as error:
-    print("PUBLIC", error)
+hub.push(run, "org/adapter", revision="v2", validate=False)
+for name, private in (("org/public", True), ("org/full", False), ("org/other", True)):
+    try:
+        hub.push(run, name, private=private)
+    except hub.HubError as error:
+        print("REFUSED", error)
 """
 
 LOAD = """
@@ -136,8 +138,14 @@ def test_upload_and_load_by_name_without_the_package(backbones):
     with HubServer() as server:
         server.private["model", "org/public"] = False
         server.commit(("model", "org/public"), {}, "initial commit")
+        server.private["model", "org/other"] = server.private["model", "org/full"] = True
+        server.commit(("model", "org/other"), {"config.json": b'{"model_type": "llama"}', "eval.py": b""}, "another model")
+        before = {"checkpoints/old.safetensors": b"", "eval.py": b"mine", "README.md": b"", "model-00002.safetensors": b""}
+        config = b'{"model_type": "granulon"}'
+        server.commit(("model", "org/full"), {**before, "config.json": config, "old_granulon.py": b""}, "an earlier upload")
         printed = run(UPLOAD, str(backbones), hub_url=server.url, home=backbones / "home")
         assert f"URL {server.url}/org/adapter/commit/" in printed and "org/public exists and is public" in printed
+        assert "org/full exists and is private" in printed and "org/other holds something else" in printed
         first = {}
         for name, weights in (("org/adapter", "adapter.safetensors"), ("org/full", "model.safetensors")):
             files = server.files("model", name)
@@ -145,13 +153,16 @@ def test_upload_and_load_by_name_without_the_package(backbones):
             assert {key: value for key, value in files.items() if key in code} == code
             rest = """LICENSE README.md config.json generation_config.json processor_config.json chat_template.jinja
                 tokenizer.json tokenizer_config.json""".split()
-            assert set(files) == {*code, weights, *rest}
+            kept = {"checkpoints/old.safetensors", "eval.py"} if name == "org/full" else set()  # not ours
+            assert set(files) == {*code, weights, *rest, *kept}
             assert server.private["model", name] and len(server.commits["model", name]) == 2
             first[name] = server.commits["model", name][-1][0]
         config = json.loads(server.files("model", "org/adapter")["config.json"])
         shas = {part: server.commits["model", f"org/{part}"][-1][0] for part in ("vision", "text")}
         assert config["backbones"] == {part: {"name": f"org/{part}", "revision": sha} for part, sha in shas.items()}
         assert "base_model:" in server.files("model", "org/adapter")["README.md"].decode()
+        assert server.files("model", "org/adapter", "v2") == server.files("model", "org/adapter")
+        assert len(server.commits["model", "org/other"]) == 1
         assert not server.files("model", "org/public") and server.commits["model", "org/full"][-1][2] == "first"
         # The backbone goes on, and so does the code: both are pinned.
         server.commit(("model", "org/vision"), {"config.json": b"broken"}, "next")
@@ -197,10 +208,43 @@ def test_adapter_form_is_assembled_and_is_small(assembled, tmp_path):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value.bfloat16(), rtol=0, atol=0)
     loaded.save_pretrained(tmp_path / "full")  # and is then a checkpoint as any other
-    (tmp_path / "text" / "config.json").unlink()
+    (tmp_path / "text" / "model.safetensors").unlink()
     assert AutoModelForVision2Seq.from_pretrained(tmp_path / "full").config.backbones == model.config.backbones
     with pytest.raises((OSError, ValueError)):
         AutoModelForVision2Seq.from_pretrained(run_folder)
+
+
+def test_foreign_code_deep_in_a_source_is_neither_run_nor_passed_on(full, tmp_path):
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import CLIPImageProcessor")
+    config = json.loads((full / "processor_config.json").read_text())
+    config["image_processor"]["auto_map"] = {"AutoImageProcessor": f"{code}--x.CLIPImageProcessor"}
+    (full / "processor_config.json").write_text(json.dumps(config))
+    with pytest.raises(hub.HubError, match="names code that is not"):
+        hub.export(full, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def test_a_broken_model_is_not_exported(full, tmp_path):
+    state = load_file(full / "model.safetensors")
+    state["model.multi_modal_projector.linear_2.bias"][0] = float("nan")
+    save_file(state, full / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(hub.HubError, match="not all finite"):
+        hub.export(full, tmp_path / "out")
+
+
+def test_backbones_in_folders_are_named_by_whole_paths(backbones, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = GranulonForConditionalGeneration.from_vision_text_pretrained("vision", "text")
+    assert model.config.backbones == {part: {"name": str(tmp_path / part)} for part in ("vision", "text")}
+    from granulon_hf import GranulonProcessor
+
+    model.save_pretrained("run")
+    GranulonProcessor.from_vision_text_pretrained("vision", "text").save_pretrained("run")
+    folder = hub.export("run", tmp_path / "out", validate=False)
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.glob("*.json"))
 
 
 def test_other_places_of_the_backbones(assembled, tmp_path):
@@ -244,6 +288,12 @@ def test_an_adapter_that_does_not_fit_is_refused(assembled, tmp_path):
         save_file(wrong, tmp_path / "adapter.safetensors")
         with pytest.raises(ValueError, match=message):
             AutoModelForVision2Seq.from_pretrained(tmp_path)
+    save_file({**state, "language_model.unknown": torch.ones(3)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match=r"has model.language_model.unknown, which this model lacks"):
+        AutoModelForVision2Seq.from_pretrained(tmp_path)
+    save_file(state, tmp_path / "adapter.safetensors", metadata={"lora_scale": "evil"})
+    with pytest.raises(ValueError, match="lora_scale is 'evil'"):
+        AutoModelForVision2Seq.from_pretrained(tmp_path)
     model.config.backbones = None
     save_adapter(tmp_path, model)
     with pytest.raises(ValueError, match="does not say of which backbones"):
@@ -305,6 +355,8 @@ def test_what_cannot_be_exported(full, tmp_path):
         ("evil.py", "import os", "not the code of this package"),
         ("notes.txt", "hf_" + "a" * 34, "looks like a secret"),
         ("tokenizer_config.json", '{"auto_map": {"AutoTokenizer": ["evil/repo--x.Y", null]}}', "names code that is not"),
+        ("processor_config.json", '{"image_processor": {"auto_map": {"AutoImageProcessor": "e/r--x.Y"}}}', "names code that"),
+        ("config.json", '{"a": [{"b": {"auto_map": "e/r--x.Y"}}]}', "names code that is not"),
     ],
 )
 def test_a_folder_is_looked_through_before_it_goes(file, content, message, tmp_path):
@@ -339,6 +391,8 @@ def test_the_exported_folder_must_say_the_same(full, build, tmp_path):
     assert hub.compare(folder, expected) == 0
     with pytest.raises(hub.HubError, match="says something else"):
         hub.compare(folder, {**expected, "fine": expected["fine"] + 1})
+    with pytest.raises(hub.HubError, match="says something else"):
+        hub.compare(folder, {**expected, "coarse": expected["coarse"] * np.nan})
     (folder / "aggregation_granulon.py").unlink()
     with pytest.raises(hub.HubError, match="does not load without granulon_hf"):
         hub.compare(folder, expected)

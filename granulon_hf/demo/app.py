@@ -19,6 +19,7 @@ from typing import Any
 import gradio as gr
 import torch
 from gradio.media import get_image
+from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -90,6 +91,22 @@ class Progress:
     tokens: int = 0
     first_token: float | None = None
     rate: float | None = None
+
+
+def given_file(payload: Any, shown: set[Path]) -> str | None:
+    """Path of what was uploaded, or of an example.
+
+    gradio looks only at payloads that say that they are files; a client that leaves this out could name any file of the server.
+
+    Raises:
+        gradio.Error: another file, or none.
+    """
+    if not payload or not payload.path:
+        return None
+    path = Path(payload.path).resolve()
+    if not path.is_file() or not (path in shown or path.is_relative_to(Path(get_upload_folder()).resolve())):
+        raise gr.Error("This picture was not uploaded.", print_exception=False)
+    return str(path)
 
 
 def read_picture(path: str | None) -> Image.Image:
@@ -295,23 +312,23 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
     Returns:
         `gradio.Blocks`: for [`launch`].
     """
-    answerer = Answerer(model, processor)
+    answerer, shown = Answerer(model, processor), {Path(path).resolve() for path, _ in examples()}
     levels = answerer.levels
 
     def respond(picture, question, position):
         try:
             level = levels[int(position) - 1] if levels and 1 <= position <= len(levels) else None
             image, question = read_picture(picture), read_question(question, processor.image_token)
-            shown = False
+            began = False
             for progress in answerer.answer(image, question, level):
                 clusters = gr.skip()
-                if not shown and progress.overlay is not None:
+                if not began and progress.overlay is not None:
                     kept = (
                         f"{progress.semantic_tokens} clusters of the level {progress.level}, numbered by rank, over the picture"
                     )
                     clusters = gr.Image(progress.overlay, alt_text=kept)
-                yield progress.text, gr.skip() if shown else bars(progress), clusters, numbers(progress, level is not None)
-                shown = True
+                yield progress.text, gr.skip() if began else bars(progress), clusters, numbers(progress, level is not None)
+                began = True
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
         except Exception as error:
@@ -330,7 +347,7 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                 )
                 # The file as it is: gr.Image fails on a damaged one without saying why. Not a subclass of it, for which gradio
                 # would write a stub file beside this one.
-                picture.preprocess = lambda payload: payload and payload.path
+                picture.preprocess = lambda payload: given_file(payload, shown)
                 question = gr.Textbox(label="Question", max_length=MAX_QUESTION, lines=1, max_lines=4, elem_id="question")
                 stops = ["auto", *map(html.escape, levels)]
                 slider = gr.Slider(

@@ -37,8 +37,8 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
     return model.to(place), processor, name
 
 
-def read_model(source: str, dtype: str = "auto") -> tuple[Any, Any, str]:
-    """As [`load_model`], on the CPU and in the checkpoint's own dtype.
+def read_model(source: str, dtype: str = "auto", **options: Any) -> tuple[Any, Any, str]:
+    """As [`load_model`], on the CPU and in the checkpoint's own dtype; `options` are of `from_pretrained`.
 
     Raises:
         ValueError: something cannot be read, or weights are missing.
@@ -47,7 +47,7 @@ def read_model(source: str, dtype: str = "auto") -> tuple[Any, Any, str]:
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model, loaded = auto.from_pretrained(source, dtype=kind, output_loading_info=True)
+        model, loaded = auto.from_pretrained(source, dtype=kind, output_loading_info=True, **options)
     except Exception as error:  # whatever the readers raise
         reason = " ".join(str(error).split()).split(". ")[0]
         raise ValueError(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error

@@ -1,6 +1,7 @@
 """The demo's functions without a browser: answers as `generate` gives them, one sentence for bad input, stopping, queueing."""
 
 import itertools
+import os
 import re
 import runpy
 import shutil
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -311,3 +313,21 @@ def test_a_space_installs_the_backbones_that_it_lacks(monkeypatch, tmp_path):
     assert work.embedded_model() == str(tmp_path)
     [command] = commands
     assert " ".join(command) == f"{sys.executable} -m {work.INSTALL_COMMAND}"
+
+
+def test_only_what_was_uploaded_is_opened(tmp_path, monkeypatch):
+    """A client that does not say that its payload is a file gets past gradio's own check."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    (tmp_path / "uploads").mkdir()
+    mine, other, example = tmp_path / "uploads" / "a.png", tmp_path / "b.png", tmp_path / "c.png"
+    for path in (mine, other, example):
+        make_picture(0).save(path)
+    os.mkfifo(tmp_path / "uploads" / "pipe")
+    (tmp_path / "uploads" / "link.png").symlink_to(other)
+    shown = {example.resolve()}
+    assert work.given_file(None, shown) is None
+    for path in (mine, example):
+        assert work.given_file(SimpleNamespace(path=str(path)), shown) == str(path.resolve())
+    for name in ("b.png", "uploads/../b.png", "uploads/link.png", "uploads/pipe", "uploads", "uploads/none.png"):
+        with pytest.raises(gradio.Error, match="not uploaded"):
+            work.given_file(SimpleNamespace(path=str(tmp_path / name)), shown)
