@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.cli.eval import check_models, check_out
+from granulon_hf.cli.eval import check_models, check_out, plain_warnings
 from granulon_hf.data import DataError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 DEFAULT_SAMPLES = 100  # of drawn scenes, of which there is no end
 
-Data = Annotated[str, typer.Option(help="A data set (a-okvqa, seed-bench, …), a prepared folder, or shapes: drawn scenes.")]
+Data = Annotated[str, typer.Option(help="A data set (a-okvqa, …), a prepared folder, a chat.json, or shapes: drawn scenes.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; the same command goes on where it was interrupted.")]
 Limit = Annotated[int | None, typer.Option(help="Samples, drawn uniformly.", min=1)]
 Batch = Annotated[int, typer.Option(help="Samples at once; results do not depend on it.", min=1)]
@@ -68,7 +68,8 @@ def open_data(name: str, split: str | None, source: str | None, limit: int | Non
     """
     from granulon_hf.evaluation.sets import no_sample, open_samples
 
-    samples: Any = open_samples(name, drawn=DEFAULT_SAMPLES, seed=seed, limit=limit, split=split, source=source)
+    with plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
+        samples: Any = open_samples(name, drawn=DEFAULT_SAMPLES, seed=seed, limit=limit, split=split, source=source)
     if next(iter(samples), None) is None:
         raise no_sample(name, samples)
     if name == "shapes":
@@ -172,6 +173,8 @@ def alignment(
     console = Console(highlight=False)
     show_left_out(console, data, samples)
     show_alignment(console, summary, out)
+    if summary["failed"]:
+        raise typer.Exit(1)
 
 
 def show_alignment(console: Console, summary: dict[str, Any], out: Path) -> None:
@@ -186,6 +189,11 @@ def show_alignment(console: Console, summary: dict[str, Any], out: Path) -> None
             first = one["left_out"][0]
             note = f"{len(one['left_out'])} samples were left out of {name}, such as {first['id']}: {first['reason']}"
             console.print(escape(note), style="yellow", soft_wrap=True)
+        if one["samples"] < one["usable"]:
+            note = f"{name}: of {one['usable']} samples the {one['samples']} count that all models could be compared on"
+            console.print(escape(note), style="yellow", soft_wrap=True)
+    for name, reason in summary["failed"].items():
+        typer.echo(f"Error: no sample could be compared with {name} ({reason}); the others are written.", err=True)
     console.print(f"Figures and numbers: {escape(str(out))}", style="dim", soft_wrap=True)
 
 

@@ -1,7 +1,10 @@
 """`granulon eval`: predictions, scores and tables of several models on several sets; the fair comparison of encoders."""
 
 import os
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +18,7 @@ from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
 from granulon_hf.data.files import existing
 
 app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
+DATA_WARNINGS = r".* (rows were asked for|has no rows of this subset)"
 
 
 def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
@@ -69,6 +73,23 @@ def check_out(out: Path) -> None:
         raise BadInput(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
 
 
+@contextmanager
+def plain_warnings(show: Callable[[str], None]) -> Iterator[None]:
+    """What the data's readers warn of, as a line without the place in the source; other warnings as they are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=DATA_WARNINGS)
+        shown = warnings.showwarning
+
+        def showwarning(message: Any, *args: Any, **kwargs: Any) -> None:
+            if re.match(DATA_WARNINGS, str(message)):
+                show(" ".join(str(message).split()))
+            else:
+                shown(message, *args, **kwargs)
+
+        warnings.showwarning = showwarning
+        yield
+
+
 def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
     """Raises ValueError for what can be seen to be wrong before weights are read."""
     from granulon_hf import variants
@@ -109,7 +130,7 @@ def run(
         list[str] | None, typer.Option(help="Folder, Hub id, demo, or tiny:VARIANT; the first is the baseline.")
     ] = None,
     data: Annotated[
-        list[str] | None, typer.Option(help="Name of a set (NAME=FOLDER says where it is), a folder, or shapes.")
+        list[str] | None, typer.Option(help="Name of a set (NAME=FOLDER says where it is), a folder, a chat.json, or shapes.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder of predictions and tables. [eval]")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the sets.")] = None,
@@ -129,7 +150,11 @@ def run(
     bertscore_layers: Annotated[int | None, typer.Option(help="Its layer, for a folder.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Answer, score, compare. A stopped run goes on. On several devices: accelerate launch -m granulon_hf eval run …"""
+    """Answer, score, compare. A stopped run goes on.
+
+    Several GPUs: accelerate launch -m granulon_hf eval run … Several processes on a CPU, where accelerate starts only one:
+    torchrun --nproc_per_node 2 -m granulon_hf eval run …
+    """
     try:
         from granulon_hf.evaluation.prediction import Generation
         from granulon_hf.evaluation.suite import Suite, make_table, run_suite
@@ -161,9 +186,13 @@ def run(
                 bars[what] = progress.add_task(what, total=total)
             progress.update(bars[what], advance=done * int(os.environ.get("WORLD_SIZE", 1)))
 
+        def on_set(line: str) -> None:
+            if main:
+                progress.console.print(escape(line), soft_wrap=True)
+
         try:
-            on_set = lambda line: progress.console.print(escape(line), soft_wrap=True)  # noqa: E731
-            result = run_suite(suite, loader, on_progress, on_set, check_models)
+            with plain_warnings(lambda line: on_set(f"Note: {line}")):
+                result = run_suite(suite, loader, on_progress, on_set, check_models)
         except (ImportError, ValueError) as error:
             raise BadInput(one_line(error)) from None
     if main:
@@ -209,8 +238,11 @@ def compare(
     values = read_yaml(config, {"llm", "encoders", "train", "eval"})
     check_out(out)
     try:
-        result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))
+        with plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
+            result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))
     except (RecipeError, TrainingFailed, TypeError, ValueError) as error:
         raise BadInput(one_line(error)) from None
+    if not result:  # the first of several processes tells
+        return
     show(make_table(result))
     typer.echo(f"Table, curves and manifest: {out}")

@@ -7,7 +7,8 @@ corresponding layer". What its words leave open is settled here (ours):
   the final norm). The embeddings are no layer and are left out.
 - *Whose answer.* The model's own ("prediction"): a state that held the reference text itself would in part be compared with
   itself. "reference" puts the reference there instead: no generation, and models then differ by the image alone. A sample to
-  which a model answers nothing is left out, and listed.
+  which a model answers nothing is left out, and listed; curves and heatmaps of several models are over the samples that
+  all of them could be compared on.
 - *Which tokens.* "content": filled image slots, the last question's words, the answer's words; the reference is read after the
   token that the conversation begins with, which is not counted. Many decoders give their first token a norm far above those of
   others (an attention sink), so that a mean with it says little about the rest. "all" counts every token that is attended to,
@@ -18,7 +19,7 @@ Slots that a level leaves empty and padding never count.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.files import write_text
 from granulon_hf.data.sample import Sample
-from granulon_hf.evaluation.prediction import Generation, answer_batch
+from granulon_hf.evaluation.prediction import Generation, answer_batch, read_description
 
 ANSWERS = ("prediction", "reference")
 TOKENS = ("content", "all")
@@ -180,7 +181,7 @@ class AlignmentRun:
         self.description = json.loads(json.dumps(description, default=str))
         known = self.folder / "run.json"
         if known.exists():
-            before = json.loads(known.read_text(encoding="utf-8"))
+            before = read_description(known)
             changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
             if changed:
                 raise ValueError(
@@ -202,12 +203,17 @@ class AlignmentRun:
                 if isinstance(row, dict) and "id" in row:
                     yield row
 
-    def blocks(self, size: int = BLOCK) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and their cosines [size x layers], in the order of the journal, without the samples that could not be used."""
+    def blocks(self, size: int = BLOCK, only: Set[str] | None = None) -> Iterator[tuple[list[str], np.ndarray]]:
+        """Ids and their cosines [size x layers], in the order of the journal, without the samples that could not be used.
+
+        Args:
+            size (`int`): of a block.
+            only (`set[str]`, *optional*): ids of samples to keep to.
+        """
         ids: list[str] = []
         cosines: list[list[float]] = []
         for row in self.rows():
-            if "cosine" in row:
+            if "cosine" in row and (only is None or row["id"] in only):
                 ids.append(row["id"])
                 cosines.append(row["cosine"])
             if len(ids) == size:
@@ -215,6 +221,9 @@ class AlignmentRun:
                 ids, cosines = [], []
         if ids:
             yield ids, np.array(cosines)
+
+    def usable(self) -> set[str]:
+        return {row["id"] for row in self.rows() if "cosine" in row}
 
     def errors(self) -> list[dict[str, str]]:
         return [{"id": row["id"], "reason": row["error"]} for row in self.rows() if "error" in row]
@@ -336,10 +345,10 @@ def curve(blocks: Iterable[tuple[Sequence[str], np.ndarray]], n_resamples: int =
     return Curve(n, total / n, low, high)
 
 
-def heatmap_rows(run: AlignmentRun, n: int, rows: int = HEATMAP_ROWS) -> np.ndarray:
+def heatmap_rows(run: AlignmentRun, n: int, rows: int = HEATMAP_ROWS, only: Set[str] | None = None) -> np.ndarray:
     """Samples x layers; of more than `rows` samples, neighbours are averaged. Shape [at most rows x layers]."""
     group, sums, counts, seen = -(-n // rows), [], [], 0
-    for _, cosines in run.blocks():
+    for _, cosines in run.blocks(only=only):
         for line in cosines:
             if seen % group == 0:
                 sums.append(np.zeros_like(line))
@@ -395,7 +404,7 @@ def curves(found: dict[str, Curve]):
         layers = np.arange(1, len(one.mean) + 1)
         colour, style = f"C{i % 10}", ("-", "--", "-.", ":")[i % 4]
         axes.fill_between(layers, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(layers, one.mean, style, color=colour, label=name, marker="o", markersize=2.5)
+        axes.plot(layers, one.mean, style, color=colour, label=f"{name} (n = {one.n})", marker="o", markersize=2.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="decoder layer", ylabel="cosine to the reference")
     axes.grid(alpha=0.25)
@@ -412,21 +421,29 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
         runs (`dict`): run of each model name; the names of their folders name the heatmaps.
         left_out (`dict`, *optional*): what loading left out, of [`~granulon_hf.evaluation.sets.left_out`].
 
+    Curves and heatmaps are over the samples that all models have, those aside of which no sample could be used; where models
+    have none in common, each is over its own. The Parquet file has all.
+
     Returns:
-        `dict`: what is in `alignment.json`.
+        `dict`: what is in `alignment.json`; `failed` has the models without a sample, each with a reason.
 
     Raises:
-        ValueError: no sample of a model could be used.
+        ValueError: no sample of any model could be used.
     """
-    folder, found = Path(folder), {}
-    for name, run in runs.items():
-        one = curve(run.blocks())
-        if one is None:
-            reason = next((error["reason"] for error in run.errors()), "there are none")
-            raise ValueError(f"No sample could be compared with {name} ({reason}).")
-        found[name] = one
+    folder = Path(folder)
+    usable = {name: run.usable() for name, run in runs.items()}
+    failed = {
+        name: next((error["reason"] for error in runs[name].errors()), "there are none")
+        for name, ids in usable.items()
+        if not ids
+    }
+    if len(failed) == len(runs):
+        raise ValueError(f"No sample could be compared: {'; '.join(f'{name} ({reason})' for name, reason in failed.items())}.")
+    runs = {name: run for name, run in runs.items() if name not in failed}
+    common = set.intersection(*(usable[name] for name in runs)) or None
+    found = {name: one for name, run in runs.items() if (one := curve(run.blocks(only=common))) is not None}
     write_parquet(folder / "alignment.parquet", runs)
-    rows = {name: heatmap_rows(run, found[name].n) for name, run in runs.items()}
+    rows = {name: heatmap_rows(run, found[name].n, only=common) for name, run in runs.items()}
     lowest = min(0.0, *(float(one.min()) for one in rows.values()))
     figures = {f"heatmap-{run.folder.name}": heatmap(name, rows[name], found[name].n, lowest) for name, run in runs.items()}
     figures["curves"] = curves(found)
@@ -437,6 +454,7 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
         "models": {
             name: {
                 "samples": one.n,
+                "usable": len(usable[name]),
                 **{key: [round(float(value), 6) for value in getattr(one, key)] for key in ("mean", "low", "high")},
                 "mean_of_layers": round(float(one.mean.mean()), 6),
                 "left_out": runs[name].errors(),
@@ -444,6 +462,8 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
             }
             for name, one in found.items()
         },
+        "failed": failed,
+        "samples": "each model's own" if common is None else "those that all models have",
         "left_out_of_data": left_out or {},
         "band": f"95 % percentile Poisson bootstrap, {N_RESAMPLES} resamples, seed 0",
         "layers": "decoder layers from 1, as transformers' hidden_states[1:]",

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file
 
 from granulon_hf.data.files import write_text
-from granulon_hf.evaluation.prediction import Generation
+from granulon_hf.evaluation.models import pick_device
+from granulon_hf.evaluation.prediction import Generation, OtherPredictions, process_state
 from granulon_hf.evaluation.suite import Suite, open_set, run_suite
 from granulon_hf.training.arguments import make_parser, parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
@@ -68,8 +69,11 @@ def compare(
 ) -> dict[str, Any]:
     """Train what is not trained yet, evaluate what is not evaluated yet, and write table, curves and manifest into `out`.
 
+    Returns:
+        `dict`: as of [`run_suite`].
+
     Raises:
-        ValueError: a wrong configuration, or settings that differ between rows.
+        ValueError: a wrong configuration, settings that differ between rows, or answers that were made with another `eval`.
     """
     names = check(config)
     settings = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
@@ -91,8 +95,6 @@ def compare(
     check_equal(manifest)
 
     def load_model(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
-        from granulon_hf.evaluation.models import pick_device
-
         if source not in models:
             model_args = lines[source][0]
             model, processor = build_model(model_args)
@@ -104,11 +106,20 @@ def compare(
             model = model.float()
         return model.to(place).eval(), processor, source
 
-    for name in names:  # answers of weights that are not there any more
+    state = process_state(pick_device(suite.device))
+    for name in names if state.is_main_process else ():  # answers of weights that are not there any more
         weights, answers = out / name / "training" / ADAPTER, Path(suite.out) / name
         if answers.exists() and any(file.stat().st_mtime < weights.stat().st_mtime for file in answers.rglob("run.json")):
             shutil.rmtree(answers)
-    result = run_suite(suite, load_model, on_progress, on_set)
+    state.wait_for_everyone()
+    try:
+        result = run_suite(suite, load_model, on_progress, on_set)
+    except OtherPredictions:
+        raise ValueError(
+            f"{suite.out!r} holds answers that were made with another `eval`; remove that folder: what is trained stays."
+        ) from None
+    if not result:  # the first of several processes writes
+        return result
     write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
     plot_curves(names, out)
     return result

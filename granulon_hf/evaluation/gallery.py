@@ -256,7 +256,8 @@ def answer_of(model: str, row: dict[str, Any], score: dict[str, Any] | None) -> 
     elif row["choices"]:
         right = option_accuracy(prediction, [str(choice) for choice in row["choices"]], reference) == 1
     else:
-        right = recall(normalise(prediction), normalise(reference)) >= RIGHT_FROM  # "A car." shares the "a" of "a rocket"
+        # Normalised: "A car." shares the "a" of "a rocket".
+        right = bool(prediction.strip()) and recall(normalise(prediction), normalise(reference)) >= RIGHT_FROM
     return Answer(
         model=model,
         prediction=prediction,

@@ -9,6 +9,15 @@ import numpy as np
 
 N_RESAMPLES = 2000
 ARTICLES = {"a", "an", "the"}
+COMPARISON = re.compile("[<>=]")
+# Signs and points of numbers are none: -5, 1.5, .5, but not 3-5 or "5."
+NUMBER_MARK = r"(?<![\w.])-(?=\.?\d)|(?<=\d)\.(?=\d)|(?<![\w.])\.(?=\d)"
+PUNCTUATION = re.compile(rf"(?!{NUMBER_MARK})(?![<>=])[{re.escape(string.punctuation)}]")
+MARKDOWN = re.compile(r"[*`]|\b_+|_+\b|(?<!\w)_+|_+(?!\w)")
+LETTER = re.compile(r"\(?([a-z])[ \t]*(?:[.):\n]|$)", re.IGNORECASE)
+EXPLICIT = re.compile(
+    r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:option\s+)?\(?([a-z])[ \t]*(?:[.):;!?\n]|,(?!\s*[a-z]\b)|$)", re.IGNORECASE
+)
 
 
 def recall(prediction: str, reference: str) -> float:
@@ -21,39 +30,74 @@ def recall(prediction: str, reference: str) -> float:
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation, articles and extra space (ours, after SQuAD's)."""
-    words = text.lower().translate(str.maketrans(string.punctuation, " " * len(string.punctuation))).split()
-    return " ".join(word for word in words if word not in ARTICLES)
+    """Lower case, without punctuation, articles and extra space (ours, after SQuAD's).
+
+    Signs and decimal points of numbers stay, and so do `<`, `>` and `=`. Text of which nothing would be left stays too.
+    """
+    words = COMPARISON.sub(r" \g<0> ", PUNCTUATION.sub(" ", text.casefold().replace("\N{MINUS SIGN}", "-"))).split()
+    return " ".join(word for word in words if word not in ARTICLES) or plain(text)
+
+
+def plain(text: str) -> str:
+    """Lower case, without extra space."""
+    return " ".join(text.casefold().split())
 
 
 def exact(prediction: str, reference: str) -> float:
-    """1.0 where both are the same after [`normalise`] (ours)."""
-    return float(normalise(prediction) == normalise(reference))
+    """1.0 where both are the same after [`normalise`] (ours); an empty answer is never right."""
+    return float(bool(prediction.strip()) and normalise(prediction) == normalise(reference))
 
 
 def option_accuracy(prediction: str, choices: Sequence[str], reference: str) -> float:
-    """1.0 where the answer names the right option (ours).
-
-    An answer names an option by its letter alone ("B", "(b)", "B. the dog"), by its content, or, in longer answers, as the only
-    option whose content occurs in it. Where it names several or none it is wrong.
-    """
+    """1.0 where the answer names the option that the reference is (ours), as [`chosen_option`] has it."""
     found = chosen_option(prediction, choices)
-    return float(found is not None and normalise(choices[found]) == normalise(reference))
+    return float(found is not None and found == option_of(reference, choices))
+
+
+def option_of(text: str, choices: Sequence[str]) -> int | None:
+    """Index of the option with this content: the first that is the same, or the only one that is so after [`normalise`]."""
+    if not text.strip():
+        return None
+    contents = [plain(choice) for choice in choices]
+    if plain(text) in contents:
+        return contents.index(plain(text))
+    same = [i for i, choice in enumerate(choices) if normalise(choice) == normalise(text)]
+    return same[0] if len({contents[i] for i in same}) == 1 else None
 
 
 def chosen_option(prediction: str, choices: Sequence[str]) -> int | None:
-    """Index of the option that an answer names, or None."""
-    contents = [normalise(choice) for choice in choices]
-    said = normalise(prediction)
-    if said in contents:
-        return contents.index(said)
-    letter = re.match(r"\s*\(?([A-Za-z])\)?\s*(?:[.):]|$)", prediction)
-    if letter and (index := ord(letter[1].upper()) - ord("A")) < len(choices):
-        return index
-    inside = [i for i, content in enumerate(contents) if content and re.search(rf"\b{re.escape(content)}\b", said)]
-    # "red car" says "car" too: an option inside of another that was named does not count.
-    inside = [i for i in inside if not any(i != j and contents[i] in contents[j] for j in inside)]
-    return inside[0] if len(inside) == 1 else None
+    """Index of the option that an answer names, or None.
+
+    An answer names an option, in this order,
+
+    1. by its content alone: "the dog";
+    2. by its letter at the start, alone or closed by a bracket, a full stop, a colon or the end of the line: "B", "(b)",
+       "B. the dog"; "A dog" has no letter;
+    3. by a letter after "answer", "answer is", "option" or "choice", with or without a colon, that is closed likewise or by a
+       comma: "The answer is B." Several different letters are none;
+    4. by its content, as the only option whose content occurs in a longer answer; "the red car" does not name "car" too.
+
+    Markdown's `*`, `_` and backticks are not looked at in 2 and 3.
+    """
+    whole = option_of(prediction, choices)
+    if whole is not None:
+        return whole
+    text = MARKDOWN.sub("", prediction).strip()
+    first = LETTER.match(text)
+    letters = {first[1].upper()} if first else {found.upper() for found in EXPLICIT.findall(text)}
+    if len(letters) == 1:
+        letter = letters.pop()
+        named = option_of(letter, choices)  # options that are letters themselves, in whatever order
+        index = ord(letter) - ord("A") if named is None else named
+        if index < len(choices):
+            return index
+    contents, rest, inside = [normalise(choice) for choice in choices], normalise(prediction), set()
+    for content in sorted(filter(None, set(contents)), key=len, reverse=True):
+        # What is found is taken away, so that a shorter option inside of it does not count.
+        rest, times = re.subn(rf"(?<![\w.-]){re.escape(content)}(?!\.?\w)", "|", rest)
+        if times:
+            inside.add(content)
+    return option_of(inside.pop(), choices) if len(inside) == 1 else None
 
 
 def corpus_captions(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:

@@ -7,10 +7,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -180,6 +182,35 @@ def describe_model(source: str, model: Any) -> dict[str, Any]:
     return {"source": source, "revision": commit, "weights": fingerprint(model)[:16], "dtype": dtype}
 
 
+def process_state(device: torch.device) -> PartialState:
+    """This process among those that were launched together.
+
+    Args:
+        device (`torch.device`): where models run. Without `cpu=True` accelerate takes processes for single ones that have
+            neither CUDA nor another accelerator with collectives of its own.
+    """
+    # Processes wait for the slowest of them, which may have far more to do than the half hour that torch allows.
+    return PartialState(cpu=device.type in ("cpu", "mps"), timeout=timedelta(days=7))
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Content of a `run.json`. Raises ValueError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no names and values")
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({' '.join(str(error).split())}): nobody knows what is beside it; remove the folder "
+            f"{str(path.parent)!r}, so that it is made again."
+        ) from None
+    return found
+
+
+class OtherPredictions(ValueError):
+    """The folder holds answers of another model, to other data, or made in another way."""
+
+
 class PredictionRun:
     """Predictions of one model on one data set, in a folder.
 
@@ -192,7 +223,8 @@ class PredictionRun:
         description (`dict`): model, data and generation; another one in the same folder is refused.
 
     Raises:
-        ValueError: the folder holds a run of something else.
+        OtherPredictions: the folder holds a run of something else.
+        ValueError: its description is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
@@ -200,30 +232,30 @@ class PredictionRun:
         self.description = json.loads(json.dumps(description, default=str))
         path = self.folder / "run.json"
         if path.exists():
-            before = json.loads(path.read_text())["description"]
+            before = read_description(path).get("description") or {}
             changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
             if changed:
-                raise ValueError(
+                raise OtherPredictions(
                     f"{str(self.folder)!r} holds predictions of another {' and '.join(changed)}; name another folder, "
                     "or remove it."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write_description(self) -> None:
+    def write_description(self, processes: int = 1) -> None:
         versions = {"granulon_hf": granulon_hf.__version__, "torch": torch.__version__}
-        content = {"description": self.description, "versions": versions}
+        content = {"description": self.description, "versions": versions, "processes": processes}
         write_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
 
     def parts(self) -> list[Path]:
         return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What is there, by sample id; a torn last line is left out."""
+        """What is there, by sample id; lines that are torn or damaged are left out."""
         found: dict[str, dict[str, Any]] = {}
         for part in self.parts():
-            for line in part.read_text(encoding="utf-8").split("\n"):
+            for line in part.read_bytes().split(b"\n"):
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line.decode())
                     found.setdefault(row["id"], row)
                 except (ValueError, KeyError, TypeError):
                     continue
@@ -246,18 +278,20 @@ class PredictionRun:
             on_progress (`callable`): called with the number of samples answered by this process, those found included.
         """
         index, count = (state.process_index, state.num_processes) if state is not None else (0, 1)
-        done, order, mine = self.rows(), [], []
+        wait = state.wait_for_everyone if state is not None else lambda: None
+        order, missing, done = [], [], self.rows()
+        wait()  # all have seen the same, and none has written
         for sample in samples:
             order.append(sample.id)
-            if len(order) % count == index % count and sample.id not in done:
-                mine.append(sample)
+            if sample.id not in done:
+                missing.append(sample)
         if len(set(order)) < len(order):
             raise ValueError("Samples have the same id; predictions could not be told apart.")
         if index == 0:
-            self.write_description()
+            self.write_description(count)
         # Long prompts beside long ones: less padding. The answers do not depend on it.
-        mine.sort(key=lambda sample: len(sample.question))
-        on_progress(len([name for name in order if name in done]) // count)
+        mine = sorted(missing[index::count], key=lambda sample: len(sample.question))
+        on_progress((len(order) - len(missing)) // count)
         with open(self.folder / f"part-{index:03}.jsonl", "a", encoding="utf-8") as file:
             if file.tell() and not (self.folder / f"part-{index:03}.jsonl").read_bytes().endswith(b"\n"):
                 file.write("\n")
@@ -267,17 +301,16 @@ class PredictionRun:
                 file.flush()
                 os.fsync(file.fileno())
                 on_progress(len(batch))
-        if state is not None:
-            state.wait_for_everyone()
-        rows = self.rows()
-        result = [rows[name] for name in order if name in rows]
+        wait()
         if index == 0:
-            write_text(self.folder / "predictions.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in result))
+            rows = self.rows()
+            lines = (json.dumps(rows[name], ensure_ascii=False) for name in order if name in rows)
+            write_text(self.folder / "predictions.jsonl", "".join(f"{line}\n" for line in lines))
             for part in self.folder.glob("part-*.jsonl"):
                 part.unlink()
-        if state is not None:
-            state.wait_for_everyone()
-        return result
+        wait()  # the parts are gone before others look
+        rows = self.rows()
+        return [rows[name] for name in order if name in rows]
 
     def answer(self, model, processor, batch, generation) -> Iterator[dict[str, Any]]:
         started = time.perf_counter()

@@ -1,6 +1,7 @@
 """The samples that models are evaluated and analysed on, and what loading left out of them."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from granulon_hf.data import DataError, load
@@ -15,7 +16,8 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
     """A set by its name; what is drawn is held out, as nothing that is trained on may be evaluated on.
 
     Args:
-        name (`str`): of [`~granulon_hf.data.load`], or "shapes".
+        name (`str`): of [`~granulon_hf.data.load`], a file of LLaVA's conversations or a folder with a `chat.json`, or
+            "shapes".
         drawn (`int`): number of drawn scenes, of which there is no end, where there is no limit.
         seed (`int`): 0 or more; other seeds give other samples.
         limit (`int`, *optional*): at most so many.
@@ -30,10 +32,19 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
         if given := [key for key, value in options.items() if value is not None]:
             raise ValueError(f"Drawn shapes have no {' and no '.join(given)}.")
         return Shapes(limit or drawn, seed=HELD_OUT + seed)
+    known = {key: value for key, value in options.items() if value is not None}
     try:
-        return load(name, seed=seed, limit=limit, **{key: value for key, value in options.items() if value is not None})
+        if is_chat(name):
+            return load("llava", seed=seed, limit=limit, **({"source": name} | known))
+        return load(name, seed=seed, limit=limit, **known)
     except (DataError, OSError) as error:
         raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
+
+
+def is_chat(name: str) -> bool:
+    """Whether a set is named by a file of LLaVA's conversations, or a folder with a `chat.json`, as in examples/train.py."""
+    path = Path(name)
+    return path.suffix in (".json", ".jsonl") or (path / "chat.json").is_file()
 
 
 def no_sample(name: str, samples: Samples | Shapes) -> ValueError:

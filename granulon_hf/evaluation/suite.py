@@ -3,19 +3,28 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from accelerate import PartialState
+import torch
 from transformers import AutoConfig
 
 from granulon_hf.data import Sample
 from granulon_hf.data.files import write_text
 from granulon_hf.evaluation.metrics import SCORERS, bert_scores, bootstrap_mean, corpus_captions, paired_difference
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model, write_parquet
+from granulon_hf.evaluation.models import pick_device
+from granulon_hf.evaluation.prediction import (
+    Generation,
+    PredictionRun,
+    describe_model,
+    process_state,
+    read_description,
+    write_parquet,
+)
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
 from granulon_hf.training.run import command_line
 
@@ -26,6 +35,10 @@ PAPER = {
         ("a-okvqa", "recall"): 21.79,
         ("recap", "judge"): 21.54,
         ("flux-reason", "judge"): 29.36,
+        ("surgvlm-phase", "bertscore"): 91.64,
+        ("surgvlm-phase", "recall"): 46.15,
+        ("surgvlm-instrument", "bertscore"): 94.44,
+        ("surgvlm-instrument", "recall"): 46.92,
     },
     "siglip-qwen2.5": {
         ("seed-bench", "recall"): 46.72,
@@ -44,17 +57,28 @@ PAPER = {
         ("a-okvqa", "recall"): 47.43,
         ("recap", "judge"): 23.97,
         ("flux-reason", "judge"): 45.31,
+        ("surgvlm-phase", "bertscore"): 94.71,
+        ("surgvlm-phase", "recall"): 64.10,
+        ("surgvlm-instrument", "bertscore"): 97.41,
+        ("surgvlm-instrument", "recall"): 68.89,
     },
     "granulon-qwen2.5": {
         ("seed-bench", "recall"): 58.80,
         ("a-okvqa", "recall"): 57.13,
         ("recap", "judge"): 31.28,
         ("flux-reason", "judge"): 49.31,
+        ("surgvlm-phase", "bertscore"): 97.32,
+        ("surgvlm-phase", "recall"): 76.92,
+        ("surgvlm-instrument", "bertscore"): 97.95,
+        ("surgvlm-instrument", "recall"): 76.07,
     },
     "clip-llama3.2": {("flux-reason", "judge"): 28.97},
     "dinov2-llama3.2": {("flux-reason", "judge"): 19.49},
-    "granulon-llama3.2": {("flux-reason", "judge"): 56.67},
+    "dinov3-llama3.2": {("flux-reason", "hallucination"): 61.3},
+    "granulon-llama3.2": {("flux-reason", "judge"): 56.67, ("flux-reason", "hallucination"): 46.3},
 }
+# Sets whose samples are scored in columns apart, and the field of `meta` that says in which.
+SPLIT_BY = {"surgvlm": "category"}
 METRICS = (*SCORERS, "bertscore", "cider", "bleu", "rouge_l", "judge", "hallucination")
 PERCENT = {"recall", "exact", "option_accuracy", "bertscore"}  # shown times 100
 
@@ -170,14 +194,15 @@ def run_suite(
             can be seen to be wrong before the first is loaded.
 
     Returns:
-        `dict`: `models`, `data` (names), `sets` (`{data: {"samples": number, "left_out": rows, files, filtered}}`), `scores`
-        (`{model: {data: {metric: [value of each sample]}}}`) and `failed` (`{model: {data: number}}`, samples without an
-        answer, which are scored as empty ones): what the tables are made from, and what `scores.json` holds.
+        `dict`: `models`, `data` (columns: names of sets, or of their parts), `sets` (`{name: {"samples": number, "left_out":
+        rows, files, filtered, "parts": {column: number}}}`), `scores` (`{model: {column: {metric: [value of each sample]}}}`)
+        and `failed` (`{model: {column: number}}`, samples without an answer, which are scored as empty ones): what the tables
+        are made from, and what `scores.json` holds. Empty on all processes but the first, which alone scores.
 
     Raises:
         ValueError: data or a model cannot be used; before a model is loaded where that can be known.
     """
-    state, out, titles = PartialState(), Path(suite.out), titles_of(suite.models)
+    out, titles = Path(suite.out), titles_of(suite.models)
     check_encoder(suite)
     sets: dict[str, list[Sample]] = {}
     about: dict[str, dict[str, Any]] = {}
@@ -186,18 +211,24 @@ def run_suite(
         sets[data] = list(opened)
         if not sets[data]:
             raise no_sample(data, opened)
-        about[data] = {"samples": len(sets[data]), "left_out": left_out(opened)}
+        parts = {part: len(indices) for part, indices in parts_of(data, sets[data]).items()}
+        about[data] = {"samples": len(sets[data]), "left_out": left_out(opened), "parts": parts}
         on_set(f"{data}: {describe_set(len(sets[data]), about[data]['left_out'])}")
+        check_tasks(suite, data, sets[data])
+    if twice := [part for part, times in Counter(part for one in about.values() for part in one["parts"]).items() if times > 1]:
+        raise ValueError(f"Two data sets would have the column {twice[0]!r}; rename one.")
     folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
     if len(set(folders.values())) < len(folders):
         raise ValueError(f"Two data sets would share a folder: {', '.join(sets)}; rename one.")
-    wanting = {source for (source, data), folder in folders.items() if not is_complete(folder, sets[data])}
-    check_models([source for source in suite.models if source in wanting], suite.device, suite.dtype)
-    scores: dict[str, dict[str, dict[str, list[float | None]]]] = {}
-    failed: dict[str, dict[str, int]] = {}
+    wanting = {key for key, folder in folders.items() if not is_complete(folder, sets[key[1]])}
+    sources = {source for source, _ in wanting}
+    check_models([source for source in suite.models if source in sources], suite.device, suite.dtype)
+    already = torch.distributed.is_available() and torch.distributed.is_initialized()
+    state = process_state(pick_device(suite.device))
+    state.wait_for_everyone()  # all have seen what is there before one changes it
+    answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for source, title in titles.items():
         model = processor = None
-        scores[title], failed[title] = {}, {}
         for data, samples in sets.items():
             folder = folders[source, data]
             description = {
@@ -206,7 +237,7 @@ def run_suite(
                 "generation": suite.generation.settings(),
                 "dtype": suite.dtype,
             }
-            if is_complete(folder, samples):
+            if (source, data) not in wanting:
                 run = PredictionRun(folder, {**described(folder), **description})
                 known = run.rows()
                 rows = [known[sample.id] for sample in samples]
@@ -231,18 +262,50 @@ def run_suite(
                     f"{title} could answer none of the samples of {data} ({rows[0]['error'].rstrip('.')}); when that "
                     f"is mended, remove {str(folder)!r}."
                 )
-            if state.is_main_process:
-                write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=suite.generation)
-                failed[title][data] = sum("error" in row for row in rows)
-                scores[title][data] = score_rows(suite, rows, folder)
-    result = {"models": list(scores), "data": list(sets), "sets": about, "scores": scores, "failed": failed}
+            answers[source, data] = rows
+    model = processor = None
+    state.wait_for_everyone()
+    main = state.is_main_process
+    if state.num_processes > 1 and not already:  # a judge takes long: nobody waits for the first process
+        state.destroy_process_group()
+        state._reset_state()
+    if not main:
+        return {}
+    columns = [part for one in about.values() for part in one["parts"]]
+    result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "scores": {}, "failed": {}}
+    for source, title in titles.items():
+        scores, failed = result["scores"].setdefault(title, {}), result["failed"].setdefault(title, {})
+        for data, samples in sets.items():
+            folder, rows = folders[source, data], answers[source, data]
+            write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=suite.generation)
+            found = score_rows(suite, rows, folder)
+            for part, indices in parts_of(data, samples).items():
+                scores[part] = {name: [values[i] for i in indices] for name, values in found.items()}
+                failed[part] = sum("error" in rows[i] for i in indices)
     result["command"] = command_line()
-    if state.is_main_process:
-        write_text(out / "scores.json", json.dumps(result) + "\n")
-        table = make_table(result)
-        write_text(out / "table.md", markdown(table))
-        write_text(out / "table.html", html(table))
+    write_text(out / "scores.json", json.dumps(result) + "\n")
+    table = make_table(result)
+    write_text(out / "table.md", markdown(table))
+    write_text(out / "table.html", html(table))
     return result
+
+
+def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Columns of a set, each with the places of its samples: one, or where it is split one for each part that is there."""
+    values = [sample.meta.get(SPLIT_BY.get(data, "")) for sample in samples]
+    if not any(values):
+        return {data: list(range(len(samples)))}
+    parts: dict[str, list[int]] = {}
+    for i, value in enumerate(values):
+        parts.setdefault(f"{data}-{value or 'other'}", []).append(i)
+    return parts
+
+
+def check_tasks(suite: Suite, data: str, samples: Sequence[Sample]) -> None:
+    """Raises ValueError where the judge is asked for what it cannot score, before anything is answered."""
+    tasks = sorted({sample.task for sample in samples})
+    if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
+        raise ValueError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
 
 
 def digest_of(samples: Iterable[Sample]) -> str:
@@ -265,17 +328,16 @@ def source_state(source: str) -> list[Any]:
 
 def described(folder: Path) -> dict[str, Any]:
     """What is written of the model that made the answers: a run that only scores does not load it."""
-    before = json.loads((folder / "run.json").read_text())["description"]
-    return {"model": before.get("model")}
+    return {"model": (read_description(folder / "run.json").get("description") or {}).get("model")}
 
 
 def is_complete(folder: Path, samples: Sequence[Sample]) -> bool:
-    file = folder / "predictions.jsonl"
-    if not file.exists() or not (folder / "run.json").exists():
+    if not (folder / "run.json").exists():
         return False
-    return {sample.id for sample in samples} <= {
-        json.loads(line)["id"] for line in file.read_text(encoding="utf-8").split("\n") if line
-    }
+    run = PredictionRun(folder, read_description(folder / "run.json").get("description") or {})
+    if [part.name for part in run.parts()] != ["predictions.jsonl"]:  # parts are still to be put together
+        return False
+    return {sample.id for sample in samples} <= run.rows().keys()
 
 
 def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
@@ -284,7 +346,7 @@ def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
     chosen = ["recall"]
     if rows and all(row["choices"] for row in rows):
         chosen.append("option_accuracy")
-    elif rows and rows[0]["task"] == "vqa":
+    elif rows and all(row["task"] == "vqa" for row in rows):
         chosen.append("exact")
     return chosen + (["judge", "hallucination"] if suite.judge else [])
 
@@ -311,15 +373,12 @@ def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path, names: li
     """The judge's scores of a run; its answers are kept beside the predictions."""
     from granulon_hf.judge import judge as judge_module
 
-    tasks = {row["task"] for row in rows}
-    if len(tasks) > 1:
-        raise ValueError(f"The judge scores one task at a time; the data has {' and '.join(sorted(tasks))}.")
     result = judge_module.Judge().compute(
         predictions=[row["prediction"] for row in rows],
         images=[str(folder / row["images"][0]) if row["images"] else None for row in rows],
         references=[row["reference"] for row in rows],
         questions=[row["question"] for row in rows],
-        task=tasks.pop(),
+        task=rows[0]["task"],
         **{"store": str(folder / "judge.jsonl"), **(suite.judge or {})},
     )
     lines = [
@@ -375,7 +434,7 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
             cells = [{"mean": figures[c]} if c in figures else None for c in columns]
             if any(cells):
                 rows.append({"name": f"{name} (paper)", "cells": cells, "paper": True})
-    counts = {data: about["samples"] for data, about in result["sets"].items()}
+    counts = {part: count for about in result["sets"].values() for part, count in about["parts"].items()}
     told = {data: describe_set(about["samples"], about["left_out"]) for data, about in result["sets"].items()}
     remarks = [f"{data}: {told[data]}." for data, about in result["sets"].items() if any(about["left_out"].values())]
     return {"columns": columns, "rows": rows, "first": first, "counts": counts, "remarks": remarks}

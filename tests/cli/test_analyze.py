@@ -121,6 +121,32 @@ def test_nothing_to_look_at_is_known_before_a_model_is(run, no_model, tmp_path):
         assert done.exit_code == 2 and "can be used: 0 samples, 1 left out: the image" in done.stderr, done.output
 
 
+def test_a_model_that_says_nothing_costs_only_its_own_figures(run, tmp_path, monkeypatch):
+    from granulon_hf.evaluation import alignment
+
+    monkeypatch.setattr(
+        alignment,
+        "answer_batch",
+        lambda model, processor, samples, generation: [
+            {"prediction": "a dog" if model.config.granularity_levels else ""} for _ in samples
+        ],
+    )
+    done = run("alignment", "--model", "tiny:clip-llama3.2", *ALIGNMENT[1:], "--answer", "prediction")
+    assert done.exit_code == 1, done.output
+    assert "no sample could be compared with tiny:clip-llama3.2 (its answer is empty)" in done.stderr
+    assert list(json.loads((tmp_path / "out/alignment.json").read_text())["models"]) == ["tiny:granulon-qwen2.5"]
+    assert "tiny:granulon-qwen2.5" in done.stdout and (tmp_path / "out/curves.png").exists()
+
+
+def test_own_conversations(run, tmp_path):
+    records = [{"id": "0", "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", "This.")}]
+    tables.chat(tmp_path / "own", records)
+    done = run(*ALIGNMENT, "--data", "own/chat.json")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("\n") == 1 and "Note: 4 rows were asked for, but" in done.stderr
+    assert "warn" not in done.stderr
+
+
 def test_scenes_are_not_those_of_training(run, tmp_path):
     assert run(*ALIGNMENT).exit_code == 0
     ids = pq.read_table("out/alignment.parquet")["id"].to_pylist()

@@ -1,6 +1,7 @@
 """`granulon eval compare`: rows trained alike, resumable, refused where they were not."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,13 @@ def test_rows_are_trained_alike_and_kept():
     assert Path("out/losses.png").stat().st_size > 1000 and "shapes: recall" in Path("out/evaluation/table.md").read_text()
     stamps = [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
     assert run(CONFIG).exit_code == 0
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
+
+    other = run({**CONFIG, "eval": {**CONFIG["eval"], "limit": 5}})
+    assert other.exit_code == 2 and "remove that folder: what is trained stays" in other.output, other.output
+    assert "'out/evaluation' holds answers" in other.output
+    shutil.rmtree("out/evaluation")
+    assert run({**CONFIG, "eval": {**CONFIG["eval"], "limit": 5}}).exit_code == 0
     assert stamps == [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
 
     other = run({**CONFIG, "train": {**TRAIN, "max_steps": 3}})

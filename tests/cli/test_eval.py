@@ -4,16 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from granulon_hf import variants
 from granulon_hf.cli import app
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.evaluation import models
+from granulon_hf.evaluation import suite as suite_module
 from granulon_hf.evaluation.metrics import recall
+from granulon_hf.evaluation.suite import Suite, metrics_for
 from tests.data import tables
 from tests.judge.server import Reply, Server
 
@@ -71,15 +75,115 @@ def test_predictions_scores_and_tables():
     assert other.exit_code == 2 and "predictions of another generation" in other.output
 
 
-def test_two_processes_give_the_same_answers():
-    assert run(*MODELS[2:], *SHORT, "--out", "one").exit_code == 0
-    head = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "granulon_hf"]
-    arguments = ["eval", "run", *MODELS[2:], *SHORT, "--out", "two", "--device", "cpu"]
+@pytest.fixture
+def talker():
+    """A folder with a toy model that says something, and not the same of every sample."""
+    model, processor = variants.build("granulon-qwen2.5", tiny=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.4)
+    model.generation_config.suppress_tokens = sorted(processor.tokenizer.added_tokens_decoder)
+    model.save_pretrained("talker"), processor.save_pretrained("talker")
+    return "talker"
+
+
+def test_two_processes_give_the_same_answers(talker):
+    arguments = ["--model", talker, *SHORT, "--device", "cpu"]
+    assert run(*arguments, "--out", "one").exit_code == 0
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "granulon_hf"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*head, *map(str, arguments)], env=environment, capture_output=True, text=True, check=False)
+    command = [*head, "eval", "run", *map(str, arguments), "--out", "two"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (rows(f"{name}/tiny-granulon-qwen2.5/shapes") for name in ("one", "two"))
+    assert done.stderr.count("shapes: 8 samples") == 1 and done.stdout.count("Tables: ") == 1
+    one, two = (rows(f"{name}/talker/shapes") for name in ("one", "two"))
     assert [(r["id"], r["prediction"]) for r in one] == [(r["id"], r["prediction"]) for r in two]
+    assert len({row["prediction"] for row in one} - {""}) > 3
+    # Each of the two answers only its half, so that all are there only if both took part.
+    assert [json.loads(Path(f"{name}/talker/shapes/run.json").read_text())["processes"] for name in ("one", "two")] == [1, 2]
+    scores = [json.loads(Path(f"{name}/scores.json").read_text())["scores"] for name in ("one", "two")]
+    assert scores[0] == scores[1]
+
+
+def test_damage_is_mended_or_named():
+    arguments = [*MODELS[2:], *SHORT, "--out", "out"]
+    assert run(*arguments).exit_code == 0
+    folder = Path("out/tiny-granulon-qwen2.5/shapes")
+    whole = rows(folder)
+    lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "predictions.jsonl").write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]))
+    assert run(*arguments).exit_code == 0
+    assert [(r["id"], r["prediction"]) for r in rows(folder)] == [(r["id"], r["prediction"]) for r in whole]
+    (folder / "run.json").write_text('{"description": {"da')
+    done = run(*arguments)
+    assert done.exit_code == 2 and f"Error: '{folder}/run.json' is damaged" in done.stderr, done.stderr
+    assert f"remove the folder '{folder}'" in done.stderr
+
+
+def test_own_conversations_and_a_plain_note():
+    records = [{"id": "0", "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", "This.")}]
+    tables.chat(Path("own"), records)
+    done = run("--model", "tiny:clip-qwen2.5", "--data", "own/chat.json", "--limit", 24, "--max-new-tokens", 2, "--out", "out")
+    assert done.exit_code == 0, done.output
+    assert [row["id"] for row in rows("out/tiny-clip-qwen2.5/own-chat.json")] == ["0"]
+    assert "\nNote: 24 rows were asked for, but" in "\n" + done.stderr and "UserWarning" not in done.stderr
+
+
+def test_medical_answers_are_scored_by_what_is_asked():
+    said = ["Preparation", "Hook", "yes", "Cleaning Coagulation"]
+    records = [
+        {"id": str(i), "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", text)} for i, text in enumerate(said)
+    ]
+    tables.chat(Path("medical"), records)
+    done = run(
+        *("--model", "tiny:clip-qwen2.5", "--data", "surgvlm=medical", "--max-new-tokens", 2, "--out", "out"),
+        *("--metric", "recall", "--limit", 4),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(Path("out/scores.json").read_text())
+    scores, columns = result["scores"]["tiny:clip-qwen2.5"], ["surgvlm-phase", "surgvlm-instrument", "surgvlm-other"]
+    assert set(result["data"]) == set(scores) == set(columns)
+    assert [len(scores[name]["recall"]) for name in columns] == [2, 1, 1]
+    table = Path("out/table.md").read_text()
+    assert "surgvlm-phase: recall (n = 2)" in table and "surgvlm-instrument: recall (n = 1)" in table
+    (paper,) = (line for line in table.splitlines() if "granulon-qwen2.5 (paper)" in line)
+    assert "*76.92*" in paper and "*76.07*" in paper
+
+
+@pytest.mark.parametrize(
+    ("tasks", "choices", "names"),
+    [
+        (["vqa", "vqa"], [None, None], ["recall", "exact"]),
+        (["vqa", "caption"], [None, None], ["recall"]),
+        (["caption", "vqa"], [None, None], ["recall"]),
+        (["vqa", "vqa"], [["a"], ["b"]], ["recall", "option_accuracy"]),
+    ],
+)
+def test_metrics_suit_all_rows(tasks, choices, names):
+    found = [{"task": task, "choices": options} for task, options in zip(tasks, choices, strict=True)]
+    assert metrics_for(Suite(["m"], ["shapes"], "out"), found) == names
+
+
+def test_a_judge_of_two_tasks_is_refused_before_anything_is_answered(no_model, monkeypatch):
+    whole = Shapes.__getitem__
+    monkeypatch.setattr(Shapes, "__getitem__", lambda self, i: replace(whole(self, i), task="caption") if i else whole(self, i))
+    done = run(*MODELS, *SHORT, "--judge", "gpt-4o", "--judge-base-url", "http://127.0.0.1:9", "--out", "out")
+    assert done.exit_code == 2 and "one task at a time; shapes has caption and vqa" in done.stderr, done.output
+
+
+def test_scores_are_made_once_everything_is_answered(monkeypatch):
+    """A judge takes long; other processes, which only answer, must not wait for it."""
+    order = []
+    scored = suite_module.score_rows
+    monkeypatch.setattr(suite_module, "score_rows", lambda *args: order.append("score") or scored(*args))
+    answered = suite_module.PredictionRun.run
+    monkeypatch.setattr(
+        suite_module.PredictionRun, "run", lambda self, *a, **k: order.append("answer") or answered(self, *a, **k)
+    )
+    assert run(*MODELS, "--data", "shapes", "--limit", 2, "--max-new-tokens", 2, "--out", "out").exit_code == 0
+    assert order == ["answer", "answer", "score", "score"]
 
 
 def test_the_judge_scores_too_and_is_paid_once():

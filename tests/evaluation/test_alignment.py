@@ -170,7 +170,7 @@ def test_report(tmp_path, monkeypatch):
         run = runs[name] = AlignmentRun(tmp_path / name.replace("/", "-"), {"model": name})
         lines = [{"id": f"s{i}", "cosine": draw.uniform(0, 1, layers).round(6).tolist()} for i in range(10)]
         run.journal.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "bad", "error": "broken"}]))
-    monkeypatch.setattr(alignment.AlignmentRun.blocks, "__defaults__", (4,))
+    monkeypatch.setattr(alignment.AlignmentRun.blocks, "__defaults__", (4, None))
     summary = report(tmp_path, runs)
     table = pq.read_table(tmp_path / "alignment.parquet")
     assert pq.ParquetFile(tmp_path / "alignment.parquet").num_row_groups == 6
@@ -186,6 +186,46 @@ def test_report(tmp_path, monkeypatch):
     for stem in ("curves", "heatmap-one", "heatmap-two-b"):
         for kind in ("png", "svg"):
             assert (tmp_path / f"{stem}.{kind}").stat().st_size > 1000
+
+
+def make_run(folder, ids, bad=()):
+    run = AlignmentRun(folder, {"model": folder.name})
+    lines = [{"id": name, "cosine": [number / 10, 0.5]} for name, number in ids.items()]
+    lines += [{"id": name, "error": "its answer is empty"} for name in bad]
+    run.journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run
+
+
+def test_models_are_compared_on_the_samples_that_all_have(tmp_path, monkeypatch):
+    figures, drawn = [], alignment.curves
+    monkeypatch.setattr(alignment, "curves", lambda found: figures.append(drawn(found)) or figures[-1])
+    one = make_run(tmp_path / "one", {"a": 1, "b": 2, "c": 6}, ["d"])
+    two = make_run(tmp_path / "two", {"d": 9, "c": 4, "b": 3}, ["a"])
+    summary = report(tmp_path, {"one": one, "two": two})
+    assert [summary["models"][name]["mean"][0] for name in ("one", "two")] == pytest.approx([0.4, 0.35])
+    assert [(m["samples"], m["usable"]) for m in summary["models"].values()] == [(2, 3), (2, 3)]
+    labels = figures[0].axes[0].get_legend().texts
+    assert [label.get_text() for label in labels] == ["one (n = 2)", "two (n = 2)"]
+    assert pq.read_table(tmp_path / "alignment.parquet").num_rows == 2 * 3 * 2  # all of both
+    other = make_run(tmp_path / "other", {"x": 5})
+    summary = report(tmp_path, {"one": one, "other": other})  # nothing in common
+    assert [m["samples"] for m in summary["models"].values()] == [3, 1] and summary["samples"] == "each model's own"
+
+
+def test_a_model_without_a_sample_costs_only_its_own_figures(tmp_path):
+    one, mute = make_run(tmp_path / "one", {"a": 1}), make_run(tmp_path / "mute", {}, ["a"])
+    summary = report(tmp_path, {"mute": mute, "one": one})
+    assert summary["failed"] == {"mute": "its answer is empty"} and list(summary["models"]) == ["one"]
+    assert (tmp_path / "curves.png").exists() and (tmp_path / "alignment.json").exists()
+    with pytest.raises(ValueError, match=r"No sample could be compared: mute \(its answer is empty\)"):
+        report(tmp_path, {"mute": mute})
+
+
+def test_a_damaged_description_is_named(tmp_path):
+    AlignmentRun(tmp_path / "a", {})
+    (tmp_path / "a" / "run.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a/run.json' is damaged .* remove the folder '.*a', so"):
+        AlignmentRun(tmp_path / "a", {})
 
 
 def test_wrong_settings():

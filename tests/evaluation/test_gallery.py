@@ -106,6 +106,11 @@ def test_an_option_is_right_by_its_letter(tmp_path):
     assert [case.answers[0].right for case in cases_of(folder)] == [True, False]
 
 
+def test_an_empty_answer_is_never_right(tmp_path):
+    folder = write_run(tmp_path / "a", {"1": "", "2": "?"}, reference="")
+    assert [case.answers[0].right for case in cases_of(folder)] == [False, True]
+
+
 def test_the_page(runs, tmp_path):
     out = tmp_path / "page.html"
     result = run(*runs, "--out", out, "--title", "A <title>", "--limit", 2, "--sort", "difference")

@@ -33,8 +33,29 @@ def test_recall(prediction, reference, expected):
     assert recall(prediction, reference) == pytest.approx(expected)
 
 
-def test_exact():
-    assert exact("The  Red car.", "red car") == 1 and exact("red cars", "red car") == 0
+@pytest.mark.parametrize(
+    ("prediction", "reference", "expected"),
+    [
+        ("The  Red car.", "red car", 1),
+        ("red cars", "red car", 0),
+        ("-5", "5", 0),
+        ("−5", "-5", 1),  # a minus sign
+        ("1.5", "15", 0),
+        ("1.5", "1 5", 0),
+        ("5.", "5", 1),
+        ("3-5", "3 5", 1),
+        ("x=-5", "x = -5", 1),
+        ("x < 5", "x > 5", 0),
+        ("", "A", 0),
+        ("", "?", 0),
+        ("", "", 0),
+        ("?", "?", 1),
+        ("a", "A", 1),
+        ("the", "A", 0),
+    ],
+)
+def test_exact(prediction, reference, expected):
+    assert exact(prediction, reference) == expected
 
 
 OPTIONS = ["the red car", "car", "a dog", "Two"]
@@ -59,6 +80,67 @@ OPTIONS = ["the red car", "car", "a dog", "Two"]
 def test_options(prediction, index):
     assert chosen_option(prediction, OPTIONS) == index
     assert option_accuracy(prediction, OPTIONS, "a dog") == float(index == 2)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "choices", "reference", "expected"),
+    [
+        ("", ["<", ">", "="], "<", 0),
+        (">", ["<", ">", "="], "<", 0),
+        ("<", ["<", ">", "="], "<", 1),
+        ("The sign is <.", ["<", ">", "="], "<", 1),
+        ("", ["a", "b"], "a", 0),
+        (" ", ["", "b"], "", 0),
+        ("A", ["5", "-5"], "-5", 0),
+        ("5", ["5", "-5"], "-5", 0),
+        ("It is 5.", ["5", "-5"], "-5", 0),
+        ("It is -5.", ["5", "-5"], "-5", 1),
+        ("5 or -5", ["5", "-5"], "-5", 0),
+        ("It is 2.5", ["2", "2.5"], "2", 0),
+        ("B", ["B", "A"], "B", 1),
+        ("The answer is B.", ["B", "A"], "B", 1),
+        ("C++", ["C", "C++"], "C++", 1),
+        ("well, C?", ["C!", "C?"], "C!", 0),
+        ("car", ["car", "Car", "dog"], "Car", 1),  # the same option twice
+        ("B", ["x", "y"], "z", 0),
+    ],
+)
+def test_an_option_is_right_by_its_index(prediction, choices, reference, expected):
+    assert option_accuracy(prediction, choices, reference) == expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "index"),
+    [
+        ("The answer is B.", 1),
+        ("The correct answer is: **B**", 1),
+        ("Answer: B", 1),
+        ("**Answer:** (b)", 1),
+        ("Answer:\nB", 1),
+        ("**B**", 1),
+        ("`B`", 1),
+        ("__B__", 1),
+        ("Option B", 1),
+        ("The correct option is B, because it barks", 1),
+        ("The answer is option B", 1),
+        ("(B)", 1),
+        ("(B) something else", 1),
+        ("B) something else", 1),
+        ("B\nBecause it is.", 1),
+        ("Not the first. The answer is B", 1),
+        ("The answer is A.", 0),
+        ("A cat", None),
+        ("The answer is a cat.", None),
+        ("Answer: A cat", None),
+        ("The answer is not B", None),
+        ("The answer is A, B", None),
+        ("The answer is A. No, the answer is B.", None),
+        ("The answer is a tree", 2),
+        ("Answer: Z", None),
+    ],
+)
+def test_an_option_is_named_by_its_letter(prediction, index):
+    assert chosen_option(prediction, ["a bus", "a dog", "a tree"]) == index
 
 
 def test_interval_is_scipys():

@@ -1,6 +1,9 @@
 """Answers do not depend on batches; a killed run goes on."""
 
 import json
+import threading
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -114,6 +117,71 @@ def test_a_killed_run_goes_on_where_it_was(talker, tmp_path, monkeypatch):
         {k: v for k, v in row.items() if k not in drop} for row in whole
     ]
     assert not list((tmp_path / "cut").glob("part-*"))
+
+
+def test_damaged_lines_are_answered_again(talker, tmp_path):
+    model, processor = talker()
+    whole = PredictionRun(tmp_path, {"m": 1}).run(model, processor, SAMPLES[:4], Generation(4))
+    file = tmp_path / "predictions.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    lines[1], lines[2] = lines[1][:50] + b"\n", lines[2].replace(b"shapes", b"\xff\xfe")
+    file.write_bytes(b"".join([*lines, b"[]\n", b"7\n"]))
+    run = PredictionRun(tmp_path, {"m": 1})
+    assert list(run.rows()) == [SAMPLES[0].id, SAMPLES[3].id]
+    again = run.run(model, processor, SAMPLES[:4], Generation(4))
+    assert [row["prediction"] for row in again] == [row["prediction"] for row in whole]
+    assert len(file.read_bytes().splitlines()) == 4
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]"])
+def test_a_damaged_description_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run.json' is damaged .*; remove the folder '"):
+        PredictionRun(tmp_path, {})
+
+
+class Together:
+    """What PartialState is to two processes, for two threads."""
+
+    num_processes = 2
+
+    def __init__(self, index, barrier):
+        self.process_index, self.wait_for_everyone = index, barrier.wait
+
+
+class Slow(PredictionRun):
+    """Without a model; the second process is slow to read."""
+
+    def rows(self):
+        for name in self.parts():
+            time.sleep(0.2 * (threading.current_thread().name == "1"))
+            name.read_bytes()
+        return super().rows()
+
+    def answer(self, model, processor, batch, generation):
+        yield from ({"id": sample.id, "by": threading.current_thread().name} for sample in batch)
+
+
+def test_no_process_reads_what_the_first_removes_and_all_have_work(tmp_path):
+    barrier, found = threading.Barrier(2, timeout=20), {}
+
+    def work(index):
+        try:
+            found[index] = Slow(tmp_path, {}).run(None, None, SAMPLES, Generation(4), state=Together(index, barrier))
+        except BaseException as error:
+            barrier.abort()
+            found[index] = error
+
+    # All that is missing would be the first one's, were it not shared anew.
+    done = [{"id": sample.id, "by": "before"} for sample in SAMPLES[1::2]]
+    (tmp_path / "part-001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in done))
+    threads = [threading.Thread(target=work, args=(index,), name=str(index)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found[0] == found[1] and [row["id"] for row in found[0]] == [sample.id for sample in SAMPLES]
+    assert Counter(row["by"] for row in found[0]) == {"before": 7, "0": 4, "1": 3}
 
 
 def test_another_run_in_the_same_folder_is_refused(talker, tmp_path):

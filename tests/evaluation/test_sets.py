@@ -47,3 +47,15 @@ def test_videos_and_files_that_cannot_be_read(tmp_path):
     line = describe_set(1, left)
     assert "1 left out: the image cannot be used" in line and "no part of the set: a video row (1)" in line
     assert "1 files cannot be read, such as data/test-00001" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("name", ["chat.json", "own.jsonl", "own.json"])
+def test_own_conversations_by_file_or_folder(tmp_path, name):
+    """As examples/train.py takes them."""
+    records = [{"id": "7", "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", "This.")}]
+    folder = tables.chat(tmp_path / "own", records, name)
+    for source in [folder / name] + [folder] * (name == "chat.json"):
+        (sample,) = open_samples(str(source), drawn=1)
+        assert (sample.id, sample.reference) == ("7", "This.")
+    with pytest.raises(ValueError, match="cannot be used"):
+        open_samples(str(tmp_path / "gone.json"), drawn=1)
