@@ -11,104 +11,30 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from granulon_hf.data.cutouts import TUXPAINT
+
 SIDE = 448
 
-# kind: {name: stamps}. A stamp is a path below the stamp folder without `.png`; a trailing `/*` takes the folder.
-# Names are basic ones ("bird", not "silver gull"), so that a held-out stamp can have a name that was seen.
+# kind: {name: stamps}, as in granuscenes, and some names that it leaves out because their pictures would be too few.
 VOCABULARY: dict[str, dict[str, str]] = {
-    "animal": {
-        "frog": "animals/amphibians/*",
-        "chicken": "animals/birds/chicken_profile animals/birds/hen animals/birds/rooster",
-        "duck": "animals/birds/duck animals/birds/drake animals/birds/gander",
-        "penguin": "animals/birds/little-penguin animals/birds/magellanic_penguin animals/birds/penguin",
-        "ostrich": "animals/birds/ostrich animals/birds/nandou",
-        "bird": "animals/birds/*",
-        "lobster": "animals/fish/lobster animals/fish/shrimp",
-        "seahorse": "animals/fish/seahorse",
-        "fish": "animals/fish/*",
-        "snail": "animals/insects/Brown_slug",
-        "insect": "animals/insects/*",
-        "lizard": "animals/lizards/iguana",
-        "elephant": "animals/mammals/elephant",
-        "giraffe": "animals/mammals/giraffe",
+    "animal": TUXPAINT["animal"]
+    | {
         "hippo": "animals/mammals/hippopotamus",
-        "rhino": "animals/mammals/rhino_black",
-        "hedgehog": "animals/mammals/hedgehog",
-        "pig": "animals/mammals/pig animals/mammals/pig_golden animals/mammals/pig_golden2 animals/mammals/wildboar",
-        "rabbit": "animals/mammals/rabbit_little animals/mammals/rodents/rabbit animals/mammals/rodents/rabbit-2",
-        "monkey": "animals/mammals/apes/*",
         "whale": "animals/mammals/aquatic/dolphin animals/mammals/aquatic/orca animals/mammals/aquatic/whale",
         "seal": "animals/mammals/aquatic/sea_lion",
-        "bear": "animals/mammals/bears/bear animals/mammals/bears/european-bear",
-        "antelope": "animals/mammals/bovines/gnu-baby-stand animals/mammals/bovines/gnu-baby "
-        "animals/mammals/bovines/gnu-sitting animals/mammals/bovines/gnu-stand animals/mammals/bovines/indian_blackbuck",
-        "goat": "animals/mammals/bovines/goat animals/mammals/bovines/mountaingoat",
-        "sheep": "animals/mammals/bovines/ram animals/mammals/bovines/sheep animals/mammals/bovines/sheep_lamb",
-        "cow": "animals/mammals/bovines/*",
-        "camel": "animals/mammals/camel/*",
-        "lion": "animals/mammals/cats/lion animals/mammals/cats/lion-2",
-        "tiger": "animals/mammals/cats/tiger animals/mammals/cats/tiger_sumatran",
-        "deer": "animals/mammals/deer/*",
-        "fox": "animals/mammals/dogs/fox",
-        "dog": "animals/mammals/dogs/*",
-        "horse": "animals/mammals/equines/horse",
-        "zebra": "animals/mammals/equines/zebra",
-        "donkey": "animals/mammals/equines/*",
-        "mouse": "animals/mammals/rodents/mouse animals/mammals/rodents/rat",
-        "squirrel": "animals/mammals/rodents/squirrel",
         "beaver": "animals/mammals/rodents/beaver animals/mammals/rodents/marmot",
-        "kangaroo": "animals/marsupials/kangaroo",
-        "koala": "animals/marsupials/koala",
     },
-    "food": {
-        "apple": "food/fruit/apple_fuji food/fruit/apple_granny_smith food/fruit/apple_green food/fruit/apple_red "
-        "food/fruit/apple_sierra_beauty",
-        "apricot": "food/fruit/apricot food/fruit/Apricot_whole",
-        "orange": "food/fruit/orange food/fruit/orange_seville food/fruit/mandarine food/fruit/sliced_orange",
-        "strawberry": "food/fruit/strawberry food/fruit/Strawberry2",
-        "cherry": "food/fruit/Cherry_Stella",
-        "lemon": "food/fruit/lemon",
-        "banana": "food/fruit/banana",
-        "pear": "food/fruit/pear",
-        "pineapple": "food/fruit/pineapple",
-        "kiwi": "food/fruit/kiwi",
+    "food": TUXPAINT["food"]
+    | {
         "mango": "food/fruit/mango",
         "pomegranate": "food/fruit/pomegranate",
         "raspberry": "food/fruit/raspberry",
-        "avocado": "food/fruit/avocado",
-        "nut": "food/nuts/*",
-        "garlic": "food/vegetables/garlic food/vegetables/garlics",
-        "lettuce": "food/vegetables/lettuce food/vegetables/redlettuce",
-        "pepper": "food/vegetables/pepper food/vegetables/yellowpepper food/vegetables/chilepepper",
         "tomato": "food/vegetables/tomato",
-        "onion": "food/vegetables/onion",
-        "potato": "food/vegetables/potato food/vegetables/yam",
-        "carrot": "food/vegetables/carrot",
         "pumpkin": "food/vegetables/pumpkin_small",
-        "mushroom": "food/vegetables/mushroom plants/mushrooms/*",
-        "pizza": "food/pizza",
     },
-    "plant": {
-        "flower": "plants/flowers/*",
-        "tree": "plants/trees/birch plants/trees/holm_oak plants/trees/liberia-palm plants/trees/tree336 "
-        "seasonal/christmas/Christmas_Tree_photo",
-    },
-    "vehicle": {
-        "car": "vehicles/auto/beetle vehicles/auto/sedan vehicles/auto/sportscar2 vehicles/race/indycar",
-        "truck": "vehicles/auto/truck vehicles/garbagetruck vehicles/construction/dumper vehicles/emergency/firetruck",
-        "bus": "vehicles/masstransit/green_korean_bus",
-        "plane": "vehicles/flight/planes/747 military/vehicles/f22_raptor",
-        "boat": "vehicles/ship/chineseJunk vehicles/ship/walnutBoat",
-        "tank": "military/vehicles/bradley military/vehicles/infantry-stryker",
-        "balloon": "vehicles/flight/balloon360",
-    },
-    "piece of clothing": {
-        "shirt": "clothes/t_shirt clothes/t_poloshirt clothes/t_tshirt",
-        "hat": "clothes/hats/* clothes/t_baseballcap",
-        "jacket": "clothes/t_jacket",
-        "sock": "clothes/t_sock",
-        "glove": "clothes/t_glove",
-    },
+    "plant": TUXPAINT["plant"],
+    "vehicle": {name: stamps for name, stamps in TUXPAINT["vehicle"].items() if name != "tricycle"},
+    "piece of clothing": TUXPAINT["clothing"],
     "musical instrument": {
         "guitar": "hobbies/music/string/guitar2 hobbies/music/string/guitar_classical hobbies/music/string/guitar_electric "
         "hobbies/music/string/guitar_electric_bass",
@@ -117,16 +43,17 @@ VOCABULARY: dict[str, dict[str, str]] = {
         "trumpet": "hobbies/music/brass/trumpet",
     },
     "tool": {
-        "hammer": "household/tools/hammer household/tools/mallet_metal",
-        "wrench": "household/tools/wrench household/tools/wrench_adjustable household/tools/wrench_plumbers",
-        "saw": "household/tools/saw",
+        name: stamps for name, stamps in TUXPAINT["tool"].items() if name not in ("scissors", "toolbox", "measuring tape")
     },
-    "ball": {"ball": "sports/basketball sports/soccer sports/cricketball sports/football sports/tennis_ball "
-             "sports/australian_rules_football"},
+    "ball": {
+        "ball": "sports/basketball sports/soccer sports/cricketball sports/football sports/tennis_ball "
+        "sports/australian_rules_football",
+    },
     "sign": {"sign": "town/roadsigns/*"},
-    "coin": {"coin": "symbols/money/canadian/coins/* symbols/money/euro/coins/* symbols/money/japanese/* "
-             "symbols/money/us/coins/*"},
-}  # fmt: skip
+    "coin": {
+        "coin": "symbols/money/canadian/coins/* symbols/money/euro/coins/* symbols/money/japanese/* symbols/money/us/coins/*",
+    },
+}
 REGIONS = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
 NUMBERS = ("One", "Two", "Three")
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 import granulon_hf
 from granulon_hf import overlay as drawing
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.data.collator import encode_prompts
 from granulon_hf.data.images import LONGEST_ASPECT, to_rgb
 from granulon_hf.evaluation import models
 
@@ -257,13 +258,7 @@ def answer(
         raise BadInput(f"The weights of {source!r} are incomplete: {len(names)} tensors are missing, {names[0]} first.")
     model = model.to(device).eval()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    ).to(device)
+    inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(device)
 
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     if room and inputs["input_ids"].shape[1] + max_new_tokens > room:

@@ -294,6 +294,19 @@ def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     return {"pixel_values": torch.cat(images)} if images else {}
 
 
+def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
+    """Inputs of `generate` for conversations with their images, padded on the left."""
+    processor.tokenizer.padding_side = "left"
+    return processor.apply_chat_template(
+        conversations,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        add_generation_prompt=True,
+        processor_kwargs={"padding": True},
+    )
+
+
 def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
     """Messages with their contents as parts, the image parts filled with images in their order where these are given.
 

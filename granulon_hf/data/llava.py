@@ -1,5 +1,6 @@
 """LLaVA conversations: `chat.json` or `.jsonl` and a folder `images/` (what the released code reads)."""
 
+from pathlib import Path
 from typing import Any
 
 from granulon_hf.data.adapter import Adapter, BadRow, Row, by_image, encoded_list, row_id, text
@@ -50,3 +51,9 @@ def to_sample(row: Row, task: str = "reasoning") -> Sample:
 ADAPTER = Adapter(
     name="llava", to_sample=to_sample, columns=("conversations",), optional=("id", "image"), group=("image", by_image)
 )
+
+
+def is_chat(name: str | Path) -> bool:
+    """Whether a set is named by a file of LLaVA's conversations, or a folder with a `chat.json`."""
+    path = Path(name)
+    return path.suffix in (".json", ".jsonl") or (path / "chat.json").is_file()

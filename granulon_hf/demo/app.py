@@ -26,10 +26,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import granulon_hf
 from granulon_hf import overlay
+from granulon_hf.data.collator import encode_prompts
 from granulon_hf.data.images import open_rgb
 from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
 from granulon_hf.evaluation.models import load_model
-from granulon_hf.evaluation.prediction import encode_prompts
 
 MAX_QUESTION = 500  # characters
 MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000  # of a picture: what a phone takes

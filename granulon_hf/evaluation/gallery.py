@@ -15,6 +15,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
+from granulon_hf.data.collator import encode_prompts
 from granulon_hf.data.files import write_text
 from granulon_hf.data.images import open_rgb
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
@@ -388,13 +389,7 @@ def cluster_drawer(
     @torch.inference_mode()
     def draw(case: Case, images: list[Image.Image]) -> tuple[list[Image.Image], str]:
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": case.question}]
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-        ).to(model.device)
+        inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(model.device)
         level = (levels or {}).get(case.id, "")
         if level not in model.config.level_names:
             probs = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])[0]

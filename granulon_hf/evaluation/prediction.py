@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import granulon_hf
-from granulon_hf.data.collator import conversation
+from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.images import open_rgb
 from granulon_hf.data.sample import Sample
@@ -46,19 +46,6 @@ class Generation:
     def settings(self) -> dict[str, Any]:
         """What the answers depend on."""
         return {name: value for name, value in vars(self).items() if name != "batch_size"}
-
-
-def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
-    """Inputs of `generate` for conversations with their images, padded on the left."""
-    processor.tokenizer.padding_side = "left"
-    return processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    )
 
 
 @torch.inference_mode()

@@ -1,10 +1,10 @@
 """The samples that models are evaluated and analysed on, and what loading left out of them."""
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 from granulon_hf.data import DataError, load
+from granulon_hf.data.llava import is_chat
 from granulon_hf.data.loading import Samples
 from granulon_hf.data.shapes import Shapes
 
@@ -39,12 +39,6 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
         return load(name, seed=seed, limit=limit, **known)
     except (DataError, OSError) as error:
         raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
-
-
-def is_chat(name: str) -> bool:
-    """Whether a set is named by a file of LLaVA's conversations, or a folder with a `chat.json`, as in examples/train.py."""
-    path = Path(name)
-    return path.suffix in (".json", ".jsonl") or (path / "chat.json").is_file()
 
 
 def no_sample(name: str, samples: Samples | Shapes) -> ValueError:

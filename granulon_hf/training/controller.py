@@ -23,6 +23,7 @@ from rich.table import Table
 from transformers import AutoConfig
 
 from granulon_hf import data, variants
+from granulon_hf.data.collator import encode_prompts
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
 from granulon_hf.training.arguments import ModelArguments, RecipeError
@@ -191,14 +192,7 @@ def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool
     means, size = [], 32
     for start in track(range(0, len(texts), size), description="question states", disable=not show):
         chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in texts[start : start + size]]
-        inputs = processor.apply_chat_template(
-            chats,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            add_generation_prompt=True,
-            processor_kwargs={"padding": True},
-        ).to(model.device)
+        inputs = encode_prompts(processor, chats).to(model.device)
         mask = inputs["question_mask"].bool()
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         states = first_block_states(model.model.language_model, embeds, mask).float()

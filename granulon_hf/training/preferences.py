@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from granulon_hf.data import Sample
-from granulon_hf.data.collator import conversation
+from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.images import open_rgb
 from granulon_hf.judge.judge import Judge, estimate
 from granulon_hf.training.arguments import RecipeError
@@ -25,13 +25,8 @@ def sample_answers(model: Any, processor: Any, sample: Sample, **generation: Any
         sample ([`Sample`]): its last answer is not shown.
         **generation: arguments of `generate` (`max_new_tokens`, `temperature`, `top_p` …).
     """
-    inputs = processor.apply_chat_template(
-        conversation(sample.prompt, [open_rgb(image) for image in sample.images]),
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-    ).to(model.device)
+    messages = conversation(sample.prompt, [open_rgb(image) for image in sample.images])
+    inputs = encode_prompts(processor, [messages]).to(model.device)
     output = model.generate(**inputs, do_sample=True, num_return_sequences=2, **generation)
     return processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -26,6 +26,7 @@ from granulon_hf import variants
 from granulon_hf.data import DataError, Sample, load
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.files import existing
+from granulon_hf.data.llava import is_chat
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
@@ -108,8 +109,8 @@ def load_samples(args: DataArguments) -> Any:
     """
     if args.data == "shapes":
         return Shapes(args.limit or 2000, seed=args.subset_seed)
-    name, path = args.data, Path(args.data)
-    if path.suffix in (".json", ".jsonl") or (path / "chat.json").is_file():  # conversations in LLaVA's form
+    name = args.data
+    if is_chat(name):
         name, args = "llava", with_changes(args, source=args.source or args.data)
     options: dict[str, Any] = {
         "split": args.split,
