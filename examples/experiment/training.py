@@ -19,14 +19,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
 
-from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.collator import GranulonCollator, encode_prompts
 from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo.assemble import load_image_processor, load_language_model, load_vision_tower
 from granulon_hf.evaluation.metrics import exact
-from granulon_hf.evaluation.prediction import encode_prompts
 from granulon_hf.modeling.aggregation_granulon import aggregate
 from granulon_hf.training.arguments import RecipeArguments
 from granulon_hf.training.checkpoints import last_checkpoint
@@ -543,8 +542,7 @@ class Run:
                         "chance": question.chance,
                         "reference": question.answer,
                         "prediction": answer,
-                        # `exact` drops articles, so that an empty answer would be the letter A.
-                        "correct": int(bool(answer) and bool(exact(answer, question.answer))),
+                        "correct": int(exact(answer, question.answer)),
                         "level_used": level,
                         "visual_tokens": pixel_tokens + (betas[level] if level is not None else 0),
                     }

@@ -43,6 +43,7 @@ def push(
     scores = read_results(results)
     if not debug:
         logging.set_verbosity_error()
+        logging.disable_progress_bar()
     options: dict[str, Any] = {
         "form": form,
         "backbones": {part: value for part, value in (("vision", vision), ("text", text)) if value} or None,
