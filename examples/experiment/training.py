@@ -178,7 +178,8 @@ class Study:
             return json.loads((folder / "results.json").read_text())
         model, processor = self.model("pixel+adaptive", 0)
         names = [one["name"] for one in LEVELS]
-        questions = {}
+        # As often as they are asked: coarse questions name nothing, so that few of them differ.
+        questions: list[Question] = []
         for split, count in (
             ("train", min(600, len(self.scenes["train"]))),
             ("test_heldout", len(self.scenes["test_heldout"])),
@@ -186,9 +187,9 @@ class Study:
             for index in range(count):
                 for question in self.scenes[split].scene(index).questions:
                     weights = {name: float(name == question.level) for name in names}
-                    questions[question.text] = Question(question.text, weights, split != "train")
+                    questions.append(Question(question.text, weights, split != "train"))
         arguments = ControllerArguments(steps=self.settings.controller_steps, as_typed=False)
-        results = train_controller(model, processor, list(questions.values()), arguments, show=False)
+        results = train_controller(model, processor, questions, arguments, show=False)
         folder.mkdir(exist_ok=True)
         state = {name: value.float().contiguous() for name, value in model.model.controller.state_dict().items()}
         save_file(state, folder / "controller.safetensors")

@@ -84,6 +84,12 @@ def test_manifests_differ_in_the_arm_alone(study_folder):
     assert {name for name in one if one[name] != other[name]} == {"arm_name", "arm"}
 
 
+def test_the_controller_sees_levels_as_often_as_they_are_asked(study_folder):
+    """Few coarse questions differ: counted once each, that level would never be chosen."""
+    results = json.loads((study_folder / "controller/results.json").read_text())
+    assert results["n_train"] == 8 * 7 and results["n_test"] == 4 * 7
+
+
 def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
     """Killed behind its first validation, the run ends as the one that was not killed."""
     for name in ("features", "aggregates", "controller", "language_model", "experiment.json", "settings.json"):
