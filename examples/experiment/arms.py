@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPImageProcessor
-from transformers.modeling_outputs import BaseModelOutput
 
 from granulon_hf.modeling.aggregation_granulon import GranulonAggregation
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS, GranulonConfig
@@ -238,10 +237,6 @@ class ArmModel(GranulonModel):
             self.question = inputs_embeds.masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         return super().encode_images(pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, *args, **kwargs)
 
-    def _computed_features(self, features):
-        grid = super()._computed_features(features)[1]
-        return features, grid, None, BaseModelOutput(last_hidden_state=features)
-
 
 class ArmForConditionalGeneration(GranulonForConditionalGeneration):
     """[`GranulonForConditionalGeneration`] of an arm."""
@@ -319,15 +314,15 @@ def build(
     return model, processor
 
 
-def forward_flops(arm: dict[str, Any], language_model: Any, width: int, patches: int, visual: float, text: float) -> float:
+def forward_flops(arm: dict[str, Any], decoder: Any, width: int, patches: int, visual: float, text: float) -> float:
     """FLOPs of one forward pass for one question, from its visible tokens; the tower, the same for all, is left out.
 
     2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · width · tokens² / 2 of causal attention,
     2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel N² · D and
     10 steps of N² · C (before pooling; joint kernel).
     """
-    config = language_model.config
-    layers = sum(p.numel() for p in language_model.get_decoder().layers.parameters())
+    config = decoder.config
+    layers = sum(p.numel() for p in decoder.layers.parameters())
     tokens = visual + text
     total = 2.0 * layers * tokens + 2 * config.num_hidden_layers * config.hidden_size * tokens**2
     total += 2.0 * config.hidden_size * config.vocab_size

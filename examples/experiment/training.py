@@ -484,8 +484,9 @@ class Run:
         best, last = self.best_of(rows), rows[-1]
         visual = [row["visual_tokens"] for row in predictions if row["control"] == "none"]
         patches, width = self.features.shape
-        language_model, _ = self.study.load_language_model()
-        flops = forward_flops(self.arm, language_model, width, patches, float(np.mean(visual)), self.text_tokens)
+        flops = forward_flops(
+            self.arm, self.model.model.language_model, width, patches, float(np.mean(visual)), self.text_tokens
+        )
         done = {
             "steps": last["step"],
             "best_step": best["step"],

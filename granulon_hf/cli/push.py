@@ -13,7 +13,6 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
-from granulon_hf import hub
 from granulon_hf.cli.common import BadInput, reports_bad_input
 
 
@@ -40,6 +39,8 @@ def push(
 
     Only weights as safetensors, configs, processor, code, licence and card go; the model card is written anew.
     """
+    from granulon_hf import hub  # brings the trainer along, which no other command waits for
+
     scores = read_results(results)
     if not debug:
         logging.set_verbosity_error()

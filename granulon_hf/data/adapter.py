@@ -47,6 +47,8 @@ class Adapter:
         max_files (`int`): files that a sample of limited size is drawn from at most, 0 for all: what bounds reading (ours).
         withheld (`dict[str, str]`): splits without public answers, and the split to use instead.
         license (`str`, *optional*): of the images and texts, for the card.
+        opener (`Callable`, *optional*): of a set that is made, not read: (what the user calls its source or `None`, split) to
+            a [`~granulon_hf.data.sources.Source`].
     """
 
     name: str
@@ -63,6 +65,7 @@ class Adapter:
     max_files: int = 0
     withheld: dict[str, str] = field(default_factory=dict)
     license: str | None = None
+    opener: Callable[[Any, str], Any] | None = None
 
 
 def plain(value: Any, what: str) -> str:

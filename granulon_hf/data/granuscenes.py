@@ -674,7 +674,6 @@ def to_sample(row: Row) -> Sample:
 
 
 COLUMNS = ("id", "scene", "image", "question", "answer", "type", "level", "phrasing", "choices")
-ADAPTER = Adapter(name="granuscenes", to_sample=to_sample, columns=COLUMNS, group=("scene", by_group))
 
 
 class SceneSource(Source):
@@ -714,8 +713,8 @@ def open_scenes(source: Any, split: str) -> SceneSource:
     """What a user calls a source of granuscenes.
 
     Args:
-        source: [`GranuScenes`]; a folder with `objects/` and `backgrounds/`, or "drawn"; with settings, if others than the
-            defaults are wanted: `"pictures?scenes=500&seed=7&side=224"`.
+        source: [`GranuScenes`]; a folder with `objects/` and `backgrounds/`, "drawn" or `None`; with settings, if others than
+            the defaults are wanted: `"pictures?scenes=500&seed=7&side=224"`.
         split (`str`): one of `SPLITS`; of "holdout" the scenes are those of train.
 
     Raises:
@@ -726,7 +725,7 @@ def open_scenes(source: Any, split: str) -> SceneSource:
         if source.split != split:
             raise DataError(f"These scenes are of split {source.split!r}, not {split!r}.")
         return SceneSource(source)
-    place, _, query = str(source).partition("?")
+    place, _, query = str(source or "").partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     numbers, folders = ("scenes", "seed", "side", "version"), ("objects", "backgrounds")
     for name, value in given.items():
@@ -742,6 +741,9 @@ def open_scenes(source: Any, split: str) -> SceneSource:
         pictures = Pictures(**{name: None if value == DRAWN else value for name, value in parts.items()})
     scenes, seed, side = (int(given.get(name, value)) for name, value in (("scenes", SCENES), ("seed", 0), ("side", SIDE)))
     return SceneSource(GranuScenes(split, scenes, pictures, seed=seed, side=side))
+
+
+ADAPTER = Adapter(name="granuscenes", to_sample=to_sample, columns=COLUMNS, group=("scene", by_group), opener=open_scenes)
 
 
 # --- controls -----------------------------------------------------------------------------------------------------------

@@ -281,7 +281,6 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     elif isinstance(name, str) and name in ADAPTERS:
         adapter = ADAPTERS[name]
         place = adapter.repo if source is None else source
-        place = granuscenes.DRAWN if place is None and adapter is granuscenes.ADAPTER else place
     elif source is None and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
         prepared.missing_shards(place)
@@ -291,14 +290,13 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
         raise DataError(
             f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
         )
-    if place is None:
+    if place is None and adapter.opener is None:
         raise DataError(f"{adapter.name!r} is in no repository: say where its files are with source=….")
     return adapter, place
 
 
 def open_place(adapter: Adapter, place: Any, revision: str | None, split: str) -> Source:
-    generated = adapter is granuscenes.ADAPTER
-    return granuscenes.open_scenes(place, split) if generated else open_source(place, revision, split)
+    return adapter.opener(place, split) if adapter.opener else open_source(place, revision, split)
 
 
 def load(
@@ -482,7 +480,7 @@ def default_verify(adapter: Adapter) -> str:
 def describe(adapter: Adapter, source: Source, place: Any, columns: Mapping[str, str] | None) -> dict[str, Any]:
     from granulon_hf import __version__
 
-    in_memory = isinstance(source, granuscenes.SceneSource) or (isinstance(source, DatasetSource) and not source.stored)
+    in_memory = adapter.opener is not None or (isinstance(source, DatasetSource) and not source.stored)
     several = [str(path) for path in place] if isinstance(place, list | tuple) else None
     location = source.location if source.remote or in_memory else str(Path(source.location).resolve())
     return {

@@ -312,7 +312,8 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
     Returns:
         `gradio.Blocks`: for [`launch`].
     """
-    answerer, shown = Answerer(model, processor), {Path(path).resolve() for path, _ in examples()}
+    answerer, offered = Answerer(model, processor), examples()
+    shown = {Path(path).resolve() for path, _ in offered}
     levels = answerer.levels
 
     def respond(picture, question, position):
@@ -379,7 +380,7 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                     elem_id="clusters",
                 )
                 figures = gr.Textbox(label="Tokens and time", lines=4, interactive=False, elem_id="numbers")
-        gr.Examples(examples(), [picture, question], cache_examples=False)
+        gr.Examples(offered, [picture, question], cache_examples=False)
         outputs = [answer, level, clusters, figures]
         run = gr.on(
             [ask.click, question.submit],
