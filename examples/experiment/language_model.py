@@ -115,6 +115,30 @@ def size_word(thing: Any, side: int) -> str:
     return f"size{min(SIZES - 1, int((length - 24) / 9)) if length > 24 else 0}"
 
 
+def about(scene: Scene, number: int, side: int) -> list[str]:
+    """Words that are true of every part of an object."""
+    thing = scene.things[number]
+    return [*thing.name.split(), thing.category, size_word(thing, side), *(["large"] if number == 0 else [])]
+
+
+def true_cells(scene: Scene, side: int = 192) -> list[list[str]]:
+    """Words that are true of each of the 196 cells: of the object whose box covers its centre, and of the tag centred in it."""
+    cells: list[list[str]] = [[] for _ in range(GRID * GRID)]
+    centres = [side * (i + 0.5) / GRID for i in range(GRID)]
+    for i, thing in enumerate(scene.things):
+        left, top, right, bottom = thing.box
+        inside = [
+            (r, c) for r in range(GRID) for c in range(GRID) if top <= centres[r] <= bottom and left <= centres[c] <= right
+        ]
+        for row, column in [*inside, cell_of(*thing.centre, side)]:
+            cells[row * GRID + column] = about(scene, i, side)
+    for i, thing in enumerate(scene.things):
+        for tag in thing.tags:
+            row, column = cell_of(*tag.centre, side)
+            cells[row * GRID + column] = ["tag", tag.letter, tag.colour, *about(scene, i, side)]
+    return cells
+
+
 def some(dice: random.Random, words: Sequence[str], share: float) -> list[str]:
     return [word for word in words if dice.random() < share]
 
@@ -154,11 +178,11 @@ def thing_slots(scene, order, dice, side) -> list[list[str]]:
     for i in order:
         thing = scene.things[i]
         row, column = cell_of(*thing.centre, side)
-        about = [*thing.name.split(), thing.category, size_word(thing, side), *(["large"] if i == 0 else [])]
-        slots.append([*about, f"row{row}", f"column{column}"])
+        slots.append([*about(scene, i, side), f"row{row}", f"column{column}"])
         for tag in thing.tags:
             row, column = cell_of(*tag.centre, side)
-            slots.append(["tag", tag.letter, tag.colour, f"row{row}", f"column{column}", *some(dice, about, 0.9)])
+            place = [f"row{row}", f"column{column}"]
+            slots.append(["tag", tag.letter, tag.colour, *place, *some(dice, about(scene, i, side), 0.9)])
     dice.shuffle(slots)
     return slots
 
@@ -175,19 +199,23 @@ def grid_cells(scene, dice, side) -> dict[int, list[str]]:
         row, column = dice.randrange(GRID), dice.randrange(GRID)
         cells[row * GRID + column] = where(row, column)
     for i, thing in enumerate(scene.things):
-        about = [*thing.name.split(), thing.category, size_word(thing, side), *(["large"] if i == 0 else [])]
         left, top, right, bottom = thing.box
         for _ in range(dice.randint(1, 5)):
             x, y = left + (0.15 + 0.7 * dice.random()) * (right - left), top + (0.15 + 0.7 * dice.random()) * (bottom - top)
             row, column = cell_of(x, y, side)
-            cells[row * GRID + column] = some(dice, about, 0.9) + where(row, column)
+            cells[row * GRID + column] = some(dice, about(scene, i, side), 0.9) + where(row, column)
         row, column = cell_of(*thing.centre, side)
-        cells[row * GRID + column] = about + where(row, column)
+        cells[row * GRID + column] = about(scene, i, side) + where(row, column)
     for i, thing in enumerate(scene.things):
-        about = [*thing.name.split(), thing.category, size_word(thing, side), *(["large"] if i == 0 else [])]
         for tag in thing.tags:
             row, column = cell_of(*tag.centre, side)
-            cells[row * GRID + column] = ["tag", tag.letter, tag.colour, *some(dice, about, 0.9), *where(row, column)]
+            cells[row * GRID + column] = [
+                "tag",
+                tag.letter,
+                tag.colour,
+                *some(dice, about(scene, i, side), 0.9),
+                *where(row, column),
+            ]
     return cells
 
 

@@ -45,6 +45,7 @@ DECISIVE = "test"  # the split of the claims; the other one is reported beside i
 CONTROLS = ("blind", "shuffled")
 FIXED = ("fixed5", "fixed10", "fixed20", "fixed50")
 FEW, MANY = "pixel+fixed5", "pixel+fixed50"
+SEMANTIC_FEW, SEMANTIC_MANY = "semantic+fixed5", "semantic+fixed20"  # the ends of what the adaptive arm may choose
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,29 @@ def versus(other: str, margin: float = 0.0) -> Comparison:
     return Comparison(f"{arm} − {other}", ((1, arm, "overall"), (-1, other, "overall")), margin)
 
 
+def simple(one: str, other: str, level: str = "overall") -> Comparison:
+    title = f"{one} − {other}" + (f", {level} questions" if level != "overall" else "")
+    return Comparison(title, ((1, one, level), (-1, other, level)))
+
+
+def crossed(few: str, many: str) -> Comparison:
+    """How much more coarse questions gain from few clusters than fine ones do."""
+    terms = ((1, few, "coarse"), (-1, many, "coarse"), (-1, few, "fine"), (1, many, "fine"))
+    return Comparison(f"({few} − {many}, coarse) − ({few} − {many}, fine)", terms)
+
+
 FAMILY = {
     "pixel": versus(""),
     **{name: versus(name) for name in (*FIXED, "dummy", "resampler", "random")},
     "oracle": versus("oracle", MARGIN),
-    "coarse": Comparison(f"{FEW} − {MANY}, coarse questions", ((1, FEW, "coarse"), (-1, MANY, "coarse"))),
-    "fine": Comparison(f"{MANY} − {FEW}, fine questions", ((1, MANY, "fine"), (-1, FEW, "fine"))),
-    "interaction": Comparison(
-        f"({FEW} − {MANY}, coarse) − ({FEW} − {MANY}, fine)",
-        ((1, FEW, "coarse"), (-1, MANY, "coarse"), (-1, FEW, "fine"), (1, MANY, "fine")),
-    ),
+    "coarse": simple(FEW, MANY, "coarse"),
+    "fine": simple(MANY, FEW, "fine"),
+    "interaction": crossed(FEW, MANY),
+    "semantic": simple("semantic+adaptive", SEMANTIC_MANY),
+    "semantic_random": simple("semantic+adaptive", "semantic+random"),
+    "semantic_coarse": simple(SEMANTIC_FEW, SEMANTIC_MANY, "coarse"),
+    "semantic_fine": simple(SEMANTIC_MANY, SEMANTIC_FEW, "fine"),
+    "semantic_interaction": crossed(SEMANTIC_FEW, SEMANTIC_MANY),
 }
 # A claim is supported where all its comparisons are decided above zero, contradicted where one is decided below.
 CLAIMS = (
@@ -89,6 +103,11 @@ CLAIMS = (
     ("The level matters: adaptive beats a random level and is near the oracle", ("random", "oracle")),
     ("Coarse questions prefer few clusters, fine questions many", ("interaction", "coarse", "fine")),
     ("The gain comes from aggregation, not from extra tokens or capacity", ("pixel", "dummy", "resampler")),
+    ("Where clusters are all that is seen, adaptive beats always many, and a random level", ("semantic", "semantic_random")),
+    (
+        "Where clusters are all that is seen, coarse questions prefer few, fine questions many",
+        ("semantic_interaction", "semantic_coarse", "semantic_fine"),
+    ),
 )
 CONTROLLER_CLAIM = "The controller chooses the level that a question was written for"
 
@@ -197,6 +216,8 @@ def read(out: Path) -> Study:
     if not finished:
         raise BadInput(f"{str(out)!r} holds no finished run (runs/ARM/SEED/done.json); run the experiment first.")
     experiment = read_json(out / "experiment.json")
+    aligned = {path.parent.name: read_json(path) for path in sorted(out.glob("alignment/*/results.json"))}
+    experiment["alignment"] = {kind: [one[kind] for one in aligned.values()] for kind in ("letter", "colour") if aligned}
     runs: dict[str, Run] = {}
     arms: dict[str, tuple[Path, dict[str, Any]]] = {}
     shared: tuple[Path, dict[str, Any]] | None = None

@@ -4,7 +4,8 @@
     python -m examples.experiment.run examples/experiment/full.yaml --out study --pictures pictures --workers 2
     python -m examples.experiment.run examples/experiment/quick.yaml --out study --arms pixel,pixel+adaptive --seeds 0,1
 
-Stages, each skipped where it is complete: language model, features, clusters, controller, runs, report. A killed study goes on
+Stages, each skipped where it is complete: language model, features, clusters, controller, runs (the first of a seed aligns the
+projector that all of that seed begin with), report. A killed study goes on
 with the same command, at the last validation of each run. Runs are shared out to processes of one thread each.
 """
 

@@ -34,6 +34,7 @@ from granulon_hf.training.features import FeatureCache, key_of
 from granulon_hf.training.freezing import adapter_state, load_adapter_state, trainable
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
+from .alignment import align
 from .arms import ARMS, LEVELS, AggregateStore, build, forward_flops
 from .language_model import TextSettings, make_tokenizer, untrained
 
@@ -53,6 +54,7 @@ class Settings:
         batch_size, learning_rate, warmup_steps: of the training; the rate is constant behind the warm-up.
         max_steps (`int`), validate_every (`int`), patience (`int`), min_steps (`int`): training ends when the validation
             accuracy has not risen by `min_gain` for `patience` validations, not before `min_steps`, or at `max_steps`.
+        alignment_epochs (`int`): over the training scenes, of the projector before any question (`alignment.py`); 0 is none.
         precision (`str`): of the frozen parts, "float32" or "bfloat16"; what is trained is in float32.
     """
 
@@ -68,6 +70,7 @@ class Settings:
     validate_every: int = 100
     patience: int = 4
     min_gain: float = 0.004
+    alignment_epochs: int = 10
     precision: str = "float32"
     language_model: dict[str, Any] = field(default_factory=dict)
     controller_steps: int = 600
@@ -385,6 +388,8 @@ class Run:
         controller = load_file(study.out / "controller" / "controller.safetensors")
         store = study.store() if self.arm["maker"] == "clusters" else None
         self.model, self.processor = study.model(self.name, self.seed, store, controller)
+        if (projector := align(study, self.seed)) is not None:
+            self.model.model.multi_modal_projector.load_state_dict(projector)
         self.features = study.features(self.model)
         arguments = RecipeArguments(
             output_dir=str(self.folder),

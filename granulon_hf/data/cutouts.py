@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from granulon_hf.data.adapter import DataError
 from granulon_hf.data.sources import IMAGE_ENDINGS
 
-VERSION = 1  # of cut-outs and scenes: other scenes for the same seed are another version
+VERSION = 2  # of cut-outs and scenes: other scenes for the same seed are another version
 
 DRAWN = "drawn"
 SCENERY_SIDE = 384  # shorter side of the backgrounds that are kept in memory

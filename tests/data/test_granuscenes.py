@@ -76,11 +76,11 @@ def test_another_process_makes_the_same_pixels(drawn):
         assert pool.apply(encode, (scenes,)) == expected
 
 
-def test_version_1(drawn):
+def test_version(drawn):
     """Where this fails, other scenes are made of the same seed: raise VERSION."""
     scenes = GranuScenes("train", 50, drawn)
     text = repr([[(q.text, q.answer) for q in scene.questions] for scene in scenes])
-    assert (granuscenes.VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == (1, "0fcf9b9adbb15bf9")
+    assert (granuscenes.VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == (2, "92245ddd185404c4")
 
 
 def test_geometry(drawn):
@@ -109,7 +109,7 @@ def test_geometry(drawn):
             assert all(right <= b[0] + 1 or b[2] <= left + 1 or bottom <= b[1] + 1 or b[3] <= top + 1 for b in others)
         assert areas[0] == max(areas) and sorted(areas)[-2] < 0.9 * areas[0]
     assert set(counts) == set(range(3, 11))
-    assert min(visible) > 0.4 and np.median(visible) > 0.7
+    assert min(visible) > 0.2 and np.median(visible) > 0.6
 
 
 @pytest.mark.parametrize("side", [160, 192])

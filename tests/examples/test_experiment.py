@@ -14,8 +14,9 @@ import torch
 pytest.importorskip("timm")
 
 from examples.experiment import run as command
+from examples.experiment.alignment import align, meanings, words_of_cells
 from examples.experiment.arms import ARMS, AggregateStore
-from examples.experiment.language_model import FORMS, TextBatches, describe, make_tokenizer
+from examples.experiment.language_model import FORMS, TextBatches, cell_of, describe, make_tokenizer, true_cells
 from examples.experiment.training import CONTROLS, Conversations, Settings, Study
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
@@ -75,6 +76,50 @@ def test_the_command_writes_the_folder_that_the_report_reads(study_folder):
     adaptive = rows_of(study_folder / "runs/pixel+adaptive/0/predictions.jsonl")
     for row in adaptive:
         assert row["visual_tokens"] == 196 + {"coarse": 5, "middle": 10, "fine": 20}[row["level_used"]]
+
+
+def test_cells_say_what_is_there(study):
+    scene = study.scenes["train"].scene(0)
+    cells, things = true_cells(scene), scene.things
+    for thing in things:
+        row, column = cell_of(*thing.centre, 192)
+        assert thing.category in cells[14 * row + column]
+        for tag in thing.tags:
+            row, column = cell_of(*tag.centre, 192)
+            assert cells[14 * row + column][:3] == ["tag", tag.letter, tag.colour]
+    assert sum(cell[:1] == ["tag"] for cell in cells) == 2 * len(things)
+    boxes = [thing.box for thing in things]
+    for number, cell in enumerate(cells):
+        y, x = (192 / 14 * (place + 0.5) for place in divmod(number, 14))
+        if any(box[0] < x < box[2] and box[1] < y < box[3] for box in boxes):
+            assert cell
+
+
+def test_the_projector_is_aligned_once_and_says_the_words_of_cells(study_folder, study):
+    before = (study_folder / "alignment/0/projector.safetensors").stat()
+    state = align(study, 0)
+    after = (study_folder / "alignment/0/projector.safetensors").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    model, processor = study.model("pixel", 0)
+    features = study.features(model)
+    words = words_of_cells(study, "train", processor.tokenizer)
+    target = meanings(words, model.get_input_embeddings().weight)
+    kept = words[..., 0] != 0
+    shown = torch.stack([features(study.image(scene.id)) for scene in study.scenes["train"]]).float()
+    projector = model.model.multi_modal_projector
+    distances = []
+    for weights in (projector.state_dict(), state):
+        projector.load_state_dict(weights)
+        with torch.no_grad():
+            distances.append((projector(shown) - target)[kept].square().mean().item())
+    assert distances[1] < 0.5 * distances[0]
+    found = json.loads((study_folder / "alignment/0/results.json").read_text())
+    assert 0 <= found["letter"] <= 1 and 0 <= found["colour"] <= 1
+
+
+def test_no_alignment(study_folder):
+    assert align(Study(study_folder, Settings(alignment_epochs=0)), 0) is None
+    assert not (study_folder / "alignment/7").exists()
 
 
 def test_manifests_differ_in_the_arm_alone(study_folder):
