@@ -223,12 +223,17 @@ def asked_of(scene: Scene) -> list[tuple[str, str, str]]:
     return [(question.text, question.answer, question.type) for question in scene.questions]
 
 
-def short_questions(scene: Scene, dice: random.Random, side: int = 192) -> list[tuple[str, str, str]]:
-    """What the questions ask about tags and places, in two or three words: with whole questions about full scenes alone,
-    binding was not found in 1,000 steps."""
-    asked = []
+def short_questions(
+    scene: Scene, categories: Sequence[str], dice: random.Random, side: int = 192
+) -> list[tuple[str, str, str]]:
+    """What the questions ask, in two or three words: with whole questions about full scenes alone, binding is found late, and
+    whether some types are found at all hangs on the seed."""
+    there = sorted({thing.category for thing in scene.things})
+    absent = [category for category in categories if category not in there]
+    asked = [(f"any {category}", "yes", "presence") for category in there]
+    asked += [(f"any {category}", "no", "presence") for category in dice.sample(absent, min(len(there), len(absent)))]
     marks = Counter((tag.letter, tag.colour) for thing in scene.things for tag in thing.tags)
-    named = set(nameable([thing.name for thing in scene.things]))
+    named = nameable([thing.name for thing in scene.things])
     for i, thing in enumerate(scene.things):
         for tag in thing.tags:
             if i in named:
@@ -241,6 +246,9 @@ def short_questions(scene: Scene, dice: random.Random, side: int = 192) -> list[
         if i in named:
             x, y = thing.centre
             asked.append((f"quarter {thing.name}", QUARTERS[2 * (y > side / 2) + (x > side / 2)], "where"))
+            apart = [scene.things[j] for j in named if abs(scene.things[j].centre[0] - x) >= 0.12 * side]
+            for other in dice.sample(apart, min(2, len(apart))):
+                asked.append((f"side {thing.name} {other.name}", "left" if x < other.centre[0] else "right", "relation"))
     return asked
 
 
@@ -250,9 +258,11 @@ class TextBatches:
     Args:
         scenes (`Sequence[Scene]`): what is described.
         tokenizer: of [`make_tokenizer`].
+        categories (`Sequence[str]`): all that there are, also of what is not shown.
     """
 
-    def __init__(self, scenes: Sequence[Scene], tokenizer: Any):
+    def __init__(self, scenes: Sequence[Scene], tokenizer: Any, categories: Sequence[str]):
+        self.categories = categories
         self.scenes, self.tokenizer = sorted(scenes, key=lambda scene: len(scene.things)), tokenizer
         self.vocabulary = tokenizer.get_vocab()
         self.known: dict[str, list[int]] = {}
@@ -302,7 +312,7 @@ class TextBatches:
         rows = []
         for _ in range(size):
             scene = self.scenes[int(dice.random() * share * len(self.scenes))]
-            asked = short_questions(scene, dice) if dice.random() < 1.1 - 0.8 * share else asked_of(scene)
+            asked = short_questions(scene, self.categories, dice) if dice.random() < 1.1 - 0.8 * share else asked_of(scene)
             dice.shuffle(asked)
             form = dice.choices(FORMS, (0.2 * share, 0.45 * share, 1 - 0.65 * share))[0]
             rows.append(self.row(scene, form, dice, asked[:12] if len(asked) > 7 else asked[:5]))
@@ -379,8 +389,10 @@ def train(folder: Path, pictures: Pictures, settings: TextSettings, progress: Pr
     torch.manual_seed(settings.seed)
     tokenizer = make_tokenizer(pictures)
     model = untrained(tokenizer, settings).train()
-    batches = TextBatches(described_scenes(pictures, settings.scenes, SEED + settings.seed), tokenizer)
-    test = TextBatches(described_scenes(pictures, settings.test_scenes, SEED + settings.seed + 1), tokenizer)
+    batches = TextBatches(described_scenes(pictures, settings.scenes, SEED + settings.seed), tokenizer, pictures.categories)
+    test = TextBatches(
+        described_scenes(pictures, settings.test_scenes, SEED + settings.seed + 1), tokenizer, pictures.categories
+    )
     dice = random.Random(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     state: dict[str, Any] = {"step": 0, "falls_from": None, "losses": [], "curve": []}
@@ -391,7 +403,7 @@ def train(folder: Path, pictures: Pictures, settings: TextSettings, progress: Pr
         optimizer.load_state_dict(moments)
         dice.setstate(dice_state)
     folder.mkdir(parents=True, exist_ok=True)
-    small, losses = TextBatches(test.scenes[::4], tokenizer), state["losses"]
+    small, losses = TextBatches(test.scenes[::4], tokenizer, pictures.categories), state["losses"]
     fall = max(1, settings.max_steps // 5)
     task = progress.add_task("language model", total=settings.max_steps, completed=state["step"]) if progress else None
     while state["step"] < min(settings.max_steps, (state["falls_from"] or settings.max_steps) + fall):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,7 +17,15 @@ pytest.importorskip("timm")
 from examples.experiment import run as command
 from examples.experiment.alignment import align, meanings, words_of_cells
 from examples.experiment.arms import ARMS, AggregateStore
-from examples.experiment.language_model import FORMS, TextBatches, cell_of, describe, make_tokenizer, true_cells
+from examples.experiment.language_model import (
+    FORMS,
+    TextBatches,
+    cell_of,
+    describe,
+    make_tokenizer,
+    short_questions,
+    true_cells,
+)
 from examples.experiment.training import CONTROLS, Conversations, Settings, Study
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
@@ -225,8 +234,6 @@ def test_scenes_follow_the_seed_of_the_settings(study_folder):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_descriptions_say_all_tags(form):
-    import random
-
     scene = GranuScenes("train", 1).scene(0)
     slots, positions = describe(scene, form, random.Random(0))
     words = {word for slot in slots for word in slot}
@@ -239,11 +246,15 @@ def test_the_tokenizer_knows_every_word():
     tokenizer = make_tokenizer(pictures)
     for split in ("train", "test_heldout"):
         scenes = [GranuScenes(split, 40, pictures).scene(i) for i in range(40)]
-        batches = TextBatches(scenes, tokenizer)
+        batches = TextBatches(scenes, tokenizer, pictures.categories)
         for scene in scenes:
             for question in scene.questions:
                 assert tokenizer.unk_token_id not in batches.ids(question.text)
                 assert len(batches.ids(question.answer)) == 1
+            for text, answer, kind in short_questions(scene, pictures.categories, random.Random(0)):
+                assert tokenizer.unk_token_id not in batches.ids(text) and answer in GranuScenes("train", 1, pictures).choices(
+                    kind
+                )
 
 
 def test_bad_input_is_one_sentence(tmp_path):
