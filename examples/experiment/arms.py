@@ -4,6 +4,7 @@ An arm says what the language model is shown: `pixels` (the 196 pixel tokens or 
 Everything else is the same for all arms.
 """
 
+import copy
 import hashlib
 import math
 from pathlib import Path
@@ -27,11 +28,12 @@ from granulon_hf.training.freezing import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
+FORMS = ("first", "own-projector", "place")  # semantic slots in front; a projector of their own; told where the cluster is
 CHANNELS = 128  # of queries and keys of the resampler
 
 
-def level(name: str, alpha: int, beta: int) -> dict[str, Any]:
-    return {"name": name, "alpha": alpha, "beta": beta, "gamma": 1.0}
+def level(name: str, alpha: int, beta: int, gamma: float = 1.0) -> dict[str, Any]:
+    return {"name": name, "alpha": alpha, "beta": beta, "gamma": gamma}
 
 
 def arm(pixels: bool, maker: str = "none", policy: str = "none", levels=(), clustering: str = "joint") -> dict[str, Any]:
@@ -57,6 +59,11 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
             main[f"{stream}+{policy}"] = arm(pixels, "clusters", policy, LEVELS)
     main["pixel+adaptive+relation"] = arm(True, "clusters", "adaptive", LEVELS, "relation")
     main["semantic+adaptive+relation"] = arm(False, "clusters", "adaptive", LEVELS, "relation")
+    for gamma in (0.3, 3.0):
+        main[f"pixel+adaptive+gamma{gamma:g}"] = arm(True, "clusters", "adaptive", [{**one, "gamma": gamma} for one in LEVELS])
+    for form in FORMS:  # one change each to the paper's form; the others have no such entry
+        main[f"pixel+adaptive+{form}"] = arm(True, "clusters", "adaptive", LEVELS) | {"form": form}
+    main["semantic+adaptive+place"] = arm(False, "clusters", "adaptive", LEVELS) | {"form": "place"}
     for maker in ("dummy", "resampler"):
         main[f"pixel+{maker}"] = arm(True, maker, "fixed", [level("all", 1, LEVELS[-1]["beta"])])
     budget = {
@@ -173,12 +180,32 @@ class Pool(nn.Module):
         return F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
 
 
+class Place(nn.Module):
+    """Where clusters are, for the language model: nothing at first, so that an arm begins like the paper's form."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, CHANNELS), nn.GELU(), nn.Linear(CHANNELS, width))
+        nn.init.zeros_(self.layers[2].weight)
+        nn.init.zeros_(self.layers[2].bias)
+
+    def forward(self, found: GranulonAggregation) -> torch.Tensor:
+        """Of each slot [I x K x E], from the mean cell of its cluster, each axis from -1 to 1."""
+        height, width = found.assignment.shape[1:]
+        rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+        cells = torch.cartesian_prod(rows, columns).to(found.tokens.device)
+        member = (found.assignment.flatten(1).unsqueeze(1) == found.kept_clusters.unsqueeze(2)).to(cells)
+        return self.layers(member @ cells / member.sum(2, keepdim=True).clamp(min=1))
+
+
 class ArmModel(GranulonModel):
     """Granulon with the token makers and slots of an arm; for `maker="clusters"` with pixels it is Granulon itself."""
 
     arm: dict[str, Any]
     store: AggregateStore | None
     maker: nn.Module | None
+    place: nn.Module | None
+    semantic_projector: nn.Module | None
     question: torch.Tensor | None
 
     def attach(self, arm: dict[str, Any], store: AggregateStore | None, width: int, patches: int) -> None:
@@ -192,13 +219,16 @@ class ArmModel(GranulonModel):
             "text_resampler": lambda: Resampler(count, width, patches, text),
         }
         self.maker = makers[kind]() if kind in makers else None
+        form = arm.get("form")
+        self.place = Place(text) if form == "place" else None
+        self.semantic_projector = copy.deepcopy(self.multi_modal_projector) if form == "own-projector" else None
 
     def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
         if self.maker is not None:
             tokens = self.maker(features, self.question)
             kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
             return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
-        if self.store is None:
+        if self.store is None or self.place is not None:
             return super()._aggregate(features, grid, relation, level)
         slots = self.config.num_semantic_tokens
         rows, chosen = [], level.tolist()
@@ -218,17 +248,21 @@ class ArmModel(GranulonModel):
         return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
 
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
-        if self.arm["pixels"]:
+        if self.arm["pixels"] and "form" not in self.arm:
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
         features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
         found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
-        slots = self.multi_modal_projector(found.tokens)
-        gamma = self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
+        slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens)
+        slots = slots * self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
+        if self.place is not None:
+            slots = slots + self.place(found).to(slots)
+        streams = [(slots, found.keep)]
+        if self.arm["pixels"]:
+            pixels = self.multi_modal_projector(features)
+            streams.insert(int(self.arm["form"] == "first"), (pixels, torch.ones_like(pixels[..., 0], dtype=torch.bool)))
+        slots, kept = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
         return GranulonImageFeatures(
-            last_hidden_state=outputs.last_hidden_state,
-            pooler_output=list(gamma * slots),
-            slot_mask=found.keep,
-            aggregation=found,
+            last_hidden_state=outputs.last_hidden_state, pooler_output=list(slots), slot_mask=kept, aggregation=found
         )
 
     def encode_images(self, pixel_values, inputs_embeds, image_mask, attention_mask=None, question_mask=None, *args, **kwargs):
@@ -307,8 +341,9 @@ def build(
     if controller is not None and len(arm["levels"]) > 1:
         model.model.controller.load_state_dict(controller)
     set_stage(model, "projector")
-    if model.model.maker is not None:
-        model.model.maker.float().requires_grad_(True)
+    for part in (model.model.maker, model.model.place, model.model.semantic_projector):
+        if part is not None:
+            part.float().requires_grad_(True)
     processor = ArmProcessor.from_parts(no_picture(), tokenizer, vision_tower.config, num_semantic_tokens=arm["tokens"])
     processor.slots = (patches if arm["pixels"] else 0) + arm["tokens"]
     return model, processor

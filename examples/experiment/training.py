@@ -389,7 +389,9 @@ class Run:
         store = study.store() if self.arm["maker"] == "clusters" else None
         self.model, self.processor = study.model(self.name, self.seed, store, controller)
         if (projector := align(study, self.seed)) is not None:
-            self.model.model.multi_modal_projector.load_state_dict(projector)
+            for part in (self.model.model.multi_modal_projector, self.model.model.semantic_projector):
+                if part is not None:
+                    part.load_state_dict(projector)
         self.features = study.features(self.model)
         arguments = RecipeArguments(
             output_dir=str(self.folder),

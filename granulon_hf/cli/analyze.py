@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.cli.eval import check_models, check_out, plain_warnings
+from granulon_hf.cli.common import BadInput, check_models, check_out, one_line, plain_warnings, reports_bad_input
 from granulon_hf.data import DataError
 
 app = typer.Typer(

@@ -1,9 +1,19 @@
 """What all subcommands share."""
 
 import functools
-from collections.abc import Callable
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import typer
+
+from granulon_hf.data.files import existing
+
+DATA_WARNINGS = r".* (rows were asked for|has no rows of this subset)"
 
 
 class BadInput(Exception):
@@ -37,3 +47,60 @@ def reports_bad_input(command: Callable) -> Callable:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def check_out(out: Path) -> None:
+    """Raises BadInput where this folder cannot be made or written, before anything is computed for it."""
+    nearest = existing(out)
+    if not nearest.is_dir():
+        raise BadInput(f"--out {str(out)!r} takes a folder, and {str(nearest)!r} is a file; name another one.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
+
+
+@contextmanager
+def plain_warnings(show: Callable[[str], None]) -> Iterator[None]:
+    """What the data's readers warn of, as a line without the place in the source; other warnings as they are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=DATA_WARNINGS)
+        shown = warnings.showwarning
+
+        def showwarning(message: Any, *args: Any, **kwargs: Any) -> None:
+            if re.match(DATA_WARNINGS, str(message)):
+                show(" ".join(str(message).split()))
+            else:
+                shown(message, *args, **kwargs)
+
+        warnings.showwarning = showwarning
+        yield
+
+
+def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
+    """Raises ValueError for what can be seen to be wrong before weights are read."""
+    from granulon_hf import variants
+    from granulon_hf.evaluation import models
+
+    if dtype not in models.DTYPES:
+        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
+    models.pick_device(device)
+    for source in sources:
+        if source.startswith("tiny:"):
+            variants.parse(source.removeprefix("tiny:"))
+        elif source != "demo":
+            models.check_config(os.path.expanduser(source))
+
+
+def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
+    """Also the embedded demo model, by the name "demo"."""
+    from transformers.utils import logging
+
+    from granulon_hf.evaluation.models import load_model
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # there is one of the evaluation's own
+    if source == "demo":
+        from granulon_hf.demo import demo_folder
+
+        model, processor, _ = load_model(str(demo_folder()), device, dtype)
+        return model, processor, "demo"
+    return load_model(source, device, dtype)

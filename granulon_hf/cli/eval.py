@@ -1,10 +1,6 @@
 """`granulon eval`: predictions, scores and tables of several models on several sets; the fair comparison of encoders."""
 
 import os
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +10,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.data.files import existing
+from granulon_hf.cli.common import BadInput, check_models, check_out, loader, one_line, plain_warnings, reports_bad_input
 
 app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
-DATA_WARNINGS = r".* (rows were asked for|has no rows of this subset)"
 
 
 def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
@@ -62,63 +56,6 @@ def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> 
             raise
         raise BadInput(f"{str(path)!r}: {' '.join(error.format_message().split())}") from None
     return {name: found[name] for name in values if found[name] is not None}
-
-
-def check_out(out: Path) -> None:
-    """Raises BadInput where this folder cannot be made or written, before anything is computed for it."""
-    nearest = existing(out)
-    if not nearest.is_dir():
-        raise BadInput(f"--out {str(out)!r} takes a folder, and {str(nearest)!r} is a file; name another one.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
-
-
-@contextmanager
-def plain_warnings(show: Callable[[str], None]) -> Iterator[None]:
-    """What the data's readers warn of, as a line without the place in the source; other warnings as they are."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=DATA_WARNINGS)
-        shown = warnings.showwarning
-
-        def showwarning(message: Any, *args: Any, **kwargs: Any) -> None:
-            if re.match(DATA_WARNINGS, str(message)):
-                show(" ".join(str(message).split()))
-            else:
-                shown(message, *args, **kwargs)
-
-        warnings.showwarning = showwarning
-        yield
-
-
-def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
-    """Raises ValueError for what can be seen to be wrong before weights are read."""
-    from granulon_hf import variants
-    from granulon_hf.evaluation import models
-
-    if dtype not in models.DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
-    models.pick_device(device)
-    for source in sources:
-        if source.startswith("tiny:"):
-            variants.parse(source.removeprefix("tiny:"))
-        elif source != "demo":
-            models.check_config(os.path.expanduser(source))
-
-
-def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
-    """Also the embedded demo model, by the name "demo"."""
-    from transformers.utils import logging
-
-    from granulon_hf.evaluation.models import load_model
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # there is one of the evaluation's own
-    if source == "demo":
-        from granulon_hf.demo import demo_folder
-
-        model, processor, _ = load_model(str(demo_folder()), device, dtype)
-        return model, processor, "demo"
-    return load_model(source, device, dtype)
 
 
 @app.command()

@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.cli.eval import loader
+from granulon_hf.cli.common import BadInput, loader, one_line, reports_bad_input
 
 LARGE = 20_000_000  # bytes
 

@@ -219,6 +219,30 @@ def test_every_arm_takes_a_step(study, name):
     assert any("maker" in name for name in trained) == (maker in ("dummy", "resampler", "text_resampler"))
 
 
+@pytest.mark.parametrize("form", ["own-projector", "place", "first"])
+def test_an_ablation_changes_one_thing(study, form):
+    """New parts begin as if they were not there; slots in front are the same slots."""
+    paper, batch = batch_of(study, "pixel+adaptive")
+    other, _ = batch_of(study, f"pixel+adaptive+{form}")
+    one, two = (model.model.get_image_features(batch["pixel_values"], "coarse") for model in (paper, other))
+    slots, kept = torch.stack(one.pooler_output), one.slot_mask
+    if form == "first":
+        slots, kept = torch.cat([slots[:, 196:], slots[:, :196]], 1), torch.cat([kept[:, 196:], kept[:, :196]], 1)
+    assert torch.equal(two.slot_mask, kept)
+    torch.testing.assert_close(torch.stack(two.pooler_output), slots)
+
+
+def test_a_place_is_the_mean_cell_of_a_cluster(study):
+    model, batch = batch_of(study, "semantic+adaptive+place", count=1)
+    found = model.model.aggregate(batch["pixel_values"], "coarse")
+    place = model.model.place
+    place.layers = torch.nn.Identity()
+    for slot, cluster in enumerate(found.kept_clusters[0].tolist()):
+        if cluster >= 0:
+            cells = (found.assignment[0] == cluster).nonzero().float().mean(0)
+            torch.testing.assert_close(place(found)[0, slot], cells / 6.5 - 1)
+
+
 def test_samples_do_not_depend_on_the_arm_but_on_the_seed(study):
     one, same, other = (Conversations(study, "train", seed, 2) for seed in (0, 0, 1))
     assert [one[i] for i in range(len(one))] == [same[i] for i in range(len(same))]
