@@ -7,6 +7,7 @@ read tags within a quick run; with this, all begin where reading is possible. Al
 
 import fcntl
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from granulon_hf.data.files import write_text
 from granulon_hf.data.granuscenes import COLOURS, LETTERS
+from granulon_hf.training.trainer import TrainingStopped
 
 from .language_model import true_cells
 
@@ -91,7 +93,10 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
         steps = epochs * -(-len(images) // SCENES)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
         generator = torch.Generator().manual_seed(seed)
+        parent = os.getppid()
         for _ in range(epochs):
+            if os.getppid() != parent:
+                raise TrainingStopped("The study was killed; the same command goes on.")
             for chosen in torch.randperm(len(images), generator=generator).split(SCENES):
                 made = projector(torch.stack([features(images[i]) for i in chosen]).float())
                 distance = (made - meanings(words[chosen], table)).square().mean(-1)

@@ -23,7 +23,7 @@ from granulon_hf.modeling.modeling_granulon import (
     GranulonImageFeatures,
     GranulonModel,
 )
-from granulon_hf.modeling.processing_granulon import GranulonProcessor
+from granulon_hf.modeling.processing_granulon import GranulonProcessor, find_image_token
 from granulon_hf.training.freezing import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
@@ -318,7 +318,7 @@ def build(
         store ([`AggregateStore`], *optional*): clusters that are known.
         controller (`dict`, *optional*): trained weights.
     """
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    image_token = tokenizer.convert_tokens_to_ids(find_image_token(tokenizer))
     config = GranulonConfig(
         vision_config=vision_tower.config,
         text_config=language_model.config,
@@ -349,8 +349,10 @@ def build(
     return model, processor
 
 
-def forward_flops(arm: dict[str, Any], decoder: Any, width: int, patches: int, visual: float, text: float) -> float:
-    """FLOPs of one forward pass for one question, from its visible tokens; the tower, the same for all, is left out.
+def forward_flops(
+    arm: dict[str, Any], decoder: Any, width: int, patches: int, visual: float, text: float, cached: bool = False
+) -> float:
+    """FLOPs of one forward pass, from its visible tokens; the tower, the same for all, is left out, and clusters if cached.
 
     2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · width · tokens² / 2 of causal attention,
     2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel N² · D and
@@ -365,7 +367,7 @@ def forward_flops(arm: dict[str, Any], decoder: Any, width: int, patches: int, v
     extra = arm["tokens"]
     if arm["maker"] in ("resampler", "text_resampler"):
         total += 2.0 * patches * (width * CHANNELS + extra * (CHANNELS + width))
-    elif arm["maker"] == "clusters":
+    elif arm["maker"] == "clusters" and not cached:
         total += 2.0 * patches**2 * width + 2.0 * 10 * patches**2 * extra
     elif arm["maker"] == "pool":
         total += 1.0 * patches * width

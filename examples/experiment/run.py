@@ -30,6 +30,7 @@ from granulon_hf.cli.common import BadInput
 from granulon_hf.data.adapter import DataError
 from granulon_hf.data.files import write_text
 from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
+from granulon_hf.data.granuscenes import VERSION
 from granulon_hf.demo.assemble import MissingBackbones
 from granulon_hf.training.run import versions
 
@@ -95,10 +96,12 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
         raise BadInput("Seeds are whole numbers: --seeds 0,1, or a list in the file.") from None
     if not args.seeds:
         for name, more in (config.get("more_seeds") or {}).items():
+            if name not in ARMS:
+                raise BadInput(f"more_seeds names {name!r}, which is no arm; the arms are {', '.join(ARMS)}.")
             if name in seeds:
-                seeds[name] = sorted({*seeds[name], *more})
+                seeds[name] = [*seeds[name], *more]
     rank = {name: i for i, name in enumerate(arms)}
-    return sorted(((name, seed) for name in arms for seed in seeds[name]), key=lambda job: (job[1], rank[job[0]]))
+    return sorted({(name, seed) for name in arms for seed in seeds[name]}, key=lambda job: (job[1], rank[job[0]]))
 
 
 def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any], controller: dict[str, Any]) -> None:
@@ -186,6 +189,8 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     config = read_config(args.config)
     jobs = jobs_of(config, args)
+    if args.workers < 1:
+        raise BadInput(f"--workers {args.workers}: it takes one or more processes.")
     settings = Settings(**(config.get("settings") or {}))
     study = Study(args.out, settings, args.pictures)
     if args.run == "prepare":
@@ -218,7 +223,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
         BadInput: the folder holds another study, or something failed.
     """
     settings = study.settings
-    shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest}
+    shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest, "granuscenes": VERSION}
     path = args.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != shared:
         raise BadInput(f"{str(args.out)!r} holds a study of other settings or pictures; name another --out.")

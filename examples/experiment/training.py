@@ -7,7 +7,8 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers.utils import logging
 from granulon_hf.data.collator import GranulonCollator, encode_prompts
 from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
-from granulon_hf.data.granuscenes import GranuScenes, Pictures
+from granulon_hf.data.granuscenes import VERSION, GranuScenes, Pictures
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo.assemble import load_image_processor, load_language_model, load_vision_tower
 from granulon_hf.evaluation.metrics import exact
@@ -36,7 +37,7 @@ from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
 from .alignment import align
 from .arms import ARMS, LEVELS, AggregateStore, build, forward_flops
-from .language_model import TextSettings, make_tokenizer, untrained
+from .language_model import SEED, TextSettings, make_tokenizer, untrained
 
 SPLITS = ("train", "validation", "test", "test_heldout")
 CONTROLS = ("none", "blind", "shuffled")
@@ -74,6 +75,34 @@ class Settings:
     precision: str = "float32"
     language_model: dict[str, Any] = field(default_factory=dict)
     controller_steps: int = 600
+
+    def __post_init__(self) -> None:
+        numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in (int, float)}
+        numbers |= {f"scenes.{split}": self.scenes.get(split) for split in SPLITS}
+        for name, value in numbers.items():
+            whole = name not in ("learning_rate", "min_gain")
+            low = 0 if name in ("scene_seed", "warmup_steps", "min_steps", "min_gain", "alignment_epochs") else 1
+            low = 2 if name in ("control_scenes", "scenes.test") else low  # shuffled: the next scene's image
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= low * whole:
+                kind = f"a whole number from {low}" if whole else "a number (1.0e-3, not 1e-3, in YAML)"
+                raise ValueError(f"The setting {name} is {value!r}; it takes {kind}.")
+        if set(self.scenes) != set(SPLITS):
+            raise ValueError(f"The setting scenes has {', '.join(self.scenes)}; it takes {', '.join(SPLITS)}.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"The setting precision is {self.precision!r}; it takes float32 or bfloat16.")
+        name = self.language_model.get("name", "tiny")
+        if name == "smollm2":
+            if self.alignment_epochs:
+                raise ValueError("language_model: {name: smollm2} has no words for cells; set alignment_epochs: 0.")
+        elif name != "tiny":
+            raise ValueError(f"There is no language model {name!r}; there are tiny and smollm2.")
+        else:
+            try:
+                text = TextSettings(**self.language_model)
+            except TypeError as error:
+                raise ValueError(f"The setting language_model cannot be used: {error}.") from None
+            if self.scene_seed in (SEED + text.seed, SEED + text.seed + 1):
+                raise ValueError(f"The scenes of scene_seed {self.scene_seed} are those that the language model learns from.")
 
 
 class Study:
@@ -118,6 +147,12 @@ class Study:
             return untrained(tokenizer, self.text_settings()).eval(), tokenizer
         dtype = getattr(torch, self.settings.precision)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def frozen(self) -> dict[str, str | None]:
+        """Digests of what all runs share and this study trained."""
+        files = {"language_model": "language_model/model.safetensors", "controller": "controller/controller.safetensors"}
+        paths = {name: self.out / path for name, path in files.items()}
+        return {name: sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else None for name, path in paths.items()}
 
     def text_settings(self) -> TextSettings:
         return TextSettings(**self.settings.language_model)
@@ -295,7 +330,7 @@ class Validation(TrainerCallback):
     """Every some steps: accuracy on the validation split, the curve, the best weights so far, and whether to stop."""
 
     def __init__(self, run: "Run"):
-        self.run, self.rows, self.parent = run, run.read_history(), os.getppid()
+        self.run, self.rows = run, run.read_history()
         self.began, self.spent, self.losses = 0.0, 0.0, []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -304,8 +339,8 @@ class Validation(TrainerCallback):
         self.spent, self.began = (self.rows[-1]["seconds"] if self.rows else 0.0), time.time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if os.getppid() != self.parent:  # the study was killed
-            control.should_training_stop = control.should_save = self.run.orphaned = True
+        if self.run.orphaned():
+            control.should_training_stop = control.should_save = True
             return
         settings = self.run.study.settings
         if state.global_step % settings.validate_every == 0 or state.global_step == args.max_steps:
@@ -348,15 +383,20 @@ class Run:
         self.study, self.name, self.seed = study, name, seed
         self.group, self.arm = ARMS[name]
         self.folder = study.out / "runs" / name / str(seed)
-        self.orphaned = False
+        self.parent = os.getppid()
         self.trainer: Any = None
+
+    def orphaned(self) -> bool:
+        """Whether the study that began this process was killed: then another may be at work in the same folder."""
+        return os.getppid() != self.parent
 
     def manifest(self) -> dict[str, Any]:
         return {
             "arm_name": self.name,
             "group": self.group,
             "arm": self.arm,
-            "settings": {**vars(self.study.settings), "pictures": self.study.pictures.digest},
+            "settings": {**vars(self.study.settings), "pictures": self.study.pictures.digest, "granuscenes": VERSION},
+            "frozen": self.study.frozen(),
             "seed": self.seed,
         }
 
@@ -371,10 +411,7 @@ class Run:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self.folder / ".lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"Another process is at {str(self.folder)!r}; wait for it, or end it.") from None
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a process of a study that was killed stops at its next step or batch
             path, manifest = self.folder / "manifest.json", json.loads(json.dumps(self.manifest()))
             if path.exists() and json.loads(path.read_text()) != manifest:
                 raise ValueError(f"{str(self.folder)!r} holds a run of other settings; name another --out, or remove it.")
@@ -427,7 +464,7 @@ class Run:
         )
         if not finished:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if self.orphaned or self.trainer.stop_on_signal.stopped:
+        if self.orphaned() or self.trainer.stop_on_signal.stopped:
             raise TrainingStopped("The run was stopped; the same command goes on.")
         self.finish()
 
@@ -489,18 +526,22 @@ class Run:
         text = "".join(json.dumps(row) + "\n" for row in predictions)
         write_text(self.folder / "predictions.jsonl", text)
         best, last = self.best_of(rows), rows[-1]
-        visual = [row["visual_tokens"] for row in predictions if row["control"] == "none"]
+        seen = [row for row in predictions if row["control"] == "none"]
+        visual, text = (float(np.mean([row[name] for row in seen])) for name in ("visual_tokens", "text_tokens"))
+        masks = [self.collator(samples)["attention_mask"].sum(1).float() for samples in self.validation]
+        conversation = float(torch.cat(masks).mean()) - self.processor.slots
         patches, width = self.features.shape
-        flops = forward_flops(
-            self.arm, self.model.model.language_model, width, patches, float(np.mean(visual)), self.text_tokens
-        )
+        decoder = self.model.model.language_model
+        flops = forward_flops(self.arm, decoder, width, patches, visual, text)
+        training_flops = forward_flops(self.arm, decoder, width, patches, visual, conversation, cached=True)
         done = {
             "steps": last["step"],
             "best_step": best["step"],
             "plateau": self.plateau(rows),
             "seconds_training": last["seconds"],
             "seconds_per_step": round(last["seconds"] / last["step"], 4),
-            "flops_per_sample": round(flops),
+            "flops_per_question": round(flops),
+            "training_flops_per_sample": round(training_flops),
             "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
             "latency_ms_per_question": round(1000 * float(np.median(latency)), 2),
         }
@@ -513,12 +554,16 @@ class Run:
         names = [one["name"] for one in self.arm["levels"]]
         tasks = [(scene, n) for scene in scenes[:count] for n in range(len(scene.questions))]
         blank = Image.new("RGB", (8, 8))
+        # Blind: the mean of all features, place by place, which tells nothing and is not as strange as zeros.
+        mean = torch.stack([self.features(self.study.image(scene.id)) for scene in scenes[:count]]).float().mean(0)
         for batch in batches(tasks, 64):
+            if self.orphaned():
+                raise TrainingStopped("The run was stopped; the same command goes on.")
             content = [[{"type": "image", "image": blank}, {"type": "text", "text": s.questions[n].text}] for s, n in batch]
             inputs = encode_prompts(self.processor, [[{"role": "user", "content": parts}] for parts in content])
             shown = [scenes.scene((s.index + 1) % count) if control == "shuffled" else s for s, _ in batch]
             pixels = torch.stack([self.features(self.study.image(scene.id)) for scene in shown])
-            inputs["pixel_values"] = torch.zeros_like(pixels) if control == "blind" else pixels
+            inputs["pixel_values"] = mean.expand_as(pixels) if control == "blind" else pixels
             levels: list[str | None] = [None] * len(batch)
             arguments: dict[str, Any] = {}
             began = time.perf_counter()
@@ -537,8 +582,8 @@ class Run:
             answers = self.processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             betas = {one["name"]: one["beta"] for one in self.arm["levels"]}
             pixel_tokens = self.features.shape[0] if self.arm["pixels"] else 0
-            self.text_tokens = float(inputs["attention_mask"].sum(1).float().mean()) - self.processor.slots
-            for (scene, n), answer, level in zip(batch, answers, levels, strict=True):
+            text_tokens = (inputs["attention_mask"].sum(1) - self.processor.slots).tolist()
+            for (scene, n), answer, level, text in zip(batch, answers, levels, text_tokens, strict=True):
                 question, answer = scene.questions[n], answer.strip()
                 rows.append(
                     {
@@ -554,6 +599,7 @@ class Run:
                         "correct": int(exact(answer, question.answer)),
                         "level_used": level,
                         "visual_tokens": pixel_tokens + (betas[level] if level is not None else 0),
+                        "text_tokens": text,
                     }
                 )
         return rows

@@ -81,7 +81,7 @@ def test_the_command_writes_the_folder_that_the_report_reads(study_folder):
         steps = [row["step"] for row in rows_of(folder / "history.jsonl")]
         assert steps == sorted(set(steps)) and steps[0] == 2
         done = json.loads((folder / "done.json").read_text())
-        assert done["best_step"] in steps and done["flops_per_sample"] > 0
+        assert done["best_step"] in steps and done["flops_per_question"] > 0
     adaptive = rows_of(study_folder / "runs/pixel+adaptive/0/predictions.jsonl")
     for row in adaptive:
         assert row["visual_tokens"] == 196 + {"coarse": 5, "middle": 10, "fine": 20}[row["level_used"]]
@@ -279,6 +279,34 @@ def test_the_tokenizer_knows_every_word():
                 assert tokenizer.unk_token_id not in batches.ids(text) and answer in GranuScenes("train", 1, pictures).choices(
                     kind
                 )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"scenes": {"train": 10}}, "scenes.validation is None"),
+        ({"learning_rate": "3e-4"}, "learning_rate is '3e-4'; it takes a number"),
+        ({"validate_every": 0}, "validate_every is 0; it takes a whole number from 1"),
+        ({"control_scenes": 1}, "control_scenes is 1; it takes a whole number from 2"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"precision": "half"}, "precision is 'half'"),
+        ({"language_model": {"widht": 9}}, "widht"),
+        ({"language_model": {"name": "smollm"}}, "no language model 'smollm'"),
+        ({"language_model": {"name": "smollm2"}}, "set alignment_epochs: 0"),
+        ({"scene_seed": 1_000_003}, "those that the language model learns from"),
+    ],
+)
+def test_settings_that_cannot_be_used(given, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**given)
+
+
+def test_runs_are_queued_once():
+    args = command.arguments([CONFIG, "--out", "x", "--arms", "pixel", "--seeds", "0,0,1"])
+    assert command.jobs_of({}, args) == [("pixel", 0), ("pixel", 1)]
+    args = command.arguments([CONFIG, "--out", "x"])
+    with pytest.raises(command.BadInput, match="more_seeds names 'pixels'"):
+        command.jobs_of({"arms": ["pixel"], "seeds": [0], "more_seeds": {"pixels": [1]}}, args)
 
 
 def test_bad_input_is_one_sentence(tmp_path):

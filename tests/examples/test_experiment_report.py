@@ -13,7 +13,12 @@ from granulon_hf.cli.common import BadInput
 LEVELS = {"coarse": {"amount": 1 / 3, "presence": 0.5}, "middle": {"where": 0.25, "relation": 0.5}, "fine": {"letter": 0.125}}
 TYPES = {kind: (level, chance) for level, kinds in LEVELS.items() for kind, chance in kinds.items()}
 DONE = {"steps": 400, "best_step": 400, "plateau": True, "seconds_training": 60.0, "seconds_per_step": 0.1}
-DONE |= {"flops_per_sample": 1e9, "trainable_parameters": 1000, "latency_ms_per_question": 2.0}
+DONE |= {
+    "flops_per_question": 1e9,
+    "training_flops_per_sample": 1e9,
+    "trainable_parameters": 1000,
+    "latency_ms_per_question": 2.0,
+}
 
 
 def truth(level_gain=0.0, **by_level):
@@ -71,7 +76,13 @@ def make_run(
         for step in range(100, 401, 100)
     ]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
-    (folder / "done.json").write_text(json.dumps(DONE | {"flops_per_sample": 1e9 * (1 + tokens / 50)} | changed))
+    (folder / "done.json").write_text(
+        json.dumps(
+            DONE
+            | {"flops_per_question": 1e9 * (1 + tokens / 50), "training_flops_per_sample": 1e9 * (1 + tokens / 50)}
+            | changed
+        )
+    )
 
 
 def make_study(out, accuracies, seeds=3, **options):
@@ -101,7 +112,7 @@ def study(tmp_path_factory):
     """Adaptive is better than pixel by .1, few clusters suit coarse questions and many fine ones; one run is unfinished."""
     out = tmp_path_factory.mktemp("study")
     accuracies = {"pixel": truth(), "pixel+adaptive": truth(0.1), "pixel+oracle": truth(0.1), "pixel+random": truth(-0.05)}
-    accuracies |= {"pixel+fixed5": truth(coarse=0.8, fine=0.3), "pixel+fixed50": truth(coarse=0.6, fine=0.6)}
+    accuracies |= {"pixel+fixed5": truth(coarse=0.8, fine=0.3), "pixel+fixed20": truth(coarse=0.6, fine=0.6)}
     make_study(out, accuracies, seeds=6, spread=0.003, common=0.97)
     make_run(out, "pixel", 9, truth(), unfinished=True)
     for tokens in (1, 4):
@@ -279,7 +290,7 @@ def test_verdict_at_its_edges(results, word, why):
 )
 def test_verdict_of_the_controller_at_its_edges(intervals, word):
     found = {str(i): {"mean": sum(pair) / 2, "interval": pair} for i, pair in enumerate(intervals)}
-    assert report.controller_verdict(found, 3)[0] == word
+    assert report.controller_verdict(found, 1 / 3)[0] == word
 
 
 @pytest.mark.parametrize("control", ["blind", "shuffled"])
@@ -429,7 +440,7 @@ def test_level_choice_is_counted_and_framed(found):
 
 def test_a_type_that_a_split_lacks_is_a_dash_and_decides_nothing(tmp_path):
     """As in a quick run: few scenes, and a level of which nothing was asked on the test split."""
-    make_study(tmp_path, {"pixel+fixed5": truth(), "pixel+fixed50": truth(), "pixel": truth()}, seeds=3, scenes=3)
+    make_study(tmp_path, {"pixel+fixed5": truth(), "pixel+fixed20": truth(), "pixel": truth()}, seeds=3, scenes=3)
     for path in tmp_path.glob("runs/*/*/predictions.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         kept = [row for row in rows if row["level"] != "fine" or row["split"] != "test"]
