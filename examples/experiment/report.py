@@ -538,8 +538,10 @@ def controller_verdict(agreements: Mapping[str, Mapping[str, Any]], one_level: f
 
 
 def control_tests(scores: Scores) -> list[dict[str, Any]]:
-    """Accuracy above chance of every arm that sees no image, or another scene's; overall and by type, each after Holm's
-    correction over the tests of that arm alone: more arms must not make it easier to pass.
+    """Accuracy above chance of every arm that sees no image, or another scene's.
+
+    Overall after Holm's correction over that arm's own tests, since more arms must not make it easier to pass; by type after
+    that over the types of all arms.
 
     One-sided normal tests; the standard error is that of the bootstrap over scenes, the seeds being those that there are.
     """
@@ -565,9 +567,9 @@ def control_tests(scores: Scores) -> list[dict[str, Any]]:
                     _, accuracy = scores.means(block, np.mean(values, axis=0))
                     test |= {"accuracy": float(excess) + expected, "chance": expected, "interval": interval(nan_mean(accuracy))}
                 tests.append(test)
-    families: dict[tuple[str, bool], list[dict[str, Any]]] = defaultdict(list)
+    families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for test in tests:
-        families[test["arm"], test["type"] == "overall"].append(test)
+        families[test["arm"] if test["type"] == "overall" else ""].append(test)
     for members in families.values():
         for test, p in zip(members, holm([test["p"] for test in members]), strict=True):
             test |= {"p_holm": p, "above": p <= ALPHA}

@@ -2,7 +2,10 @@
 
 import json
 import math
+import re
+import tarfile
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -474,3 +477,24 @@ def test_command_says_in_one_sentence_what_is_wrong(tmp_path):
     app.command()(report.main)
     result = CliRunner().invoke(app, [str(tmp_path)])
     assert result.exit_code == 2 and "holds no finished run" in result.output and "Traceback" not in result.output
+
+
+RESULTS = Path(report.__file__).parent / "results"
+
+
+@pytest.mark.skipif(not (RESULTS / "runs.tar.xz").exists(), reason="no committed report")
+def test_the_committed_report_is_what_its_raw_predictions_say(tmp_path):
+    with tarfile.open(RESULTS / "runs.tar.xz") as file:
+        file.extractall(tmp_path, filter="data")
+    found = analyse(tmp_path, 200)
+    written = json.loads((RESULTS / "report.json").read_text())
+    assert set(found["arms"]["main"]) == set(written["arms"]["main"]) and found["experiment"] == written["experiment"]
+    for arm, splits in found["arms"]["main"].items():
+        for split, cells in splits.items():
+            for level, cell in cells.items():
+                assert cell["mean"] == pytest.approx(written["arms"]["main"][arm][split][level]["mean"]), (arm, split, level)
+    for name, result in found["comparisons"]["test"].items():
+        assert result.get("estimate") == pytest.approx(written["comparisons"]["test"][name].get("estimate")), name
+    text = (RESULTS / "report.md").read_text()
+    assert all(f"**{claim['number']}. {claim['claim']}: {claim['verdict']}" in text for claim in written["claims"])
+    assert all((RESULTS / name).exists() for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text))
