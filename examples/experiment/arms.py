@@ -59,6 +59,8 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
             main[f"{stream}+{policy}"] = arm(pixels, "clusters", policy, LEVELS)
     main["pixel+adaptive+relation"] = arm(True, "clusters", "adaptive", LEVELS, "relation")
     main["semantic+adaptive+relation"] = arm(False, "clusters", "adaptive", LEVELS, "relation")
+    for beta in (5, 10):  # as few clusters, of unpooled patches
+        main[f"semantic+fixed{beta}+alpha1"] = arm(False, "clusters", "fixed", [level("unpooled", 1, beta)])
     for gamma in (0.3, 3.0):
         main[f"pixel+adaptive+gamma{gamma:g}"] = arm(True, "clusters", "adaptive", [{**one, "gamma": gamma} for one in LEVELS])
     for form in FORMS:  # one change each to the paper's form; the others have no such entry
