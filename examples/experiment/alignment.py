@@ -7,19 +7,16 @@ read tags within a quick run; with this, all begin where reading is possible. Al
 
 import fcntl
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from granulon_hf.data.files import write_text
 from granulon_hf.data.granuscenes import COLOURS, LETTERS
-from granulon_hf.training.trainer import TrainingStopped
 
-from .language_model import true_cells
+from .language_model import meanings, true_cells
 
 if TYPE_CHECKING:
     from .training import Study
@@ -33,11 +30,6 @@ def words_of_cells(study: "Study", split: str, tokenizer: Any) -> torch.Tensor:
     rows = [[[vocabulary[word] for word in cell] for cell in true_cells(scene)] for scene in study.scenes[split]]
     width = max(len(cell) for row in rows for cell in row)
     return torch.tensor([[cell + [0] * (width - len(cell)) for cell in row] for row in rows])
-
-
-def meanings(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Sums of embeddings [I x cells x E]."""
-    return F.embedding_bag(words.flatten(0, 1), table, mode="sum", padding_idx=0).unflatten(0, words.shape[:2])
 
 
 @torch.inference_mode()
@@ -93,10 +85,8 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
         steps = epochs * -(-len(images) // SCENES)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 50, 1 - step / steps))
         generator = torch.Generator().manual_seed(seed)
-        parent = os.getppid()
         for _ in range(epochs):
-            if os.getppid() != parent:
-                raise TrainingStopped("The study was killed; the same command goes on.")
+            study.stop_if_orphaned()
             for chosen in torch.randperm(len(images), generator=generator).split(SCENES):
                 made = projector(torch.stack([features(images[i]) for i in chosen]).float())
                 distance = (made - meanings(words[chosen], table)).square().mean(-1)

@@ -32,8 +32,8 @@ FORMS = ("first", "own-projector", "place")  # semantic slots in front; a projec
 CHANNELS = 128  # of queries and keys of the resampler
 
 
-def level(name: str, alpha: int, beta: int, gamma: float = 1.0) -> dict[str, Any]:
-    return {"name": name, "alpha": alpha, "beta": beta, "gamma": gamma}
+def level(name: str, alpha: int, beta: int) -> dict[str, Any]:
+    return {"name": name, "alpha": alpha, "beta": beta, "gamma": 1.0}
 
 
 def arm(pixels: bool, maker: str = "none", policy: str = "none", levels=(), clustering: str = "joint") -> dict[str, Any]:

@@ -209,13 +209,8 @@ def grid_cells(scene, dice, side) -> dict[int, list[str]]:
     for i, thing in enumerate(scene.things):
         for tag in thing.tags:
             row, column = cell_of(*tag.centre, side)
-            cells[row * GRID + column] = [
-                "tag",
-                tag.letter,
-                tag.colour,
-                *some(dice, about(scene, i, side), 0.9),
-                *where(row, column),
-            ]
+            more = some(dice, about(scene, i, side), 0.9) + where(row, column)
+            cells[row * GRID + column] = ["tag", tag.letter, tag.colour, *more]
     return cells
 
 
@@ -319,11 +314,14 @@ class TextBatches:
         return self.collate(rows)
 
 
+def meanings(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Sums of the embeddings of words [I x slots x words], 0 being none: [I x slots x E]."""
+    return F.embedding_bag(words.flatten(0, 1), table, mode="sum", padding_idx=0).unflatten(0, words.shape[:2])
+
+
 def states(model: Qwen2ForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Last hidden states: a slot's embedding is the sum of its words'."""
-    table = model.get_input_embeddings().weight
-    words = batch["words"]
-    embeds = F.embedding_bag(words.flatten(0, 1), table, mode="sum", padding_idx=0).unflatten(0, words.shape[:2])
+    embeds = meanings(batch["words"], model.get_input_embeddings().weight)
     return model.model(
         inputs_embeds=embeds, attention_mask=batch["attention_mask"], position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state

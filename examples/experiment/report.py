@@ -67,14 +67,9 @@ class Comparison:
         return tuple(dict.fromkeys(arm for _, arm, _ in self.terms))
 
 
-def versus(other: str, margin: float = 0.0) -> Comparison:
-    arm, other = "pixel+adaptive", f"pixel+{other}" if other else "pixel"
-    return Comparison(f"{arm} − {other}", ((1, arm, "overall"), (-1, other, "overall")), margin)
-
-
-def simple(one: str, other: str, level: str = "overall") -> Comparison:
+def difference(one: str, other: str, level: str = "overall", margin: float = 0.0) -> Comparison:
     title = f"{one} − {other}" + (f", {level} questions" if level != "overall" else "")
-    return Comparison(title, ((1, one, level), (-1, other, level)))
+    return Comparison(title, ((1, one, level), (-1, other, level)), margin)
 
 
 def crossed(few: str, many: str) -> Comparison:
@@ -84,16 +79,16 @@ def crossed(few: str, many: str) -> Comparison:
 
 
 FAMILY = {
-    "pixel": versus(""),
-    **{name: versus(name) for name in (*FIXED, "dummy", "resampler", "random")},
-    "oracle": versus("oracle", MARGIN),
-    "coarse": simple(FEW, MANY, "coarse"),
-    "fine": simple(MANY, FEW, "fine"),
+    "pixel": difference("pixel+adaptive", "pixel"),
+    **{name: difference("pixel+adaptive", f"pixel+{name}") for name in (*FIXED, "dummy", "resampler", "random")},
+    "oracle": difference("pixel+adaptive", "pixel+oracle", margin=MARGIN),
+    "coarse": difference(FEW, MANY, "coarse"),
+    "fine": difference(MANY, FEW, "fine"),
     "interaction": crossed(FEW, MANY),
-    "semantic": simple("semantic+adaptive", SEMANTIC_MANY),
-    "semantic_random": simple("semantic+adaptive", "semantic+random"),
-    "semantic_coarse": simple(SEMANTIC_FEW, SEMANTIC_MANY, "coarse"),
-    "semantic_fine": simple(SEMANTIC_MANY, SEMANTIC_FEW, "fine"),
+    "semantic": difference("semantic+adaptive", SEMANTIC_MANY),
+    "semantic_random": difference("semantic+adaptive", "semantic+random"),
+    "semantic_coarse": difference(SEMANTIC_FEW, SEMANTIC_MANY, "coarse"),
+    "semantic_fine": difference(SEMANTIC_MANY, SEMANTIC_FEW, "fine"),
     "semantic_interaction": crossed(SEMANTIC_FEW, SEMANTIC_MANY),
 }
 # A claim is supported where all its comparisons are decided above zero, contradicted where one is decided below.
@@ -216,8 +211,8 @@ def read(out: Path) -> Study:
     if not finished:
         raise BadInput(f"{str(out)!r} holds no finished run (runs/ARM/SEED/done.json); run the experiment first.")
     experiment = read_json(out / "experiment.json")
-    aligned = {path.parent.name: read_json(path) for path in sorted(out.glob("alignment/*/results.json"))}
-    experiment["alignment"] = {kind: [one[kind] for one in aligned.values()] for kind in ("letter", "colour") if aligned}
+    aligned = [read_json(path) for path in sorted(out.glob("alignment/*/results.json"))]
+    experiment["alignment"] = {kind: [one[kind] for one in aligned] for kind in ("letter", "colour") if aligned}
     runs: dict[str, Run] = {}
     arms: dict[str, tuple[Path, dict[str, Any]]] = {}
     shared: tuple[Path, dict[str, Any]] | None = None
@@ -1045,6 +1040,7 @@ def write(out: Path, resamples: int = RESAMPLES) -> Path:
         types=study.types,
         splits=study.splits,
         split_names=SPLIT_NAMES,
+        fixed=[f"pixel+{name}" for name in FIXED],
         decisive=DECISIVE,
         pictures=pictures,
         loud=[test for test in found["controls"] if test["above"]],

@@ -115,12 +115,20 @@ class Study:
     """
 
     def __init__(self, out: Path, settings: Settings, pictures: str | None = None):
-        self.out, self.settings = out, settings
+        self.out, self.settings, self.parent = out, settings, os.getppid()
         self.pictures = Pictures(folder=pictures) if pictures else Pictures()
         self.scenes = {
             split: GranuScenes(split, settings.scenes[split], self.pictures, seed=settings.scene_seed) for split in SPLITS
         }
         self.by_id = {f"{split}-{settings.scene_seed}": scenes for split, scenes in self.scenes.items()}
+
+    def orphaned(self) -> bool:
+        """Whether the command that began this process was killed: then another may be at work in the same folder."""
+        return os.getppid() != self.parent
+
+    def stop_if_orphaned(self) -> None:
+        if self.orphaned():
+            raise TrainingStopped("The run was stopped; the same command goes on.")
 
     def scene_of(self, name: str):
         prefix, _, index = name.rpartition("-")
@@ -339,7 +347,7 @@ class Validation(TrainerCallback):
         self.spent, self.began = (self.rows[-1]["seconds"] if self.rows else 0.0), time.time()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.run.orphaned():
+        if self.run.study.orphaned():
             control.should_training_stop = control.should_save = True
             return
         settings = self.run.study.settings
@@ -383,12 +391,7 @@ class Run:
         self.study, self.name, self.seed = study, name, seed
         self.group, self.arm = ARMS[name]
         self.folder = study.out / "runs" / name / str(seed)
-        self.parent = os.getppid()
         self.trainer: Any = None
-
-    def orphaned(self) -> bool:
-        """Whether the study that began this process was killed: then another may be at work in the same folder."""
-        return os.getppid() != self.parent
 
     def manifest(self) -> dict[str, Any]:
         return {
@@ -464,7 +467,7 @@ class Run:
         )
         if not finished:
             self.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if self.orphaned() or self.trainer.stop_on_signal.stopped:
+        if study.orphaned() or self.trainer.stop_on_signal.stopped:
             raise TrainingStopped("The run was stopped; the same command goes on.")
         self.finish()
 
@@ -554,11 +557,10 @@ class Run:
         names = [one["name"] for one in self.arm["levels"]]
         tasks = [(scene, n) for scene in scenes[:count] for n in range(len(scene.questions))]
         blank = Image.new("RGB", (8, 8))
-        # Blind: the mean of all features, place by place, which tells nothing and is not as strange as zeros.
-        mean = torch.stack([self.features(self.study.image(scene.id)) for scene in scenes[:count]]).float().mean(0)
+        if control == "blind":  # the mean of all features, place by place: it tells nothing and is not as strange as zeros
+            mean = torch.stack([self.features(self.study.image(scene.id)) for scene in scenes[:count]]).float().mean(0)
         for batch in batches(tasks, 64):
-            if self.orphaned():
-                raise TrainingStopped("The run was stopped; the same command goes on.")
+            self.study.stop_if_orphaned()
             content = [[{"type": "image", "image": blank}, {"type": "text", "text": s.questions[n].text}] for s, n in batch]
             inputs = encode_prompts(self.processor, [[{"role": "user", "content": parts}] for parts in content])
             shown = [scenes.scene((s.index + 1) % count) if control == "shuffled" else s for s, _ in batch]

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("timm")
 
 from examples.experiment import run as command
-from examples.experiment.alignment import align, meanings, words_of_cells
+from examples.experiment.alignment import align, words_of_cells
 from examples.experiment.arms import ARMS, AggregateStore
 from examples.experiment.language_model import (
     FORMS,
@@ -23,6 +23,7 @@ from examples.experiment.language_model import (
     cell_of,
     describe,
     make_tokenizer,
+    meanings,
     short_questions,
     true_cells,
 )
