@@ -2,7 +2,8 @@
 
 For every cell of the grid the language model knows a description (`language_model.true_cells`): the sum of the embeddings of
 the words that are true there. The projector is fitted to it, cell by cell. From random weights, questions alone teach no arm to
-read tags within a quick run; with this, all begin where reading is possible. All arms of a seed begin with the same projector.
+read tags within a quick run; with this, all begin where reading is possible. All arms of a seed begin with the same projector,
+and those that are told where slots are (`Place`) with its words for rows and columns.
 """
 
 import fcntl
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from granulon_hf.data.files import write_text
 from granulon_hf.data.granuscenes import COLOURS, LETTERS
 
-from .language_model import meanings, true_cells
+from .language_model import GRID, meanings, true_cells
 
 if TYPE_CHECKING:
     from .training import Study
@@ -49,8 +50,14 @@ def readability(projector: Any, features: Any, images: list[Any], words: torch.T
     return {kind: round(sum(values) / len(values), 4) for kind, values in right.items()}
 
 
-def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
-    """Weights of the projector with which all arms of a seed begin; fitted once, kept in `OUT/alignment/<seed>`.
+def words_of_places(table: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """Embeddings of the words for rows and for columns [2 x 14 x E]: what [`Place`] begins with."""
+    names = [[f"{kind}{number}" for number in range(GRID)] for kind in ("row", "column")]
+    return table[torch.tensor([tokenizer.convert_tokens_to_ids(one) for one in names])]
+
+
+def align(study: "Study", seed: int) -> dict[str, dict[str, torch.Tensor]] | None:
+    """Weights with which all arms of a seed begin; fitted once, kept in `OUT/alignment/<seed>`.
 
     The three kinds of cells (nothing, object, tag) weigh the same. `results.json` has what can be read from tags' cells of
     validation scenes (chance is an eighth): an estimate of what questions about tags can reach.
@@ -60,7 +67,7 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
         seed (`int`): of first weights and order.
 
     Returns:
-        `dict` of weights; `None` if `alignment_epochs` is 0.
+        `dict`: weights of "projector" and "place"; `None` if `alignment_epochs` is 0.
     """
     epochs = study.settings.alignment_epochs
     if not epochs:
@@ -70,7 +77,7 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another arm of this seed may be at it
         if (folder / "results.json").exists():
-            return load_file(folder / "projector.safetensors")
+            return {kind: load_file(folder / f"{kind}.safetensors") for kind in ("projector", "place")}
         began = time.time()
         model, processor = study.model("pixel", seed)
         features, tokenizer = study.features(model), processor.tokenizer
@@ -97,7 +104,11 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
         held_out = [study.image(scene.id) for scene in study.scenes["validation"]]
         words = words_of_cells(study, "validation", tokenizer)
         results = readability(projector, features, held_out, words, table, tokenizer)
-        state = {name: value.detach().contiguous() for name, value in projector.state_dict().items()}
-        save_file(state, folder / "projector.safetensors")
+        states = {
+            "projector": {name: value.detach().contiguous() for name, value in projector.state_dict().items()},
+            "place": {"tables": words_of_places(table, tokenizer)},
+        }
+        for kind, state in states.items():
+            save_file(state, folder / f"{kind}.safetensors")
         write_text(folder / "results.json", json.dumps(results | {"seconds": round(time.time() - began, 1)}, indent=1) + "\n")
-        return state
+        return states

@@ -28,7 +28,7 @@ from granulon_hf.training.freezing import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
-FORMS = ("first", "own-projector", "place")  # semantic slots in front; a projector of their own; told where the cluster is
+FORMS = ("first", "own-projector", "place")  # semantic slots in front; a projector of their own; told where they are
 CHANNELS = 128  # of queries and keys of the resampler
 
 
@@ -65,7 +65,10 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
         main[f"pixel+adaptive+gamma{gamma:g}"] = arm(True, "clusters", "adaptive", [{**one, "gamma": gamma} for one in LEVELS])
     for form in FORMS:  # one change each to the paper's form; the others have no such entry
         main[f"pixel+adaptive+{form}"] = arm(True, "clusters", "adaptive", LEVELS) | {"form": form}
-    main["semantic+adaptive+place"] = arm(False, "clusters", "adaptive", LEVELS) | {"form": "place"}
+    for stream in ("semantic+adaptive", f"semantic+fixed{LEVELS[-1]['beta']}", "pixel"):
+        main[f"{stream}+place"] = main[stream] | {"form": "place"}
+    unpooled = [{**one, "alpha": 1} for one in LEVELS]
+    main["semantic+adaptive+alpha1"] = arm(False, "clusters", "adaptive", unpooled)
     for maker in ("dummy", "resampler"):
         main[f"pixel+{maker}"] = arm(True, maker, "fixed", [level("all", 1, LEVELS[-1]["beta"])])
     budget = {
@@ -91,8 +94,8 @@ class AggregateStore:
     """Semantic tokens of images by their features and the level: clustering has no learned part, so that once is enough.
 
     Args:
-        folder (`Path`): holds `keys.txt`, one line for each image, and for each level a file of tokens
-            [images x beta x D] in bfloat16.
+        folder (`Path`): holds `keys.txt`, one line for each image, and for each level a file of tokens, with the mean cell of
+            each ([`centres`]) behind it [images x beta x (D + 2)] in bfloat16.
     """
 
     def __init__(self, folder: Path):
@@ -116,7 +119,7 @@ class AggregateStore:
         return self.folder / f"{name}.bin"
 
     def tokens(self, key: str, name: str) -> torch.Tensor | None:
-        """Tokens [M x D] of an image, best first; `None` where they are not known."""
+        """Tokens and centres [M x (D + 2)] of an image, best first; `None` where they are not known."""
         if (key, name) in self.known:
             return self.known[key, name][0]
         if key not in self.rows or not self.path(name).exists():
@@ -182,22 +185,36 @@ class Pool(nn.Module):
         return F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
 
 
+def centres(found: GranulonAggregation) -> torch.Tensor:
+    """Mean cell of the cluster in each slot [I x K x 2], each axis from -1 to 1; zeros in empty slots."""
+    cells = grid_of(*found.assignment.shape[1:]).to(found.tokens.device)
+    member = (found.assignment.flatten(1).unsqueeze(1) == found.kept_clusters.unsqueeze(2)).to(cells)
+    return member @ cells / member.sum(2, keepdim=True).clamp(min=1)
+
+
+def grid_of(height: int, width: int) -> torch.Tensor:
+    """Row and column of all cells in raster order [N x 2], each from -1 to 1."""
+    return torch.cartesian_prod(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width))
+
+
 class Place(nn.Module):
-    """Where clusters are, for the language model: nothing at first, so that an arm begins like the paper's form."""
+    """Where slots are, for the language model; without alignment nothing at first, as in the paper's form."""
 
-    def __init__(self, width: int):
+    def __init__(self, side: int, width: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(2, CHANNELS), nn.GELU(), nn.Linear(CHANNELS, width))
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
+        self.tables = nn.Parameter(torch.zeros(2, side, width))  # of rows, of columns
 
-    def forward(self, found: GranulonAggregation) -> torch.Tensor:
-        """Of each slot [I x K x E], from the mean cell of its cluster, each axis from -1 to 1."""
-        height, width = found.assignment.shape[1:]
-        rows, columns = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
-        cells = torch.cartesian_prod(rows, columns).to(found.tokens.device)
-        member = (found.assignment.flatten(1).unsqueeze(1) == found.kept_clusters.unsqueeze(2)).to(cells)
-        return self.layers(member @ cells / member.sum(2, keepdim=True).clamp(min=1))
+    def forward(self, cells: torch.Tensor) -> torch.Tensor:
+        """Of rows and columns [... x 2], each from -1 to 1: [... x E], between two rows or columns in parts of both."""
+        last = self.tables.shape[1] - 1
+        at = ((cells + 1) / 2 * last).clamp(0, last)
+        low = at.floor().clamp(max=last - 1).long()
+        between = (at - low).unsqueeze(-1)
+        parts = [
+            torch.lerp(table[i], table[i + 1], weight)
+            for table, i, weight in zip(self.tables, low.unbind(-1), between.unbind(-2), strict=True)
+        ]
+        return parts[0] + parts[1]
 
 
 class ArmModel(GranulonModel):
@@ -209,10 +226,11 @@ class ArmModel(GranulonModel):
     place: nn.Module | None
     semantic_projector: nn.Module | None
     question: torch.Tensor | None
+    cells: torch.Tensor | None  # the mean cell of each semantic slot that `_aggregate` made last
 
     def attach(self, arm: dict[str, Any], store: AggregateStore | None, width: int, patches: int) -> None:
         """Make what the arm needs besides the model's own parts."""
-        self.arm, self.store, self.question = arm, store, None
+        self.arm, self.store, self.question, self.cells = arm, store, None, None
         kind, count, text = arm["maker"], arm["tokens"], self.config.text_config.hidden_size
         makers = {
             "dummy": lambda: Dummy(count, width),
@@ -222,7 +240,7 @@ class ArmModel(GranulonModel):
         }
         self.maker = makers[kind]() if kind in makers else None
         form = arm.get("form")
-        self.place = Place(text) if form == "place" else None
+        self.place = Place(math.isqrt(patches), text) if form == "place" else None
         self.semantic_projector = copy.deepcopy(self.multi_modal_projector) if form == "own-projector" else None
 
     def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
@@ -230,8 +248,10 @@ class ArmModel(GranulonModel):
             tokens = self.maker(features, self.question)
             kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
             return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
-        if self.store is None or self.place is not None:
-            return super()._aggregate(features, grid, relation, level)
+        if self.store is None:
+            found = super()._aggregate(features, grid, relation, level)
+            self.cells = centres(found)
+            return found
         slots = self.config.num_semantic_tokens
         rows, chosen = [], level.tolist()
         for one, index in zip(features, chosen, strict=True):
@@ -240,24 +260,29 @@ class ArmModel(GranulonModel):
             tokens = self.store.tokens(key, name)
             if tokens is None:
                 found = super()._aggregate(one.unsqueeze(0), grid, None, torch.tensor([index]))
-                tokens = found.tokens[0, found.keep[0]].detach()
+                tokens = torch.cat([found.tokens, centres(found).to(found.tokens)], dim=2)[0, found.keep[0]].detach()
                 self.store.remember(key, name, tokens)
             rows.append(tokens[:slots])
         counts = torch.tensor([len(row) for row in rows])
         tokens = torch.stack([F.pad(row, (0, 0, 0, slots - len(row))) for row in rows]).to(features)
         slot = torch.arange(slots)
         kept = torch.where(slot < counts.unsqueeze(1), slot, -1)
-        return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
+        self.cells = tokens[..., -2:].float()
+        return GranulonAggregation(tokens=tokens[..., :-2], kept_clusters=kept, level=level)
 
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
         if self.arm["pixels"] and "form" not in self.arm:
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
         features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
+        if not self.arm["levels"]:  # pixel tokens that are told where they are
+            pixels = self.multi_modal_projector(features)
+            pixels = pixels + self.place(grid_of(*grid).to(features.device)).to(pixels)
+            return GranulonImageFeatures(last_hidden_state=outputs.last_hidden_state, pooler_output=list(pixels))
         found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
         slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens)
         slots = slots * self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
         if self.place is not None:
-            slots = slots + self.place(found).to(slots)
+            slots = slots + self.place(self.cells).to(slots)
         streams = [(slots, found.keep)]
         if self.arm["pixels"]:
             pixels = self.multi_modal_projector(features)

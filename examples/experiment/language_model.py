@@ -12,6 +12,7 @@ where the image slots will stand, in one of three forms:
 The last two are what a projector can imitate: it has one vector for a patch or a cluster. All arms get the same model.
 """
 
+import itertools
 import json
 import random
 import time
@@ -89,7 +90,7 @@ def make_tokenizer(pictures: Pictures) -> PreTrainedTokenizerFast:
     names = {name for pool in pictures.pools.values() for things in pool.values() for name in things}
     texts = [*names, *pictures.categories, *COLOURS, *LETTERS, *QUARTERS, "few some many yes no left right a an tag large ;"]
     texts += [phrasing.replace("{", " ").replace("}", " ") for phrasings in PHRASINGS.values() for phrasing in phrasings]
-    texts += [f"row{i} column{i}" for i in range(GRID)] + [f"size{i}" for i in range(SIZES)]
+    texts += ["row column"] + [f"row{i} column{i}" for i in range(GRID)] + [f"size{i}" for i in range(SIZES)]
     split = pre_tokenizers.Split(Regex(r"\w+(?:-\w+)*|[^\w\s]"), "removed", invert=True)
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     special = [*SPECIAL.values(), IMAGE, QUESTION, ANSWER]
@@ -240,11 +241,22 @@ def short_questions(
                 asked.append((f"{tag.letter} {tag.colour} tag", thing.category, "bearer"))
         if i in named:
             x, y = thing.centre
+            row, column = cell_of(x, y, side)
+            asked += [(f"row {thing.name}", f"row{row}", "place"), (f"column {thing.name}", f"column{column}", "place")]
             asked.append((f"quarter {thing.name}", QUARTERS[2 * (y > side / 2) + (x > side / 2)], "where"))
             apart = [scene.things[j] for j in named if abs(scene.things[j].centre[0] - x) >= 0.12 * side]
             for other in dice.sample(apart, min(2, len(apart))):
                 asked.append((f"side {thing.name} {other.name}", "left" if x < other.centre[0] else "right", "relation"))
     return asked
+
+
+def evenly(dice: random.Random, asked: Sequence[tuple[str, str, str]], count: int) -> list[tuple[str, str, str]]:
+    """Some of the questions, as many of one type as of another: of tags there are many more to ask."""
+    by_type: dict[str, list[tuple[str, str, str]]] = {}
+    for one in dice.sample(asked, len(asked)):
+        by_type.setdefault(one[2], []).append(one)
+    rounds = [one for row in itertools.zip_longest(*by_type.values()) for one in row if one is not None]
+    return dice.sample(rounds[:count], min(count, len(rounds)))
 
 
 class TextBatches:
@@ -307,10 +319,10 @@ class TextBatches:
         rows = []
         for _ in range(size):
             scene = self.scenes[int(dice.random() * share * len(self.scenes))]
-            asked = short_questions(scene, self.categories, dice) if dice.random() < 1.1 - 0.8 * share else asked_of(scene)
-            dice.shuffle(asked)
+            short = dice.random() < 1.1 - 0.8 * share
+            asked, most = (short_questions(scene, self.categories, dice), 12) if short else (asked_of(scene), 5)
             form = dice.choices(FORMS, (0.2 * share, 0.45 * share, 1 - 0.65 * share))[0]
-            rows.append(self.row(scene, form, dice, asked[:12] if len(asked) > 7 else asked[:5]))
+            rows.append(self.row(scene, form, dice, evenly(dice, asked, most)))
         return self.collate(rows)
 
 

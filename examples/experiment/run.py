@@ -139,7 +139,7 @@ def wait_for(preparing: subprocess.Popen, study: Study, progress: Progress) -> N
     task = progress.add_task("features", total=total)
     while preparing.poll() is None:
         known = index.read_bytes().count(b"\n") if index.exists() else 0
-        clusters = len(list((study.out / "aggregates").glob("*.bin")))
+        clusters = len(list((study.out / "clusters").glob("*.bin")))
         text = f"clusters, {clusters} levels done" if known == total else "features"
         progress.update(task, completed=known, description=text)
         time.sleep(0.5)

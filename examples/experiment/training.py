@@ -36,7 +36,7 @@ from granulon_hf.training.freezing import adapter_state, load_adapter_state, tra
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
 from .alignment import align
-from .arms import ARMS, LEVELS, AggregateStore, build, forward_flops
+from .arms import ARMS, LEVELS, AggregateStore, build, centres, forward_flops
 from .language_model import SEED, TextSettings, make_tokenizer, untrained
 
 SPLITS = ("train", "validation", "test", "test_heldout")
@@ -177,7 +177,7 @@ class Study:
         return SceneFeatures(self, model)
 
     def store(self) -> AggregateStore:
-        return AggregateStore(self.out / "aggregates")
+        return AggregateStore(self.out / "clusters")
 
     def fill_features(self) -> None:
         self.features(self.model("pixel", 0)[0]).fill(self.images(), total=sum(map(len, self.scenes.values())))
@@ -185,7 +185,7 @@ class Study:
     def fill_aggregates(self, names: Sequence[str], progress: Progress) -> None:
         """Clusters of every image at every level that the arms have: k-means has no learned part."""
         model, _ = self.model("pixel", 0)
-        cache, folder = self.features(model), self.out / "aggregates"
+        cache, folder = self.features(model), self.out / "clusters"
         folder.mkdir(exist_ok=True)
         images = list(self.images())
         if not (folder / "keys.txt").exists():
@@ -203,7 +203,7 @@ class Study:
                 continue
             part = path.with_suffix(".part")
             done = part.stat().st_size if part.exists() else 0
-            size = 2 * beta * cache.shape[1]
+            size = 2 * beta * (cache.shape[1] + 2)
             begun = done // size
             with open(part, "ab") as file:
                 file.truncate(begun * size)
@@ -249,10 +249,12 @@ class Study:
 
 
 def cluster(features: torch.Tensor, alpha: int, beta: int, clustering: str) -> torch.Tensor:
-    """Semantic tokens [I x beta x D] as Granulon's own `_aggregate` makes them, zeros where there are fewer clusters."""
+    """Semantic tokens as Granulon's own `_aggregate` makes them, and the mean cell of each [I x beta x (D + 2)]; zeros where
+    there are fewer clusters."""
     count, side = len(features), int(features.shape[1] ** 0.5)
     data = {"alpha": torch.full((count,), alpha), "beta": torch.full((count,), beta)}
-    return aggregate(features, (side, side), **data, num_slots=beta, max_clusters=beta, clustering=clustering).tokens
+    found = aggregate(features, (side, side), **data, num_slots=beta, max_clusters=beta, clustering=clustering)
+    return torch.cat([found.tokens, centres(found).to(found.tokens)], dim=2)
 
 
 class SceneFeatures(FeatureCache):
@@ -428,10 +430,15 @@ class Run:
         controller = load_file(study.out / "controller" / "controller.safetensors")
         store = study.store() if self.arm["maker"] == "clusters" else None
         self.model, self.processor = study.model(self.name, self.seed, store, controller)
-        if (projector := align(study, self.seed)) is not None:
-            for part in (self.model.model.multi_modal_projector, self.model.model.semantic_projector):
+        if (aligned := align(study, self.seed)) is not None:
+            parts = self.model.model
+            for part, kind in (
+                (parts.multi_modal_projector, "projector"),
+                (parts.semantic_projector, "projector"),
+                (parts.place, "place"),
+            ):
                 if part is not None:
-                    part.load_state_dict(projector)
+                    part.load_state_dict(aligned[kind])
         self.features = study.features(self.model)
         arguments = RecipeArguments(
             output_dir=str(self.folder),

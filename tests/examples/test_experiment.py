@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from examples.experiment.language_model import (
     TextBatches,
     cell_of,
     describe,
+    evenly,
     make_tokenizer,
     meanings,
     short_questions,
@@ -118,7 +120,7 @@ def test_the_projector_is_aligned_once_and_says_the_words_of_cells(study_folder,
     shown = torch.stack([features(study.image(scene.id)) for scene in study.scenes["train"]]).float()
     projector = model.model.multi_modal_projector
     distances = []
-    for weights in (projector.state_dict(), state):
+    for weights in (projector.state_dict(), state["projector"]):
         projector.load_state_dict(weights)
         with torch.no_grad():
             distances.append((projector(shown) - target)[kept].square().mean().item())
@@ -147,7 +149,7 @@ def test_the_controller_sees_levels_as_often_as_they_are_asked(study_folder):
 
 def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
     """Killed behind its first validation, the run ends as the one that was not killed."""
-    for name in ("features", "aggregates", "controller", "language_model", "experiment.json", "settings.json"):
+    for name in ("features", "clusters", "controller", "language_model", "experiment.json", "settings.json"):
         os.symlink(study_folder / name, tmp_path / name)
     line = [sys.executable, "-m", "examples.experiment.run", CONFIG, "--out", str(tmp_path), "--run", "pixel/0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -220,6 +222,29 @@ def test_every_arm_takes_a_step(study, name):
     assert any("maker" in name for name in trained) == (maker in ("dummy", "resampler", "text_resampler"))
 
 
+def test_aligned_places_say_rows_and_columns(study_folder, study):
+    model, processor = study.model("pixel+place", 0)
+    place = model.model.place
+    place.load_state_dict(align(study, 0)["place"])
+    names = [[f"row{row}", f"column{column}"] for row in range(14) for column in range(14)]
+    table = model.get_input_embeddings().weight
+    pairs = torch.tensor([processor.tokenizer.convert_tokens_to_ids(pair) for pair in names])
+    told = place(torch.cartesian_prod(torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 14)))
+    torch.testing.assert_close(told, table[pairs].sum(1), rtol=1e-4, atol=1e-4)
+    half = place(torch.tensor([[-1 + 1 / 13, 1.0]]))
+    torch.testing.assert_close(half, (told[[13]] + told[[27]]) / 2, rtol=1e-4, atol=1e-4)
+
+
+def test_pixel_slots_that_are_told_their_place_differ_by_it_alone(study):
+    plain, batch = batch_of(study, "pixel")
+    told, _ = batch_of(study, "pixel+place")
+    told.model.place.tables.data.normal_()
+    slots = [torch.stack(one.model.get_image_features(batch["pixel_values"]).pooler_output) for one in (plain, told)]
+    more = slots[1] - slots[0]
+    torch.testing.assert_close(more[0], more[1])
+    assert len(more[0].unique(dim=0)) == 196
+
+
 @pytest.mark.parametrize("form", ["own-projector", "place", "first"])
 def test_an_ablation_changes_one_thing(study, form):
     """New parts begin as if they were not there; slots in front are the same slots."""
@@ -233,15 +258,16 @@ def test_an_ablation_changes_one_thing(study, form):
     torch.testing.assert_close(torch.stack(two.pooler_output), slots)
 
 
-def test_a_place_is_the_mean_cell_of_a_cluster(study):
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_place_is_the_mean_cell_of_a_cluster(study, kept):
     model, batch = batch_of(study, "semantic+adaptive+place", count=1)
     found = model.model.aggregate(batch["pixel_values"], "coarse")
-    place = model.model.place
-    place.layers = torch.nn.Identity()
+    model.model.store = study.store() if kept else None
+    model.model.get_image_features(batch["pixel_values"], "coarse")
     for slot, cluster in enumerate(found.kept_clusters[0].tolist()):
         if cluster >= 0:
             cells = (found.assignment[0] == cluster).nonzero().float().mean(0)
-            torch.testing.assert_close(place(found)[0, slot], cells / 6.5 - 1)
+            torch.testing.assert_close(model.model.cells[0, slot], cells / 6.5 - 1, rtol=0, atol=4e-3)
 
 
 def test_samples_do_not_depend_on_the_arm_but_on_the_seed(study):
@@ -277,9 +303,20 @@ def test_the_tokenizer_knows_every_word():
                 assert tokenizer.unk_token_id not in batches.ids(question.text)
                 assert len(batches.ids(question.answer)) == 1
             for text, answer, kind in short_questions(scene, pictures.categories, random.Random(0)):
-                assert tokenizer.unk_token_id not in batches.ids(text) and answer in GranuScenes("train", 1, pictures).choices(
-                    kind
-                )
+                assert tokenizer.unk_token_id not in batches.ids(text) + batches.ids(answer)
+                assert kind == "place" or answer in GranuScenes("train", 1, pictures).choices(kind)
+
+
+def test_questions_are_drawn_evenly_from_the_types():
+    asked = [(f"{kind} {i}", "", kind) for kind, count in (("many", 30), ("some", 4), ("one", 1)) for i in range(count)]
+    dice = random.Random(0)
+    for count in (0, 3, 7, 12, 50):
+        drawn = evenly(dice, asked, count)
+        assert len(drawn) == len(set(drawn)) == min(count, 35)
+        found = Counter(kind for _, _, kind in drawn)
+        fewest = min(count // 3, 1), min(max(0, (count - 1) // 2), 4)
+        assert found["one"] >= fewest[0] and found["some"] >= fewest[1]
+    assert evenly(dice, asked, 9) != evenly(dice, asked, 9)
 
 
 @pytest.mark.parametrize(
