@@ -28,6 +28,8 @@ class GranulonAggregation(ModelOutput):
         assignment (`torch.Tensor`): cluster index of every patch. Shape [I x H x W].
         kept_clusters (`torch.Tensor`): cluster index in each slot, -1 where the slot is empty. Shape [I x K].
         scores (`torch.Tensor`): quality of every cluster, `-inf` where there is no cluster. Shape [I x C].
+        positions (`torch.Tensor`): mean row and column of the patches of the cluster in each slot, each from -1 to 1; zeros in
+            empty slots. Shape [I x K x 2].
         level (`torch.Tensor`, *optional*): index of the granularity level of every image. Shape [I].
     """
 
@@ -35,6 +37,7 @@ class GranulonAggregation(ModelOutput):
     assignment: torch.Tensor | None = None
     kept_clusters: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
     level: torch.Tensor | None = None
 
     @property
@@ -45,6 +48,11 @@ class GranulonAggregation(ModelOutput):
 
 def _work_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+
+
+def grid_positions(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
+    """Row and column of every patch in row-major order, each from -1 to 1. Shape [H·W x 2]."""
+    return torch.cartesian_prod(torch.linspace(-1, 1, height, device=device), torch.linspace(-1, 1, width, device=device))
 
 
 def cosine_relation(features: torch.Tensor) -> torch.Tensor:
@@ -264,10 +272,16 @@ def aggregate(
         chosen = member.gather(2, kept.clamp(min=0).unsqueeze(1).expand(-1, patches, -1)) * (kept >= 0).unsqueeze(1)
         chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
         mean_of_patches = (chosen.transpose(1, 2) @ pool).to(features.dtype)
-        assignment = labels.gather(1, cell_of_patch).view(images, height, width)
+        cluster_of_patch = labels.gather(1, cell_of_patch)
+        inside = (cluster_of_patch.unsqueeze(1) == kept.unsqueeze(2)).float()
+        positions = inside @ grid_positions(height, width, features.device) / inside.sum(2, keepdim=True).clamp(min=1)
 
     return GranulonAggregation(
-        tokens=mean_of_patches @ features, assignment=assignment, kept_clusters=kept, scores=scores.float()
+        tokens=mean_of_patches @ features,
+        assignment=cluster_of_patch.view(images, height, width),
+        kept_clusters=kept,
+        scores=scores.float(),
+        positions=positions,
     )
 
 

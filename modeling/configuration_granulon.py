@@ -51,6 +51,11 @@ class GranulonConfig(PreTrainedConfig):
             Fixed number of k-means steps.
         filter_weights (`list[float]`, defaults to `[1.0, 1.0, 1.0]`):
             Eta: weights of size, coherence and dispersion in the quality score *(ours)*.
+        slot_position (`"none"`, `"semantic"` or `"all"`, defaults to `"none"`):
+            Which slots are told where they are *(ours)*, by learned embeddings of row and column that are added behind the
+            projector: none (paper), semantic tokens (the mean patch of their cluster), or pixel tokens as well.
+        slot_position_bins (`int`, defaults to 14):
+            Rows and columns of these embeddings; between two of them a slot gets parts of both.
         controller_hidden_size (`int`, defaults to 256):
             Width of the granularity controller *(ours)*.
         pixel_loss_weight (`float`, defaults to 0.0):
@@ -138,6 +143,8 @@ class GranulonConfig(PreTrainedConfig):
     clustering: Literal["joint", "relation"] = "joint"
     clustering_steps: int = 10
     filter_weights: list[float | int] | tuple[float | int, ...] = (1.0, 1.0, 1.0)
+    slot_position: Literal["none", "semantic", "all"] = "none"
+    slot_position_bins: int = 14
     controller_hidden_size: int = 256
     pixel_loss_weight: float | int = 0.0
     semantic_loss_weight: float | int = 0.0
@@ -204,6 +211,14 @@ class GranulonConfig(PreTrainedConfig):
                     "vision_feature_select_strategy='full' keeps CLS and register tokens, which have no place on the grid "
                     "that granularity levels pool; use 'default', or granularity_levels=[]."
                 )
+        if self.slot_position == "semantic" and not self.granularity_levels:
+            raise ValueError("slot_position='semantic' needs granularity levels; without them use 'all', or 'none'.")
+        if self.slot_position == "all" and self.vision_feature_select_strategy == "full":
+            raise ValueError(
+                "slot_position='all' tells patches where they are; CLS and register tokens have no place: use 'default'."
+            )
+        if self.slot_position_bins < 2:
+            raise ValueError(f"slot_position_bins must be at least 2; got {self.slot_position_bins}.")
         if len(self.filter_weights) != 3:
             raise ValueError(
                 f"filter_weights are three numbers (size, coherence, dispersion); got {list(self.filter_weights)}."

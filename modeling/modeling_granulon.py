@@ -41,7 +41,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_NAME, logging, to
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, name_backbone
-from .aggregation_granulon import GranulonAggregation, aggregate
+from .aggregation_granulon import GranulonAggregation, aggregate, grid_positions
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, LevelHead, first_block_states, unpack_questions
 from .processing_granulon import find_image_token
@@ -115,7 +115,10 @@ class GranulonImageFeatures(BaseModelOutputWithPooling):
 
 
 class GranulonMultiModalProjector(nn.Module):
-    """Φ, the LLaVA projector: Linear, activation, Linear; the parameter names are LLaVA's."""
+    """Φ, the LLaVA projector: Linear, activation, Linear; the parameter names are LLaVA's.
+
+    With `slot_position` in the config it adds learned embeddings of a slot's row and column, zero at first (ours).
+    """
 
     def __init__(self, config: GranulonConfig, vision_width: int):
         super().__init__()
@@ -125,11 +128,23 @@ class GranulonMultiModalProjector(nn.Module):
         self.linear_1 = nn.Linear(vision_width, text_width, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(text_width, text_width, bias=bias)
+        told = config.slot_position != "none"
+        self.position = nn.Parameter(torch.zeros(2, config.slot_position_bins, text_width)) if told else None
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Features [... x D], and rows and columns from -1 to 1 of those that are told where they are [... x 2]."""
         if self.linear_1.weight.is_floating_point():  # trained in float32 beside frozen parts in bfloat16
             features = features.to(self.linear_1.weight.dtype)
-        return self.linear_2(self.act(self.linear_1(features)))
+        slots = self.linear_2(self.act(self.linear_1(features)))
+        if positions is None:
+            return slots
+        last = self.position.shape[1] - 1
+        place = (positions + 1) / 2 * last
+        low = place.floor().clamp(max=last - 1).long()
+        between = (place - low).to(slots.dtype).unsqueeze(-1)  # two bins in parts of both
+        for table, bin, weight in zip(self.position, low.unbind(-1), between.unbind(-2), strict=True):
+            slots = slots + torch.lerp(table[bin], table[bin + 1], weight)
+        return slots
 
 
 class GranulonPreTrainedModel(PreTrainedModel):
@@ -225,6 +240,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
+        if isinstance(module, GranulonMultiModalProjector) and module.position is not None:
+            init.zeros_(module.position)
         if isinstance(module, LevelHead):
             init.zeros_(module.weight)
             init.copy_(module.bias, module.untrained_logits())
@@ -454,12 +471,16 @@ class GranulonModel(GranulonPreTrainedModel):
         features, grid, relation, outputs = self._patch_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
         )
-        slots, slot_mask, aggregation = self.multi_modal_projector(features), None, None
+        told, slot_mask, aggregation = self.config.slot_position, None, None
+        slots = self.multi_modal_projector(
+            features, grid_positions(grid[0], grid[1], features.device) if told == "all" else None
+        )
         if self.config.granularity_levels:
             aggregation = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
             gamma = self._level_values(aggregation.level, "gamma").to(slots).view(-1, 1, 1)
             slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.bool), aggregation.keep], dim=1)
-            slots = torch.cat([slots, gamma * self.multi_modal_projector(aggregation.tokens)], dim=1)
+            semantic = self.multi_modal_projector(aggregation.tokens, None if told == "none" else aggregation.positions)
+            slots = torch.cat([slots, gamma * semantic], dim=1)
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(slots),

@@ -3,7 +3,7 @@
 For every cell of the grid the language model knows a description (`language_model.true_cells`): the sum of the embeddings of
 the words that are true there. The projector is fitted to it, cell by cell. From random weights, questions alone teach no arm to
 read tags within a quick run; with this, all begin where reading is possible. All arms of a seed begin with the same projector,
-and those that are told where slots are (`Place`) with its words for rows and columns.
+and those whose slots are told where they are (`slot_position`) with its words for rows and columns.
 """
 
 import fcntl
@@ -51,12 +51,12 @@ def readability(projector: Any, features: Any, images: list[Any], words: torch.T
 
 
 def words_of_places(table: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-    """Embeddings of the words for rows and for columns [2 x 14 x E]: what [`Place`] begins with."""
+    """Embeddings of the words for rows and for columns [2 x 14 x E]: what the projector's `position` begins with."""
     names = [[f"{kind}{number}" for number in range(GRID)] for kind in ("row", "column")]
     return table[torch.tensor([tokenizer.convert_tokens_to_ids(one) for one in names])]
 
 
-def align(study: "Study", seed: int) -> dict[str, dict[str, torch.Tensor]] | None:
+def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
     """Weights with which all arms of a seed begin; fitted once, kept in `OUT/alignment/<seed>`.
 
     The three kinds of cells (nothing, object, tag) weigh the same. `results.json` has what can be read from tags' cells of
@@ -67,7 +67,7 @@ def align(study: "Study", seed: int) -> dict[str, dict[str, torch.Tensor]] | Non
         seed (`int`): of first weights and order.
 
     Returns:
-        `dict`: weights of "projector" and "place"; `None` if `alignment_epochs` is 0.
+        `dict` of weights, "position" for the arms that have it; `None` if `alignment_epochs` is 0.
     """
     epochs = study.settings.alignment_epochs
     if not epochs:
@@ -77,7 +77,7 @@ def align(study: "Study", seed: int) -> dict[str, dict[str, torch.Tensor]] | Non
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another arm of this seed may be at it
         if (folder / "results.json").exists():
-            return {kind: load_file(folder / f"{kind}.safetensors") for kind in ("projector", "place")}
+            return load_file(folder / "projector.safetensors")
         began = time.time()
         model, processor = study.model("pixel", seed)
         features, tokenizer = study.features(model), processor.tokenizer
@@ -104,11 +104,8 @@ def align(study: "Study", seed: int) -> dict[str, dict[str, torch.Tensor]] | Non
         held_out = [study.image(scene.id) for scene in study.scenes["validation"]]
         words = words_of_cells(study, "validation", tokenizer)
         results = readability(projector, features, held_out, words, table, tokenizer)
-        states = {
-            "projector": {name: value.detach().contiguous() for name, value in projector.state_dict().items()},
-            "place": {"tables": words_of_places(table, tokenizer)},
-        }
-        for kind, state in states.items():
-            save_file(state, folder / f"{kind}.safetensors")
+        state = {name: value.detach().contiguous() for name, value in projector.state_dict().items()}
+        state["position"] = words_of_places(table, tokenizer)
+        save_file(state, folder / "projector.safetensors")
         write_text(folder / "results.json", json.dumps(results | {"seconds": round(time.time() - began, 1)}, indent=1) + "\n")
-        return states
+        return state

@@ -95,7 +95,7 @@ class AggregateStore:
 
     Args:
         folder (`Path`): holds `keys.txt`, one line for each image, and for each level a file of tokens, with the mean cell of
-            each ([`centres`]) behind it [images x beta x (D + 2)] in bfloat16.
+            each behind it [images x beta x (D + 2)] in bfloat16.
     """
 
     def __init__(self, folder: Path):
@@ -132,6 +132,11 @@ class AggregateStore:
 
     def remember(self, key: str, name: str, tokens: torch.Tensor) -> None:
         self.known[key, name] = (tokens, len(tokens))
+
+
+def with_positions(found: GranulonAggregation) -> torch.Tensor:
+    """What the store keeps of images [I x K x (D + 2)]."""
+    return torch.cat([found.tokens, found.positions.to(found.tokens)], dim=2)
 
 
 # --- models ------------------------------------------------------------------------------------------------------------
@@ -185,52 +190,18 @@ class Pool(nn.Module):
         return F.adaptive_avg_pool2d(grid, self.grid).flatten(2).transpose(1, 2)
 
 
-def centres(found: GranulonAggregation) -> torch.Tensor:
-    """Mean cell of the cluster in each slot [I x K x 2], each axis from -1 to 1; zeros in empty slots."""
-    cells = grid_of(*found.assignment.shape[1:]).to(found.tokens.device)
-    member = (found.assignment.flatten(1).unsqueeze(1) == found.kept_clusters.unsqueeze(2)).to(cells)
-    return member @ cells / member.sum(2, keepdim=True).clamp(min=1)
-
-
-def grid_of(height: int, width: int) -> torch.Tensor:
-    """Row and column of all cells in raster order [N x 2], each from -1 to 1."""
-    return torch.cartesian_prod(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width))
-
-
-class Place(nn.Module):
-    """Where slots are, for the language model; without alignment nothing at first, as in the paper's form."""
-
-    def __init__(self, side: int, width: int):
-        super().__init__()
-        self.tables = nn.Parameter(torch.zeros(2, side, width))  # of rows, of columns
-
-    def forward(self, cells: torch.Tensor) -> torch.Tensor:
-        """Of rows and columns [... x 2], each from -1 to 1: [... x E], between two rows or columns in parts of both."""
-        last = self.tables.shape[1] - 1
-        at = ((cells + 1) / 2 * last).clamp(0, last)
-        low = at.floor().clamp(max=last - 1).long()
-        between = (at - low).unsqueeze(-1)
-        parts = [
-            torch.lerp(table[i], table[i + 1], weight)
-            for table, i, weight in zip(self.tables, low.unbind(-1), between.unbind(-2), strict=True)
-        ]
-        return parts[0] + parts[1]
-
-
 class ArmModel(GranulonModel):
     """Granulon with the token makers and slots of an arm; for `maker="clusters"` with pixels it is Granulon itself."""
 
     arm: dict[str, Any]
     store: AggregateStore | None
     maker: nn.Module | None
-    place: nn.Module | None
     semantic_projector: nn.Module | None
     question: torch.Tensor | None
-    cells: torch.Tensor | None  # the mean cell of each semantic slot that `_aggregate` made last
 
     def attach(self, arm: dict[str, Any], store: AggregateStore | None, width: int, patches: int) -> None:
         """Make what the arm needs besides the model's own parts."""
-        self.arm, self.store, self.question, self.cells = arm, store, None, None
+        self.arm, self.store, self.question = arm, store, None
         kind, count, text = arm["maker"], arm["tokens"], self.config.text_config.hidden_size
         makers = {
             "dummy": lambda: Dummy(count, width),
@@ -239,9 +210,8 @@ class ArmModel(GranulonModel):
             "text_resampler": lambda: Resampler(count, width, patches, text),
         }
         self.maker = makers[kind]() if kind in makers else None
-        form = arm.get("form")
-        self.place = Place(math.isqrt(patches), text) if form == "place" else None
-        self.semantic_projector = copy.deepcopy(self.multi_modal_projector) if form == "own-projector" else None
+        own = arm.get("form") == "own-projector"
+        self.semantic_projector = copy.deepcopy(self.multi_modal_projector) if own else None
 
     def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
         if self.maker is not None:
@@ -249,9 +219,7 @@ class ArmModel(GranulonModel):
             kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
             return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
         if self.store is None:
-            found = super()._aggregate(features, grid, relation, level)
-            self.cells = centres(found)
-            return found
+            return super()._aggregate(features, grid, relation, level)
         slots = self.config.num_semantic_tokens
         rows, chosen = [], level.tolist()
         for one, index in zip(features, chosen, strict=True):
@@ -260,33 +228,28 @@ class ArmModel(GranulonModel):
             tokens = self.store.tokens(key, name)
             if tokens is None:
                 found = super()._aggregate(one.unsqueeze(0), grid, None, torch.tensor([index]))
-                tokens = torch.cat([found.tokens, centres(found).to(found.tokens)], dim=2)[0, found.keep[0]].detach()
+                tokens = with_positions(found)[0, found.keep[0]].detach()
                 self.store.remember(key, name, tokens)
             rows.append(tokens[:slots])
         counts = torch.tensor([len(row) for row in rows])
         tokens = torch.stack([F.pad(row, (0, 0, 0, slots - len(row))) for row in rows]).to(features)
         slot = torch.arange(slots)
         kept = torch.where(slot < counts.unsqueeze(1), slot, -1)
-        self.cells = tokens[..., -2:].float()
-        return GranulonAggregation(tokens=tokens[..., :-2], kept_clusters=kept, level=level)
+        tokens, positions = tokens.split([tokens.shape[2] - 2, 2], dim=2)
+        return GranulonAggregation(tokens=tokens, kept_clusters=kept, positions=positions.float(), level=level)
 
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
-        if self.arm["pixels"] and "form" not in self.arm:
+        if self.arm["pixels"] and self.arm.get("form") in (None, "place"):
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
         features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
-        if not self.arm["levels"]:  # pixel tokens that are told where they are
-            pixels = self.multi_modal_projector(features)
-            pixels = pixels + self.place(grid_of(*grid).to(features.device)).to(pixels)
-            return GranulonImageFeatures(last_hidden_state=outputs.last_hidden_state, pooler_output=list(pixels))
         found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
-        slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens)
+        told = self.config.slot_position != "none"
+        slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens, found.positions if told else None)
         slots = slots * self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
-        if self.place is not None:
-            slots = slots + self.place(self.cells).to(slots)
         streams = [(slots, found.keep)]
         if self.arm["pixels"]:
             pixels = self.multi_modal_projector(features)
-            streams.insert(int(self.arm["form"] == "first"), (pixels, torch.ones_like(pixels[..., 0], dtype=torch.bool)))
+            streams.insert(int(self.arm.get("form") == "first"), (pixels, torch.ones_like(pixels[..., 0], dtype=torch.bool)))
         slots, kept = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state, pooler_output=list(slots), slot_mask=kept, aggregation=found
@@ -353,6 +316,7 @@ def build(
         granularity_levels=arm["levels"],
         num_semantic_tokens=max(1, arm["tokens"]),
         clustering=arm["clustering"],
+        slot_position="none" if arm.get("form") != "place" else "semantic" if arm["levels"] else "all",
         controller_hidden_size=64,
         image_seq_length=patches,
         tie_word_embeddings=True,
@@ -368,7 +332,7 @@ def build(
     if controller is not None and len(arm["levels"]) > 1:
         model.model.controller.load_state_dict(controller)
     set_stage(model, "projector")
-    for part in (model.model.maker, model.model.place, model.model.semantic_projector):
+    for part in (model.model.maker, model.model.semantic_projector):
         if part is not None:
             part.float().requires_grad_(True)
     processor = ArmProcessor.from_parts(no_picture(), tokenizer, vision_tower.config, num_semantic_tokens=arm["tokens"])

@@ -36,6 +36,7 @@ from granulon_hf.training.run import versions
 
 from . import language_model
 from .arms import ARMS
+from .report import differing
 from .report import write as write_report
 from .training import Run, Settings, Study
 
@@ -225,8 +226,8 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     settings = study.settings
     shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest, "granuscenes": VERSION}
     path = args.out / "settings.json"
-    if path.exists() and json.loads(path.read_text()) != shared:
-        raise BadInput(f"{str(args.out)!r} holds a study of other settings or pictures; name another --out.")
+    if path.exists() and (what := differing(json.loads(path.read_text()), shared)):
+        raise BadInput(f"{str(args.out)!r} holds another study: {what} differ; name another --out.")
     write_text(path, json.dumps(shared, indent=1) + "\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -36,7 +36,7 @@ from granulon_hf.training.freezing import adapter_state, load_adapter_state, tra
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
 from .alignment import align
-from .arms import ARMS, LEVELS, AggregateStore, build, centres, forward_flops
+from .arms import ARMS, LEVELS, AggregateStore, build, forward_flops, with_positions
 from .language_model import SEED, TextSettings, make_tokenizer, untrained
 
 SPLITS = ("train", "validation", "test", "test_heldout")
@@ -253,8 +253,7 @@ def cluster(features: torch.Tensor, alpha: int, beta: int, clustering: str) -> t
     there are fewer clusters."""
     count, side = len(features), int(features.shape[1] ** 0.5)
     data = {"alpha": torch.full((count,), alpha), "beta": torch.full((count,), beta)}
-    found = aggregate(features, (side, side), **data, num_slots=beta, max_clusters=beta, clustering=clustering)
-    return torch.cat([found.tokens, centres(found).to(found.tokens)], dim=2)
+    return with_positions(aggregate(features, (side, side), **data, num_slots=beta, max_clusters=beta, clustering=clustering))
 
 
 class SceneFeatures(FeatureCache):
@@ -431,14 +430,9 @@ class Run:
         store = study.store() if self.arm["maker"] == "clusters" else None
         self.model, self.processor = study.model(self.name, self.seed, store, controller)
         if (aligned := align(study, self.seed)) is not None:
-            parts = self.model.model
-            for part, kind in (
-                (parts.multi_modal_projector, "projector"),
-                (parts.semantic_projector, "projector"),
-                (parts.place, "place"),
-            ):
+            for part in (self.model.model.multi_modal_projector, self.model.model.semantic_projector):
                 if part is not None:
-                    part.load_state_dict(aligned[kind])
+                    part.load_state_dict({name: aligned[name] for name in part.state_dict()})
         self.features = study.features(self.model)
         arguments = RecipeArguments(
             output_dir=str(self.folder),

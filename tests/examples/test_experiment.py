@@ -32,6 +32,7 @@ from examples.experiment.language_model import (
 from examples.experiment.training import CONTROLS, Conversations, Settings, Study
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
+from granulon_hf.modeling.aggregation_granulon import grid_positions
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "examples/experiment/tiny.yaml"
@@ -120,7 +121,7 @@ def test_the_projector_is_aligned_once_and_says_the_words_of_cells(study_folder,
     shown = torch.stack([features(study.image(scene.id)) for scene in study.scenes["train"]]).float()
     projector = model.model.multi_modal_projector
     distances = []
-    for weights in (projector.state_dict(), state["projector"]):
+    for weights in (projector.state_dict(), {k: v for k, v in state.items() if k != "position"}):
         projector.load_state_dict(weights)
         with torch.no_grad():
             distances.append((projector(shown) - target)[kept].square().mean().item())
@@ -224,21 +225,20 @@ def test_every_arm_takes_a_step(study, name):
 
 def test_aligned_places_say_rows_and_columns(study_folder, study):
     model, processor = study.model("pixel+place", 0)
-    place = model.model.place
-    place.load_state_dict(align(study, 0)["place"])
+    projector = model.model.multi_modal_projector
+    projector.load_state_dict(align(study, 0))
     names = [[f"row{row}", f"column{column}"] for row in range(14) for column in range(14)]
     table = model.get_input_embeddings().weight
     pairs = torch.tensor([processor.tokenizer.convert_tokens_to_ids(pair) for pair in names])
-    told = place(torch.cartesian_prod(torch.linspace(-1, 1, 14), torch.linspace(-1, 1, 14)))
+    nothing = torch.zeros(196, 1280)
+    told = projector(nothing, grid_positions(14, 14)) - projector(nothing)
     torch.testing.assert_close(told, table[pairs].sum(1), rtol=1e-4, atol=1e-4)
-    half = place(torch.tensor([[-1 + 1 / 13, 1.0]]))
-    torch.testing.assert_close(half, (told[[13]] + told[[27]]) / 2, rtol=1e-4, atol=1e-4)
 
 
 def test_pixel_slots_that_are_told_their_place_differ_by_it_alone(study):
     plain, batch = batch_of(study, "pixel")
     told, _ = batch_of(study, "pixel+place")
-    told.model.place.tables.data.normal_()
+    told.model.multi_modal_projector.position.data.normal_()
     slots = [torch.stack(one.model.get_image_features(batch["pixel_values"]).pooler_output) for one in (plain, told)]
     more = slots[1] - slots[0]
     torch.testing.assert_close(more[0], more[1])
@@ -263,11 +263,11 @@ def test_a_place_is_the_mean_cell_of_a_cluster(study, kept):
     model, batch = batch_of(study, "semantic+adaptive+place", count=1)
     found = model.model.aggregate(batch["pixel_values"], "coarse")
     model.model.store = study.store() if kept else None
-    model.model.get_image_features(batch["pixel_values"], "coarse")
+    positions = model.model.get_image_features(batch["pixel_values"], "coarse").aggregation.positions
     for slot, cluster in enumerate(found.kept_clusters[0].tolist()):
         if cluster >= 0:
             cells = (found.assignment[0] == cluster).nonzero().float().mean(0)
-            torch.testing.assert_close(model.model.cells[0, slot], cells / 6.5 - 1, rtol=0, atol=4e-3)
+            torch.testing.assert_close(positions[0, slot], cells / 6.5 - 1, rtol=0, atol=4e-3)
 
 
 def test_samples_do_not_depend_on_the_arm_but_on_the_seed(study):
@@ -354,3 +354,10 @@ def test_bad_input_is_one_sentence(tmp_path):
     bad.write_text("settings: {step: 3}")
     with pytest.raises(command.BadInput, match="unknown setting 'step'"):
         command.read_config(bad)
+
+
+def test_a_folder_of_another_study_is_left_alone(study_folder, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text((ROOT / CONFIG).read_text().replace("max_steps: 4\n", "max_steps: 6\n"))
+    with pytest.raises(command.BadInput, match=r"another study: settings.max_steps \(4 and 6\) differ; name another --out"):
+        command.main([str(config), "--out", str(study_folder)])

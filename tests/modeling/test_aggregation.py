@@ -95,6 +95,12 @@ def test_filter_and_tokens_against_numpy(height, width, side, beta):
     for slot, cluster in enumerate(best):
         np.testing.assert_allclose(out.tokens[0, slot].numpy(), tokens[cluster], atol=1e-5)
     assert (out.tokens[0, len(best) :] == 0).all()
+    axes = [np.linspace(-1, 1, side) for side in (height, width)]
+    for slot, cluster in enumerate(best):
+        members = np.argwhere(out.assignment[0].numpy() == cluster)
+        position = [axis[members[:, i]].mean() for i, axis in enumerate(axes)]
+        np.testing.assert_allclose(out.positions[0, slot].numpy(), position, atol=1e-6)
+    assert (out.positions[0, len(best) :] == 0).all()
 
 
 def inertia(kernel, labels):

@@ -57,6 +57,12 @@ def test_two_configs_share_no_level():
         ({"vision_feature_select_strategy": "full"}, "no place on the grid"),
         ({"filter_weights": [1.0, 1.0]}, "three numbers"),
         ({"clustering_steps": -1}, "clustering_steps must not be negative"),
+        ({"slot_position": "semantic", "granularity_levels": []}, "needs granularity levels; without them use 'all'"),
+        (
+            {"slot_position": "all", "granularity_levels": [], "vision_feature_select_strategy": "full"},
+            "CLS and register tokens have no place: use 'default'",
+        ),
+        ({"slot_position_bins": 1}, "slot_position_bins must be at least 2; got 1"),
     ],
 )
 def test_wrong_values_are_refused(options, message):
@@ -64,7 +70,7 @@ def test_wrong_values_are_refused(options, message):
         GranulonConfig(**options)
 
 
-@pytest.mark.parametrize("options", [{"relation": "euclid"}, {"clustering": "dbscan"}])
+@pytest.mark.parametrize("options", [{"relation": "euclid"}, {"clustering": "dbscan"}, {"slot_position": "pixel"}])
 def test_unknown_choices_are_refused(options):
     with pytest.raises(Exception, match=next(iter(options))):
         GranulonConfig(**options)

@@ -4,6 +4,7 @@ import copy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from granulon_hf import AutoModelForVision2Seq, GranulonConfig, GranulonForConditionalGeneration, GranulonModel
+from granulon_hf.training.freezing import adapter_state, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 LEVELS = ("coarse", "middle", "fine")
@@ -256,6 +258,59 @@ def test_gamma_weighs_the_projected_semantic_tokens(build, batch):
     one, quarter = (torch.stack(model.get_image_features(pixels, granularity=name).pooler_output) for name in "ab")
     torch.testing.assert_close(quarter[:, :-4], one[:, :-4])
     torch.testing.assert_close(quarter[:, -4:], one[:, -4:] / 4)
+
+
+@pytest.mark.parametrize("kind", ["semantic", "all"])
+@torch.no_grad()
+def test_slots_are_told_where_they_are(build, batch, kind):
+    """Against `numpy.interp` of the rows' and the columns' embeddings; untrained ones tell nothing: the paper's form."""
+    paper, processor = build(slot_position="none")
+    model, _ = build(slot_position=kind, slot_position_bins=4)
+    pixels = batch(processor, "left")["pixel_values"]
+    told = model.model.multi_modal_projector.position
+    assert told.shape == (2, 4, model.config.text_config.hidden_size)
+    rest = {name: value for name, value in model.state_dict().items() if not name.endswith("projector.position")}
+    paper.load_state_dict(rest)
+    before = [torch.stack(m.get_image_features(pixels, granularity="fine").pooler_output) for m in (paper, model)]
+    assert torch.equal(*before)
+    told.normal_(generator=torch.Generator().manual_seed(0))
+    after = model.get_image_features(pixels, granularity="fine")
+    more = torch.stack(after.pooler_output) - before[0]
+    patches, bins = more.shape[1] - model.config.num_semantic_tokens, np.linspace(-1, 1, 4)
+    grid = [(row, column) for row in np.linspace(-1, 1, 6) for column in np.linspace(-1, 1, 6)]
+    assert patches == len(grid)
+    for image in range(len(pixels)):
+        positions = (grid if kind == "all" else []) + after.aggregation.positions[image].tolist()
+        slots = more[image] if kind == "all" else more[image, patches:]
+        assert kind == "all" or (more[image, :patches] == 0).all()
+        for position, slot in zip(positions, slots, strict=True):
+            expected = sum(
+                np.array([np.interp(at, bins, table[:, c]) for c in range(table.shape[1])])
+                for at, table in zip(position, told.numpy(), strict=True)
+            )
+            np.testing.assert_allclose(slot.numpy(), expected, atol=1e-5)
+
+
+def test_places_are_trained_with_the_projector_and_kept(build, batch, tmp_path):
+    model, processor = build(slot_position="semantic")
+    set_stage(model, "projector")
+    inputs = batch(processor, "left")
+    model(**inputs, labels=labels_of(inputs, model, processor)).loss.backward()
+    told = model.model.multi_modal_projector.position
+    assert told.grad.abs().sum(2).ne(0).any(1).all()
+    assert torch.equal(adapter_state(model)["multi_modal_projector.position"], told)
+    told.data.normal_()
+    model.save_pretrained(tmp_path)
+    again = GranulonForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(again.model.multi_modal_projector.position, told)
+
+
+def test_backbones_get_places_that_tell_nothing(build):
+    model, _ = build(slot_position="all")
+    parts = model.model
+    head = AutoModelForCausalLM.from_config(model.config.text_config)
+    made = GranulonForConditionalGeneration.from_backbones(model.config, parts.vision_tower, head)
+    assert (made.model.multi_modal_projector.position == 0).all()
 
 
 @torch.no_grad()
