@@ -28,7 +28,8 @@ from granulon_hf.training.freezing import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
-FORMS = ("first", "own-projector", "place")  # semantic slots in front; a projector of their own; told where they are
+FORMS = ("first", "own-projector")  # semantic slots in front; a projector of their own
+PLACES = {"place": "semantic", "places": "all"}  # `slot_position`: semantic slots are told where they are, or all slots
 CHANNELS = 128  # of queries and keys of the resampler
 
 
@@ -63,10 +64,11 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
         main[f"semantic+fixed{beta}+alpha1"] = arm(False, "clusters", "fixed", [level("unpooled", 1, beta)])
     for gamma in (0.3, 3.0):
         main[f"pixel+adaptive+gamma{gamma:g}"] = arm(True, "clusters", "adaptive", [{**one, "gamma": gamma} for one in LEVELS])
-    for form in FORMS:  # one change each to the paper's form; the others have no such entry
+    for form in (*FORMS, *PLACES):  # one change each to the paper's form; the others have no such entry
         main[f"pixel+adaptive+{form}"] = arm(True, "clusters", "adaptive", LEVELS) | {"form": form}
-    for stream in ("semantic+adaptive", f"semantic+fixed{LEVELS[-1]['beta']}", "pixel"):
-        main[f"{stream}+place"] = main[stream] | {"form": "place"}
+    for name in ("semantic+adaptive", f"semantic+fixed{LEVELS[-1]['beta']}"):
+        main[f"{name}+place"] = main[name] | {"form": "place"}
+    main["pixel+places"] = main["pixel"] | {"form": "places"}
     unpooled = [{**one, "alpha": 1} for one in LEVELS]
     main["semantic+adaptive+alpha1"] = arm(False, "clusters", "adaptive", unpooled)
     for maker in ("dummy", "resampler"):
@@ -239,7 +241,7 @@ class ArmModel(GranulonModel):
         return GranulonAggregation(tokens=tokens, kept_clusters=kept, positions=positions.float(), level=level)
 
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
-        if self.arm["pixels"] and self.arm.get("form") in (None, "place"):
+        if self.arm["pixels"] and self.arm.get("form") not in FORMS:
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
         features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
         found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
@@ -316,7 +318,7 @@ def build(
         granularity_levels=arm["levels"],
         num_semantic_tokens=max(1, arm["tokens"]),
         clustering=arm["clustering"],
-        slot_position="none" if arm.get("form") != "place" else "semantic" if arm["levels"] else "all",
+        slot_position=PLACES.get(arm.get("form", ""), "none"),
         controller_hidden_size=64,
         image_seq_length=patches,
         tie_word_embeddings=True,

@@ -224,7 +224,7 @@ def test_every_arm_takes_a_step(study, name):
 
 
 def test_aligned_places_say_rows_and_columns(study_folder, study):
-    model, processor = study.model("pixel+place", 0)
+    model, processor = study.model("pixel+places", 0)
     projector = model.model.multi_modal_projector
     projector.load_state_dict(align(study, 0))
     names = [[f"row{row}", f"column{column}"] for row in range(14) for column in range(14)]
@@ -237,7 +237,7 @@ def test_aligned_places_say_rows_and_columns(study_folder, study):
 
 def test_pixel_slots_that_are_told_their_place_differ_by_it_alone(study):
     plain, batch = batch_of(study, "pixel")
-    told, _ = batch_of(study, "pixel+place")
+    told, _ = batch_of(study, "pixel+places")
     told.model.multi_modal_projector.position.data.normal_()
     slots = [torch.stack(one.model.get_image_features(batch["pixel_values"]).pooler_output) for one in (plain, told)]
     more = slots[1] - slots[0]
@@ -245,7 +245,7 @@ def test_pixel_slots_that_are_told_their_place_differ_by_it_alone(study):
     assert len(more[0].unique(dim=0)) == 196
 
 
-@pytest.mark.parametrize("form", ["own-projector", "place", "first"])
+@pytest.mark.parametrize("form", ["own-projector", "place", "places", "first"])
 def test_an_ablation_changes_one_thing(study, form):
     """New parts begin as if they were not there; slots in front are the same slots."""
     paper, batch = batch_of(study, "pixel+adaptive")
