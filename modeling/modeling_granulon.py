@@ -230,7 +230,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
         )
-        if missing := sorted(info["missing_keys"]):
+        # Places that are new here tell nothing before they are trained.
+        if missing := sorted(key for key in info["missing_keys"] if not key.endswith("multi_modal_projector.position")):
             raise ValueError(f"The adapter {name} lacks {len(missing)} weights, {missing[0]} first: it is only a part of one.")
         if unknown := sorted(info["unexpected_keys"]):
             raise ValueError(f"The adapter {name} has {unknown[0]}, which this model lacks: it belongs to another one.")

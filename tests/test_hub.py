@@ -259,6 +259,15 @@ def test_other_places_of_the_backbones(assembled, tmp_path):
         assert torch.equal(loaded.state_dict()[name], value) and torch.equal(loaded_directly.state_dict()[name], value)
 
 
+def test_an_adapter_can_begin_to_be_told_where_slots_are(assembled, tmp_path):
+    model, _ = assembled
+    save_adapter(tmp_path, model)
+    loaded = AutoModelForVision2Seq.from_pretrained(tmp_path, slot_position="semantic")
+    state = loaded.state_dict()
+    assert (state.pop("model.multi_modal_projector.position") == 0).all()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
 def test_low_rank_factors_are_merged(assembled, tmp_path):
     model, processor = assembled
     set_stage(model, "projector+lora", lora_rank=2, lora_alpha=6)

@@ -34,6 +34,9 @@ class ModelArguments:
     )
     pixel_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss with the semantic slots hidden."})
     semantic_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss with the pixel slots hidden."})
+    slot_position: str | None = field(
+        default=None, metadata={"help": "none (paper), semantic or all: which visual tokens are told where they are (ours)."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
 
 

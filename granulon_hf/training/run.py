@@ -54,6 +54,11 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
     fields: dict[str, Any] = {}
     if args.attn_implementation:
         fields["attn_implementation"] = args.attn_implementation
+    told: dict[str, Any] = {} if args.slot_position is None else {"slot_position": args.slot_position}
+    if told and args.slot_position not in ("none", "semantic", "all"):
+        raise RecipeError(f"--slot_position {args.slot_position!r}: it is none, semantic or all.")
+    if told and args.variant == "demo":
+        raise RecipeError("--slot_position is for the variants and for checkpoints; the demo is as it is.")
     if args.variant == "demo" and demo is not None:
         try:
             model, processor = demo()
@@ -63,7 +68,9 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
             raise RecipeError(f"The demo variant needs two packages with weights; run: {error}") from None
     elif args.variant in variants.NAMES:
         try:
-            model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights)
+            model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **told)
+        except ValueError as error:  # semantic slots of an encoder without levels
+            raise RecipeError(str(error)) from None
         except OSError as error:
             raise RecipeError(
                 f"The backbones of {args.variant} cannot be read ({' '.join(str(error).split())[:200]}); DINOv3 and Llama 3.2 "
@@ -72,7 +79,7 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
     else:
         auto: Any = granulon_hf.AutoModelForVision2Seq
         try:
-            model = auto.from_pretrained(args.variant, **fields)
+            model = auto.from_pretrained(args.variant, **fields, **told)
             processor = AutoProcessor.from_pretrained(args.variant)
         except (OSError, ValueError) as error:
             raise RecipeError(

@@ -7,6 +7,8 @@ import yaml
 
 from granulon_hf.evaluation.comparison import check
 from granulon_hf.training import RecipeError, parse
+from granulon_hf.training.arguments import ModelArguments
+from granulon_hf.training.run import build_model
 from granulon_hf.variants import NAMES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -55,3 +57,24 @@ def test_bad_recipes(tmp_path, text, message):
         parse([str(tmp_path / "none.yaml")])
     with pytest.raises(RecipeError, match="Unknown batching"):
         parse(["--batching", "stacked", "--use_cpu", "true"])
+
+
+def test_slot_position_reaches_the_model():
+    model, _ = build_model(ModelArguments(variant="clip-qwen2.5", tiny=True, slot_position="all"))
+    position = model.model.multi_modal_projector.position
+    assert model.config.slot_position == "all" and position.requires_grad and (position == 0).all()
+    plain, _ = build_model(ModelArguments(variant="clip-qwen2.5", tiny=True))
+    assert plain.model.multi_modal_projector.position is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "granulon-qwen2.5", "slot_position": "pixel"}, "'pixel': it is none, semantic or all"),
+        ({"variant": "clip-qwen2.5", "slot_position": "semantic"}, "needs granularity levels"),
+        ({"variant": "demo", "slot_position": "all"}, "for the variants and for checkpoints"),
+    ],
+)
+def test_wrong_slot_positions(options, message):
+    with pytest.raises(RecipeError, match=message):
+        build_model(ModelArguments(tiny=True, **options))
