@@ -141,10 +141,12 @@ class GranulonMultiModalProjector(nn.Module):
         last = self.position.shape[1] - 1
         place = (positions + 1) / 2 * last
         low = place.floor().clamp(max=last - 1).long()
-        between = (place - low).to(slots.dtype).unsqueeze(-1)  # two bins in parts of both
-        for table, bin, weight in zip(self.position, low.unbind(-1), between.unbind(-2), strict=True):
-            slots = slots + torch.lerp(table[bin], table[bin + 1], weight)
-        return slots
+        weight = (place - low).to(self.position.dtype).unsqueeze(-1)  # between two bins it is parts of both
+        row, column = (
+            torch.lerp(table[bin], table[bin + 1], part)
+            for table, bin, part in zip(self.position, low.unbind(-1), weight.unbind(-2), strict=True)
+        )
+        return slots + (row + column).to(slots.dtype)
 
 
 class GranulonPreTrainedModel(PreTrainedModel):

@@ -305,6 +305,19 @@ def test_places_are_trained_with_the_projector_and_kept(build, batch, tmp_path):
     assert torch.equal(again.model.multi_modal_projector.position, told)
 
 
+def test_places_in_bfloat16_and_under_autocast(build, batch):
+    model, processor = build(slot_position="all")
+    model.model.multi_modal_projector.position.data.normal_()
+    inputs = batch(processor, "left")
+    with torch.no_grad():
+        exact = model(**inputs, granularity="fine").logits
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(**inputs, granularity="fine").logits
+        low = model.to(torch.bfloat16)(**inputs, granularity="fine").logits
+    for logits in (mixed, low):
+        assert (logits.float() - exact)[inputs["attention_mask"].bool()].abs().mean() < 0.05 * exact.abs().mean()
+
+
 def test_backbones_get_places_that_tell_nothing(build):
     model, _ = build(slot_position="all")
     parts = model.model
