@@ -90,6 +90,11 @@ FAMILY = {
     "semantic_coarse": difference(SEMANTIC_FEW, SEMANTIC_MANY, "coarse"),
     "semantic_fine": difference(SEMANTIC_MANY, SEMANTIC_FEW, "fine"),
     "semantic_interaction": crossed(SEMANTIC_FEW, SEMANTIC_MANY),
+    "place": difference("pixel+adaptive+place", "pixel+adaptive"),
+    "place_pixel": difference("pixel+adaptive+place", "pixel"),
+    "places": difference("pixel+adaptive+places", "pixel+places"),
+    "semantic_place": difference("semantic+adaptive+place", "semantic+adaptive"),
+    "semantic_place_fixed": difference("semantic+adaptive+place", f"{SEMANTIC_MANY}+place"),
 }
 # A claim is supported where all its comparisons are decided above zero, contradicted where one is decided below.
 CLAIMS = (
@@ -103,6 +108,10 @@ CLAIMS = (
         "Where clusters are all that is seen, coarse questions prefer few, fine questions many",
         ("semantic_interaction", "semantic_coarse", "semantic_fine"),
     ),
+    ("Ours: semantic tokens that are told where they are beat the paper's form", ("place", "semantic_place")),
+    ("Ours: with them, adaptive granularity beats pixel tokens", ("place_pixel",)),
+    ("Ours: where all visual tokens are told where they are, adaptive granularity beats plain pixel tokens", ("places",)),
+    ("Ours: where clusters are all that is seen, adaptive with places beats many with places", ("semantic_place_fixed",)),
 )
 CONTROLLER_CLAIM = "The controller chooses the level that a question was written for"
 
