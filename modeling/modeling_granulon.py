@@ -132,11 +132,11 @@ class GranulonMultiModalProjector(nn.Module):
         self.position = nn.Parameter(torch.zeros(2, config.slot_position_bins, text_width)) if told else None
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Features [... x D], and rows and columns from -1 to 1 of those that are told where they are [... x 2]."""
+        """Features [... x D], and their rows and columns from -1 to 1 [... x 2], which count with `slot_position` alone."""
         if self.linear_1.weight.is_floating_point():  # trained in float32 beside frozen parts in bfloat16
             features = features.to(self.linear_1.weight.dtype)
         slots = self.linear_2(self.act(self.linear_1(features)))
-        if positions is None:
+        if positions is None or self.position is None:
             return slots
         last = self.position.shape[1] - 1
         place = (positions + 1) / 2 * last
@@ -474,15 +474,13 @@ class GranulonModel(GranulonPreTrainedModel):
         features, grid, relation, outputs = self._patch_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
         )
-        told, slot_mask, aggregation = self.config.slot_position, None, None
-        slots = self.multi_modal_projector(
-            features, grid_positions(grid[0], grid[1], features.device) if told == "all" else None
-        )
+        positions = grid_positions(grid[0], grid[1], features.device) if self.config.slot_position == "all" else None
+        slots, slot_mask, aggregation = self.multi_modal_projector(features, positions), None, None
         if self.config.granularity_levels:
             aggregation = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
             gamma = self._level_values(aggregation.level, "gamma").to(slots).view(-1, 1, 1)
             slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.bool), aggregation.keep], dim=1)
-            semantic = self.multi_modal_projector(aggregation.tokens, None if told == "none" else aggregation.positions)
+            semantic = self.multi_modal_projector(aggregation.tokens, aggregation.positions)
             slots = torch.cat([slots, gamma * semantic], dim=1)
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state,

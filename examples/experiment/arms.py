@@ -121,7 +121,7 @@ class AggregateStore:
         return self.folder / f"{name}.bin"
 
     def tokens(self, key: str, name: str) -> torch.Tensor | None:
-        """Tokens and centres [M x (D + 2)] of an image, best first; `None` where they are not known."""
+        """Tokens and mean cells [M x (D + 2)] of an image, best first; `None` where they are not known."""
         if (key, name) in self.known:
             return self.known[key, name][0]
         if key not in self.rows or not self.path(name).exists():
@@ -245,8 +245,7 @@ class ArmModel(GranulonModel):
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
         features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
         found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
-        told = self.config.slot_position != "none"
-        slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens, found.positions if told else None)
+        slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens, found.positions)
         slots = slots * self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
         streams = [(slots, found.keep)]
         if self.arm["pixels"]:

@@ -267,7 +267,8 @@ def test_a_place_is_the_mean_cell_of_a_cluster(study, kept):
     for slot, cluster in enumerate(found.kept_clusters[0].tolist()):
         if cluster >= 0:
             cells = (found.assignment[0] == cluster).nonzero().float().mean(0)
-            torch.testing.assert_close(positions[0, slot], cells / 6.5 - 1, rtol=0, atol=4e-3)
+            bound = dict(rtol=0, atol=4e-3) if kept else {}  # kept in bfloat16
+            torch.testing.assert_close(positions[0, slot], cells / 6.5 - 1, **bound)
 
 
 def test_samples_do_not_depend_on_the_arm_but_on_the_seed(study):
