@@ -9,7 +9,8 @@ where the image slots will stand, in one of three forms:
             `things`
     things  objects and tags in random order, each one slot: the sum of the embeddings of its words
 
-The last two are what a projector can imitate: it has one vector for a patch or a cluster. All arms get the same model.
+In half of the descriptions the cells say where they are, and in half the things do. The last two forms are what a projector can
+imitate: it has one vector for a patch or a cluster. All arms get the same model.
 """
 
 import itertools
@@ -17,7 +18,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,27 +176,29 @@ def describe(scene: Scene, form: str, dice: random.Random, side: int = 192) -> t
 
 
 def thing_slots(scene, order, dice, side) -> list[list[str]]:
+    where = place_words(dice)
     slots = []
     for i in order:
         thing = scene.things[i]
-        row, column = cell_of(*thing.centre, side)
-        slots.append([*about(scene, i, side), f"row{row}", f"column{column}"])
+        slots.append([*about(scene, i, side), *where(*cell_of(*thing.centre, side))])
         for tag in thing.tags:
-            row, column = cell_of(*tag.centre, side)
-            place = [f"row{row}", f"column{column}"]
-            slots.append(["tag", tag.letter, tag.colour, *place, *some(dice, about(scene, i, side), 0.9)])
+            more = some(dice, about(scene, i, side), 0.9)
+            slots.append(["tag", tag.letter, tag.colour, *more, *where(*cell_of(*tag.centre, side))])
     dice.shuffle(slots)
     return slots
 
 
+def place_words(dice) -> Callable[[int, int], list[str]]:
+    """What all slots of a description say of where they are: row and column, or (in half of the descriptions) nothing."""
+    if dice.random() < 0.5:
+        return lambda row, column: [f"row{row}", f"column{column}"]
+    return lambda row, column: []
+
+
 def grid_cells(scene, dice, side) -> dict[int, list[str]]:
     """Words of some cells, by their number in raster order: all with tags, some of each object, some of nothing."""
-    places = dice.random() < 0.5  # whether the slots say where they are, or only stand there
+    where = place_words(dice)
     cells: dict[int, list[str]] = {}
-
-    def where(row, column):
-        return [f"row{row}", f"column{column}"] if places else []
-
     for _ in range(dice.randint(0, 8)):
         row, column = dice.randrange(GRID), dice.randrange(GRID)
         cells[row * GRID + column] = where(row, column)
@@ -391,7 +394,7 @@ def train(folder: Path, pictures: Pictures, settings: TextSettings, progress: Pr
         progress (`rich.progress.Progress`, *optional*): shows the steps.
 
     Returns:
-        `dict`: `name`, `text_accuracy` and `blind_accuracy` of each type of question, `accuracy_by_form`, `seconds`.
+        `dict`: `name`, `accuracy_by_form` (of each type of question; "blind" is without a description), `seconds`.
     """
     if (folder / "results.json").exists():
         return json.loads((folder / "results.json").read_text())
@@ -455,8 +458,6 @@ def train(folder: Path, pictures: Pictures, settings: TextSettings, progress: Pr
     tokenizer.save_pretrained(folder)
     results = {
         "name": f"{settings.name}: Qwen2, {settings.layers} layers, {settings.width} wide, trained on descriptions",
-        "text_accuracy": scores["words"],
-        "blind_accuracy": scores["blind"],
         "accuracy_by_form": scores,
         "accuracy_curve": {(i + 1) * CHECK_EVERY: round(value, 4) for i, value in enumerate(state["curve"])},
         "losses": [sum(losses[i : i + 50]) / len(losses[i : i + 50]) for i in range(0, len(losses), 50)],

@@ -87,38 +87,52 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
     Raises:
         BadInput: an unknown arm, or a seed that is no number.
     """
-    arms = args.arms.split(",") if args.arms else config.get("arms", "all")
+    arms = args.arms.split(",") if args.arms is not None else config.get("arms", "all")
     arms = list(ARMS) if arms == "all" else arms
     if unknown := [name for name in arms if name not in ARMS]:
         raise BadInput(f"There is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
     try:
-        seeds = {name: [int(s) for s in args.seeds.split(",")] if args.seeds else list(config["seeds"]) for name in arms}
+        given = args.seeds.split(",") if args.seeds is not None else config["seeds"]
+        seeds = {name: [int(seed) for seed in given] for name in arms}
     except (ValueError, KeyError, TypeError):
         raise BadInput("Seeds are whole numbers: --seeds 0,1, or a list in the file.") from None
-    if not args.seeds:
+    if args.seeds is None:
         for name, more in (config.get("more_seeds") or {}).items():
             if name not in ARMS:
                 raise BadInput(f"more_seeds names {name!r}, which is no arm; the arms are {', '.join(ARMS)}.")
             if name in seeds:
                 seeds[name] = [*seeds[name], *more]
+    if wrong := [seed for own in seeds.values() for seed in own if not 0 <= seed < 2**32]:
+        raise BadInput(f"The seed {wrong[0]} cannot be used; seeds are whole numbers from 0 to 2**32 - 1.")
     rank = {name: i for i, name in enumerate(arms)}
     return sorted({(name, seed) for name in arms for seed in seeds[name]}, key=lambda job: (job[1], rank[job[0]]))
+
+
+def commit() -> str | None:
+    """Of the working tree that this code lies in; `None` outside of one."""
+    try:
+        line = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any], controller: dict[str, Any]) -> None:
     scenes = study.scenes["train"]
     types = {kind: level for level, kinds in QUESTION_LEVELS.items() for kind in kinds}
+    path = study.out / "experiment.json"
+    made_by = json.loads(path.read_text()).get("made_by", []) if path.exists() else []
+    this = {"command": command, "versions": versions(), "commit": commit()}
     content = {
         "config": config,
-        "versions": versions(),
-        "command": command,
+        "made_by": [*(one for one in made_by if one != this), this],
         "pictures": "drawn" if study.pictures.drawn else study.pictures.digest,
-        "language_model": {name: text[name] for name in ("name", "text_accuracy", "blind_accuracy") if name in text},
+        "language_model": {name: text[name] for name in ("name", "accuracy_by_form") if name in text},
         "controller": {"accuracy": controller["accuracy"], "n": controller["n_test"]},
         "chance": {kind: 1 / len(scenes.choices(kind)) for kind in types},
         "level_of_type": types,
     }
-    write_text(study.out / "experiment.json", json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def start(args: argparse.Namespace, run: str, log: Path) -> subprocess.Popen:
@@ -206,7 +220,10 @@ def main(given: list[str] | None = None) -> None:
         name, _, seed = args.run.rpartition("/")
         Run(study, name, int(seed))()
         return
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {str(args.out)!r} cannot be made: {error.strerror}.") from None
     with open(args.out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -233,7 +250,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     with Progress(*columns, console=Console(stderr=True)) as progress:
         torch.set_num_threads(1)
         preparing = start(args, "prepare", args.out / "prepare.log")  # beside the language model, which needs no picture
-        text: dict[str, Any] = {"name": "SmolLM2-135M-Instruct", "text_accuracy": {}, "blind_accuracy": {}}
+        text: dict[str, Any] = {"name": "SmolLM2-135M-Instruct", "accuracy_by_form": {}}
         try:
             if settings.language_model.get("name") != "smollm2":
                 text = language_model.train(args.out / "language_model", study.pictures, study.text_settings(), progress)

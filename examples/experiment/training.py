@@ -53,8 +53,9 @@ class Settings:
         orders (`int`): orders of a conversation's questions, each a sample of its own.
         control_scenes (`int`): of the test split, for the blind and the shuffled control.
         batch_size, learning_rate, warmup_steps: of the training; the rate is constant behind the warm-up.
-        max_steps (`int`), validate_every (`int`), patience (`int`), min_steps (`int`): training ends when the validation
-            accuracy has not risen by `min_gain` for `patience` validations, not before `min_steps`, or at `max_steps`.
+        max_steps (`int`), validate_every (`int`), window (`int`), min_steps (`int`): training ends when the mean accuracy of
+            the last `window` validations is not above that of the `window` before them by `min_gain`, not before `min_steps`,
+            or at `max_steps`. What is tested is the mean of the weights at the last `window` validations.
         alignment_epochs (`int`): over the training scenes, of the projector before any question (`alignment.py`); 0 is none.
         precision (`str`): of the frozen parts, "float32" or "bfloat16"; what is trained is in float32.
     """
@@ -67,9 +68,9 @@ class Settings:
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     max_steps: int = 1500
-    min_steps: int = 300
+    min_steps: int = 800
     validate_every: int = 100
-    patience: int = 4
+    window: int = 4
     min_gain: float = 0.004
     alignment_epochs: int = 10
     precision: str = "float32"
@@ -86,6 +87,8 @@ class Settings:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= low * whole:
                 kind = f"a whole number from {low}" if whole else "a number (1.0e-3, not 1e-3, in YAML)"
                 raise ValueError(f"The setting {name} is {value!r}; it takes {kind}.")
+        if not max(self.min_steps, self.validate_every) <= self.max_steps:
+            raise ValueError(f"The settings min_steps and validate_every must not be above max_steps, {self.max_steps}.")
         if set(self.scenes) != set(SPLITS):
             raise ValueError(f"The setting scenes has {', '.join(self.scenes)}; it takes {', '.join(SPLITS)}.")
         if self.precision not in ("float32", "bfloat16"):
@@ -301,6 +304,15 @@ class Conversations(Sequence):
         return Sample(sample, [self.study.image(scene.id)], messages, questions[-1].answer, "vqa", None, meta)
 
 
+def on_plateau(scores: Sequence[float], window: int, min_gain: float) -> bool:
+    """Whether the mean of the last `window` scores is not above that of the `window` before them by `min_gain`: single
+    validations go up and down by more than training gains in the meantime."""
+    if len(scores) < 2 * window:
+        return False
+    before, after = np.mean(scores[-2 * window : -window]), np.mean(scores[-window:])
+    return bool(after - before < min_gain)
+
+
 def forced_level(policy: str, level: str, name: str, seed: int) -> str | None:
     """The level that an arm's policy forces on a sample; `None` where the model chooses."""
     if policy == "oracle":
@@ -336,7 +348,7 @@ class ArmCollator:
 
 
 class Validation(TrainerCallback):
-    """Every some steps: accuracy on the validation split, the curve, the best weights so far, and whether to stop."""
+    """Every some steps: accuracy on the validation split, the curve, the weights, and whether to stop."""
 
     def __init__(self, run: "Run"):
         self.run, self.rows = run, run.read_history()
@@ -358,8 +370,7 @@ class Validation(TrainerCallback):
             self.began, self.spent = time.time(), seconds  # validation is not training
             loss = self.run.trainer.mean_loss()
             self.rows.append({"step": state.global_step, "seconds": round(seconds, 2), "loss": loss, "validation": found})
-            if self.run.best_of(self.rows)["step"] == state.global_step:
-                self.run.keep_best()
+            self.run.keep_weights(self.rows)
             self.run.write_history(self.rows)
             control.should_save = True
             if self.run.plateau(self.rows):
@@ -493,19 +504,25 @@ class Run:
         by_type = {kind: round(sum(values) / len(values), 4) for kind, values in sorted(right.items())}
         return {"accuracy": round(sum(everything) / len(everything), 4), "by_type": by_type}
 
-    def best_of(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return max(rows, key=lambda row: (row["validation"]["accuracy"], -row["step"]))
-
     def plateau(self, rows: list[dict[str, Any]]) -> bool:
-        """Whether the accuracy has not risen by `min_gain` over the last `patience` validations."""
         settings = self.study.settings
         scores = [row["validation"]["accuracy"] for row in rows]
-        before, after = scores[: -settings.patience], scores[-settings.patience :]
-        return bool(before) and rows[-1]["step"] >= settings.min_steps and max(after) < max(before) + settings.min_gain
+        return rows[-1]["step"] >= settings.min_steps and on_plateau(scores, settings.window, settings.min_gain)
 
-    def keep_best(self) -> None:
-        save_file(adapter_state(self.model), self.folder / ".best.part")
-        (self.folder / ".best.part").rename(self.folder / "best.safetensors")
+    def kept_weights(self, rows: list[dict[str, Any]]) -> list[Path]:
+        return [self.folder / f"weights-{row['step']}.safetensors" for row in rows[-self.study.settings.window :]]
+
+    def keep_weights(self, rows: list[dict[str, Any]]) -> None:
+        """Those of the last validations; the newest are the model's own."""
+        kept = self.kept_weights(rows)
+        save_file(adapter_state(self.model), self.folder / ".weights.part")
+        (self.folder / ".weights.part").rename(kept[-1])
+        for path in set(self.folder.glob("weights-*.safetensors")) - set(kept):
+            path.unlink()
+
+    def load_mean_weights(self, rows: list[dict[str, Any]]) -> None:
+        states = [load_file(path) for path in self.kept_weights(rows)]
+        load_adapter_state(self.model, {name: sum(state[name] for state in states) / len(states) for name in states[0]})
 
     def read_history(self) -> list[dict[str, Any]]:
         path = self.folder / "history.jsonl"
@@ -518,8 +535,8 @@ class Run:
 
     def finish(self) -> None:
         settings, rows = self.study.settings, self.read_history()
-        load_adapter_state(self.model, load_file(self.folder / "best.safetensors"))
-        self.model.eval()
+        self.load_mean_weights(rows)
+        validation = self.validate()
         latency: list[float] = []
         predictions = []
         for split in ("test", "test_heldout"):
@@ -529,7 +546,7 @@ class Run:
                 predictions += self.predict(split, control, count, latency)
         text = "".join(json.dumps(row) + "\n" for row in predictions)
         write_text(self.folder / "predictions.jsonl", text)
-        best, last = self.best_of(rows), rows[-1]
+        last = rows[-1]
         seen = [row for row in predictions if row["control"] == "none"]
         visual, text = (float(np.mean([row[name] for row in seen])) for name in ("visual_tokens", "text_tokens"))
         masks = [self.collator(samples)["attention_mask"].sum(1).float() for samples in self.validation]
@@ -540,7 +557,7 @@ class Run:
         training_flops = forward_flops(self.arm, decoder, width, patches, visual, conversation, cached=True)
         done = {
             "steps": last["step"],
-            "best_step": best["step"],
+            "validation": validation["accuracy"],
             "plateau": self.plateau(rows),
             "seconds_training": last["seconds"],
             "seconds_per_step": round(last["seconds"] / last["step"], 4),

@@ -10,8 +10,10 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("timm")
 
@@ -29,7 +31,7 @@ from examples.experiment.language_model import (
     short_questions,
     true_cells,
 )
-from examples.experiment.training import CONTROLS, Conversations, Settings, Study
+from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, on_plateau
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
 from granulon_hf.modeling.aggregation_granulon import grid_positions
@@ -71,8 +73,12 @@ def rows_of(path):
 
 def test_the_command_writes_the_folder_that_the_report_reads(study_folder):
     content = json.loads((study_folder / "experiment.json").read_text())
+    (made_by,) = content["made_by"]
+    assert "--arms pixel,pixel+adaptive" in made_by["command"] and made_by["versions"]["torch"] == torch.__version__
+    assert "commit" in made_by
     assert set(content["chance"]) == set(content["level_of_type"]) and content["chance"]["presence"] == 0.5
-    assert set(content["language_model"]["text_accuracy"]) <= set(content["chance"])
+    for scores in content["language_model"]["accuracy_by_form"].values():
+        assert set(scores) <= set(content["chance"])
     for name in ("pixel", "pixel+adaptive"):
         folder = study_folder / "runs" / name / "0"
         rows = rows_of(folder / "predictions.jsonl")
@@ -85,7 +91,7 @@ def test_the_command_writes_the_folder_that_the_report_reads(study_folder):
         steps = [row["step"] for row in rows_of(folder / "history.jsonl")]
         assert steps == sorted(set(steps)) and steps[0] == 2
         done = json.loads((folder / "done.json").read_text())
-        assert done["best_step"] in steps and done["flops_per_question"] > 0
+        assert 0 <= done["validation"] <= 1 and done["flops_per_question"] > 0
     adaptive = rows_of(study_folder / "runs/pixel+adaptive/0/predictions.jsonl")
     for row in adaptive:
         assert row["visual_tokens"] == 196 + {"coarse": 5, "middle": 10, "fine": 20}[row["level_used"]]
@@ -167,6 +173,29 @@ def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
     assert [row["validation"] for row in again] == [row["validation"] for row in before]
     predictions = [(path / "predictions.jsonl").read_text() for path in (folder, study_folder / "runs/pixel/0")]
     assert predictions[0] == predictions[1]
+
+
+def test_what_is_tested_is_the_mean_of_the_last_weights(study):
+    run = Run(study, "pixel", 0)
+    run.model, _ = study.model("pixel", 3)
+    states = [load_file(run.folder / f"weights-{step}.safetensors") for step in (2, 4)]
+    run.load_mean_weights(run.read_history())
+    name = "multi_modal_projector.linear_1.weight"
+    key = next(one for one in states[0] if one.endswith(name))
+    assert not torch.equal(states[0][key], states[1][key])
+    torch.testing.assert_close(run.model.model.get_parameter(name), (states[0][key] + states[1][key]) / 2)
+
+
+def test_a_plateau_is_told_from_noise():
+    """Of curves with the noise of real ones: those that rise by .005 a validation go on, flat ones end soon."""
+
+    def length(slope, seed):
+        scores = slope * np.arange(40) + np.random.default_rng(seed).normal(0, 0.008, 40)
+        return next((n for n in range(1, 41) if on_plateau(scores[:n], 5, 0.004)), 41)
+
+    rising, flat = (np.array([length(slope, seed) for seed in range(100)]) for slope in (0.005, 0.0))
+    assert min(flat.min(), rising.min()) >= 10  # two windows
+    assert (rising > 30).mean() > 0.9 and (flat < 20).mean() > 0.9
 
 
 def batch_of(study, name, count=2, store=None):
@@ -332,6 +361,8 @@ def test_questions_are_drawn_evenly_from_the_types():
         ({"language_model": {"widht": 9}}, "widht"),
         ({"language_model": {"name": "smollm"}}, "no language model 'smollm'"),
         ({"language_model": {"name": "smollm2"}}, "set alignment_epochs: 0"),
+        ({"min_steps": 500, "max_steps": 400}, "must not be above max_steps, 400"),
+        ({"validate_every": 500, "max_steps": 400, "min_steps": 0}, "must not be above max_steps, 400"),
         ({"scene_seed": 1_000_003}, "those that the language model learns from"),
     ],
 )
@@ -351,6 +382,15 @@ def test_runs_are_queued_once():
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(command.BadInput, match="no arm 'pixels'"):
         command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), "--arms", "pixels"]))
+    for option, message in (
+        ("--arms=", "no arm ''"),
+        ("--seeds=-1", "The seed -1 cannot be used"),
+        ("--seeds=", "whole numbers"),
+    ):
+        with pytest.raises(command.BadInput, match=message):
+            command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), option]))
+    with pytest.raises(command.BadInput, match="cannot be made: Not a directory"):
+        command.main([str(ROOT / CONFIG), "--out", "/dev/null/x"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("settings: {step: 3}")
     with pytest.raises(command.BadInput, match="unknown setting 'step'"):
