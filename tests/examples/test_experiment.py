@@ -322,6 +322,23 @@ def test_descriptions_say_all_tags(form):
     assert len(slots) == len(positions) and positions == sorted(positions)
 
 
+def test_slots_say_where_they_are_or_do_not_whatever_stands_beside_them():
+    """Cells and things each for themselves: no arm shows a kind of slot that the language model has not read."""
+    scene, seen = GranuScenes("train", 1).scene(0), Counter()
+    for seed in range(200):
+        slots, positions = describe(scene, "cells", random.Random(seed))
+        kinds = [[any(word.startswith("row") for word in slot) for slot in part] for part in split_at(slots, positions, 196)]
+        assert all(len(set(part)) < 2 for part in kinds)
+        if kinds[1]:
+            seen[kinds[0][0], kinds[1][0]] += 1
+    assert len(seen) == 4 and min(seen.values()) > 10
+
+
+def split_at(slots, positions, start):
+    cells = sum(position < start for position in positions)
+    return slots[:cells], slots[cells:]
+
+
 def test_the_tokenizer_knows_every_word():
     pictures = Pictures()
     tokenizer = make_tokenizer(pictures)
