@@ -992,7 +992,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def signed(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or value != value else f"{value:+.{digits}f}".replace("-", "−")
+    # Rounded first, since there is no negative nothing.
+    return "–" if value is None or value != value else f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def with_interval(cell: Mapping[str, Any], sign: bool = False) -> str:
