@@ -394,9 +394,10 @@ class Scores:
         return np.array([point for point, _ in found]), np.array([drawn for _, drawn in found]).reshape(len(seeds), -1).T
 
     def seed_spread(self, terms: Sequence[tuple[int, str, str]], split: str) -> tuple[float, int]:
-        """Variance between seeds of one arm's part in a difference, pooled, and its degrees of freedom (0: not known).
+        """Variance of a difference between seeds, pooled, and its degrees of freedom (0: not known).
 
-        What is left of that part in all arms of the same kind when each arm and each seed has its own mean.
+        Twice that of one arm's part: what is left of it in all arms of the same kind when each arm and each seed has its own
+        mean.
         """
         part = [(sign, level) for sign, arm, level in terms if arm == terms[0][1]]
         kinds = {run.kind for run in self.study.runs for _, arm, _ in terms if run.arm == arm}
@@ -406,7 +407,7 @@ class Scores:
         design = np.concatenate([column[:, None] == np.unique(column) for column in (arms, seeds)], axis=1).astype(float)
         fitted, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
         left, free = values - design @ fitted, len(values) - int(rank)
-        return (float(left @ left / free), free) if free else (0.0, 0)
+        return (float(2 * left @ left / free), free) if free else (0.0, 0)
 
     def arm(self, arm: str, split: str = DECISIVE, level: str = "overall") -> dict[str, Any]:
         """Mean accuracy of an arm over its seeds, with its 95 % interval."""
@@ -487,9 +488,9 @@ def compare(scores: Scores, comparison: Comparison, split: str = DECISIVE) -> di
     if np.isnan(values).any():
         return result | {"missing": f"no such questions in the split {split}", "p": 1.0}
     variance, free = scores.seed_spread(comparison.terms, split)
-    samples = replicates(drawn, 2 * variance, free)
+    samples = replicates(drawn, variance, free)
     result |= {"seeds": seeds, "per_seed": values.tolist(), "estimate": float(values.mean()), "interval": interval(samples)}
-    result |= {"seed_sd": math.sqrt(2 * variance) if free else None, "degrees_of_freedom": free}
+    result |= {"seed_sd": math.sqrt(variance) if free else None, "degrees_of_freedom": free}
     low, high = interval(samples, ALPHA / len(FAMILY))
     result |= {"decidable": (high - low) / 2, "h": None, "by_type": None, "samples": samples}
     result |= {"p": p_value(samples, -comparison.margin), "p_equal": p_no_difference(samples)}
@@ -517,7 +518,7 @@ def compare_family(scores: Scores, obstacles: Mapping[str, Sequence[str]], split
         if "missing" not in result:
             result["obstacles"] += [reason for arm in result["arms"] for reason in obstacles.get(arm, ())]
     counted = {name: 1.0 if result["obstacles"] else result["p"] for name, result in found.items()}
-    equal = [1.0 if counted[name] == 1 or result["margin"] else result["p_equal"] for name, result in found.items()]
+    equal = [1.0 if result["obstacles"] or result["margin"] else result.get("p_equal", 1.0) for result in found.values()]
     order = sorted(counted, key=counted.__getitem__)
     for (name, result), p, p_equal in zip(found.items(), holm(list(counted.values())), holm(equal), strict=True):
         result |= {"p_holm": p, "p_equal_holm": p_equal, "holm_interval": None}
@@ -558,7 +559,8 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     ends = [[end + result["margin"] for end in result["interval"]] for result in made]
     away = {low > 0 for low, high in ends if low > 0 or high < 0}
     points = {frozenset([True]): "points towards supported", frozenset([False]): "points towards contradicted"}
-    direction = points.get(frozenset(away), "points both ways" if away else "no direction") if made else "not measured"
+    points[frozenset()] = "no direction"
+    direction = points.get(frozenset(away), "points both ways") if made else "not measured"
     if away == {True} and len(made) < len(results):
         direction += ", as far as it was measured"
     reasons = [f"{result['title']}: {result['missing']}" for result in results if "missing" in result]

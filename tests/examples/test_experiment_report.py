@@ -284,6 +284,14 @@ def test_no_difference_is_decided_where_it_is_small(tmp_path):
     assert report.headline(found).startswith("Pixel + adaptive makes no difference to pixel only here")
 
 
+def test_a_difference_of_nothing_at_all_is_no_difference(tmp_path, monkeypatch):
+    """Where p is 1 because the estimate lies on zero, not because something stands in the way."""
+    make_study(tmp_path, {"pixel": truth(), "pixel+adaptive": truth()}, seeds=3, scenes=400, common=1.0)
+    monkeypatch.setattr(report, "p_value", lambda samples, null: 1.0)
+    result = family_of(analyse(tmp_path))["pixel"]
+    assert not result["obstacles"] and result["equal"]
+
+
 def test_the_tests_of_no_difference_by_hand():
     samples = np.linspace(-0.05, 0.04, 91)  # 21 at or below −.03, 11 at or above .03
     assert report.p_no_difference(samples) == pytest.approx(22 / 92)
