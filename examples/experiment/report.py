@@ -39,6 +39,8 @@ from granulon_hf.cli.common import BadInput, reports_bad_input
 from granulon_hf.data.files import write_text
 from granulon_hf.evaluation.metrics import exact
 
+from .training import on_plateau
+
 RESAMPLES = 10_000  # Holm's correction needs the tails
 ALPHA = 0.05
 MIN_SEEDS = 3
@@ -146,6 +148,14 @@ class Run:
     @property
     def main(self) -> bool:
         return self.manifest["group"] == "main"
+
+    @property
+    def plateau(self) -> bool:
+        return on_plateau(self.history, self.manifest["settings"])
+
+    @property
+    def flops_per_step(self) -> float:
+        return self.done["training_flops_per_sample"] * self.manifest["settings"]["batch_size"]
 
     @property
     def kind(self) -> str:
@@ -631,7 +641,7 @@ def find_obstacles(study: Study, controls: Sequence[Mapping[str, Any]]) -> dict[
     """Per arm, why nothing that rests on it can be decided."""
     found: dict[str, list[str]] = defaultdict(list)
     for run in study.runs:
-        if not run.done["plateau"]:
+        if not run.plateau:
             found[run.arm].append(f"{run.name} had not reached its plateau")
     for arm in dict.fromkeys(run.arm for run in study.runs):
         own = [test for test in controls if test["arm"] == arm]
@@ -670,14 +680,14 @@ def at_budget(history: Sequence[tuple[float, float]], budget: float) -> float | 
     return next((accuracy for spent, accuracy in reversed(history) if spent <= budget * (1 + 1e-9)), None)
 
 
-def budgets(study: Study, batch: float) -> dict[str, Any]:
+def budgets(study: Study) -> dict[str, Any]:
     """Validation accuracy at equal steps and at equal training compute: mean, least and most over seeds; and at its own end.
 
     Budgets are shares of what the shortest (the cheapest) run of all main arms spent: no run is extended.
     """
     runs = [run for run in study.runs if run.main and run.history]
     result: dict[str, Any] = {}
-    for name, cost in (("steps", lambda run: 1.0), ("flops", lambda run: run.done["training_flops_per_sample"] * batch)):
+    for name, cost in (("steps", lambda run: 1.0), ("flops", lambda run: run.flops_per_step)):
         if not runs:
             continue
         spent = {run.name: [(step * cost(run), accuracy) for step, accuracy in run.history] for run in runs}
@@ -710,18 +720,10 @@ def costs(study: Study) -> dict[str, dict[str, Any]]:
             "visual_tokens": float(np.mean([np.mean(run.visual_tokens[DECISIVE, "none"]) for run in runs])),
             **done,
             "hours_training": sum(run.done["seconds_training"] for run in runs) / 3600,
-            "plateau": sum(bool(run.done["plateau"]) for run in runs),
+            "plateau": sum(run.plateau for run in runs),
             "seeds": len(runs),
         }
     return result
-
-
-def batch_size(study: Study) -> float | None:
-    settings = study.runs[0].manifest["settings"]
-    return next((settings[name] for name in BATCH if isinstance(settings.get(name), int | float)), None)
-
-
-BATCH = ("batch_size", "per_device_train_batch_size", "batch")
 
 
 def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
@@ -753,7 +755,6 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
     against = {arm: exploratory(scores, arm) for arm in arms["main"] if arm != "pixel"} if "pixel" in arms["main"] else {}
     expected, _ = scores.means((DECISIVE, "none"), np.array([row[5] for row in study.questions[DECISIVE, "none"]]))
     chance = {level: float(nan_mean(expected[scores.select(level)])) for level in ("overall", *study.levels, *study.types)}
-    batch = batch_size(study)
     return {
         "arms": arms,
         "chance": chance,
@@ -763,15 +764,14 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
         "controls": controls,
         "obstacles": obstacles,
         "level_choice": choice,
-        "budgets": budgets(study, batch or 1),
+        "budgets": budgets(study),
         "unanswered": unanswered(arms["main"], chance, study.types),
-        "batch_size": batch,
         "costs": costs(study),
         "makers": {
             arm: [runs[0].manifest["arm"][name] for name in ("maker", "tokens")] for arm, runs in study.arms("budget").items()
         },
         "unfinished": study.unfinished,
-        "no_plateau": [run.name for run in study.runs if not run.done["plateau"]],
+        "no_plateau": [run.name for run in study.runs if not run.plateau],
         "few_seeds": {
             arm: len(runs) for arm, runs in {**study.arms(), **study.arms("budget")}.items() if len(runs) < MIN_SEEDS
         },
@@ -843,7 +843,7 @@ def tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_curves(study: Study, path: Path, batch: float) -> None:
+def draw_curves(study: Study, path: Path) -> None:
     """Validation accuracy over steps and over training compute: mean and range over seeds; a run that ended keeps its last."""
     from matplotlib.figure import Figure
 
@@ -860,7 +860,7 @@ def draw_curves(study: Study, path: Path, batch: float) -> None:
                 grid = [step for step in grid if all(run.history[0][0] <= step for run in own)]
                 values = np.array([[at_budget(run.history, step) for step in grid] for run in own], dtype=float)
                 colour, marker, line = look(arm)
-                scale = own[0].done["training_flops_per_sample"] * batch if "compute" in title else 1
+                scale = own[0].flops_per_step if "compute" in title else 1
                 x = np.array(grid) * scale
                 axes.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.12, linewidth=0)
                 axes.plot(
@@ -1073,7 +1073,7 @@ def write(out: Path, resamples: int = RESAMPLES) -> Path:
     found = analyse(study, resamples)
     pictures = {"accuracy.png": lambda path: draw_accuracy(found, path)} if found["arms"]["main"] else {}
     if found["budgets"]:
-        pictures["curves.png"] = lambda path: draw_curves(study, path, found["batch_size"] or 1)
+        pictures["curves.png"] = lambda path: draw_curves(study, path)
     if found["level_choice"]["arm"]:
         pictures["levels.png"] = lambda path: draw_levels(found["level_choice"], study.experiment["level_of_type"], path)
     if found["arms"]["budget"]:

@@ -117,7 +117,7 @@ def commit() -> str | None:
         return None
 
 
-def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any], controller: dict[str, Any]) -> None:
+def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any]) -> None:
     scenes = study.scenes["train"]
     types = {kind: level for level, kinds in QUESTION_LEVELS.items() for kind in kinds}
     path = study.out / "experiment.json"
@@ -128,7 +128,6 @@ def describe(study: Study, config: dict[str, Any], command: str, text: dict[str,
         "made_by": [*(one for one in made_by if one != this), this],
         "pictures": "drawn" if study.pictures.drawn else study.pictures.digest,
         "language_model": {name: text[name] for name in ("name", "accuracy_by_form")},
-        "controller": {"accuracy": controller["accuracy"], "n": controller["n_test"]},
         "chance": {kind: 1 / len(scenes.choices(kind)) for kind in types},
         "level_of_type": types,
     }
@@ -257,8 +256,8 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
             wait_for(preparing, study, progress)
         finally:
             preparing.terminate()
-        controller = study.train_controller()
-        describe(study, config, command, text, controller)
+        study.train_controller()
+        describe(study, config, command, text)
         failed = execute(study, jobs, args, progress)
     if failed:
         raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")

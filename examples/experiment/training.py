@@ -305,13 +305,15 @@ class Conversations(Sequence):
         return Sample(sample, [self.study.image(scene.id)], messages, questions[-1].answer, "vqa", None, meta)
 
 
-def on_plateau(scores: Sequence[float], window: int, min_gain: float) -> bool:
-    """Whether the mean of the last `window` scores is not above that of the `window` before them by `min_gain`: single
-    validations go up and down by more than training gains in the meantime."""
-    if len(scores) < 2 * window:
+def on_plateau(history: Sequence[tuple[int, float]], settings: dict[str, Any]) -> bool:
+    """Whether, of steps and their validation accuracies, the last step is not before `min_steps`, and the mean of the last
+    `window` is not above that of the `window` before them by `min_gain`: single validations go up and down by more than
+    training gains in the meantime."""
+    window, scores = settings["window"], [score for _, score in history]
+    if len(scores) < 2 * window or history[-1][0] < settings["min_steps"]:
         return False
     before, after = np.mean(scores[-2 * window : -window]), np.mean(scores[-window:])
-    return bool(after - before < min_gain)
+    return bool(after - before < settings["min_gain"])
 
 
 def forced_level(policy: str, level: str, name: str, seed: int) -> str | None:
@@ -506,9 +508,7 @@ class Run:
         return {"accuracy": round(sum(everything) / len(everything), 4), "by_type": by_type}
 
     def plateau(self, rows: list[dict[str, Any]]) -> bool:
-        settings = self.study.settings
-        scores = [row["validation"]["accuracy"] for row in rows]
-        return rows[-1]["step"] >= settings.min_steps and on_plateau(scores, settings.window, settings.min_gain)
+        return on_plateau([(row["step"], row["validation"]["accuracy"]) for row in rows], vars(self.study.settings))
 
     def kept_weights(self, rows: list[dict[str, Any]]) -> list[Path]:
         return [self.folder / f"weights-{row['step']}.safetensors" for row in rows[-self.study.settings.window :]]
@@ -561,7 +561,6 @@ class Run:
         done = {
             "steps": last["step"],
             "validation": validation["accuracy"],
-            "plateau": self.plateau(rows),
             "seconds_training": last["seconds"],
             "seconds_per_step": round(min(paces), 4),  # the least, here and below: other runs share the machine
             "flops_per_question": round(flops),

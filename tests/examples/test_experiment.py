@@ -189,12 +189,15 @@ def test_what_is_tested_is_the_mean_of_the_last_weights(study):
 def test_a_plateau_is_told_from_noise():
     """Of curves with the noise of real ones: those that rise by .005 a validation go on, flat ones end soon."""
 
+    settings = {"window": 5, "min_gain": 0.004, "min_steps": 300}
+
     def length(slope, seed):
         scores = slope * np.arange(40) + np.random.default_rng(seed).normal(0, 0.008, 40)
-        return next((n for n in range(1, 41) if on_plateau(scores[:n], 5, 0.004)), 41)
+        history = [(20 * (n + 1), float(score)) for n, score in enumerate(scores)]
+        return next((n for n in range(1, 41) if on_plateau(history[:n], settings)), 41)
 
     rising, flat = (np.array([length(slope, seed) for seed in range(100)]) for slope in (0.005, 0.0))
-    assert min(flat.min(), rising.min()) >= 10  # two windows
+    assert min(flat.min(), rising.min()) >= 15  # two windows would be 10
     assert (rising > 30).mean() > 0.9 and (flat < 20).mean() > 0.9
 
 

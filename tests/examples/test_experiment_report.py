@@ -15,7 +15,8 @@ from granulon_hf.cli.common import BadInput
 
 LEVELS = {"coarse": {"amount": 1 / 3, "presence": 0.5}, "middle": {"where": 0.25, "relation": 0.5}, "fine": {"letter": 0.125}}
 TYPES = {kind: (level, chance) for level, kinds in LEVELS.items() for kind, chance in kinds.items()}
-DONE = {"steps": 400, "validation": 0.5, "plateau": True, "seconds_training": 60.0, "seconds_per_step": 0.1}
+DONE = {"steps": 400, "validation": 0.5, "seconds_training": 60.0, "seconds_per_step": 0.1}
+PLATEAU = {"window": 1, "min_gain": 0.004, "min_steps": 400}
 DONE |= {
     "flops_per_question": 1e9,
     "training_flops_per_sample": 1e9,
@@ -51,7 +52,7 @@ def make_run(
     stem = report.parts(arm)[1]
     own = {"tokens": tokens, "pixels": group == "main", "maker": maker, "policy": "none", "clustering": "cosine"}
     manifest = {"arm_name": arm, "group": group, "arm": own, "seed": seed}
-    manifest["settings"] = {"learning_rate": 1e-3, "batch_size": 8} | changed.pop("settings", {})
+    manifest["settings"] = {"learning_rate": 1e-3, "batch_size": 8, **PLATEAU} | changed.pop("settings", {})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     if changed.pop("unfinished", False):
         return
@@ -75,7 +76,7 @@ def make_run(
     (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     final = float(np.mean(list(accuracy.values()))) + shift
     history = [
-        {"step": step, "seconds": step / 10, "loss": 1.0, "validation": {"accuracy": final * step / 400, "by_type": {}}}
+        {"step": step, "seconds": step / 10, "loss": 1.0, "validation": {"accuracy": final * min(1, step / 300), "by_type": {}}}
         for step in range(100, 401, 100)
     ]
     (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
@@ -97,12 +98,18 @@ def make_study(out, accuracies, seeds=3, **options):
         "chance": {},
     }
     experiment |= {"language_model": {"name": "tiny", "accuracy_by_form": {"cells": dict.fromkeys(TYPES, 0.99)}}}
-    experiment |= {"controller": {"accuracy": 0.95, "n": 100}, "level_of_type": by_type}
+    experiment["level_of_type"] = by_type
     (out / "experiment.json").write_text(json.dumps(experiment))
     for arm, accuracy in accuracies.items():
         for seed in range(seeds):
             make_run(out, arm, seed, accuracy, **options)
     return out
+
+
+def stop_early(run):
+    """Take the last validation away."""
+    path = run / "history.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
 def analyse(out, resamples=2000):
@@ -385,8 +392,7 @@ def test_without_controls_nothing_is_decided(tmp_path):
 
 def test_before_the_plateau_nothing_is_decided(tmp_path):
     make_study(tmp_path, {"pixel": truth(), "pixel+adaptive": truth(0.3)}, seeds=3, scenes=60)
-    path = tmp_path / "runs/pixel/1/done.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"plateau": False}))
+    stop_early(tmp_path / "runs/pixel/1")
     claim = analyse(tmp_path)["claims"][0]
     assert claim["verdict"] == "undecided" and "pixel/1 had not reached its plateau" in claim["why"]
 
@@ -442,7 +448,7 @@ def test_equal_steps_and_equal_compute(tmp_path):
     assert tables["steps"]["budgets"] == [100, 200, 400]
     assert tables["steps"]["arms"]["pixel"][2] == tables["steps"]["arms"]["pixel+fixed50"][2] == pytest.approx([0.8] * 3)
     assert tables["flops"]["budgets"][2] == 400 * 1e9 * 8  # what the cheapest had spent: half of the other's steps
-    assert tables["flops"]["arms"]["pixel+fixed50"][2] == pytest.approx([0.4] * 3)
+    assert tables["flops"]["arms"]["pixel+fixed50"][2] == pytest.approx([0.8 * 2 / 3] * 3)
     assert tables["flops"]["arms"]["pixel+fixed50"][0] is None  # no evaluation so early
 
 
@@ -521,8 +527,7 @@ def test_a_type_that_a_split_lacks_is_a_dash_and_decides_nothing(tmp_path):
 def test_what_cannot_be_decided_leaves_no_room_to_the_others_in_the_correction(tmp_path):
     """A difference that is large, of arms that are not to be trusted, counts as p = 1."""
     make_study(tmp_path, {"pixel": truth(), "pixel+adaptive": truth(0.3), "pixel+dummy": truth()}, seeds=3, scenes=80)
-    path = tmp_path / "runs/pixel+dummy/0/done.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"plateau": False}))
+    stop_early(tmp_path / "runs/pixel+dummy/0")
     family = analyse(tmp_path)["comparisons"]["test"]
     assert family["dummy"]["p"] < 0.05 and family["dummy"]["p_holm"] == 1.0
     assert family["pixel"]["p_holm"] == pytest.approx(min(1.0, len(report.FAMILY) * family["pixel"]["p"]))
