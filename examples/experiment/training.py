@@ -8,7 +8,7 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -305,6 +305,15 @@ class Conversations(Sequence):
         return Sample(sample, [self.study.image(scene.id)], messages, questions[-1].answer, "vqa", None, meta)
 
 
+def single_questions(sample: Sample) -> Iterator[Sample]:
+    """The questions of a conversation, each with the image and nothing before it."""
+    for n, kind in enumerate(sample.meta["types"]):
+        asked, answered = sample.messages[2 * n : 2 * n + 2]
+        messages = [{**asked, "content": [{"type": "image"}, asked["content"][-1]]}, answered]
+        answer = answered["content"][0]["text"]
+        yield replace(sample, id=f"{sample.id}-{n}", messages=messages, reference=answer, meta={**sample.meta, "types": [kind]})
+
+
 def on_plateau(history: Sequence[tuple[int, float]], settings: dict[str, Any]) -> bool:
     """Whether, of steps and their validation accuracies, the last step is not before `min_steps`, and the mean of the last
     `window` is not above that of the `window` before them by `min_gain`: single validations go up and down by more than
@@ -333,17 +342,20 @@ class ArmCollator:
         self.arm, self.seed, self.processor = arm, seed, processor
         self.names = [one["name"] for one in arm["levels"]]
 
+    def rows(self, samples: Sequence[Sample]) -> Sequence[Sample]:
+        """The conversations; where a question makes the image's tokens, each of their questions is one of its own."""
+        if self.arm["maker"] != "text_resampler":
+            return samples
+        return [one for sample in samples for one in single_questions(sample)]
+
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        samples = self.rows(samples)
         batch = self.collator(samples)
         if self.collator.problems:
             raise RuntimeError(f"A sample cannot be used: {self.collator.problems[0]}")
         forced = [forced_level(self.arm["policy"], s.meta["level"], s.id, self.seed) for s in samples]
         if forced[0] is not None:
             batch["granularity"] = torch.tensor([self.names.index(name) for name in forced])
-        if self.arm["maker"] == "text_resampler":  # what it makes serves all questions of the conversation
-            marks = torch.tensor(self.processor.tokenizer.all_special_ids)
-            words = (batch["labels"] == -100) & ~torch.isin(batch["input_ids"], marks)
-            batch["question_mask"] = words.long()
         return batch
 
 
@@ -499,7 +511,7 @@ class Run:
             outputs = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}, use_cache=False)
             said = outputs.logits.argmax(-1).cpu()
             first = (labels != -100) & (torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100) == -100)
-            for i, sample in enumerate(samples):
+            for i, sample in enumerate(self.collator.rows(samples)):
                 places = first[i].nonzero().flatten().tolist()
                 for kind, at in zip(sample.meta["types"], places, strict=True):
                     right[kind].append(float(said[i, at - 1] == labels[i, at]))
@@ -552,8 +564,9 @@ class Run:
         paces = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(began)]
         seen = [row for row in predictions if row["control"] == "none"]
         visual, text = (float(np.mean([row[name] for row in seen])) for name in ("visual_tokens", "text_tokens"))
-        masks = [self.collator(samples)["attention_mask"].sum(1).float() for samples in self.validation]
-        conversation = float(torch.cat(masks).mean()) - self.processor.slots
+        lengths = torch.cat([self.collator(samples)["attention_mask"].sum(1) for samples in self.validation])
+        conversation = float(lengths.float().mean()) - self.processor.slots
+        rows_per_sample = len(lengths) / sum(map(len, self.validation))
         patches, width = self.features.shape
         decoder = self.model.model.language_model
         flops = forward_flops(self.arm, decoder, width, patches, visual, text)
@@ -564,7 +577,7 @@ class Run:
             "seconds_training": last["seconds"],
             "seconds_per_step": round(min(paces), 4),  # the least, here and below: other runs share the machine
             "flops_per_question": round(flops),
-            "training_flops_per_sample": round(training_flops),
+            "training_flops_per_sample": round(rows_per_sample * training_flops),
             "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
             "latency_ms_per_question": round(1000 * min(latency), 2),
         }

@@ -255,6 +255,18 @@ def test_every_arm_takes_a_step(study, name):
     assert any("maker" in name for name in trained) == (maker in ("dummy", "resampler", "text_resampler"))
 
 
+def test_tokens_that_a_question_makes_serve_that_question_alone(study):
+    """The same questions and answers as the other arms have, one in a row."""
+    (_, whole), (model, batch) = (batch_of(study, name, count=3) for name in ("resampler2", "text-resampler2"))
+    counts = [len(study.conversations("train", 0, 1)[i].meta["types"]) for i in range(3)]
+    assert whole["labels"].shape[0] == 3 and batch["labels"].shape[0] == sum(counts)
+    assert torch.equal(whole["labels"][whole["labels"] != -100], batch["labels"][batch["labels"] != -100])
+    assert torch.equal(batch["pixel_values"], whole["pixel_values"].repeat_interleave(torch.tensor(counts), 0))
+    one = model(**{name: value[:1] for name, value in batch.items()}).image_hidden_states
+    two = model(**{name: value[1:2] for name, value in batch.items()}).image_hidden_states
+    assert (one - two).abs().max() > 1e-4  # of the same image
+
+
 def test_aligned_places_say_rows_and_columns(study_folder, study):
     model, processor = study.model("pixel+places", 0)
     projector = model.model.multi_modal_projector
