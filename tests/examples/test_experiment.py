@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -320,6 +321,13 @@ def test_samples_do_not_depend_on_the_arm_but_on_the_seed(study):
     assert [one[i] for i in range(len(one))] == [same[i] for i in range(len(same))]
     assert any(one[i] != other[i] for i in range(len(one)))
     assert {len(one[i].messages) for i in range(6)} == {4, 6}
+
+
+def test_a_quick_study_can_go_on_as_a_full_one():
+    quick, full = (command.read_config(ROOT / f"examples/experiment/{name}.yaml") for name in ("quick", "full"))
+    assert quick["settings"] == full["settings"]
+    jobs = [command.jobs_of(one, SimpleNamespace(arms=None, seeds=None)) for one in (quick, full)]
+    assert set(jobs[0]) < set(jobs[1]) and {name for name, _ in jobs[1]} == set(ARMS)
 
 
 def test_scenes_follow_the_seed_of_the_settings(study_folder):
