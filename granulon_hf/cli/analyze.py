@@ -131,7 +131,7 @@ def alignment(
     tokens: Annotated[
         str, typer.Option(help="Mean over content (image, question, answer) or all tokens, markup too.")
     ] = "content",
-    split: Annotated[str | None, typer.Option(help="By default the set's own.")] = None,
+    split: Annotated[str | None, typer.Option(help="By default what training does not see.")] = None,
     source: Annotated[str | None, typer.Option(help="Local files, or another repository.")] = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
@@ -223,7 +223,7 @@ def granularity(
     beta: Annotated[str, typer.Option(help="Clusters of the sweep, with commas between, or none.")] = "5,10,20,30,40,50",
     k: Annotated[str | None, typer.Option(help="Slots K of the sweep; by default as many as clusters.")] = None,
     alpha: Annotated[int, typer.Option(help="Pooling kernel side of the sweep.", min=1)] = 1,
-    split: Annotated[str | None, typer.Option(help="By default the set's own.")] = None,
+    split: Annotated[str | None, typer.Option(help="By default what training does not see.")] = None,
     source: Annotated[str | None, typer.Option(help="Local files, or another repository.")] = None,
     limit: Limit = None,
     seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,

@@ -70,7 +70,7 @@ def run(
         list[str] | None, typer.Option(help="Name of a set (NAME=FOLDER says where it is), a folder, a chat.json, or shapes.")
     ] = None,
     out: Annotated[str | None, typer.Option(help="Folder of predictions and tables. [eval]")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the sets.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the sets; by default what training does not see.")] = None,
     preset: Annotated[str | None, typer.Option(help="Subset of the sets, such as paper.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many samples of each set, uniformly drawn.", min=1)] = None,
     seed: Annotated[int | None, typer.Option(help="Of the drawing. [0]")] = None,
@@ -161,7 +161,7 @@ def show(table: dict[str, Any]) -> None:
 @app.command()
 @reports_bad_input
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML: llm, encoders, train, eval. See examples/compare.yaml.")],
+    config: Annotated[Path, typer.Argument(help="YAML: llm, encoders, train, eval, controller. See examples/compare.yaml.")],
     out: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("compare"),
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -172,7 +172,7 @@ def compare(
         from granulon_hf.training import RecipeError, TrainingFailed
     except ImportError as error:
         raise BadInput(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None
-    values = read_yaml(config, {"llm", "encoders", "train", "eval"})
+    values = read_yaml(config, {"llm", "encoders", "train", "eval", "controller"})
     check_out(out)
     try:
         with plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):

@@ -22,6 +22,10 @@ class DataError(ValueError):
     """What was asked of a data set cannot be done; the message is one sentence that says what is wrong and what to do."""
 
 
+class NoHoldout(DataError):
+    """A hold-out was asked of a set that is too small to have one by default."""
+
+
 class BadRow(ValueError):
     """A row of which no sample can be made; the message is the reason."""
 
@@ -37,6 +41,7 @@ class Adapter:
         optional (`tuple[str]`): columns that are read where they exist.
         repo (`str`, *optional*): its repository on the Hub.
         default_split (`str`): the split that `load` takes unless told.
+        eval_split (`str`, *optional*): the split that evaluation takes unless told, where the default one is trained on.
         id_column (`str`, *optional*): where the row's name is; rows without one are named by file and row.
         unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are no part of the
             set, or `None`; they are counted, and no limit or hold-out ever counts on them.
@@ -57,6 +62,7 @@ class Adapter:
     optional: tuple[str, ...] = ()
     repo: str | None = None
     default_split: str = "train"
+    eval_split: str | None = None
     id_column: str | None = "id"
     unwanted: tuple[str, Callable[[Any], str | None]] | None = None
     group: tuple[str, Callable[[Any], Levels]] | None = None

@@ -40,6 +40,7 @@ ADAPTER = Adapter(
     optional=SCORES,
     paper={"train": 200_000, "holdout": 1_000},
     holdout=1_000,
+    eval_split="holdout",
     max_files=118,  # a tenth of the files: 200 K rows would otherwise touch all 820 GB
     license="apache-2.0",
 )

@@ -743,7 +743,9 @@ def open_scenes(source: Any, split: str) -> SceneSource:
     return SceneSource(GranuScenes(split, scenes, pictures, seed=seed, side=side))
 
 
-ADAPTER = Adapter(name="granuscenes", to_sample=to_sample, columns=COLUMNS, group=("scene", by_group), opener=open_scenes)
+ADAPTER = Adapter(
+    name="granuscenes", to_sample=to_sample, columns=COLUMNS, group=("scene", by_group), eval_split="test", opener=open_scenes
+)
 
 
 # --- controls -----------------------------------------------------------------------------------------------------------

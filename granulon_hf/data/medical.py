@@ -48,4 +48,5 @@ ADAPTER = Adapter(
     group=("image", by_video),
     paper={"train": 50_000, "holdout": 1_000},
     holdout=1_000,
+    eval_split="holdout",
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.adapter import Adapter, DataError, Levels
+from granulon_hf.data.adapter import Adapter, DataError, Levels, NoHoldout
 from granulon_hf.data.sources import Source
 
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
@@ -160,7 +160,7 @@ def choose(
             raise DataError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
     if draw_holdout:
         if not asked:
-            raise DataError(
+            raise NoHoldout(
                 f"{source.location!r} has no hold-out by default; say how many rows: holdout=… here and for training alike."
             )
         chosen = held if limit is None else trim(held, limit, np.random.default_rng([seed, 2]))

@@ -1,6 +1,7 @@
 """The fair comparison: encoders under one language model, each trained and evaluated with identical settings."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import fields as dataclass_fields
@@ -20,22 +21,29 @@ from granulon_hf.training.run import build_model, train
 from granulon_hf.variants import DECODERS, ENCODERS
 
 # What differs between the rows of a fair comparison, and only that.
-OWN = ("variant", "feature_cache")
+OWN = ("variant", "feature_cache", "adapter")  # the last is a trained controller
 
 
-def training_arguments(options: dict[str, Any], variant: str, out: Path) -> list[str]:
+def training_arguments(config: dict[str, Any], variant: str, out: Path) -> list[str]:
     """The command line of one row."""
-    arguments = {**options, "variant": variant, "output_dir": str(out / variant / "training")}
+    arguments = {**(config.get("train") or {}), "variant": variant, "output_dir": str(out / variant / "training")}
+    if config.get("controller") and has_levels(variant.partition("-")[0]):
+        arguments["adapter"] = config["controller"]
     if arguments.pop("cache_features", False):
         arguments["feature_cache"] = str(out / variant / "features")
     return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+
+
+def has_levels(encoder: str) -> bool:
+    return ENCODERS[encoder].config.get("granularity_levels") != []
 
 
 def check(config: dict[str, Any]) -> list[str]:
     """The variants of a comparison.
 
     Args:
-        config (`dict`): `llm`, `encoders`, `train` (arguments of examples/train.py) and `eval` (fields of [`Suite`]).
+        config (`dict`): `llm`, `encoders`, `train` (arguments of examples/train.py), `eval` (fields of [`Suite`]) and, if
+            wanted, `controller` (a folder of examples/train_controller.py, for the rows that have levels).
 
     Raises:
         ValueError: something is missing, unknown or fixed by the comparison.
@@ -47,6 +55,11 @@ def check(config: dict[str, Any]) -> list[str]:
         raise ValueError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")
     if len(encoders) < 2 or len(set(encoders)) < len(encoders):
         raise ValueError("A comparison needs at least two different encoders.")
+    if controller := config.get("controller"):
+        if not os.path.exists(controller):
+            raise ValueError(f"`controller` names {controller!r}, which is not there; examples/train_controller.py makes one.")
+        if not any(map(has_levels, encoders)):
+            raise ValueError(f"`controller` is for encoders with levels, and {', '.join(encoders)} have none; leave it out.")
     for name in ("variant", "output_dir", "resume_from_checkpoint", "feature_cache"):
         if name in (config.get("train") or {}):
             raise ValueError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
@@ -81,7 +94,7 @@ def compare(
     suite = Suite(**{"out": str(out / "evaluation"), **settings, "models": names, "generation": generation})
     for name in suite.data:
         open_set(suite, name)  # to know before anything is trained
-    lines = {name: parse(training_arguments(config.get("train") or {}, name, out)) for name in names}
+    lines = {name: parse(training_arguments(config, name, out)) for name in names}
     models: dict[str, tuple[Any, Any]] = {}
     for name, (model_args, data_args, args) in lines.items():
         folder = Path(args.output_dir or "")

@@ -4,8 +4,9 @@ from collections import Counter
 from typing import Any
 
 from granulon_hf.data import DataError, load
+from granulon_hf.data.adapter import NoHoldout
 from granulon_hf.data.llava import is_chat
-from granulon_hf.data.loading import Samples
+from granulon_hf.data.loading import ADAPTERS, Samples
 from granulon_hf.data.shapes import Shapes
 
 HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own with smaller ones
@@ -21,7 +22,8 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
         drawn (`int`): number of drawn scenes, of which there is no end, where there is no limit.
         seed (`int`): 0 or more; other seeds give other samples.
         limit (`int`, *optional*): at most so many.
-        options: further arguments of `load`; None is the default. Drawn scenes have none of them.
+        options: further arguments of `load`; None is the default. Drawn scenes have none of them. The default split is
+            one that training does not see, where the set has one.
 
     Raises:
         ValueError: the set cannot be read, or drawn scenes are given what they do not have.
@@ -33,9 +35,15 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
             raise ValueError(f"Drawn shapes have no {' and no '.join(given)}.")
         return Shapes(limit or drawn, seed=HELD_OUT + seed)
     known = {key: value for key, value in options.items() if value is not None}
+    wanted = ADAPTERS[name].eval_split if name in ADAPTERS and "split" not in known else None
     try:
         if is_chat(name):
             return load("llava", seed=seed, limit=limit, **({"source": name} | known))
+        if wanted is not None:
+            try:
+                return load(name, seed=seed, limit=limit, split=wanted, **known)
+            except NoHoldout:  # then training has none either
+                pass
         return load(name, seed=seed, limit=limit, **known)
     except (DataError, OSError) as error:
         raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error

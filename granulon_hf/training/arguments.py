@@ -114,7 +114,8 @@ def make_parser() -> HfArgumentParser:
 
 
 def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
-    """Arguments of a command line: `[RECIPE.yaml] [--name value …]`; what is said on the line wins over the file.
+    """Arguments of a command line: `[RECIPE.yaml] [--name value …]`; what is said on the line wins over the file, and `--data`
+    over the file's data with their source, split and preset.
 
     Raises:
         RecipeError: a file that cannot be read, or that holds a name no argument has.
@@ -133,6 +134,8 @@ def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RecipeAr
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
             what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
             raise RecipeError(f"{path} holds {what}; the names are those of `train.py --help`.")
+        if any(one == "--data" or one.startswith("--data=") for one in arguments):  # these belong to the file's own data
+            values = {name: value for name, value in values.items() if name not in ("source", "split", "preset")}
         parser.set_defaults(**values)
         for action in parser._actions:
             action.required = action.required and action.dest not in values

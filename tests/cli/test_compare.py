@@ -5,10 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from granulon_hf.cli import app
+from granulon_hf.variants import build
 
 TRAIN = {
     **{"tiny": True, "data": "shapes", "limit": 16, "max_steps": 2, "save_steps": 1, "logging_steps": 1, "use_cpu": True},
@@ -63,6 +66,15 @@ def test_rows_are_trained_alike_and_kept():
     assert done.exit_code == 2 and "not trained alike: samples differ" in done.output
 
 
+def test_a_trained_controller_is_for_the_rows_that_have_levels():
+    model, _ = build("granulon-qwen2.5", tiny=True)
+    state = {f"controller.{name}": torch.full_like(value, 0.5) for name, value in model.model.controller.state_dict().items()}
+    save_file(state, "controller.safetensors")
+    assert (done := run({**CONFIG, "controller": "controller.safetensors"})).exit_code == 0, done.output
+    rows = json.loads(Path("out/manifest.json").read_text())["rows"]
+    assert [row["settings"]["adapter"] for row in rows.values()] == [None, "controller.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -71,6 +83,8 @@ def test_rows_are_trained_alike_and_kept():
         ({"encoders": ["clip", "vgg"]}, "Unknown encoder 'vgg'"),
         ({"train": {**TRAIN, "output_dir": "x"}}, "`output_dir` is set by the comparison"),
         ({"train": {**TRAIN, "learning_rat": 1}}, "learning_rat"),
+        ({"controller": "gone"}, "`controller` names 'gone', which is not there"),
+        ({"controller": ".", "encoders": ["clip", "siglip"]}, "clip, siglip have none"),
         ({"eval": {}}, "`eval` needs `data`"),
         ({"eval": {"data": ["shapes"], "metrik": ["recall"]}}, "`eval` has 'metrik'"),
         ({"evaluation": {}}, "unknown name 'evaluation'"),

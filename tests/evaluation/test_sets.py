@@ -1,7 +1,11 @@
 """Sets of evaluation: drawn scenes that training never draws, and what loading left out."""
 
+from dataclasses import replace
+
 import pytest
 
+from granulon_hf.data import load
+from granulon_hf.data.loading import ADAPTERS
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.evaluation.sets import describe_set, left_out, open_samples
 from tests.data import tables
@@ -59,3 +63,15 @@ def test_own_conversations_by_file_or_folder(tmp_path, name):
         assert (sample.id, sample.reference) == ("7", "This.")
     with pytest.raises(ValueError, match="cannot be used"):
         open_samples(str(tmp_path / "gone.json"), drawn=1)
+
+
+def test_what_is_held_out_of_training_is_the_default(tmp_path, monkeypatch):
+    source = tables.flux_folder(tmp_path / "flux", [("Text", 2), ("Imaginative", 2)])
+    assert len(open_samples("flux-reason", drawn=1, source=source)) == 40  # too few for a hold-out, in training as well
+    adapter = replace(ADAPTERS["flux-reason"], holdout=4)
+    monkeypatch.setitem(ADAPTERS, "flux-reason", adapter)
+    held = {sample.id for sample in open_samples("flux-reason", drawn=1, source=source)}
+    trained = {sample.id for sample in load("flux-reason", source=source)}
+    assert len(held) == 4 and len(trained) == 36 and not held & trained
+    assert {sample.id for sample in open_samples("flux-reason", drawn=1, source=source, split="train")} == trained
+    assert open_samples("granuscenes", drawn=1, source="drawn?scenes=2").split == "test"

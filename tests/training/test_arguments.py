@@ -78,3 +78,14 @@ def test_slot_position_reaches_the_model():
 def test_wrong_slot_positions(options, message):
     with pytest.raises(RecipeError, match=message):
         build_model(ModelArguments(tiny=True, **options))
+
+
+def test_other_data_on_the_line_do_not_inherit_the_files_subset(tmp_path):
+    """The README's own command: a recipe of the paper's subset, with the folder that it was prepared into."""
+    path = str(EXAMPLES / "granulon_qwen2.5.yaml")
+    _, data, _ = parse([path, "--data", "flux-200k", "--use_cpu", "true"])
+    assert (data.data, data.preset, data.split) == ("flux-200k", None, None)
+    _, data, _ = parse([path, "--data=flux-reason", "--split", "holdout", "--use_cpu", "true"])
+    assert (data.preset, data.split) == (None, "holdout")
+    _, data, _ = parse([path, "--use_cpu", "true"])
+    assert (data.preset, data.split) == ("paper", "train")
