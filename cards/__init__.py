@@ -44,6 +44,7 @@ def model_card(
     form: Literal["full", "adapter"] = "full",
     backbones: dict[str, Any] | None = None,
     results: dict[str, Any] | None = None,
+    source: str | None = None,
 ) -> ModelCard:
     """Render the card of a model.
 
@@ -56,7 +57,8 @@ def model_card(
         backbones (`dict`, *optional*): where the frozen parts are from, as in [`GranulonConfig`]; by default what `config`
             says.
         results (`dict`, *optional*): content of the `scores.json` of `granulon eval run`; with several models in it, that of
-            this one is found by `repo_id` or `name`.
+            this one is found by `source`, `repo_id` or `name`, the first that is there.
+        source (`str`, *optional*): the folder or Hub id that was evaluated.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: with the scores as `model-index`.
@@ -98,7 +100,8 @@ def model_card(
             f"The Llama 3.2 licence asks that the name of a published model begins with 'Llama'; {repo_name!r} does not.",
             stacklevel=2,
         )
-    rows, command = score_rows(results, [repo_id, repo_name, name or other_size]) if results else ([], "")
+    called = [source, source and Path(source).name, repo_id, repo_name, name or other_size]
+    rows, command = score_rows(results, called) if results else ([], "")
     if rows:
         metadata["metrics"] = list(dict.fromkeys(row["metric"] for row in rows))
     return ModelCard.from_template(
@@ -176,7 +179,7 @@ def inline(text: Any) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in text)
 
 
-def score_rows(results: dict[str, Any], names: list[str | None]) -> tuple[list[dict[str, Any]], str]:
+def score_rows(results: dict[str, Any], names: list[Any]) -> tuple[list[dict[str, Any]], str]:
     """Rows of the evaluation's table for one model, one for each data set and metric, and the command."""
     try:
         from granulon_hf.evaluation.metrics import bootstrap_mean
@@ -186,8 +189,8 @@ def score_rows(results: dict[str, Any], names: list[str | None]) -> tuple[list[d
     rows: list[dict[str, Any]] = []
     try:
         models = list(results["models"])
-        found = models if len(models) == 1 else [model for model in models if model in names]
-        if len(found) != 1:
+        found = models if len(models) == 1 else [name for name in names if name in models]
+        if not found:
             raise ValueError(f"The results are of {', '.join(models)}; say which is this model by the name of its repository.")
         for data, metrics in results["scores"][found[0]].items():
             for metric, values in metrics.items():

@@ -124,9 +124,8 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write_folder(model, processor, folder, form, trained)
-        card = cards.model_card(
-            model.config, name=name, repo_id=repo_id, form=form, backbones=model.config.backbones, results=results
-        )
+        about = dict(form=form, backbones=model.config.backbones, results=results, source=source)
+        card = cards.model_card(model.config, name=name, repo_id=repo_id, **about)
         card.save(folder / "README.md")
         check_export(folder)
         if validate:

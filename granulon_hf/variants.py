@@ -1,6 +1,6 @@
 """The paper's encoder × LLM table as data, and `build`, which assembles any cell of it.
 
-Sources: supplement, section 1 (encoders, all 0.3–0.4 B); method.md of the project for the Hub ids.
+Sources: supplement, section 1 (encoders, all 0.3–0.4 B); the Hub ids are ours to have found.
 """
 
 from dataclasses import dataclass, field

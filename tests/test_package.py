@@ -6,6 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+from rich.text import Text
+
+from granulon_hf.cli import app
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
 
@@ -58,3 +62,17 @@ def test_the_minimum_of_transformers_is_stated_once():
     import granulon_hf
 
     assert f"transformers>={granulon_hf.MINIMUM_TRANSFORMERS.removesuffix('.0')},<6" in PROJECT["project"]["dependencies"]
+
+
+def test_help_loses_no_brackets():
+    """Rich takes [words] for markup: what is meant as text is written with a backslash."""
+
+    def options(command):
+        yield from command.params
+        for inner in getattr(command, "commands", {}).values():
+            yield from options(inner)
+
+    texts = [option.help for option in options(typer.main.get_command(app)) if getattr(option, "help", None)]
+    assert len(texts) > 100 and any("@revision]" in text for text in texts)
+    for text in texts:
+        assert Text.from_markup(text).plain == text.replace("\\[", "[")

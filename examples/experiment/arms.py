@@ -105,7 +105,7 @@ class AggregateStore:
         keys = folder / "keys.txt"
         self.rows = {key: row for row, key in enumerate(keys.read_text().split())} if keys.exists() else {}
         self.files: dict[str, np.memmap] = {}
-        self.known: dict[tuple[str, str], tuple[torch.Tensor, int]] = {}
+        self.known: dict[tuple[str, str], torch.Tensor] = {}
 
     @staticmethod
     def key(features: torch.Tensor) -> str:
@@ -123,7 +123,7 @@ class AggregateStore:
     def tokens(self, key: str, name: str) -> torch.Tensor | None:
         """Tokens and mean cells [M x (D + 2)] of an image, best first; `None` where they are not known."""
         if (key, name) in self.known:
-            return self.known[key, name][0]
+            return self.known[key, name]
         if key not in self.rows or not self.path(name).exists():
             return None
         if name not in self.files:
@@ -133,7 +133,7 @@ class AggregateStore:
         return torch.from_numpy(np.array(self.files[name][self.rows[key]])).view(torch.bfloat16)
 
     def remember(self, key: str, name: str, tokens: torch.Tensor) -> None:
-        self.known[key, name] = (tokens, len(tokens))
+        self.known[key, name] = tokens
 
 
 def with_positions(found: GranulonAggregation) -> torch.Tensor:
@@ -346,14 +346,16 @@ def forward_flops(
 ) -> float:
     """FLOPs of one forward pass, from its visible tokens; the tower, the same for all, is left out, and clusters if cached.
 
-    2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · width · tokens² / 2 of causal attention,
+    2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · (heads · their width) · tokens² / 2 of causal
+    attention,
     2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel N² · D and
     10 steps of N² · C (before pooling; joint kernel).
     """
     config = decoder.config
-    layers = sum(p.numel() for p in decoder.layers.parameters())
+    layers = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)
     tokens = visual + text
-    total = 2.0 * layers * tokens + 2 * config.num_hidden_layers * config.hidden_size * tokens**2
+    attention = decoder.layers[0].self_attn.q_proj.out_features  # heads may be wider than the hidden state
+    total = 2.0 * layers * tokens + 2 * config.num_hidden_layers * attention * tokens**2
     total += 2.0 * config.hidden_size * config.vocab_size
     total += 2.0 * (width * config.hidden_size + config.hidden_size**2) * visual
     extra = arm["tokens"]

@@ -62,12 +62,14 @@ class TextSettings:
     """How the language model is made and trained.
 
     Args:
+        name (`str`): "tiny".
         width, layers, heads (`int`): of the decoder.
         scenes (`int`): described in training.
         batch_size (`int`): scenes a step, with all their questions.
         learning_rate (`float`): after 100 steps of warm-up; it falls to 0 over a fifth of `max_steps` when the
             accuracy on descriptions has reached a plateau, at the latest at the end.
         max_steps (`int`): of AdamW.
+        test_scenes (`int`): that its accuracy is measured on.
         seed (`int`): of weights and descriptions.
     """
 

@@ -28,12 +28,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
 from typing import Annotated, Any
 
 import jinja2
 import numpy as np
 import typer
-from scipy.stats import norm
 
 from granulon_hf.cli.common import BadInput, reports_bad_input
 from granulon_hf.data.files import write_text
@@ -622,7 +622,7 @@ def control_tests(scores: Scores) -> list[dict[str, Any]]:
                 *((kind, point[i], drawn[:, i]) for i, kind in enumerate(study.types) if not np.isnan(point[i])),
             ):
                 error = float(np.nanstd(samples))
-                p = float(norm.sf(excess / error)) if error > 0 else float(excess <= 0)
+                p = NormalDist().cdf(-excess / error) if error > 0 else float(excess <= 0)
                 test = {"arm": arm, "split": block[0], "control": block[1], "type": kind, "excess": float(excess), "p": p}
                 if kind == "overall":
                     _, accuracy = scores.means(block, np.mean(values, axis=0))
@@ -1031,13 +1031,12 @@ def headline(found: Mapping[str, Any]) -> str:
     word = found["claims"][0]["verdict"]
     if word == "no difference":
         text = f"Pixel + adaptive makes no difference to pixel only here, not by as much as {MARGIN:g} of accuracy."
-    elif result["estimate"] <= 0:
-        text = "Pixel + adaptive does not beat pixel only here"
-        text += ": it is worse." if word == "contradicted" else "."
+    elif word == "contradicted":
+        text = "Pixel + adaptive is worse than pixel only here."
     elif word == "supported":
         text = "Pixel + adaptive beats pixel only here."
     else:
-        text = "It is not shown that pixel + adaptive beats pixel only: it is ahead, but that is not decided."
+        text = "It is not decided whether pixel + adaptive beats pixel only."
     return f"{text} {told(result)}."
 
 

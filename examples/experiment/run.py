@@ -1,8 +1,8 @@
 """The whole study in one command.
 
-    python -m examples.experiment.run examples/experiment/quick.yaml --out study
+    python -m examples.experiment.run examples/experiment/quick.yaml --out study --pictures pictures
     python -m examples.experiment.run examples/experiment/full.yaml --out study --pictures pictures
-    python -m examples.experiment.run examples/experiment/quick.yaml --out study --arms pixel,pixel+adaptive --seeds 0,1
+    python -m examples.experiment.run examples/experiment/quick.yaml --out drawn --arms pixel,pixel+adaptive --seeds 0,1
 
 Stages, each skipped where it is complete: language model, features, clusters, controller, runs (the first of a seed aligns the
 projector that all of that seed begin with), report. A killed study goes on

@@ -59,6 +59,8 @@ class Settings:
             or at `max_steps`. What is tested is the mean of the weights at the last `window` validations.
         alignment_epochs (`int`): over the training scenes, of the projector before any question (`alignment.py`); 0 is none.
         precision (`str`): of the frozen parts, "float32" or "bfloat16"; what is trained is in float32.
+        language_model (`dict`): fields of [`TextSettings`], or `{name: smollm2}`.
+        controller_steps (`int`): of the controller's training.
     """
 
     scenes: dict[str, int] = field(default_factory=lambda: {"train": 3000, "validation": 100, "test": 200, "test_heldout": 200})
@@ -367,12 +369,21 @@ class Validation(TrainerCallback):
 
     def __init__(self, run: "Run"):
         self.run, self.rows = run, run.read_history()
-        self.began, self.spent, self.losses = 0.0, 0.0, []
+        self.began, self.spent, self.clock = 0.0, 0.0, run.folder / "clock.json"
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.rows = [row for row in self.rows if row["step"] <= state.global_step]
         self.run.write_history(self.rows)
-        self.spent, self.began = (self.rows[-1]["seconds"] if self.rows else 0.0), time.time()
+        self.spent = self.saved_at().get(str(state.global_step), self.rows[-1]["seconds"] if self.rows else 0.0)
+        self.began = time.time()
+
+    def saved_at(self) -> dict[str, float]:
+        """Seconds of training at each checkpoint."""
+        return json.loads(self.clock.read_text()) if self.clock.exists() else {}
+
+    def on_save(self, args, state, control, **kwargs):  # also where a run is stopped between two validations
+        seconds = round(self.spent + time.time() - self.began, 2)
+        write_text(self.clock, json.dumps(self.saved_at() | {str(state.global_step): seconds}) + "\n")
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.run.study.orphaned():
@@ -562,26 +573,27 @@ class Run:
         last = rows[-1]
         began = [{"step": 0, "seconds": 0.0}, *rows]
         paces = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(began)]
+        done = {
+            "steps": last["step"],
+            "validation": validation["accuracy"],
+            "seconds_training": last["seconds"],
+            "seconds_per_step": round(min(paces), 4),  # the least, here and below: other runs share the machine
+            **self.flops(predictions),
+            "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
+            "latency_ms_per_question": round(1000 * min(latency), 2),
+        }
+        write_text(self.folder / "done.json", json.dumps(done, indent=1) + "\n")
+
+    def flops(self, predictions: list[dict[str, Any]]) -> dict[str, int]:
         seen = [row for row in predictions if row["control"] == "none"]
         visual, text = (float(np.mean([row[name] for row in seen])) for name in ("visual_tokens", "text_tokens"))
         lengths = torch.cat([self.collator(samples)["attention_mask"].sum(1) for samples in self.validation])
         conversation = float(lengths.float().mean()) - self.processor.slots
         rows_per_sample = len(lengths) / sum(map(len, self.validation))
         patches, width = self.features.shape
-        decoder = self.model.model.language_model
-        flops = forward_flops(self.arm, decoder, width, patches, visual, text)
-        training_flops = forward_flops(self.arm, decoder, width, patches, visual, conversation, cached=True)
-        done = {
-            "steps": last["step"],
-            "validation": validation["accuracy"],
-            "seconds_training": last["seconds"],
-            "seconds_per_step": round(min(paces), 4),  # the least, here and below: other runs share the machine
-            "flops_per_question": round(flops),
-            "training_flops_per_sample": round(rows_per_sample * training_flops),
-            "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
-            "latency_ms_per_question": round(1000 * min(latency), 2),
-        }
-        write_text(self.folder / "done.json", json.dumps(done, indent=1) + "\n")
+        one = (self.arm, self.model.model.language_model, width, patches, visual)
+        training = rows_per_sample * forward_flops(*one, conversation, cached=True)
+        return {"flops_per_question": round(forward_flops(*one, text)), "training_flops_per_sample": round(training)}
 
     @torch.inference_mode()
     def predict(self, split: str, control: str, count: int, latency: list[float]) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def run(
     data: Annotated[
         list[str] | None, typer.Option(help="Name of a set (NAME=FOLDER says where it is), a folder, a chat.json, or shapes.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="Folder of predictions and tables. [eval]")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of predictions and tables. \\[eval]")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the sets; by default what training does not see.")] = None,
     preset: Annotated[str | None, typer.Option(help="Subset of the sets, such as paper.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many samples of each set, uniformly drawn.", min=1)] = None,
@@ -78,12 +78,12 @@ def run(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer. [64]", min=1)] = None,
     granularity: Annotated[str | None, typer.Option(help="Force a level.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples at once; answers do not depend on it. [8]", min=1)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, or auto. [auto]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto: the checkpoint's own; float32 on a CPU. [auto]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, or auto. \\[auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto: the checkpoint's own; float32 on a CPU. \\[auto]")] = None,
     judge: Annotated[str | None, typer.Option(help="Score with this judge too, such as gpt-4o.")] = None,
     judge_base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server.")] = None,
     judge_max_cost: Annotated[float | None, typer.Option(help="USD for each model and set.")] = None,
-    bertscore_model: Annotated[str | None, typer.Option(help="Encoder of BERTScore. [roberta-large]")] = None,
+    bertscore_model: Annotated[str | None, typer.Option(help="Encoder of BERTScore. \\[roberta-large]")] = None,
     bertscore_layers: Annotated[int | None, typer.Option(help="Its layer, for a folder.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:

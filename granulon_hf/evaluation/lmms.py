@@ -1,6 +1,6 @@
 """Granulon in lmms-eval (≥ 0.7): its model `granulon`, found through the entry-point group `lmms_eval.models`.
 
-    pip install granulon-hf lmms-eval
+    pip install "granulon-hf[lmms]"
     lmms-eval --model granulon --model_args pretrained=FOLDER_OR_HUB_ID --tasks mme --batch_size 8 --output_path results
 
 Arguments in `--model_args`: pretrained, dtype ("auto", "float32", "bfloat16", "float16") and granularity (a level for all

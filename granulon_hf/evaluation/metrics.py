@@ -100,6 +100,10 @@ def chosen_option(prediction: str, choices: Sequence[str]) -> int | None:
     return option_of(inside.pop(), choices) if len(inside) == 1 else None
 
 
+# Their packages are an extra of their own, for their size.
+CAPTION_METRICS = {"cider": "pycocoevalcap", "bleu": "sacrebleu", "rouge_l": "rouge_score"}
+
+
 def corpus_captions(predictions: Sequence[str], references: Sequence[str]) -> dict[str, list[float]]:
     """CIDEr, BLEU-4 and ROUGE-L of each sample.
 
@@ -107,14 +111,12 @@ def corpus_captions(predictions: Sequence[str], references: Sequence[str]) -> di
     statistics are those of all references: it needs several.
 
     Raises:
-        ImportError: names the package that is missing.
+        ImportError: one of the packages is missing (`pip install "granulon-hf[captions]"`).
     """
-    try:
-        from pycocoevalcap.cider.cider import Cider
-        from rouge_score import rouge_scorer
-        from sacrebleu.metrics import BLEU
-    except ImportError as error:
-        raise ImportError(f'{error}; the caption metrics need: pip install "granulon-hf[eval]"') from None
+    from pycocoevalcap.cider.cider import Cider
+    from rouge_score import rouge_scorer
+    from sacrebleu.metrics import BLEU
+
     bleu, rouge = BLEU(effective_order=True), rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
     spaced = [" ".join(re.findall(r"\w+", text.lower())) for text in (*predictions, *references)]
     count = len(predictions)

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from transformers import AutoConfig
 
 from granulon_hf.data import Sample
 from granulon_hf.data.files import write_text
-from granulon_hf.evaluation.metrics import SCORERS, bert_scores, bootstrap_mean, corpus_captions, paired_difference
+from granulon_hf.evaluation.metrics import (
+    CAPTION_METRICS,
+    SCORERS,
+    bert_scores,
+    bootstrap_mean,
+    corpus_captions,
+    paired_difference,
+)
 from granulon_hf.evaluation.models import pick_device
 from granulon_hf.evaluation.prediction import (
     Generation,
@@ -28,7 +36,7 @@ from granulon_hf.evaluation.prediction import (
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
 from granulon_hf.training.run import command_line
 
-# recipe.md: figures of the paper, for reference; percent, GPT scores 0 to 100.
+# Figures of the paper (its tables), for reference; percent, GPT scores 0 to 100.
 PAPER = {
     "clip-qwen2.5": {
         ("seed-bench", "recall"): 50.91,
@@ -79,7 +87,7 @@ PAPER = {
 }
 # Sets whose samples are scored in columns apart, and the field of `meta` that says in which.
 SPLIT_BY = {"surgvlm": "category"}
-METRICS = (*SCORERS, "bertscore", "cider", "bleu", "rouge_l", "judge", "hallucination")
+METRICS = (*SCORERS, "bertscore", *CAPTION_METRICS, "judge", "hallucination")
 PERCENT = {"recall", "exact", "option_accuracy", "bertscore"}  # shown times 100
 
 
@@ -156,8 +164,12 @@ def titles_of(sources: Sequence[str]) -> dict[str, str]:
     return titles
 
 
-def check_encoder(suite: Suite) -> None:
-    """Raises ValueError where BERTScore is asked for and its encoder is not there."""
+def check_metrics(suite: Suite) -> None:
+    """Raises ValueError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
+    missing = [package for package in CAPTION_METRICS.values() if find_spec(package) is None]
+    if missing and set(suite.metrics or []) & set(CAPTION_METRICS):
+        names = ", ".join(CAPTION_METRICS)
+        raise ValueError(f'{missing[0]} is not installed; {names} need: pip install "granulon-hf[captions]"')
     if "bertscore" not in (suite.metrics or []):
         return
     try:
@@ -203,7 +215,7 @@ def run_suite(
         ValueError: data or a model cannot be used; before a model is loaded where that can be known.
     """
     out, titles = Path(suite.out), titles_of(suite.models)
-    check_encoder(suite)
+    check_metrics(suite)
     sets: dict[str, list[Sample]] = {}
     about: dict[str, dict[str, Any]] = {}
     for name in suite.data:
@@ -361,7 +373,7 @@ def score_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[s
             found[name] = [SCORERS[name](row) for row in rows]
         elif name == "bertscore":
             found[name] = list(bert_scores(predictions, references, suite.bertscore_model, suite.bertscore_layers))
-    if captions := [name for name in names if name in ("cider", "bleu", "rouge_l")]:
+    if captions := [name for name in names if name in CAPTION_METRICS]:
         values = corpus_captions(predictions, references)
         found |= {name: list(values[name]) for name in captions}
     if {"judge", "hallucination"} & set(names):

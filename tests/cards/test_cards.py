@@ -179,6 +179,13 @@ def test_scores_are_those_of_this_model():
     assert "/home/" not in str(card)
 
 
+def test_the_folder_that_was_evaluated_finds_its_scores():
+    """`eval run --model demo --model runs/mine`, then `push runs/mine`: whatever the repository is called."""
+    card = model_card(full_size("granulon-qwen2.5"), repo_id="org/granulon-qwen2.5", results=RESULTS, source="runs/other")
+    _, found = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert {result.metric_value for result in found} == {100.0}
+
+
 def test_figures_of_the_paper_are_the_papers():
     name = "granulon-qwen2.5"
     card = model_card(full_size(name), name=name, results=RESULTS)

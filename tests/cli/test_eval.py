@@ -291,10 +291,15 @@ def test_bad_yaml_is_one_sentence(no_model, yaml, message):
         (["--model", "nowhere/at-all"], "Cannot find the model"),
         (["--dtype", "int8"], "Unknown dtype 'int8'"),
         (["--data", "shapes=here"], "Drawn shapes have no source"),
+        (
+            ["--metric", "cider"],
+            'pycocoevalcap is not installed; cider, bleu, rouge_l need: pip install "granulon-hf[captions]"',
+        ),
         (["--metric", "bertscore", "--bertscore-model", "no-such-encoder"], "encoder 'no-such-encoder' of BERTScore"),
     ],
 )
-def test_what_is_wrong_with_the_last_is_known_before_the_first_is_loaded(no_model, arguments, message):
+def test_what_is_wrong_with_the_last_is_known_before_the_first_is_loaded(no_model, arguments, message, monkeypatch):
+    monkeypatch.setattr(suite_module, "find_spec", lambda name: None)
     data = [] if "--data" in arguments else ["--data", "shapes"]
     done = run(*MODELS, *data, *arguments, "--limit", 2, "--out", "out")
     assert done.exit_code == 2 and message in done.stderr and not list(Path(".").rglob("run.json")), done.output

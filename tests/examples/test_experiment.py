@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("timm")
 
 from examples.experiment import run as command
 from examples.experiment.alignment import align, words_of_cells
-from examples.experiment.arms import ARMS, AggregateStore
+from examples.experiment.arms import ARMS, AggregateStore, forward_flops
 from examples.experiment.language_model import (
     FORMS,
     TextBatches,
@@ -32,7 +33,7 @@ from examples.experiment.language_model import (
     short_questions,
     true_cells,
 )
-from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, on_plateau
+from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
 from granulon_hf.modeling.aggregation_granulon import grid_positions
@@ -185,6 +186,32 @@ def test_what_is_tested_is_the_mean_of_the_last_weights(study):
     key = next(one for one in states[0] if one.endswith(name))
     assert not torch.equal(states[0][key], states[1][key])
     torch.testing.assert_close(run.model.model.get_parameter(name), (states[0][key] + states[1][key]) / 2)
+
+
+def test_time_between_two_validations_outlives_a_stop(tmp_path):
+    """A stopped run saves where it is; what it had trained since the last validation is not for nothing."""
+    row = {"step": 100, "seconds": 30.0}
+    run = SimpleNamespace(folder=tmp_path, read_history=lambda: [row], write_history=lambda rows: None)
+    first, second, older = (Validation(run) for _ in range(3))
+    first.spent, first.began = 30.0, time.time() - 12
+    first.on_save(None, SimpleNamespace(global_step=140), None)
+    second.on_train_begin(None, SimpleNamespace(global_step=140), None)
+    assert second.spent == pytest.approx(42, abs=1)
+    older.on_train_begin(None, SimpleNamespace(global_step=100), None)  # killed before its time was written
+    assert older.spent == 30.0
+
+
+def test_flops_are_those_that_torch_counts(study):
+    model, _ = study.model("pixel", 0)
+    decoder, tokens = model.model.language_model, 50
+    decoder.set_attn_implementation("eager")  # of which torch counts every product, also those that the mask hides
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        decoder(inputs_embeds=torch.zeros(1, tokens, decoder.config.hidden_size))
+    attention = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "bmm" in str(op))
+    expected = counter.get_total_flops() - attention / 2
+    config, arm = decoder.config, ARMS["pixel"][1]
+    rest = 2 * config.hidden_size * (config.vocab_size + 1280 * 40 + config.hidden_size * 40)  # head and projector
+    assert forward_flops(arm, decoder, 1280, 196, 40, 10) - rest == pytest.approx(expected, rel=0.001)
 
 
 def test_a_plateau_is_told_from_noise():
