@@ -117,9 +117,10 @@ def test_data_files_agree_with_the_variants(name):
 
 @pytest.mark.parametrize("name", variants.NAMES)
 def test_recipes_train_that_variant(name):
-    file, _, option = card_data(name)["recipe"].partition(" --variant ")
-    recipe = yaml.safe_load((Path(__file__).parents[2] / file).read_text())
-    assert (option or recipe["variant"]) == name
+    parse = pytest.importorskip("granulon_hf.training.arguments").parse
+    file, *options = card_data(name)["recipe"].split()
+    model, _, args = parse([str(Path(__file__).parents[2] / file), *options, "--use_cpu", "true"])
+    assert model.variant == name and args.output_dir == f"runs/{name}"
 
 
 def test_the_recipe_in_the_card_is_that_of_the_training_arguments():
