@@ -100,8 +100,8 @@ def model_card(
             f"The Llama 3.2 licence asks that the name of a published model begins with 'Llama'; {repo_name!r} does not.",
             stacklevel=2,
         )
-    called = [source, source and Path(source).name, repo_id, repo_name, name or other_size]
-    rows, command = score_rows(results, called) if results else ([], "")
+    called = (source, source and Path(source).name, repo_id, repo_name, name or other_size)
+    rows, command = score_rows(results, [one for one in called if one]) if results else ([], "")
     if rows:
         metadata["metrics"] = list(dict.fromkeys(row["metric"] for row in rows))
     return ModelCard.from_template(
@@ -179,7 +179,7 @@ def inline(text: Any) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in text)
 
 
-def score_rows(results: dict[str, Any], names: list[Any]) -> tuple[list[dict[str, Any]], str]:
+def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str, Any]], str]:
     """Rows of the evaluation's table for one model, one for each data set and metric, and the command."""
     try:
         from granulon_hf.evaluation.metrics import bootstrap_mean

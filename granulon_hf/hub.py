@@ -124,8 +124,15 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write_folder(model, processor, folder, form, trained)
-        about = dict(form=form, backbones=model.config.backbones, results=results, source=source)
-        card = cards.model_card(model.config, name=name, repo_id=repo_id, **about)
+        card = cards.model_card(
+            model.config,
+            name=name,
+            repo_id=repo_id,
+            form=form,
+            backbones=model.config.backbones,
+            results=results,
+            source=source,
+        )
         card.save(folder / "README.md")
         check_export(folder)
         if validate:

@@ -1,6 +1,6 @@
 """The paper's encoder × LLM table as data, and `build`, which assembles any cell of it.
 
-Sources: supplement, section 1 (encoders, all 0.3–0.4 B); the Hub ids are ours to have found.
+Sources: supplement, section 1 (encoders, all 0.3–0.4 B); the Hub ids are ours.
 """
 
 from dataclasses import dataclass, field

@@ -347,9 +347,8 @@ def forward_flops(
     """FLOPs of one forward pass, from its visible tokens; the tower, the same for all, is left out, and clusters if cached.
 
     2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · (heads · their width) · tokens² / 2 of causal
-    attention,
-    2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel N² · D and
-    10 steps of N² · C (before pooling; joint kernel).
+    attention, 2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel
+    N² · D and 10 steps of N² · C (before pooling; joint kernel).
     """
     config = decoder.config
     layers = sum(p.numel() for p in decoder.layers.parameters() if p.ndim == 2)

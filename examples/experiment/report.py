@@ -568,8 +568,11 @@ def verdict(results: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
         return "no difference", f"within ±{MARGIN:g}: {', '.join(equal)}"
     ends = [[end + result["margin"] for end in result["interval"]] for result in made]
     away = {low > 0 for low, high in ends if low > 0 or high < 0}
-    points = {frozenset([True]): "points towards supported", frozenset([False]): "points towards contradicted"}
-    points[frozenset()] = "no direction"
+    points = {
+        frozenset(): "no direction",
+        frozenset([True]): "points towards supported",
+        frozenset([False]): "points towards contradicted",
+    }
     direction = points.get(frozenset(away), "points both ways") if made else "not measured"
     if away == {True} and len(made) < len(results):
         direction += ", as far as it was measured"
