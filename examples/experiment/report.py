@@ -170,12 +170,14 @@ class Study:
     Args:
         questions (`dict[tuple[str, str], list[tuple]]`): per split and control, as in `QUESTION`.
         unfinished (`list[str]`): runs that are left out.
+        timing (`dict[str, dict]`): by arm, as `timing.py` writes it.
     """
 
     experiment: dict[str, Any]
     runs: list[Run]
     questions: dict[tuple[str, str], list[tuple]]
     unfinished: list[str]
+    timing: dict[str, Any]
     levels: dict[str, list[str]] = field(init=False)  # types of each level
 
     def __post_init__(self) -> None:
@@ -289,6 +291,7 @@ def read(out: Path) -> Study:
         sorted(runs.values(), key=rank),
         {block: asked for block, (_, asked) in questions.items()},
         [label(path) for path in folders if path not in finished],
+        read_json(out / "timing.json") if (out / "timing.json").exists() else {},
     )
 
 
@@ -711,17 +714,18 @@ def summary(values: Sequence[float | None]) -> list[float] | None:
 
 
 def costs(study: Study) -> dict[str, dict[str, Any]]:
-    """Tokens, compute, latency and training of each arm: means over its runs."""
+    """Tokens, compute and training of each arm, means over its runs; and its times (`timing.py`), where they were taken."""
     result = {}
     for arm in dict.fromkeys(run.arm for run in study.runs):
         runs = [run for run in study.runs if run.arm == arm]
         done = {
             name: float(np.mean([run.done[name] for run in runs]))
-            for name in ("flops_per_question", "latency_ms_per_question", "trainable_parameters", "seconds_per_step", "steps")
+            for name in ("flops_per_question", "trainable_parameters", "steps")
         }
         result[arm] = {
             "visual_tokens": float(np.mean([np.mean(run.visual_tokens[DECISIVE, "none"]) for run in runs])),
             **done,
+            "times": study.timing.get(arm),
             "hours_training": sum(run.done["seconds_training"] for run in runs) / 3600,
             "plateau": sum(run.plateau for run in runs),
             "seeds": len(runs),

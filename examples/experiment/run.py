@@ -5,7 +5,7 @@
     python -m examples.experiment.run examples/experiment/quick.yaml --out drawn --arms pixel,pixel+adaptive --seeds 0,1
 
 Stages, each skipped where it is complete: language model, features, clusters, controller, runs (the first of a seed aligns the
-projector that all of that seed begin with), report. A killed study goes on
+projector that all of that seed begin with), timing, report. A killed study goes on
 with the same command, at the last validation of each run. Runs are shared out to processes of one thread each.
 """
 
@@ -38,6 +38,7 @@ from . import language_model
 from .arms import ARMS
 from .report import differing
 from .report import write as write_report
+from .timing import time_arms, timed
 from .training import Run, Settings, Study
 
 # One thread a process, and memory that is kept: to give large buffers back and take them again costs as much as the layers.
@@ -162,6 +163,20 @@ def wait_for(preparing: subprocess.Popen, study: Study, progress: Progress) -> N
         raise BadInput(f"Features and clusters failed; {log} says why. The same command goes on.")
 
 
+def wait_for_timing(timing: subprocess.Popen, study: Study, arms: int, progress: Progress) -> None:
+    """
+    Raises:
+        BadInput: it failed.
+    """
+    task = progress.add_task("timing", total=arms)
+    while timing.poll() is None:
+        progress.update(task, completed=len(timed(study)))
+        time.sleep(0.5)
+    progress.remove_task(task)
+    if timing.returncode:
+        raise BadInput(f"The timing failed; {study.out / 'timing.log'} says why. The same command goes on.")
+
+
 def execute(study: Study, jobs: list[tuple[str, int]], args: argparse.Namespace, progress: Progress) -> list[str]:
     """Give the runs to the workers; names of those that failed."""
     steps = study.settings.max_steps
@@ -214,6 +229,10 @@ def main(given: list[str] | None = None) -> None:
             study.fill_features()
             study.fill_aggregates([*dict.fromkeys(name for name, _ in jobs), "pixel+adaptive"], progress)
         return
+    if args.run == "timing":
+        torch.set_num_threads(1)
+        time_arms(study, [*dict.fromkeys(name for name, _ in jobs)])
+        return
     if args.run:
         torch.set_num_threads(1)
         name, _, seed = args.run.rpartition("/")
@@ -258,9 +277,13 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
             preparing.terminate()
         study.train_controller()
         describe(study, config, command, text)
-        failed = execute(study, jobs, args, progress)
-    if failed:
-        raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")
+        if failed := execute(study, jobs, args, progress):
+            raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")
+        timing = start(args, "timing", args.out / "timing.log")  # when no run is beside it
+        try:
+            wait_for_timing(timing, study, len({name for name, _ in jobs}), progress)
+        finally:
+            timing.terminate()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Samples, features and clusters that all arms share, and one run: training to its plateau, then every question alone."""
 
 import fcntl
-import itertools
+import functools
 import json
 import os
 import random
@@ -24,7 +24,7 @@ from transformers.utils import logging
 from granulon_hf.data.collator import GranulonCollator, encode_prompts
 from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
-from granulon_hf.data.granuscenes import VERSION, GranuScenes, Pictures
+from granulon_hf.data.granuscenes import VERSION, GranuScenes, Pictures, Scene
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo.assemble import load_image_processor, load_language_model, load_vision_tower
 from granulon_hf.evaluation.metrics import exact
@@ -42,6 +42,8 @@ from .language_model import SEED, TextSettings, make_tokenizer, untrained
 
 SPLITS = ("train", "validation", "test", "test_heldout")
 CONTROLS = ("none", "blind", "shuffled")
+ANSWER_TOKENS = 3  # no answer is longer
+Task = tuple[Scene, int]  # a question of a scene, by its place in it
 
 
 @dataclass
@@ -283,6 +285,7 @@ class Conversations(Sequence):
     def __init__(self, study: Study, split: str, seed: int, orders: int = 1):
         self.study, self.split, self.seed, self.orders = study, split, seed, orders
         self.levels = list(QUESTION_LEVELS)
+        self.scene = functools.cache(study.scenes[split].scene)  # to make one takes as long as to tokenise it
 
     def __len__(self) -> int:
         return len(self.study.scenes[self.split]) * len(self.levels) * self.orders
@@ -292,7 +295,7 @@ class Conversations(Sequence):
             raise IndexError(number)
         rest, order = divmod(int(number), self.orders)
         index, level = divmod(rest, len(self.levels))
-        scene = self.study.scenes[self.split].scene(index)
+        scene = self.scene(index)
         name = self.levels[level]
         questions = [question for question in scene.questions if question.level == name]
         random.Random(f"{self.seed} {number}").shuffle(questions)
@@ -460,17 +463,22 @@ class Run:
             if not self.done():
                 self.train_and_evaluate()
 
-    def train_and_evaluate(self) -> None:
+    def assemble(self) -> None:
+        """The model with its new weights, and what feeds it."""
         logging.set_verbosity_error()
+        controller = load_file(self.study.out / "controller" / "controller.safetensors")
+        store = self.study.store() if self.arm["maker"] == "clusters" else None
+        self.model, self.processor = self.study.model(self.name, self.seed, store, controller)
+        self.features = self.study.features(self.model)
+        self.collator = ArmCollator(self.processor, self.features, self.arm, self.seed)
+
+    def train_and_evaluate(self) -> None:
         study, settings = self.study, self.study.settings
-        controller = load_file(study.out / "controller" / "controller.safetensors")
-        store = study.store() if self.arm["maker"] == "clusters" else None
-        self.model, self.processor = study.model(self.name, self.seed, store, controller)
+        self.assemble()
         if (aligned := align(study, self.seed)) is not None:
             for part in (self.model.model.multi_modal_projector, self.model.model.semantic_projector):
                 if part is not None:
                     part.load_state_dict({name: aligned[name] for name in part.state_dict()})
-        self.features = study.features(self.model)
         arguments = RecipeArguments(
             output_dir=str(self.folder),
             per_device_train_batch_size=settings.batch_size,
@@ -490,12 +498,10 @@ class Run:
             average_tokens_across_devices=False,
         )
         validation = Validation(self)
-        collator = ArmCollator(self.processor, self.features, self.arm, self.seed)
         samples: Any = study.conversations("train", self.seed, settings.orders)
         self.validation = list(batches(study.conversations("validation", 0, 1), 2 * settings.batch_size))
-        self.collator = collator
         self.trainer = ArmTrainer(
-            model=self.model, args=arguments, train_dataset=samples, data_collator=collator, callbacks=[validation]
+            model=self.model, args=arguments, train_dataset=samples, data_collator=self.collator, callbacks=[validation]
         )
         checkpoint = last_checkpoint(self.folder)
         finished = (
@@ -561,26 +567,20 @@ class Run:
         settings, rows = self.study.settings, self.read_history()
         self.load_mean_weights(rows)
         validation = self.validate()
-        latency: list[float] = []
         predictions = []
         for split in ("test", "test_heldout"):
             for control in CONTROLS if split == "test" else ("none",):
                 count = len(self.study.scenes[split])
                 count = count if control == "none" else min(count, settings.control_scenes)
-                predictions += self.predict(split, control, count, latency)
+                predictions += self.predict(split, control, count)
         text = "".join(json.dumps(row) + "\n" for row in predictions)
         write_text(self.folder / "predictions.jsonl", text)
-        last = rows[-1]
-        began = [{"step": 0, "seconds": 0.0}, *rows]
-        paces = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in itertools.pairwise(began)]
         done = {
-            "steps": last["step"],
+            "steps": rows[-1]["step"],
             "validation": validation["accuracy"],
-            "seconds_training": last["seconds"],
-            "seconds_per_step": round(min(paces), 4),  # the least, here and below: other runs share the machine
+            "seconds_training": rows[-1]["seconds"],
             **self.flops(predictions),
             "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
-            "latency_ms_per_question": round(1000 * min(latency), 2),
         }
         write_text(self.folder / "done.json", json.dumps(done, indent=1) + "\n")
 
@@ -596,36 +596,46 @@ class Run:
         return {"flops_per_question": round(forward_flops(*one, text)), "training_flops_per_sample": round(training)}
 
     @torch.inference_mode()
-    def predict(self, split: str, control: str, count: int, latency: list[float]) -> list[dict[str, Any]]:
-        """Greedy answers, every question alone; `latency` takes seconds a question of each batch."""
-        rows, scenes = [], self.study.scenes[split]
+    def generate(self, inputs: Any, tasks: Sequence[Task], **options) -> tuple[torch.Tensor, list[str | None]]:
+        """Token ids [B x L] of the tasks' answers, and the levels that they are answered with."""
         names = [one["name"] for one in self.arm["levels"]]
-        tasks = [(scene, n) for scene in scenes[:count] for n in range(len(scene.questions))]
+        levels: list[str | None] = [None] * len(tasks)
+        if self.arm["policy"] == "adaptive":
+            mask = {name: inputs[name] for name in ("input_ids", "attention_mask", "question_mask")}
+            levels = [names[i] for i in self.model.get_granularity_probs(**mask).argmax(-1).tolist()]
+        elif self.arm["policy"] in ("oracle", "random"):
+            levels = [forced_level(self.arm["policy"], s.questions[n].level, f"{s.id}-{n}", self.seed) for s, n in tasks]
+        elif names:
+            levels = [names[0]] * len(tasks)
+        if names:
+            options["granularity"] = levels
+        return self.model.generate(
+            **inputs.to(self.model.device), max_new_tokens=ANSWER_TOKENS, do_sample=False, **options
+        ), levels
+
+    def prompts(self, tasks: Sequence[Task]) -> Any:
+        """Inputs of `generate`, every question alone, without the features of their images."""
         blank = Image.new("RGB", (8, 8))
+        content = [[{"type": "image", "image": blank}, {"type": "text", "text": s.questions[n].text}] for s, n in tasks]
+        return encode_prompts(self.processor, [[{"role": "user", "content": parts}] for parts in content])
+
+    def features_of(self, scenes: Sequence[Scene]) -> torch.Tensor:
+        return torch.stack([self.features(self.study.image(scene.id)) for scene in scenes])
+
+    @torch.inference_mode()
+    def predict(self, split: str, control: str, count: int) -> list[dict[str, Any]]:
+        """Greedy answers, every question alone."""
+        rows, scenes = [], self.study.scenes[split]
+        tasks = [(scene, n) for scene in scenes[:count] for n in range(len(scene.questions))]
         if control == "blind":  # the mean of all features, place by place: it tells nothing and is not as strange as zeros
-            mean = torch.stack([self.features(self.study.image(scene.id)) for scene in scenes[:count]]).float().mean(0)
+            mean = self.features_of(scenes[:count]).float().mean(0)
         for batch in batches(tasks, 64):
             self.study.stop_if_orphaned()
-            content = [[{"type": "image", "image": blank}, {"type": "text", "text": s.questions[n].text}] for s, n in batch]
-            inputs = encode_prompts(self.processor, [[{"role": "user", "content": parts}] for parts in content])
+            inputs = self.prompts(batch)
             shown = [scenes.scene((s.index + 1) % count) if control == "shuffled" else s for s, _ in batch]
-            pixels = torch.stack([self.features(self.study.image(scene.id)) for scene in shown])
+            pixels = self.features_of(shown)
             inputs["pixel_values"] = mean.expand_as(pixels) if control == "blind" else pixels
-            levels: list[str | None] = [None] * len(batch)
-            arguments: dict[str, Any] = {}
-            began = time.perf_counter()
-            if self.arm["policy"] == "adaptive":
-                mask = {name: inputs[name] for name in ("input_ids", "attention_mask", "question_mask")}
-                levels = [names[i] for i in self.model.get_granularity_probs(**mask).argmax(-1).tolist()]
-            elif self.arm["policy"] in ("oracle", "random"):
-                levels = [forced_level(self.arm["policy"], s.questions[n].level, f"{s.id}-{n}", self.seed) for s, n in batch]
-            elif names:
-                levels = [names[0]] * len(batch)
-            if names:
-                arguments["granularity"] = levels
-            inputs = inputs.to(self.model.device)
-            output = self.model.generate(**inputs, **arguments, max_new_tokens=3, do_sample=False)
-            latency.append((time.perf_counter() - began) / len(batch))
+            output, levels = self.generate(inputs, batch)
             answers = self.processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             betas = {one["name"]: one["beta"] for one in self.arm["levels"]}
             pixel_tokens = self.features.shape[0] if self.arm["pixels"] else 0

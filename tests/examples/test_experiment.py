@@ -99,6 +99,15 @@ def test_the_command_writes_the_folder_that_the_report_reads(study_folder):
         assert row["visual_tokens"] == 196 + {"coarse": 5, "middle": 10, "fine": 20}[row["level_used"]]
 
 
+def test_arms_are_timed_in_turn_with_pixel(study_folder):
+    found = json.loads((study_folder / "timing.json").read_text())
+    assert set(found) == {"pixel", "pixel+adaptive"}
+    for times in found.values():
+        for what in ("answer", "step"):
+            low, high = times[what]["range"]
+            assert 0 < low <= times[what]["ratio"] <= high and times[what]["pixel_seconds"] > 0
+
+
 def test_cells_say_what_is_there(study):
     scene = study.scenes["train"].scene(0)
     cells, things = true_cells(scene), scene.things

@@ -15,13 +15,12 @@ from granulon_hf.cli.common import BadInput
 
 LEVELS = {"coarse": {"amount": 1 / 3, "presence": 0.5}, "middle": {"where": 0.25, "relation": 0.5}, "fine": {"letter": 0.125}}
 TYPES = {kind: (level, chance) for level, kinds in LEVELS.items() for kind, chance in kinds.items()}
-DONE = {"steps": 400, "validation": 0.5, "seconds_training": 60.0, "seconds_per_step": 0.1}
+DONE = {"steps": 400, "validation": 0.5, "seconds_training": 60.0}
 PLATEAU = {"window": 1, "min_gain": 0.004, "min_steps": 400}
 DONE |= {
     "flops_per_question": 1e9,
     "training_flops_per_sample": 1e9,
     "trainable_parameters": 1000,
-    "latency_ms_per_question": 2.0,
 }
 
 
@@ -395,6 +394,14 @@ def test_before_the_plateau_nothing_is_decided(tmp_path):
     stop_early(tmp_path / "runs/pixel/1")
     claim = analyse(tmp_path)["claims"][0]
     assert claim["verdict"] == "undecided" and "pixel/1 had not reached its plateau" in claim["why"]
+
+
+def test_times_are_ratios_where_they_were_taken(tmp_path):
+    make_study(tmp_path, {"pixel": truth(), "pixel+adaptive": truth()}, seeds=1, scenes=20)
+    times = {"ratio": 1.04, "range": [0.9, 1.2], "pixel_seconds": 0.1}
+    (tmp_path / "timing.json").write_text(json.dumps({"pixel+adaptive": {"answer": times, "step": {**times, "ratio": 1.5}}}))
+    text = report.write(tmp_path, 100).read_text()
+    assert "| 1.04 (0.90 to 1.20) | 1.50 (0.90 to 1.20) | 1,000 |" in text and "| – | – | 1,000 |" in text
 
 
 def test_one_seed_decides_nothing_and_says_so(tmp_path):
