@@ -39,7 +39,7 @@ from .arms import ARMS
 from .report import differing
 from .report import write as write_report
 from .timing import time_arms, timed
-from .training import Run, Settings, Study
+from .training import Run, Settings, Study, commit, read_json
 
 # One thread a process, and memory that is kept: to give large buffers back and take them again costs as much as the layers.
 ENVIRONMENT = {
@@ -65,7 +65,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The YAML file: `arms`, `seeds` (a list, or for each arm), `settings`.
+    """The YAML file: `arms` (a list, or "all"), `seeds` (a list), `more_seeds` (a list for each of some arms), `settings`.
 
     Raises:
         BadInput: it cannot be read, or holds a name that means nothing.
@@ -77,9 +77,35 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or set(config) - {"arms", "seeds", "more_seeds", "settings"}:
         raise BadInput(f"{path} must hold arms, seeds, settings and, if wanted, more_seeds.")
     known = {one.name for one in fields(Settings)}
-    if unknown := sorted(set(config.get("settings") or {}) - known):
+    settings = config.get("settings") or {}
+    if not isinstance(settings, dict):
+        raise BadInput(f"{path} has the settings {settings!r}; they are names with values.")
+    if unknown := sorted(map(str, set(settings) - known)):
         raise BadInput(f"{path} has the unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}.")
     return config
+
+
+def whole_numbers(given: Any, what: str) -> list[int]:
+    """
+    Raises:
+        BadInput: anything but a list of seeds.
+    """
+    fits = isinstance(given, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in given)
+    if not fits or not given or not all(0 <= one < 2**32 for one in given):
+        raise BadInput(f"{what} must be a list of whole numbers from 0 to 2**32 - 1; got {given!r}.")
+    return given
+
+
+def known_arms(given: Any, what: str) -> list[str]:
+    """
+    Raises:
+        BadInput: anything but names of arms.
+    """
+    if not isinstance(given, list) or not given:
+        raise BadInput(f"{what} must be a list of arms; got {given!r}.")
+    if unknown := [name for name in given if not isinstance(name, str) or name not in ARMS]:
+        raise BadInput(f"{what}: there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
+    return given
 
 
 def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str, int]]:
@@ -88,41 +114,28 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
     Raises:
         BadInput: an unknown arm, or a seed that is no number.
     """
-    arms = args.arms.split(",") if args.arms is not None else config.get("arms", "all")
-    arms = list(ARMS) if arms == "all" else arms
-    if unknown := [name for name in arms if name not in ARMS]:
-        raise BadInput(f"There is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
-    try:
-        given = args.seeds.split(",") if args.seeds is not None else config["seeds"]
-        seeds = {name: [int(seed) for seed in given] for name in arms}
-    except (ValueError, KeyError, TypeError):
-        raise BadInput("Seeds are whole numbers: --seeds 0,1, or a list in the file.") from None
-    if args.seeds is None:
-        for name, more in (config.get("more_seeds") or {}).items():
-            if name not in ARMS:
-                raise BadInput(f"more_seeds names {name!r}, which is no arm; the arms are {', '.join(ARMS)}.")
-            if name in seeds:
-                seeds[name] = [*seeds[name], *more]
-    if wrong := [seed for own in seeds.values() for seed in own if not 0 <= seed < 2**32]:
-        raise BadInput(f"The seed {wrong[0]} cannot be used; seeds are whole numbers from 0 to 2**32 - 1.")
+    given = args.arms.split(",") if args.arms is not None else config.get("arms", "all")
+    arms = list(ARMS) if given in ("all", ["all"]) else known_arms(given, "arms")
+    if args.seeds is not None:
+        parts = args.seeds.split(",")
+        common = whole_numbers([int(part) if part.strip().isdecimal() else part for part in parts], "--seeds")
+        more = {}
+    else:
+        common, more = whole_numbers(config.get("seeds"), "seeds"), config.get("more_seeds") or {}
+        if more:
+            known_arms([*more] if isinstance(more, dict) else more, "more_seeds")
+            if not isinstance(more, dict):
+                raise BadInput(f"more_seeds takes a list of seeds for each of its arms; got {more!r}.")
+    seeds = {name: [*common, *(whole_numbers(more[name], f"more_seeds of {name}") if name in more else [])] for name in arms}
     rank = {name: i for i, name in enumerate(arms)}
     return sorted({(name, seed) for name in arms for seed in seeds[name]}, key=lambda job: (job[1], rank[job[0]]))
-
-
-def commit() -> str | None:
-    """Of the working tree that this code lies in; `None` outside of one."""
-    try:
-        line = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any]) -> None:
     scenes = study.scenes["train"]
     types = {kind: level for level, kinds in QUESTION_LEVELS.items() for kind in kinds}
     path = study.out / "experiment.json"
-    made_by = json.loads(path.read_text()).get("made_by", []) if path.exists() else []
+    made_by = read_json(path).get("made_by", []) if path.exists() else []
     this = {"command": command, "versions": versions(), "commit": commit()}
     content = {
         "config": config,
@@ -218,6 +231,8 @@ def main(given: list[str] | None = None) -> None:
     args = arguments(given)
     config = read_config(args.config)
     jobs = jobs_of(config, args)
+    if args.pictures == "":
+        raise BadInput("--pictures is empty; name a folder, or leave it out for drawn pictures.")
     if args.workers < 1:
         raise BadInput(f"--workers {args.workers}: it takes one or more processes.")
     settings = Settings(**(config.get("settings") or {}))
@@ -261,7 +276,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     settings = study.settings
     shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest, "granuscenes": VERSION}
     path = args.out / "settings.json"
-    if path.exists() and (what := differing(json.loads(path.read_text()), shared)):
+    if path.exists() and (what := differing(read_json(path), shared)):
         raise BadInput(f"{str(args.out)!r} holds another study: {what} differ; name another --out.")
     write_text(path, json.dumps(shared, indent=1) + "\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

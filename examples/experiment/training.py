@@ -3,8 +3,10 @@
 import fcntl
 import functools
 import json
+import math
 import os
 import random
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
 
+from granulon_hf.cli.common import BadInput
 from granulon_hf.data.collator import GranulonCollator, encode_prompts
 from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
@@ -83,15 +86,16 @@ class Settings:
     controller_steps: int = 600
 
     def __post_init__(self) -> None:
+        for name in ("scenes", "language_model"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"The setting {name} is {value!r}; it takes names with values.")
         numbers = {one.name: getattr(self, one.name) for one in fields(self) if one.type in (int, float)}
         numbers |= {f"scenes.{split}": self.scenes.get(split) for split in SPLITS}
         for name, value in numbers.items():
             whole = name not in ("learning_rate", "min_gain")
             low = 0 if name in ("scene_seed", "warmup_steps", "min_steps", "min_gain", "alignment_epochs") else 1
             low = 2 if name in ("control_scenes", "scenes.test") else low  # shuffled: the next scene's image
-            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= low * whole:
-                kind = f"a whole number from {low}" if whole else "a number (1.0e-3, not 1e-3, in YAML)"
-                raise ValueError(f"The setting {name} is {value!r}; it takes {kind}.")
+            check_number(name, value, low if whole else None, zero=name == "min_gain")
         if not max(self.min_steps, self.validate_every) <= self.max_steps:
             raise ValueError(f"The settings min_steps and validate_every must not be above max_steps, {self.max_steps}.")
         if set(self.scenes) != set(SPLITS):
@@ -109,8 +113,59 @@ class Settings:
                 text = TextSettings(**self.language_model)
             except TypeError as error:
                 raise ValueError(f"The setting language_model cannot be used: {error}.") from None
+            for name, value in vars(text).items():
+                if name != "name":
+                    low = None if name == "learning_rate" else 0 if name == "seed" else 1
+                    check_number(f"language_model.{name}", value, low)
+            if text.width % (2 * text.heads):
+                raise ValueError(f"The setting language_model has width {text.width}, no multiple of 2 · {text.heads} heads.")
             if self.scene_seed in (SEED + text.seed, SEED + text.seed + 1):
                 raise ValueError(f"The scenes of scene_seed {self.scene_seed} are those that the language model learns from.")
+
+
+def check_number(name: str, value: Any, low: int | None, zero: bool = False) -> None:
+    """
+    Args:
+        low (`int`, *optional*): the least whole number; `None` for any positive one, or with `zero` also 0.
+
+    Raises:
+        ValueError: the setting is another thing.
+    """
+    if low is not None:
+        fits, kind = isinstance(value, int) and value >= low, f"a whole number from {low}"
+    else:
+        fits = isinstance(value, int | float) and math.isfinite(value) and (value > 0 or (zero and value == 0))
+        kind = f"a number {'from' if zero else 'above'} 0 (1.0e-3, not 1e-3, in YAML)"
+    if isinstance(value, bool) or not fits:
+        raise ValueError(f"The setting {name} is {value!r}; it takes {kind}.")
+
+
+def commit() -> str | None:
+    """Of the working tree that this code lies in; `None` outside of one."""
+    try:
+        line = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(line, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def unreadable(path: Path, error: Exception) -> BadInput:
+    what = path.parent if "runs" in path.parts or "alignment" in path.parts else path  # a run is made anew as a whole
+    return BadInput(f"{str(path)!r} cannot be read ({error}); remove {str(what)!r} and give the command of the study again.")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(f"[{','.join(path.read_text(encoding='utf-8').splitlines())}]")
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
 
 
 class Study:
@@ -124,7 +179,7 @@ class Study:
 
     def __init__(self, out: Path, settings: Settings, pictures: str | None = None):
         self.out, self.settings, self.parent = out, settings, os.getppid()
-        self.pictures = Pictures(folder=pictures) if pictures else Pictures()
+        self.pictures = Pictures(folder=pictures) if pictures is not None else Pictures()
         self.scenes = {
             split: GranuScenes(split, settings.scenes[split], self.pictures, seed=settings.scene_seed) for split in SPLITS
         }
@@ -457,7 +512,7 @@ class Run:
         with open(self.folder / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # a process of a study that was killed stops at its next step or batch
             path, manifest = self.folder / "manifest.json", json.loads(json.dumps(self.manifest()))
-            if path.exists() and json.loads(path.read_text()) != manifest:
+            if path.exists() and read_json(path) != manifest:
                 raise ValueError(f"{str(self.folder)!r} holds a run of other settings; name another --out, or remove it.")
             write_text(path, json.dumps(manifest, indent=1) + "\n")
             if not self.done():
@@ -556,7 +611,7 @@ class Run:
 
     def read_history(self) -> list[dict[str, Any]]:
         path = self.folder / "history.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return read_lines(path) if path.exists() else []
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
         write_text(self.folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -580,6 +635,7 @@ class Run:
             "validation": validation["accuracy"],
             "seconds_training": rows[-1]["seconds"],
             **self.flops(predictions),
+            "commit": commit(),
             "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
         }
         write_text(self.folder / "done.json", json.dumps(done, indent=1) + "\n")

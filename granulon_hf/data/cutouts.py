@@ -326,14 +326,26 @@ def hold_out(groups: Iterable[str]) -> set[str]:
     return set(ranked[: max(1, round(len(ranked) / 4))]) if len(ranked) > 1 else set()
 
 
+def unreadable(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"The picture {str(path)!r} cannot be read ({reason}): mend it, or take it away.")
+
+
+def digest_of(path: Path) -> str:
+    """Raises DataError that names a file which cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 def opened(path: Path, mode: str) -> Image.Image:
     """Raises DataError that names a picture which cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert(mode)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"The picture {str(path)!r} cannot be read ({reason}): mend it, or take it away.") from None
+        raise unreadable(path, error) from None
 
 
 def open_cutout(path: Path) -> Image.Image | None:
@@ -357,7 +369,8 @@ def find_ends(cutout: Image.Image) -> tuple[tuple[float, float], ...]:
 
 def listed(folder: Path, endings: Sequence[str]) -> list[str]:
     """Relative paths, sorted, of the files that no word of their path tells to skip."""
-    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix.lower() in endings)
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in endings and path.is_file())
+    paths = (path.relative_to(folder).as_posix() for path in files)
     return sorted(path for path in paths if not any(word in path.lower() for word in SKIPPED))
 
 
@@ -378,7 +391,7 @@ def find_cutouts(folder: Path) -> list[Picture]:
         if known and stem not in known:
             continue
         category, name = known[stem] if known else (path.split("/")[0], words.split()[-1] if words else "")
-        digest = hashlib.sha256((folder / path).read_bytes()).hexdigest()[:16]
+        digest = digest_of(folder / path)
         image = open_cutout(folder / path)
         if image is None or not name or digest in digests:
             continue
@@ -437,7 +450,7 @@ def find_backgrounds(folder: Path) -> list[Picture]:
     found, digests = [], set()
     paths = listed(folder, (".jpg", ".jpeg")) or listed(folder, IMAGE_ENDINGS)
     for path in paths:
-        digest = hashlib.sha256((folder / path).read_bytes()).hexdigest()[:16]
+        digest = digest_of(folder / path)
         try:
             with Image.open(folder / path) as image:
                 size = image.size

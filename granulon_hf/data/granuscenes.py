@@ -43,7 +43,7 @@ COLOURS = {
 TAG = 20  # a tag's diameter: about one and a half cells of a 14 × 14 grid, so that most of it falls into one
 SMALLEST = 42  # sides of the square that a cut-out gets for itself and its tags
 LARGEST = 90
-LEAD = 1.5  # how much larger the largest one's square is: with the areas below, its picture is the largest too
+LEAD = 1.5  # how much larger the largest one's square is; a picture that is thin in its box may show fewer pixels all the same
 FILL = 0.77  # of the square's side: the side of a square picture; others have the same area, unless too long for it
 MARGIN = 6  # from the middle lines to the centre of any object
 

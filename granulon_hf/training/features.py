@@ -31,8 +31,8 @@ class FeatureCache:
         processor: its processor.
 
     Raises:
-        RecipeError: the folder belongs to another tower or preprocessing, the tower is trained, or the relation is the tower's
-            attention, which is not kept.
+        RecipeError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or the relation
+            is the tower's attention, which is not kept.
     """
 
     def __init__(self, folder: str, model: Any, processor: Any):
@@ -55,6 +55,10 @@ class FeatureCache:
             self.shape = None
         self.description = description
         self.read_index()
+        if self.rows and self.shape is not None:
+            values, needed = self.folder / VALUES, (max(self.rows.values()) + 1) * self.shape[0] * self.shape[1] * 2
+            if not values.exists() or values.stat().st_size < needed:
+                raise RecipeError(f"{str(values)!r} has lost its end; remove the folder {folder!r}, and it will be made again.")
 
     def read_index(self) -> None:
         path = self.folder / INDEX

@@ -327,6 +327,9 @@ def test_bad_input(tmp_path, drawn):
     broken.write_bytes(b"\x89PNG\r\n")
     refused("broken.png' cannot be read", Pictures, folder=tmp_path)
     broken.unlink()
+    broken.mkdir()  # no picture, whatever its name
+    (broken.parent / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    Pictures(folder=tmp_path)
     (tmp_path / "backgrounds" / "torn.jpg").write_bytes((tmp_path / "backgrounds" / "place_a.jpg").read_bytes()[:200])
     refused("torn.jpg' cannot be read", Pictures, folder=tmp_path)
     refused("categories, and a scene needs at least 3", Pictures, objects=write_pictures(tmp_path / "two", 2) / "objects")

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,6 +37,7 @@ from examples.experiment.language_model import (
     true_cells,
 )
 from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau
+from granulon_hf.cli.common import BadInput
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
 from granulon_hf.modeling.aggregation_granulon import grid_positions
@@ -366,6 +370,51 @@ def test_a_quick_study_can_go_on_as_a_full_one():
     assert set(jobs[0]) < set(jobs[1]) and {name for name, _ in jobs[1]} == set(ARMS)
 
 
+@pytest.mark.parametrize(
+    ("changed", "line", "message"),
+    [
+        ({"arms": 3}, [], "arms must be a list of arms; got 3"),
+        ({"arms": []}, [], "arms must be a list of arms"),
+        ({"arms": ["pixel", "pixle"]}, [], "there is no arm 'pixle'"),
+        ({}, ["--arms", "pixle"], "there is no arm 'pixle'"),
+        ({"seeds": []}, [], "seeds must be a list of whole numbers"),
+        ({"seeds": "12"}, [], "seeds must be a list of whole numbers"),
+        ({"seeds": [0.5]}, [], "seeds must be a list of whole numbers"),
+        ({"seeds": [True]}, [], "seeds must be a list of whole numbers"),
+        ({}, ["--seeds", "0,-1"], "--seeds must be a list of whole numbers"),
+        ({"more_seeds": {"pixel": [1.5]}}, [], "more_seeds of pixel must be a list of whole numbers"),
+        ({"more_seeds": {"pixle": [1]}}, [], "there is no arm 'pixle'"),
+        ({"more_seeds": ["pixel"]}, [], "a list of seeds for each of its arms"),
+        ({"settings": 3}, [], "the settings 3"),
+        ({"settings": {1: 2, "foo": 3}}, [], "unknown setting '1'"),
+        ({"settings": {"scenes": 5}}, [], "The setting scenes is 5"),
+        ({"settings": {"learning_rate": 0}}, [], "learning_rate is 0; it takes a number above 0"),
+        ({"settings": {"min_gain": float("inf")}}, [], "min_gain is inf"),
+        ({"settings": {"language_model": "tiny"}}, [], "The setting language_model is 'tiny'"),
+        ({"settings": {"language_model": {"heads": 0}}}, [], "language_model.heads is 0; it takes a whole number from 1"),
+        ({"settings": {"language_model": {"heads": 5}}}, [], "no multiple of 2 · 5 heads"),
+        ({"settings": {"language_model": {"max_steps": -3}}}, [], "language_model.max_steps is -3"),
+        ({}, ["--pictures", ""], "--pictures is empty"),
+        ({}, ["--workers", "0"], "--workers 0"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_made(tmp_path, changed, line, message):
+    config = yaml.safe_load((ROOT / CONFIG).read_text())
+    settings = changed.pop("settings", {})
+    config["settings"] = {**config["settings"], **settings} if isinstance(settings, dict) else settings
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config | changed))
+    with pytest.raises((BadInput, ValueError), match=re.escape(message)):
+        command.main([str(tmp_path / "own.yaml"), "--out", str(tmp_path / "study"), *line])
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_damaged_file_of_a_study_is_named(study_folder, tmp_path):
+    shutil.copytree(study_folder, tmp_path / "study", ignore=shutil.ignore_patterns("features", "checkpoint-*"))
+    (tmp_path / "study/settings.json").write_text("{")
+    with pytest.raises(BadInput, match=r"settings\.json' cannot be read .*; remove '[^']*settings\.json'"):
+        command.main([str(ROOT / CONFIG), "--out", str(tmp_path / "study")])
+
+
 def test_scenes_follow_the_seed_of_the_settings(study_folder):
     config = command.read_config(ROOT / CONFIG)
     fresh = Study(study_folder, Settings(**config["settings"], scene_seed=7))
@@ -460,7 +509,7 @@ def test_bad_input_is_one_sentence(tmp_path):
         command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), "--arms", "pixels"]))
     for option, message in (
         ("--arms=", "no arm ''"),
-        ("--seeds=-1", "The seed -1 cannot be used"),
+        ("--seeds=-1", "--seeds must be a list of whole numbers"),
         ("--seeds=", "whole numbers"),
     ):
         with pytest.raises(command.BadInput, match=message):

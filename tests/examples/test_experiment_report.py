@@ -396,6 +396,57 @@ def test_before_the_plateau_nothing_is_decided(tmp_path):
     assert claim["verdict"] == "undecided" and "pixel/1 had not reached its plateau" in claim["why"]
 
 
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("done.json", "{", "done.json' cannot be read"),
+        ("done.json", "null", "done.json of the run pixel/0 is damaged"),
+        ("manifest.json", "[]", "manifest.json of the run pixel/0 is damaged"),
+        ("manifest.json", None, "manifest.json' cannot be read"),
+        ("predictions.jsonl", '{"split": "test"}', "A row of the run pixel/0 is damaged"),
+        ("predictions.jsonl", "[1]", "A row of the run pixel/0 is damaged"),
+        ("predictions.jsonl", '{"split', "predictions.jsonl' cannot be read"),
+        ("history.jsonl", "[1]", "A row of the run pixel/0 is damaged"),
+    ],
+)
+def test_a_damaged_run_is_named(tmp_path, name, damage, message):
+    make_study(tmp_path, {"pixel": truth()}, seeds=1, scenes=20)
+    path = tmp_path / "runs/pixel/0" / name
+    path.unlink() if damage is None else path.write_text(damage)
+    with pytest.raises(BadInput, match=re.escape(message)) as error:
+        report.read(tmp_path)
+    assert "remove" in str(error.value)
+
+
+def test_a_run_in_the_wrong_folder_is_refused(tmp_path):
+    make_study(tmp_path, {"pixel": truth()}, seeds=1, scenes=20)
+    (tmp_path / "runs/pixel/0").rename(tmp_path / "runs/pixel/7")
+    with pytest.raises(BadInput, match="The folder pixel/7 holds the run pixel/0"):
+        report.read(tmp_path)
+
+
+def test_what_was_not_measured_is_not_without_difference(tmp_path):
+    """One fixed level is like adaptive, the others were not run: the claim is about all of them."""
+    make_study(tmp_path, {"pixel+adaptive": truth(), "pixel+fixed5": truth()}, seeds=5, scenes=300, common=0.99)
+    claim = analyse(tmp_path)["claims"][1]
+    assert claim["verdict"] == "undecided" and "points towards no difference; " in claim["why"]
+
+
+def test_the_intervals_of_agreement_are_over_types(tmp_path):
+    """A type whose phrasings are not understood counts once, however many scenes ask it."""
+    make_study(tmp_path, {"pixel+adaptive": truth()}, seeds=2, scenes=200)
+    for seed in range(2):
+        path = tmp_path / f"runs/pixel+adaptive/{seed}/predictions.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["level_used"] = "fine" if row["type"] == "presence" else row["level"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    agreement = analyse(tmp_path)["level_choice"]["agreement"]["test"]
+    assert agreement["mean"] == pytest.approx(1 - 1 / len(TYPES))
+    draws = np.random.default_rng(1).binomial(len(TYPES), 1 / len(TYPES), 20000) / len(TYPES)
+    assert agreement["interval"] == pytest.approx([1 - np.quantile(draws, 0.975), 1 - np.quantile(draws, 0.025)], abs=1e-9)
+
+
 def test_times_are_ratios_where_they_were_taken(tmp_path):
     make_study(tmp_path, {"pixel": truth(), "pixel+adaptive": truth()}, seeds=1, scenes=20)
     times = {"ratio": 1.04, "range": [0.9, 1.2], "pixel_seconds": 0.1}

@@ -55,6 +55,14 @@ def test_a_killed_fill_goes_on(tmp_path, parts):
     assert sum(calls) == 6  # nothing is computed again
 
 
+def test_features_that_lost_their_end_are_refused(tmp_path, parts):
+    filled(tmp_path, parts)
+    path = tmp_path / VALUES
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(RecipeError, match="has lost its end; remove the folder"):
+        FeatureCache(str(tmp_path), *parts)
+
+
 def test_the_same_picture_is_kept_once_and_broken_ones_are_named(tmp_path, parts):
     cache = filled(tmp_path, parts, [IMAGES[0], IMAGES[0], {"bytes": b"broken", "path": None}])
     assert len(cache.rows) == 1
