@@ -500,7 +500,7 @@ def test_runs_are_queued_once():
     args = command.arguments([CONFIG, "--out", "x", "--arms", "pixel", "--seeds", "0,0,1"])
     assert command.jobs_of({}, args) == [("pixel", 0), ("pixel", 1)]
     args = command.arguments([CONFIG, "--out", "x"])
-    with pytest.raises(command.BadInput, match="more_seeds names 'pixels'"):
+    with pytest.raises(command.BadInput, match="more_seeds: there is no arm 'pixels'"):
         command.jobs_of({"arms": ["pixel"], "seeds": [0], "more_seeds": {"pixels": [1]}}, args)
 
 
