@@ -176,14 +176,14 @@ def wait_for(preparing: subprocess.Popen, study: Study, progress: Progress) -> N
         raise BadInput(f"Features and clusters failed; {log} says why. The same command goes on.")
 
 
-def wait_for_timing(timing: subprocess.Popen, study: Study, arms: int, progress: Progress) -> None:
+def wait_for_timing(timing: subprocess.Popen, study: Study, arms: set[str], progress: Progress) -> None:
     """
     Raises:
         BadInput: it failed.
     """
-    task = progress.add_task("timing", total=arms)
+    task = progress.add_task("timing", total=len(arms))
     while timing.poll() is None:
-        progress.update(task, completed=len(timed(study)))
+        progress.update(task, completed=len(arms & timed(study).keys()))
         time.sleep(0.5)
     progress.remove_task(task)
     if timing.returncode:
@@ -296,7 +296,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
             raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")
         timing = start(args, "timing", args.out / "timing.log")  # when no run is beside it
         try:
-            wait_for_timing(timing, study, len({name for name, _ in jobs}), progress)
+            wait_for_timing(timing, study, {name for name, _ in jobs}, progress)
         finally:
             timing.terminate()
 

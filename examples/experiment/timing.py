@@ -16,7 +16,7 @@ import torch
 from granulon_hf.data.files import write_text
 from granulon_hf.training.freezing import frozen_modules, keep_frozen_parts_in_eval
 
-from .training import ANSWER_TOKENS, Run, Study
+from .training import ANSWER_TOKENS, Run, Study, read_json
 
 ROUNDS = 9
 QUESTIONS = 32
@@ -25,7 +25,7 @@ QUESTIONS = 32
 def timed(study: Study) -> dict[str, Any]:
     """Of each arm so far: for "answer" and "step" the ratio to pixel, its least and most, and seconds of the pixel arm."""
     path = study.out / "timing.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 def time_arms(study: Study, names: Sequence[str]) -> None:
