@@ -264,8 +264,9 @@ def read(out: Path) -> Study:
             evaluated = [row for row in read_lines(folder / "history.jsonl") if row.get("validation")]
             run.history = [(row["step"], row["validation"]["accuracy"]) for row in evaluated]
             for row in read_lines(folder / "predictions.jsonl"):
-                blocks[row["split"], row["control"]].append({name: row[name] for name in PREDICTION})
-                exact(row["prediction"], row["reference"])
+                kept = {name: row[name] for name in (*QUESTION, "level_used", "visual_tokens")}
+                kept["correct"] = exact(row["prediction"], row["reference"])
+                blocks[row["split"], row["control"]].append(kept)
         except (KeyError, TypeError, AttributeError) as error:
             raise BadInput(
                 f"A row of the run {label(folder)} is damaged ({error!r}); remove its folder and run it again."
@@ -276,7 +277,7 @@ def read(out: Path) -> Study:
             known_at, known_questions = questions.setdefault(block, (folder, asked))
             if asked != known_questions:
                 raise other_questions(known_at, folder, block)
-            run.correct[block] = np.array([exact(row["prediction"], row["reference"]) for row in rows], dtype=np.float64)
+            run.correct[block] = np.array([row["correct"] for row in rows], dtype=np.float64)
             run.level_used[block] = [row["level_used"] for row in rows]
             run.visual_tokens[block] = [row["visual_tokens"] for row in rows]
     for block, (known_at, asked) in questions.items():
@@ -298,7 +299,6 @@ def read(out: Path) -> Study:
 
 
 QUESTION = ("scene", "question", "type", "level", "reference", "chance")
-PREDICTION = (*QUESTION, "prediction", "level_used", "visual_tokens")
 MANIFEST = {"arm_name", "group", "arm", "settings", "seed"}
 DONE = {"steps", "seconds_training", "flops_per_question", "training_flops_per_sample", "trainable_parameters"}
 

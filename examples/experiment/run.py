@@ -122,10 +122,10 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
         more = {}
     else:
         common, more = whole_numbers(config.get("seeds"), "seeds"), config.get("more_seeds") or {}
+        if not isinstance(more, dict):
+            raise BadInput(f"more_seeds takes a list of seeds for each of its arms; got {more!r}.")
         if more:
-            known_arms([*more] if isinstance(more, dict) else more, "more_seeds")
-            if not isinstance(more, dict):
-                raise BadInput(f"more_seeds takes a list of seeds for each of its arms; got {more!r}.")
+            known_arms([*more], "more_seeds")
     seeds = {name: [*common, *(whole_numbers(more[name], f"more_seeds of {name}") if name in more else [])] for name in arms}
     rank = {name: i for i, name in enumerate(arms)}
     return sorted({(name, seed) for name in arms for seed in seeds[name]}, key=lambda job: (job[1], rank[job[0]]))

@@ -93,7 +93,7 @@ class Settings:
         numbers |= {f"scenes.{split}": self.scenes.get(split) for split in SPLITS}
         for name, value in numbers.items():
             whole = name not in ("learning_rate", "min_gain")
-            low = 0 if name in ("scene_seed", "warmup_steps", "min_steps", "min_gain", "alignment_epochs") else 1
+            low = 0 if name in ("scene_seed", "warmup_steps", "min_steps", "alignment_epochs") else 1
             low = 2 if name in ("control_scenes", "scenes.test") else low  # shuffled: the next scene's image
             check_number(name, value, low if whole else None, zero=name == "min_gain")
         if not max(self.min_steps, self.validate_every) <= self.max_steps:
