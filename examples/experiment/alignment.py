@@ -76,8 +76,9 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another arm of this seed may be at it
-        if (folder / "results.json").exists():
-            return load_file(folder / "projector.safetensors")
+        path = folder / "projector.safetensors"
+        if path.exists() and (folder / "results.json").exists():  # the archive of a study has the second without the first
+            return load_file(path)
         began = time.time()
         model, processor = study.model("pixel", seed)
         features, tokenizer = study.features(model), processor.tokenizer
@@ -106,6 +107,6 @@ def align(study: "Study", seed: int) -> dict[str, torch.Tensor] | None:
         results = readability(projector, features, held_out, words, table, tokenizer)
         state = {name: value.detach().contiguous() for name, value in projector.state_dict().items()}
         state["position"] = words_of_places(table, tokenizer)
-        save_file(state, folder / "projector.safetensors")
+        save_file(state, path)
         write_text(folder / "results.json", json.dumps(results | {"seconds": round(time.time() - began, 1)}, indent=1) + "\n")
         return state

@@ -149,6 +149,9 @@ def test_the_projector_is_aligned_once_and_says_the_words_of_cells(study_folder,
     assert distances[1] < 0.5 * distances[0]
     found = json.loads((study_folder / "alignment/0/results.json").read_text())
     assert 0 <= found["letter"] <= 1 and 0 <= found["colour"] <= 1
+    (study_folder / "alignment/0/projector.safetensors").unlink()  # as in the archive of a study
+    again = align(study, 0)
+    assert set(again) == set(state) and all(torch.equal(again[name], state[name]) for name in state)
 
 
 def test_no_alignment(study_folder):
