@@ -409,7 +409,8 @@ class Scores:
         """Accuracies of an arm: as they are [seeds], and with the drawn scenes [resamples, seeds]."""
         runs = {run.seed: run for run in self.study.runs if run.arm == arm}
         found = [self.accuracy(runs[seed], split, level) for seed in seeds]
-        return np.array([point for point, _ in found]), np.array([drawn for _, drawn in found]).reshape(len(seeds), -1).T
+        drawn = np.array([drawn for _, drawn in found]).reshape(len(seeds), self.resamples)
+        return np.array([point for point, _ in found]), drawn.T
 
     def seed_spread(self, terms: Sequence[tuple[int, str, str]], split: str) -> tuple[float, int]:
         """Variance of a difference between seeds, pooled, and its degrees of freedom (0: not known).

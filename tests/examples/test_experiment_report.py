@@ -233,6 +233,13 @@ def test_only_shared_seeds_are_compared(tmp_path):
     assert result["per_seed"] == pytest.approx([own["pixel+adaptive"][s] - own["pixel"][s] for s in (2, 3)])
 
 
+def test_arms_without_a_shared_seed_are_said_to_have_none(tmp_path):
+    make_study(tmp_path, {"pixel": truth()}, seeds=1, scenes=30)
+    make_run(tmp_path, "pixel+adaptive", 3, truth(), scenes=30)
+    assert analyse(tmp_path)["comparisons"]["test"]["pixel"]["missing"] == "its arms share no seed"
+    assert "its arms share no seed" in report.write(tmp_path, 200).read_text()
+
+
 def test_holm_as_by_hand():
     # 4 × .01 = .04; 3 × .02 = .06; 2 × .03 = .06; 1 × .04 is below .06, which holds
     assert report.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
