@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -156,38 +157,27 @@ def start(args: argparse.Namespace, run: str, log: Path) -> subprocess.Popen:
         return subprocess.Popen(line, stdout=file, stderr=file, env={**os.environ, **ENVIRONMENT})
 
 
-def wait_for(preparing: subprocess.Popen, study: Study, progress: Progress) -> None:
-    """Show how far features and clusters are.
+def wait_for(process: subprocess.Popen, log: Path, progress: Progress, total: int, look: Callable[[], tuple[str, int]]) -> None:
+    """Show what a part of the study is at and how far it is, which `look` says.
 
-    Raises:
-        BadInput: they failed.
-    """
-    total = sum(map(len, study.scenes.values()))
-    index, log = study.out / "features" / "index.jsonl", study.out / "prepare.log"
-    task = progress.add_task("features", total=total)
-    while preparing.poll() is None:
-        known = index.read_bytes().count(b"\n") if index.exists() else 0
-        clusters = len(list((study.out / "clusters").glob("*.bin")))
-        text = f"clusters, {clusters} levels done" if known == total else "features"
-        progress.update(task, completed=known, description=text)
-        time.sleep(0.5)
-    progress.remove_task(task)
-    if preparing.returncode:
-        raise BadInput(f"Features and clusters failed; {log} says why. The same command goes on.")
-
-
-def wait_for_timing(timing: subprocess.Popen, study: Study, arms: set[str], progress: Progress) -> None:
-    """
     Raises:
         BadInput: it failed.
     """
-    task = progress.add_task("timing", total=len(arms))
-    while timing.poll() is None:
-        progress.update(task, completed=len(arms & timed(study).keys()))
+    task = progress.add_task(look()[0], total=total)
+    while process.poll() is None:
+        text, completed = look()
+        progress.update(task, completed=completed, description=text)
         time.sleep(0.5)
     progress.remove_task(task)
-    if timing.returncode:
-        raise BadInput(f"The timing failed; {study.out / 'timing.log'} says why. The same command goes on.")
+    if process.returncode:
+        raise BadInput(f"A stage failed; {log} says why. The same command goes on.")
+
+
+def prepared(study: Study, scenes: int) -> tuple[str, int]:
+    index = study.out / "features" / "index.jsonl"
+    known = index.read_bytes().count(b"\n") if index.exists() else 0
+    clusters = len(list((study.out / "clusters").glob("*.bin")))
+    return (f"clusters, {clusters} levels done" if known == scenes else "features"), known
 
 
 def execute(study: Study, jobs: list[tuple[str, int]], args: argparse.Namespace, progress: Progress) -> list[str]:
@@ -287,7 +277,8 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
         try:
             if settings.language_model.get("name") != "smollm2":
                 text = language_model.train(args.out / "language_model", study.pictures, study.text_settings(), progress)
-            wait_for(preparing, study, progress)
+            scenes = sum(map(len, study.scenes.values()))
+            wait_for(preparing, args.out / "prepare.log", progress, scenes, lambda: prepared(study, scenes))
         finally:
             preparing.terminate()
         study.train_controller()
@@ -295,8 +286,9 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
         if failed := execute(study, jobs, args, progress):
             raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")
         timing = start(args, "timing", args.out / "timing.log")  # when no run is beside it
+        arms = {name for name, _ in jobs}
         try:
-            wait_for_timing(timing, study, {name for name, _ in jobs}, progress)
+            wait_for(timing, args.out / "timing.log", progress, len(arms), lambda: ("timing", len(arms & timed(study).keys())))
         finally:
             timing.terminate()
 

@@ -373,6 +373,13 @@ def test_a_quick_study_can_go_on_as_a_full_one():
     assert set(jobs[0]) < set(jobs[1]) and {name for name, _ in jobs[1]} == set(ARMS)
 
 
+def test_a_longer_study_differs_in_its_steps_alone():
+    quick, longer = (command.read_config(ROOT / f"examples/experiment/{name}.yaml") for name in ("quick", "longer"))
+    steps = {"min_steps": 0, "max_steps": 0}
+    assert {**quick["settings"], **steps} == {**longer["settings"], **steps} and quick["settings"] != longer["settings"]
+    assert command.jobs_of(longer, SimpleNamespace(arms=None, seeds=None))
+
+
 @pytest.mark.parametrize(
     ("changed", "line", "message"),
     [
