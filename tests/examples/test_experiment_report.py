@@ -611,12 +611,12 @@ def test_command_says_in_one_sentence_what_is_wrong(tmp_path):
 RESULTS = Path(report.__file__).parent / "results"
 
 
-@pytest.mark.skipif(not (RESULTS / "runs.tar.xz").exists(), reason="no committed report")
-def test_the_committed_report_is_what_its_raw_predictions_say(tmp_path):
-    with tarfile.open(RESULTS / "runs.tar.xz") as file:
+@pytest.mark.parametrize("folder", [RESULTS, RESULTS / "longer"], ids=lambda folder: folder.name)
+def test_a_committed_report_is_what_its_raw_predictions_say(tmp_path, folder):
+    with tarfile.open(folder / "runs.tar.xz") as file:
         file.extractall(tmp_path, filter="data")
     found = analyse(tmp_path, 200)
-    written = json.loads((RESULTS / "report.json").read_text())
+    written = json.loads((folder / "report.json").read_text())
     assert set(found["arms"]["main"]) == set(written["arms"]["main"]) and found["experiment"] == written["experiment"]
     for arm, splits in found["arms"]["main"].items():
         for split, cells in splits.items():
@@ -624,6 +624,6 @@ def test_the_committed_report_is_what_its_raw_predictions_say(tmp_path):
                 assert cell["mean"] == pytest.approx(written["arms"]["main"][arm][split][level]["mean"]), (arm, split, level)
     for name, result in found["comparisons"]["test"].items():
         assert result.get("estimate") == pytest.approx(written["comparisons"]["test"][name].get("estimate")), name
-    text = (RESULTS / "report.md").read_text()
+    text = (folder / "report.md").read_text()
     assert all(f"**{claim['number']}. {claim['claim']}: {claim['verdict']}" in text for claim in written["claims"])
-    assert all((RESULTS / name).exists() for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text))
+    assert all((folder / name).exists() for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text))
