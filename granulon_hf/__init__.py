@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import transformers
 from packaging.version import Version
 
-MINIMUM_TRANSFORMERS = "5.23.0"
+MINIMUM_TRANSFORMERS = "5.24.0"
 if Version(transformers.__version__) < Version(MINIMUM_TRANSFORMERS):
     raise ImportError(
         f"granulon_hf needs transformers >= {MINIMUM_TRANSFORMERS} and found {transformers.__version__}: "

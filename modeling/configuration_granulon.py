@@ -96,8 +96,8 @@ class GranulonConfig(PreTrainedConfig):
     model_type = "granulon"
     # What Trainer need not gather when it predicts.
     keys_to_ignore_at_inference = [
-        "past_key_values",
-        "image_hidden_states",
+        "cache",
+        "image_outputs",
         "granularity_probs",
         "granularity",
         "attention_mask",

@@ -80,7 +80,7 @@ def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question
         config=decoder.config,
         inputs_embeds=inputs_embeds,
         attention_mask=question_mask.long(),
-        past_key_values=None,
+        cache=None,
         position_ids=position_ids,
     )
     # Some decoders have one rotary embedding per kind of layer.

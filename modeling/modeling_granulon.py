@@ -32,12 +32,13 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutput,
-    BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
-    CausalLMOutputWithPast,
+    MultimodalBaseModelOutputWithPast,
+    MultimodalCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_NAME, logging, torch_compilable_check
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, name_backbone
@@ -59,14 +60,14 @@ Granularity = str | int | Sequence[str | None] | torch.Tensor | None
 
 
 @dataclass
-class GranulonModelOutputWithPast(BaseModelOutputWithPast):
+class GranulonModelOutputWithPast(MultimodalBaseModelOutputWithPast):
     """
     Args:
         last_hidden_state (`torch.Tensor`): shape [B x L x E].
-        past_key_values (`Cache`, *optional*): keys and values of the tokens so far.
+        cache (`Cache`, *optional*): keys and values of the tokens so far.
         hidden_states (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x L x E].
         attentions (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x heads x L x L].
-        image_hidden_states (`torch.Tensor`, *optional*): projected image slots, shape [I x S x E].
+        image_outputs ([`GranulonImageFeatures`], *optional*): of the vision tower, with the projected slots as `pooler_output`.
         granularity_probs (`torch.Tensor`, *optional*): p, what the controller prefers, shape [B x n]; of packed samples, one
             row per sample.
         granularity (`torch.Tensor`, *optional*): index of the level that was used, shape [B], or one per packed sample.
@@ -75,7 +76,6 @@ class GranulonModelOutputWithPast(BaseModelOutputWithPast):
         aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps of every image.
     """
 
-    image_hidden_states: torch.Tensor | None = None
     granularity_probs: torch.Tensor | None = None
     granularity: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
@@ -83,7 +83,7 @@ class GranulonModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class GranulonCausalLMOutputWithPast(CausalLMOutputWithPast):
+class GranulonCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """
     Args:
         loss (`torch.Tensor`, *optional*): next-token loss where `labels` are given, a scalar.
@@ -92,7 +92,6 @@ class GranulonCausalLMOutputWithPast(CausalLMOutputWithPast):
     The other fields are those of [`GranulonModelOutputWithPast`].
     """
 
-    image_hidden_states: torch.Tensor | None = None
     granularity_probs: torch.Tensor | None = None
     granularity: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
@@ -106,7 +105,7 @@ class GranulonImageFeatures(BaseModelOutputWithPooling):
         last_hidden_state (`torch.Tensor`): output of the vision tower as it is.
         pooler_output (`list[torch.Tensor]`): projected slots of each image, pixel tokens first, each of shape [S x E].
         hidden_states, attentions (`tuple`, *optional*): of the vision tower.
-        slot_mask (`torch.Tensor`, *optional*): true on filled slots, shape [I x S]; `None` without levels.
+        slot_mask (`torch.LongTensor`, *optional*): 1 on filled slots, shape [I x S]; `None` without levels.
         aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps; `None` without levels.
     """
 
@@ -157,7 +156,7 @@ class GranulonPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -479,7 +478,7 @@ class GranulonModel(GranulonPreTrainedModel):
         if self.config.granularity_levels:
             aggregation = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
             gamma = self._level_values(aggregation.level, "gamma").to(slots).view(-1, 1, 1)
-            slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.bool), aggregation.keep], dim=1)
+            slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.long), aggregation.keep.long()], dim=1)
             semantic = self.multi_modal_projector(aggregation.tokens, aggregation.positions)
             slots = torch.cat([slots, gamma * semantic], dim=1)
         return GranulonImageFeatures(
@@ -548,7 +547,7 @@ class GranulonModel(GranulonPreTrainedModel):
 
         Args:
             image_mask (`torch.Tensor`): true on image slots, shape [B x L].
-            slot_mask (`torch.Tensor`): true on the slots to keep, shape [I x S].
+            slot_mask (`torch.Tensor`): 1 on the slots to keep, shape [I x S].
             attention_mask (`torch.Tensor`, *optional*): shape [B x past + L].
             position_ids (`torch.LongTensor`, *optional*): shape [B x L], counted with the empty slots.
             past_length (`int`): tokens in the cache.
@@ -556,7 +555,7 @@ class GranulonModel(GranulonPreTrainedModel):
         Returns:
             `tuple`: attention mask [B x past + L] and position ids [B x L].
         """
-        hidden = torch.zeros_like(image_mask).masked_scatter(image_mask, ~slot_mask)
+        hidden = torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
         if attention_mask is None:
             attention_mask = torch.ones(len(hidden), past_length + hidden.shape[1], dtype=torch.long, device=hidden.device)
         return hide(hidden, attention_mask, position_ids)
@@ -564,13 +563,14 @@ class GranulonModel(GranulonPreTrainedModel):
     # --- forward -----------------------------------------------------------------------------------------------------
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
@@ -588,7 +588,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 [I x channels x height x width]; or their patch features [I x N x D] on a square grid, computed before.
             attention_mask (`torch.Tensor`, *optional*): 1 on real tokens, shape [B x past + L].
             position_ids (`torch.LongTensor`, *optional*): shape [B x L]; empty image slots are skipped in them.
-            past_key_values (`Cache`, *optional*): keys and values of earlier tokens.
+            cache (`Cache`, *optional*): keys and values of earlier tokens.
             inputs_embeds (`torch.Tensor`, *optional*): instead of `input_ids`, shape [B x L x E].
             question_mask (`torch.Tensor`, *optional*): 1 on the tokens of the question, shape [B x L]. Without it, all
                 attended text tokens count (and carry no label, in [`GranulonForConditionalGeneration`]).
@@ -615,10 +615,10 @@ class GranulonModel(GranulonPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
         images = (mm_encoder_outputs or {}).get("image")
-        probs = level = slots = sample = None
+        probs = level = sample = None
         tokens = input_ids if input_ids is not None else inputs_embeds
         if seq_idx is not None:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("Packed samples (seq_idx) are for training; give a padded batch where there is a cache.")
             if attention_mask is None:
                 attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
@@ -658,7 +658,7 @@ class GranulonModel(GranulonPreTrainedModel):
                     raise ValueError(
                         "Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it."
                     )
-                past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+                past_length = cache.get_seq_length() if cache is not None else 0
                 attention_mask, position_ids = self.hide_empty_slots(
                     image_mask, slot_mask, attention_mask, position_ids, past_length
                 )
@@ -672,16 +672,16 @@ class GranulonModel(GranulonPreTrainedModel):
             outputs = self.language_model(
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=cache,
                 inputs_embeds=inputs_embeds,
                 **kwargs,
             )
         return GranulonModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=slots,
+            image_outputs=images,
             granularity_probs=probs,
             granularity=level,
             attention_mask=attention_mask if level is not None else None,
@@ -728,7 +728,7 @@ class GranulonModel(GranulonPreTrainedModel):
         if slot_mask is None or visual_stream not in ("pixel", "semantic"):
             raise ValueError(f"visual_stream must be 'pixel' or 'semantic', of a model with levels; got {visual_stream!r}.")
         pixels = torch.arange(slot_mask.shape[1], device=slot_mask.device) < slot_mask.shape[1] - self.config.num_semantic_slots
-        return slot_mask & (pixels if visual_stream == "pixel" else ~pixels)
+        return slot_mask * (pixels if visual_stream == "pixel" else ~pixels)
 
 
 class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin):
@@ -858,13 +858,14 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         return self.model.get_granularity_probs(*args, **kwargs)
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
@@ -905,7 +906,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         )
         outputs = self.model(
             pixel_values=pixel_values,
-            past_key_values=past_key_values,
+            cache=cache,
             question_mask=question_mask,
             granularity=granularity,
             visual_stream=visual_stream,
@@ -920,15 +921,15 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
             if labels is not None:
                 loss = self._loss(logits, labels, **kwargs)
-        if labels is not None and outputs.aggregation is not None and visual_stream is None and past_key_values is None:
+        if labels is not None and outputs.aggregation is not None and visual_stream is None and cache is None:
             loss = loss + self._stream_losses(outputs, inputs, labels, None if skip_logits else logits_to_keep, **kwargs)
         return GranulonCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=outputs.image_hidden_states,
+            image_outputs=outputs.image_outputs,
             granularity_probs=outputs.granularity_probs,
             granularity=outputs.granularity,
             attention_mask=outputs.attention_mask,
@@ -952,13 +953,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         config, total = self.config, 0.0
         for stream, weight in (("pixel", config.pixel_loss_weight), ("semantic", config.semantic_loss_weight)):
             if weight:
-                keep = outputs.aggregation.keep
-                pixels = outputs.image_hidden_states.shape[1] - keep.shape[1]
-                images = GranulonImageFeatures(
-                    pooler_output=list(outputs.image_hidden_states),
-                    slot_mask=torch.cat([keep.new_ones(keep.shape[0], pixels), keep], dim=1),
-                )
-                states = self.model(visual_stream=stream, mm_encoder_outputs={"image": images}, **inputs, **kwargs)
+                images = {"image": outputs.image_outputs}
+                states = self.model(visual_stream=stream, mm_encoder_outputs=images, **inputs, **kwargs)
                 if logits_to_keep is None:
                     loss = self._labelled_loss(states.last_hidden_state, labels, **kwargs)
                 else:
@@ -984,7 +980,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             )
         pixel_values, stream = (model_kwargs.pop(name, None) for name in ("pixel_values", "visual_stream"))
         layer, strategy = (model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy"))
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get("cache")
         past = int(cache.get_seq_length()) if cache is not None else 0
         length = inputs_tensor.shape[1]
         attention_mask = model_kwargs.get("attention_mask")
@@ -1017,7 +1013,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             )
             self.model._check_placeholders(image_mask, torch.stack(images.pooler_output))
             slot_mask = images.slot_mask if stream is None else self.model._stream_mask(stream, images.slot_mask)
-            hidden[:, -length:] |= torch.zeros_like(image_mask).masked_scatter(image_mask, ~slot_mask)
+            hidden[:, -length:] |= torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
             model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
         if hidden.any():
             model_kwargs["attention_mask"], model_kwargs["position_ids"] = hide(
@@ -1030,8 +1026,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """The cache remembers which of its entries are hidden, for whoever goes on with it."""
         hidden = model_kwargs.pop("hidden_slots", None)
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if hidden is not None and isinstance(model_kwargs.get("past_key_values"), Cache):
-            model_kwargs["past_key_values"].hidden_slots = hidden
+        if hidden is not None and isinstance(model_kwargs.get("cache"), Cache):
+            model_kwargs["cache"].hidden_slots = hidden
 
 
 def hide(

@@ -112,7 +112,7 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
         questions (`list[str]`): Q questions.
 
     Returns:
-        `dict`: `input_ids` [Q x L], `attention_mask`, `past_key_values`, `mm_encoder_outputs`, for `model.generate(**…)`.
+        `dict`: `input_ids` [Q x L], `attention_mask`, `cache`, `mm_encoder_outputs`, for `model.generate(**…)`.
 
     Raises:
         ValueError: the model has no levels, or its chat template puts something before the image that depends on the question.
@@ -137,7 +137,7 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
     embeds = model.get_input_embeddings()(prefix)
     embeds = embeds.masked_scatter((prefix == model.config.image_token_id).unsqueeze(-1), encoded[:1, :pixels].to(embeds))
     cache = DynamicCache(config=model.config.get_text_config())
-    model.model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    model.model.language_model(inputs_embeds=embeds, cache=cache, use_cache=True)
     cache.batch_repeat_interleave(count)
 
     # Prefix, padding, then what belongs to each question; slots that its level leaves empty are hidden like padding.
@@ -153,7 +153,7 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
     return {
         "input_ids": new_ids,
         "attention_mask": new_mask,
-        "past_key_values": cache,
+        "cache": cache,
         "mm_encoder_outputs": {"image": semantic},
     }
 

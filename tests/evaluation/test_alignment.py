@@ -51,7 +51,7 @@ def test_against_numpy_on_sequences_without_padding_and_empty_slots(build, name,
     if model.config.granularity_levels:
         level = model.model(**inputs).granularity
         slots = model.get_image_features(inputs["pixel_values"], granularity=level)
-        filled[image] = slots.slot_mask[0]
+        filled[image] = slots.slot_mask[0].bool()
         assert not filled.all()  # else the test would say nothing about empty slots
     embeds = model.get_input_embeddings()(ids).masked_scatter(image[:, None], slots.pooler_output[0])
     with torch.no_grad():

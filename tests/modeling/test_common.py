@@ -72,6 +72,7 @@ class ModelTester:
         return config, inputs["pixel_values"]
 
 
+@pytest.mark.filterwarnings("always::FutureWarning")  # one of them asks for it
 class GranulonCommonTest(common.ModelTesterMixin, common.GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (GranulonModel, GranulonForConditionalGeneration)
     _is_composite = True

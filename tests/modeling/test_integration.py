@@ -34,7 +34,7 @@ def test_text_only(build):
     inputs = make_inputs(processor, make_conversation("Say hello."))
     outputs = model(**inputs)
     assert outputs.granularity is None
-    assert outputs.image_hidden_states is None
+    assert outputs.image_outputs is None
     expected = model.lm_head(model.model.language_model(inputs["input_ids"]).last_hidden_state)
     torch.testing.assert_close(outputs.logits, expected)
     assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
@@ -85,7 +85,7 @@ def test_a_second_turn_continues_from_the_cache(build, new_image, beams):
     first = make_conversation("What is it?", [make_picture(1)])
     second = make_conversation("And how many are there?", [make_picture(2)] if new_image else [])
     one = make_inputs(processor, first)
-    turn = model.generate(**one, past_key_values=DynamicCache(config=model.config), **common)
+    turn = model.generate(**one, cache=DynamicCache(config=model.config), **common)
     two = make_inputs(processor, second)
     ids = torch.cat([turn.sequences, two["input_ids"]], dim=1)
     pixels = [one["pixel_values"]] + ([two["pixel_values"]] if new_image else [])
@@ -93,10 +93,10 @@ def test_a_second_turn_continues_from_the_cache(build, new_image, beams):
     later = dict(output_logits=True, num_beams=beams)
     expected = model.generate(**whole, pixel_values=torch.cat(pixels), **common, **later)
     if beams > 1:
-        turn.past_key_values.batch_repeat_interleave(beams)
-        turn.past_key_values.hidden_slots = turn.past_key_values.hidden_slots[:1]
+        turn.cache.batch_repeat_interleave(beams)
+        turn.cache.hidden_slots = turn.cache.hidden_slots[:1]
     given = {"pixel_values": two["pixel_values"]} if new_image else {}
-    actual = model.generate(**whole, **given, past_key_values=turn.past_key_values, **common, **later)
+    actual = model.generate(**whole, **given, cache=turn.cache, **common, **later)
     assert torch.equal(actual.sequences, expected.sequences)
     for a, e in zip(actual.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, e, atol=1e-5, rtol=0)

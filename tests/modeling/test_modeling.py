@@ -100,13 +100,9 @@ def removed(model, inputs, granularity):
     ids = inputs["input_ids"]
     embeds = model.get_input_embeddings()(ids)
     slots = ids == model.config.image_token_id
-    embeds[slots] = outputs.image_hidden_states.flatten(0, 1)
-    images = model.get_image_features(
-        inputs["pixel_values"],
-        granularity=outputs.granularity.repeat_interleave((slots.sum(1) / outputs.image_hidden_states.shape[1]).long()),
-    )
+    embeds[slots] = torch.cat(outputs.image_outputs.pooler_output)
     keep = inputs["attention_mask"].bool().clone()
-    keep[slots] = images.slot_mask.flatten()
+    keep[slots] = outputs.image_outputs.slot_mask.flatten().bool()
     return outputs, keep, [embeds[i][keep[i]][None] for i in range(len(ids))]
 
 
@@ -165,7 +161,7 @@ def test_generated_logits_are_as_if_empty_slots_were_removed(build, batch):
         max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_logits=True
     )
     for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=256)):
-        actual = model.generate(**inputs, granularity="coarse", past_key_values=cache, disable_compile=True, **common)
+        actual = model.generate(**inputs, granularity="coarse", cache=cache, disable_compile=True, **common)
         for i, one in enumerate(embeds):
             mask = torch.ones(one.shape[:2], dtype=torch.long)
             expected = oracle.generate(inputs_embeds=one, attention_mask=mask, **common)
@@ -183,7 +179,7 @@ def test_a_decoding_loop_by_hand_extends_the_returned_mask(build, batch):
     for _ in range(5):
         tokens.append(outputs.logits[:, -1].argmax(-1, keepdim=True))
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-        outputs = model(input_ids=tokens[-1], attention_mask=mask, past_key_values=outputs.past_key_values)
+        outputs = model(input_ids=tokens[-1], attention_mask=mask, cache=outputs.cache)
     assert torch.equal(torch.cat(tokens, dim=1), expected)
 
 

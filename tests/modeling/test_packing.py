@@ -181,7 +181,7 @@ def test_logits_to_keep_hidden_states_and_inputs_embeds(build):
     packed = pack(make_batch(processor))
     labels = packed.pop("labels")
     full = model(**packed, output_hidden_states=True)
-    assert full.past_key_values is None
+    assert full.cache is None
     assert all(states.shape[:2] == labels.shape for states in full.hidden_states)
     hidden = full.attention_mask == 0
     assert hidden.any() and (full.hidden_states[-1][hidden] == 0).all()
