@@ -229,8 +229,8 @@ def read(out: Path) -> Study:
     finished = [path for path in folders if (path / "done.json").exists()]
     if not finished:
         raise BadInput(f"{str(out)!r} holds no finished run (runs/ARM/SEED/done.json); run the experiment first.")
-    experiment = read_json(out / "experiment.json")
-    aligned = [read_json(path) for path in sorted(out.glob("alignment/*/results.json"))]
+    experiment = read_json(out / "experiment.json", "level_of_type", "made_by", "language_model")
+    aligned = [read_json(path, "letter", "colour") for path in sorted(out.glob("alignment/*/results.json"))]
     experiment["alignment"] = {kind: [one[kind] for one in aligned] for kind in ("letter", "colour") if aligned}
     runs: dict[str, Run] = {}
     arms: dict[str, tuple[Path, dict[str, Any]]] = {}
@@ -241,7 +241,9 @@ def read(out: Path) -> Study:
         if damaged := [
             f"{name}.json"
             for name, value, needed in (("manifest", manifest, MANIFEST), ("done", done, DONE))
-            if not isinstance(value, dict) or not needed <= set(value)
+            if not isinstance(value, dict)
+            or not needed <= set(value)
+            or (name == "done" and not all(isinstance(value[one], int | float) for one in needed))
         ]:
             raise BadInput(f"{damaged[0]} of the run {label(folder)} is damaged; remove its folder and run it again.")
         if (manifest["arm_name"], str(manifest["seed"])) != (folder.parent.name, folder.name):
@@ -262,12 +264,15 @@ def read(out: Path) -> Study:
         blocks = defaultdict(list)
         try:
             evaluated = [row for row in read_lines(folder / "history.jsonl") if row.get("validation")]
-            run.history = [(row["step"], row["validation"]["accuracy"]) for row in evaluated]
+            run.history = [(int(row["step"]), float(row["validation"]["accuracy"])) for row in evaluated]
             for row in read_lines(folder / "predictions.jsonl"):
                 kept = {name: row[name] for name in (*QUESTION, "level_used", "visual_tokens")}
                 kept["correct"] = exact(row["prediction"], row["reference"])
+                if not all(isinstance(kept[name], str) for name in QUESTION if name != "chance"):
+                    raise TypeError("a text is missing")
+                kept |= {"chance": float(row["chance"]), "visual_tokens": int(row["visual_tokens"])}
                 blocks[row["split"], row["control"]].append(kept)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise BadInput(
                 f"A row of the run {label(folder)} is damaged ({error!r}); remove its folder and run it again."
             ) from None

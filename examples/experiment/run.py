@@ -136,7 +136,7 @@ def describe(study: Study, config: dict[str, Any], command: str, text: dict[str,
     scenes = study.scenes["train"]
     types = {kind: level for level, kinds in QUESTION_LEVELS.items() for kind in kinds}
     path = study.out / "experiment.json"
-    made_by = read_json(path).get("made_by", []) if path.exists() else []
+    made_by = read_json(path, "made_by")["made_by"] if path.exists() else []
     this = {"command": command, "versions": versions(), "commit": commit()}
     content = {
         "config": config,
@@ -266,8 +266,13 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     settings = study.settings
     shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest, "granuscenes": VERSION}
     path = args.out / "settings.json"
-    if path.exists() and (what := differing(read_json(path), shared)):
-        raise BadInput(f"{str(args.out)!r} holds another study: {what} differ; name another --out.")
+    flat = {**shared["settings"], **{name: value for name, value in shared.items() if name != "settings"}}
+    known = [(read_json(path), shared)] if path.exists() else []
+    manifests = sorted(args.out.glob("runs/*/*/manifest.json"))  # the archive of a study has nothing else that tells
+    for before, now in (*known, *((read_json(one, "settings")["settings"], flat) for one in manifests)):
+        if what := differing(before, now):
+            hint = " (Pillow 12 and 13 scale pictures differently)" if what.startswith("pictures") else ""
+            raise BadInput(f"{str(args.out)!r} holds another study: {what} differ{hint}; name another --out.")
     write_text(path, json.dumps(shared, indent=1) + "\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -300,3 +305,5 @@ if __name__ == "__main__":
         sys.exit(f"Error: the vision tower's weights are not installed; run: {error}")
     except (BadInput, DataError, ValueError) as error:
         sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped; the same command goes on.")

@@ -99,7 +99,7 @@ class Settings:
         if not max(self.min_steps, self.validate_every) <= self.max_steps:
             raise ValueError(f"The settings min_steps and validate_every must not be above max_steps, {self.max_steps}.")
         if set(self.scenes) != set(SPLITS):
-            raise ValueError(f"The setting scenes has {', '.join(self.scenes)}; it takes {', '.join(SPLITS)}.")
+            raise ValueError(f"The setting scenes has {', '.join(map(str, self.scenes))}; it takes {', '.join(SPLITS)}.")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"The setting precision is {self.precision!r}; it takes float32 or bfloat16.")
         name = self.language_model.get("name", "tiny")
@@ -150,13 +150,21 @@ def commit() -> str | None:
 
 
 def unreadable(path: Path, error: Exception) -> BadInput:
-    what = path.parent if "runs" in path.parts or "alignment" in path.parts else path  # a run is made anew as a whole
+    above = [parent.name for parent in path.parents]  # the study itself may lie in a folder "runs"
+    what = path.parent if above[2:3] == ["runs"] or above[1:2] == ["alignment"] else path  # a run is made anew as a whole
     return BadInput(f"{str(path)!r} cannot be read ({error}); remove {str(what)!r} and give the command of the study again.")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *needed: str) -> Any:
+    """
+    Args:
+        needed (`str`): what an object must hold; without any the file may hold anything.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if needed and not (isinstance(value, dict) and value.keys() >= {*needed}):
+            raise ValueError(f"it does not hold {', '.join(needed)}")
+        return value
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
 

@@ -36,7 +36,7 @@ from examples.experiment.language_model import (
     short_questions,
     true_cells,
 )
-from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau
+from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau, unreadable
 from granulon_hf.cli.common import BadInput
 from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo.assemble import MissingBackbones, packaged_file
@@ -499,6 +499,7 @@ def test_questions_are_drawn_evenly_from_the_types():
         ({"language_model": {"name": "smollm2"}}, "set alignment_epochs: 0"),
         ({"min_steps": 500, "max_steps": 400}, "must not be above max_steps, 400"),
         ({"validate_every": 500, "max_steps": 400, "min_steps": 0}, "must not be above max_steps, 400"),
+        ({"scenes": {"train": 1, "validation": 1, "test": 2, "test_heldout": 1, 5: 1}}, "has train, .*, 5; it takes train"),
         ({"scene_seed": 1_000_003}, "those that the language model learns from"),
     ],
 )
@@ -538,3 +539,26 @@ def test_a_folder_of_another_study_is_left_alone(study_folder, tmp_path):
     config.write_text((ROOT / CONFIG).read_text().replace("max_steps: 4\n", "max_steps: 6\n"))
     with pytest.raises(command.BadInput, match=r"another study: settings.max_steps \(4 and 6\) differ; name another --out"):
         command.main([str(config), "--out", str(study_folder)])
+
+
+def test_an_archive_is_continued_only_with_its_own_pictures_and_settings(study_folder, tmp_path):
+    run = Path("runs/pixel/0")
+    (tmp_path / run).mkdir(parents=True)
+    manifest = json.loads((study_folder / run / "manifest.json").read_text())
+    manifest["settings"]["pictures"] = "5a1c935135b51ebd"
+    (tmp_path / run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(command.BadInput, match=r"another study: pictures \(\"5a1c935135b51ebd\" and .*Pillow"):
+        command.main([str(ROOT / CONFIG), "--out", str(tmp_path)])
+    assert not (tmp_path / "settings.json").exists() and not (tmp_path / "features").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "removed"),
+    [
+        ("runs/study/settings.json", "runs/study/settings.json"),
+        ("runs/study/runs/pixel/0/done.json", "runs/study/runs/pixel/0"),
+        ("study/alignment/0/results.json", "study/alignment/0"),
+    ],
+)
+def test_what_is_to_be_removed_is_never_the_study(file, removed):
+    assert f"remove '{removed}' and" in str(unreadable(Path(file), ValueError("x")))

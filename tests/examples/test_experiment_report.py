@@ -414,6 +414,10 @@ def test_before_the_plateau_nothing_is_decided(tmp_path):
         ("predictions.jsonl", "[1]", "A row of the run pixel/0 is damaged"),
         ("predictions.jsonl", '{"split', "predictions.jsonl' cannot be read"),
         ("history.jsonl", "[1]", "A row of the run pixel/0 is damaged"),
+        ("history.jsonl", '{"step": "x", "validation": {"accuracy": 1}}', "A row of the run pixel/0 is damaged"),
+        ("done.json", json.dumps(dict.fromkeys(report.DONE, "x")), "done.json of the run pixel/0 is damaged"),
+        ("predictions.jsonl", json.dumps(dict.fromkeys([*report.QUESTION, "prediction", "split"])), "A row of the run pixel/0"),
+        ("../../../experiment.json", "{}", "experiment.json' cannot be read (it does not hold level_of_type"),
     ],
 )
 def test_a_damaged_run_is_named(tmp_path, name, damage, message):
