@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -57,6 +58,8 @@ from .vision_granulon import (
 
 logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
+# Labels whose logits are held at once: 1.2 GB in bfloat16 with a vocabulary of 150,000, and as much again twice in float32.
+LOSS_CHUNK = 4096
 
 
 @dataclass
@@ -943,10 +946,18 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """The same loss from the states [B x L x E] whose next token carries a label."""
         labelled = nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[labelled]
-        logits = self.lm_head(hidden_states[labelled])
         if kwargs.get("num_items_in_batch") is None:  # the mean, and 0 where there is no label at all
             kwargs["num_items_in_batch"] = labelled.sum().clamp(min=1)
-        return self._loss(logits, None, shift_labels=shifted, **kwargs)
+
+        def loss_of(states, targets):
+            return self._loss(self.lm_head(states), None, shift_labels=targets, **kwargs)
+
+        states = hidden_states[labelled]
+        if torch.compiler.is_compiling() or len(states) <= LOSS_CHUNK:
+            return loss_of(states, shifted)
+        # Logits of a large batch would need more memory than the decoder: they are made again in the backward pass (ours).
+        chunks = zip(states.split(LOSS_CHUNK), shifted.split(LOSS_CHUNK), strict=True)
+        return sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
 
     def _stream_losses(self, outputs, inputs, labels, logits_to_keep, **kwargs):
         """λ_pixel · L_pixel + λ_semantic · L_semantic, on the slots of the main pass (ours: the paper gives no procedure)."""

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.shapes import Shapes
+from granulon_hf.modeling import modeling_granulon
 from granulon_hf.training import GranulonTrainer, RecipeArguments, TrainingFailed, set_stage
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
 from granulon_hf.training.freezing import trainable
@@ -84,6 +85,25 @@ def test_no_vocabulary_sized_tensor_for_positions_without_label(make):
     loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
     assert outputs.logits is None and math.isfinite(loss)
     assert rows == [(batch["labels"][:, 1:] != -100).sum()]
+
+
+def test_many_labels_are_taken_in_chunks_with_the_same_loss_and_gradients(make, monkeypatch):
+    trainer = make()
+    model, rows = trainer.model.eval(), []
+    batch = trainer.data_collator([SAMPLES[i] for i in range(4)])
+
+    def step():
+        model.zero_grad()
+        loss = model(**batch, skip_logits=True).loss
+        loss.backward()
+        return loss, [parameter.grad.clone() for _, parameter in trainable(model)]
+
+    expected = step()
+    monkeypatch.setattr(modeling_granulon, "LOSS_CHUNK", 3)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[0]))
+    torch.testing.assert_close(step(), expected)
+    labels = int((batch["labels"][:, 1:] != -100).sum())
+    assert sum(rows) == 2 * labels and max(rows) == 3  # once forward, once again backward
 
 
 def test_dual_stream_losses_are_kept_by_the_lean_step(make):
