@@ -335,6 +335,8 @@ class GranulonModel(GranulonPreTrainedModel):
         return self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask).softmax(-1)
 
     def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
+        if len(self.config.granularity_levels) == 1:  # nothing to choose: the question need not be read
+            return inputs_embeds.new_zeros(len(inputs_embeds) if sample is None else count_samples(sample), 1).float()
         if question_mask is None:
             question_mask = ~image_mask
             if attention_mask is not None and attention_mask.ndim == 2:

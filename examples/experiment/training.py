@@ -562,7 +562,8 @@ class Run:
         )
         validation = Validation(self)
         samples: Any = study.conversations("train", self.seed, settings.orders)
-        self.validation = list(batches(study.conversations("validation", 0, 1), 2 * settings.batch_size))
+        conversations = study.conversations("validation", 0, 1)
+        self.validation = [(some, self.collator(some)) for some in batches(conversations, 2 * settings.batch_size)]
         self.trainer = ArmTrainer(
             model=self.model, args=arguments, train_dataset=samples, data_collator=self.collator, callbacks=[validation]
         )
@@ -585,10 +586,9 @@ class Run:
         """Accuracy of the answers' first tokens, each behind the true answers to the questions before it."""
         self.model.eval()
         right: dict[str, list[float]] = defaultdict(list)
-        for samples in self.validation:
-            batch = self.collator(samples)
-            labels = batch.pop("labels")
-            outputs = self.model(**{name: value.to(self.model.device) for name, value in batch.items()}, use_cache=False)
+        for samples, batch in self.validation:
+            inputs = {name: value.to(self.model.device) for name, value in batch.items() if name != "labels"}
+            labels, outputs = batch["labels"], self.model(**inputs, use_cache=False)
             said = outputs.logits.argmax(-1).cpu()
             first = (labels != -100) & (torch.nn.functional.pad(labels[:, :-1], (1, 0), value=-100) == -100)
             for i, sample in enumerate(self.collator.rows(samples)):
@@ -651,9 +651,9 @@ class Run:
     def flops(self, predictions: list[dict[str, Any]]) -> dict[str, int]:
         seen = [row for row in predictions if row["control"] == "none"]
         visual, text = (float(np.mean([row[name] for row in seen])) for name in ("visual_tokens", "text_tokens"))
-        lengths = torch.cat([self.collator(samples)["attention_mask"].sum(1) for samples in self.validation])
+        lengths = torch.cat([batch["attention_mask"].sum(1) for _, batch in self.validation])
         conversation = float(lengths.float().mean()) - self.processor.slots
-        rows_per_sample = len(lengths) / sum(map(len, self.validation))
+        rows_per_sample = len(lengths) / sum(len(samples) for samples, _ in self.validation)
         patches, width = self.features.shape
         one = (self.arm, self.model.model.language_model, width, patches, visual)
         training = rows_per_sample * forward_flops(*one, conversation, cached=True)

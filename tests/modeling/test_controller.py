@@ -146,6 +146,16 @@ def test_the_controller_can_be_trained_on_its_own(build):
     assert p.argmax(-1).tolist() == [0, 1, 2]
 
 
+def test_with_one_level_the_question_is_not_read(build):
+    model, processor = build(granularity_levels=[{"name": "all", "alpha": 1, "beta": 4, "gamma": 1.0}])
+    inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)]))
+    blocks = []
+    model.model.language_model.layers[0].register_forward_hook(lambda *_: blocks.append(1))
+    outputs = model(**inputs)
+    assert outputs.granularity.tolist() == [0] and outputs.granularity_probs.tolist() == [[1.0]]
+    assert len(blocks) == 1  # the decoder's own; the controller ran none before it
+
+
 def test_a_model_without_levels_has_no_controller(build):
     model, _ = build("clip-qwen2.5")
     with pytest.raises(ValueError, match="no controller"):
