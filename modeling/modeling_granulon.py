@@ -336,8 +336,7 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
         if len(self.config.granularity_levels) == 1:  # nothing to choose: the question need not be read
-            count = len(inputs_embeds) if sample is None else count_samples(sample)
-            return inputs_embeds.new_zeros(count, 1, dtype=torch.float32)
+            return inputs_embeds.new_zeros(count_samples(inputs_embeds, sample), 1, dtype=torch.float32)
         if question_mask is None:
             question_mask = ~image_mask
             if attention_mask is not None and attention_mask.ndim == 2:
@@ -345,7 +344,8 @@ class GranulonModel(GranulonPreTrainedModel):
         else:
             question_mask = question_mask.bool() & ~image_mask
         if sample is not None:
-            inputs_embeds, question_mask = unpack_questions(inputs_embeds, question_mask, sample, count_samples(sample))
+            count = count_samples(inputs_embeds, sample)
+            inputs_embeds, question_mask = unpack_questions(inputs_embeds, question_mask, sample, count)
         return self.controller(first_block_states(self.language_model, inputs_embeds, question_mask), question_mask)
 
     def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
@@ -528,7 +528,7 @@ class GranulonModel(GranulonPreTrainedModel):
             `tuple`: [`GranulonImageFeatures`], probabilities [B x n], level of each sample [B]; the last two are `None`
             without levels.
         """
-        batch = image_mask.shape[0] if sample is None else count_samples(sample)
+        batch = count_samples(image_mask, sample)
         forced = self._level_index(granularity, batch, image_mask.device)
         if not self.config.granularity_levels:
             return self.get_image_features(pixel_values, return_dict=True, **kwargs), None, None
@@ -635,7 +635,7 @@ class GranulonModel(GranulonPreTrainedModel):
                     )
             position_ids, sample = None, number_samples(seq_idx)
         if pixel_values is None and granularity is not None:  # nothing to choose, but a misspelt level is still an error
-            self._level_index(granularity, tokens.shape[0] if sample is None else count_samples(sample), tokens.device)
+            self._level_index(granularity, count_samples(tokens, sample), tokens.device)
         if pixel_values is not None or images is not None:
             image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -1080,9 +1080,9 @@ def number_samples(seq_idx: torch.Tensor) -> torch.Tensor:
     return (sample_starts(seq_idx).flatten().cumsum(0) - 1).view(seq_idx.shape)
 
 
-def count_samples(sample: torch.Tensor) -> int:
-    """S, the samples that [`number_samples`] has numbered."""
-    return int(sample[-1, -1]) + 1
+def count_samples(tokens: torch.Tensor, sample: torch.Tensor | None) -> int:
+    """Samples in a batch: its rows, or where they are packed those that [`number_samples`] has numbered."""
+    return tokens.shape[0] if sample is None else int(sample[-1, -1]) + 1
 
 
 __all__ = ["GranulonForConditionalGeneration", "GranulonModel", "GranulonPreTrainedModel"]
