@@ -2,6 +2,7 @@
 """Adapter form: a checkpoint that holds what was trained and names its frozen backbones (ours)."""
 
 import os
+import re
 from typing import Any
 
 from safetensors import safe_open
@@ -47,6 +48,44 @@ def find_adapter(name: str | os.PathLike, **options) -> str | None:
     return None if whole else adapter
 
 
+def load_whole(load, name: str | os.PathLike, *args, ignore_mismatched_sizes: bool = False, **options):
+    """Load a model, and refuse what transformers only warns of: weights that are missing (they would be random), of another
+    shape, or left out though they belong to modules of the model.
+
+    What a checkpoint has beside the model (another tower, a classifier) is left out without a word; pooling heads, which are
+    not used, may be missing; and places that are new here (`slot_position`) tell nothing before they are trained.
+
+    Args:
+        load (`callable`): `from_pretrained` of a class.
+        name (`str`): Hub id or folder.
+        *args, ignore_mismatched_sizes, **options: of `from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is of another architecture or another size; the message names a weight.
+    """
+    model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+
+    def kind(key: str) -> str:  # all layers are alike
+        return re.sub(r"\.\d+(?=\.|$)", ".#", key)
+
+    modules = {kind(key) for key, _ in model.named_modules() if key}
+    unused = re.compile(r"(^|\.)(pooler|head)\b|multi_modal_projector\.position$")
+    buffers = re.compile(r"(^|\.)(position_ids|inv_freq)$")
+    left_out = [key for key in info["unexpected_keys"] if kind(key).rpartition(".")[0] in modules and not buffers.search(key)]
+    for problem, found in (
+        ("lacks", info["missing_keys"]),
+        ("has another shape of", [key for key, *_ in info["mismatched_keys"] if not ignore_mismatched_sizes]),
+        ("has more than the model:", left_out),
+    ):
+        if keys := sorted(key for key in found if not unused.search(key)):
+            others = f" and {len(keys) - 1} more weights" if len(keys) > 1 else ""
+            raise ValueError(
+                f"{name} does not fit {type(model).__name__}: it {problem} {keys[0]}{others}. Give the weights that belong to "
+                "this config; nothing is filled with random numbers."
+            )
+    return model
+
+
 def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **options):
     """All weights of a model: those of the frozen backbones, and over them those of the adapter.
 
@@ -61,7 +100,7 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
         `tuple`: weights by the names of [`GranulonForConditionalGeneration`], and the `GenerationConfig` of the decoder.
 
     Raises:
-        ValueError: the adapter has weights that the model lacks, or of another shape.
+        ValueError: the adapter has weights that the model lacks, or of another shape; a backbone is of another architecture.
         OSError: a backbone cannot be read.
     """
     weights: dict[str, Any] = {}
@@ -71,7 +110,9 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
     ):
         source = dict(config.backbones[part])
         name = source.pop("name")
-        model = auto.from_pretrained(name, config=sub_config, dtype=dtype, use_safetensors=use_safetensors, **source, **options)
+        model = load_whole(
+            auto.from_pretrained, name, config=sub_config, dtype=dtype, use_safetensors=use_safetensors, **source, **options
+        )
         if part == "vision":
             weights |= {f"model.vision_tower.{key}": value for key, value in model.state_dict().items()}
         else:

@@ -25,8 +25,10 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
+    SuppressTokensLogitsProcessor,
 )
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -42,7 +44,15 @@ from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_NAME, logging, to
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, name_backbone
+from .adapter_granulon import (
+    ADAPTER_WEIGHTS,
+    HUB_OPTIONS,
+    assemble,
+    find_adapter,
+    find_file,
+    load_whole,
+    name_backbone,
+)
 from .aggregation_granulon import GranulonAggregation, aggregate, grid_positions
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, LevelHead, first_block_states, unpack_questions
@@ -174,7 +184,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """As in transformers; a checkpoint in adapter form is assembled from the backbones that its config names.
+        """As in transformers, but weights that are missing are an error; a checkpoint in adapter form is assembled from the
+        backbones that its config names.
 
         Only safetensors are read unless `use_safetensors=False` says that pickled weights are trusted.
 
@@ -183,7 +194,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: weights or backbones cannot be read.
-            ValueError: the adapter does not fit its backbones, or names none.
+            ValueError: weights of the checkpoint are missing or do not fit its config (with `output_loading_info=True` they
+                are listed instead), or the adapter does not fit its backbones, or names none.
         """
         if kwargs.get("use_safetensors") is None:  # transformers would then take pickles where there is nothing else
             kwargs["use_safetensors"] = True
@@ -200,9 +212,13 @@ class GranulonPreTrainedModel(PreTrainedModel):
         if foreign := {str(ref).partition("--")[0] for ref in references if "--" in str(ref)} - {str(name)}:
             logger.warning(f"{name} names code of {', '.join(sorted(foreign))} as its own; {cls.__module__} is used instead.")
         adapter = find_adapter(name, **place)
+        with_info = kwargs.pop("output_loading_info", False)
         if adapter is None:
+            load = super().from_pretrained
             try:
-                return super().from_pretrained(name, *model_args, config=config, **kwargs)
+                if with_info:  # whoever asks what is missing is told, as in transformers, and decides
+                    return load(name, *model_args, config=config, output_loading_info=True, **kwargs)
+                return load_whole(load, name, *model_args, config=config, **kwargs)
             except OSError as error:
                 if not kwargs["use_safetensors"] or not find_file(name, WEIGHTS_NAME, **place):
                     raise
@@ -230,7 +246,6 @@ class GranulonPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("generation_config", generation_config)
         else:  # the model without its head, whose names begin one level lower
             weights = {key.removeprefix("model."): value for key, value in weights.items() if key.startswith("model.")}
-        with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             None, *model_args, config=config, state_dict=weights, output_loading_info=True, **kwargs
         )
@@ -783,8 +798,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             **config: fields of [`GranulonConfig`]. `image_token_id` is found in the tokenizer of `text` unless given.
 
         Raises:
-            ValueError: the vision tower has no patch features, its checkpoint lacks weights, or no spare token can stand for
-                an image.
+            ValueError: the vision tower has no patch features, a checkpoint lacks weights, or no spare token can stand for an
+                image.
         """
         vision_kwargs, text_kwargs = dict(vision_kwargs or {}), dict(text_kwargs or {})
         vision_config = AutoConfig.from_pretrained(vision, **vision_kwargs)
@@ -794,16 +809,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             tokenizer = AutoTokenizer.from_pretrained(text, **text_kwargs)
             config["image_token_id"] = tokenizer.convert_tokens_to_ids(find_image_token(tokenizer))
 
-        language = AutoModelForCausalLM.from_pretrained(text, dtype=dtype, **text_kwargs)
-        tower, loaded = AutoModel.from_pretrained(
-            vision, config=vision_config, dtype=language.dtype, output_loading_info=True, **vision_kwargs
-        )
-        # transformers fills what a checkpoint lacks with random numbers; only pooling heads, which are not used, may lack.
-        missing = sorted(key for key in loaded["missing_keys"] if "pooler" not in key and "head" not in key)
-        if missing:
-            raise ValueError(
-                f"{vision} lacks {len(missing)} weights of its vision tower, such as {missing[0]}; it cannot be used."
-            )
+        language = load_whole(AutoModelForCausalLM.from_pretrained, text, dtype=dtype, **text_kwargs)
+        tower = load_whole(AutoModel.from_pretrained, vision, config=vision_config, dtype=language.dtype, **vision_kwargs)
         config.setdefault("image_seq_length", grid.height * grid.width)
         backbones = {"vision": name_backbone(vision, vision_kwargs), "text": name_backbone(text, text_kwargs)}
         config.setdefault("backbones", backbones if all(backbones.values()) else None)
@@ -1035,6 +1042,12 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             )
             model_kwargs["hidden_slots"] = hidden
         return model_kwargs
+
+    def _get_candidate_generator(self, *args, **kwargs):
+        """Drafts (of speculative decoding, or looked up in the prompt) have no image slots: they would lack an image."""
+        bar = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+        kwargs["logits_processor"] = LogitsProcessorList([*kwargs["logits_processor"], bar])
+        return super()._get_candidate_generator(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """The cache remembers which of its entries are hidden, for whoever goes on with it."""

@@ -1,19 +1,28 @@
 # Copyright 2026 The Granulon team. Licensed under the Apache License, Version 2.0.
 """Processor of Granulon: image processor, tokenizer, image placeholders and the question mask."""
 
+import functools
+import itertools
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, get_image_size, to_numpy_array
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .images_granulon import open_images
 from .vision_granulon import probe_vision_tower
 
-# Unicode noncharacters, reserved for use inside a program: they mark the question while the chat template is rendered.
-QUESTION_START, QUESTION_END = "\ufdd0", "\ufdd1"
+Span = tuple[int, int]
+# Unicode noncharacters, reserved for use inside a program: while a chat template is rendered, pairs of them mark the question,
+# every answer, and control tokens that somebody typed.
+MARKS = {"question": "\ufdd0\ufdd1", "answers": "\ufdd2\ufdd3", "typed": "\ufdd4\ufdd5"}
+ALL_MARKS = "".join(MARKS.values())
+# Words of a conversation that is rendered only to see what the chat template writes around them.
+FIRST, ANSWER, SECOND = "\ufdd6", "\ufdd7", "\ufdd8"
 
 # Tokens that are free to stand for an image, by what tokenizers call them; the first that a tokenizer has is used.
 IMAGE_TOKENS = (
@@ -63,8 +72,8 @@ class GranulonProcessor(ProcessorMixin):
         image_token (`str`, *optional*): placeholder of an image; found in the tokenizer by default.
         chat_template (`str`, *optional*): Jinja template.
 
-    `apply_chat_template(..., tokenize=True, return_dict=True)` also returns `question_mask` [B x L]: 1 on the tokens of the
-    last user turn's own words, which is what the granularity controller reads.
+    The result of a call, or of `apply_chat_template(..., tokenize=True, return_dict=True)`, also holds `question_mask` [B x L]:
+    1 on the tokens of the last user turn's own words, which is what the granularity controller reads.
     """
 
     def __init__(
@@ -168,56 +177,182 @@ class GranulonProcessor(ProcessorMixin):
         return [*super().model_input_names, "question_mask"]
 
     def apply_chat_template(self, conversation, chat_template: str | None = None, *, granularity: str | None = None, **kwargs):
-        """As in transformers; with `tokenize=True, return_dict=True` the result also holds `question_mask` [B x L].
+        """As in transformers, and text is always text: a control token or image placeholder that somebody typed into a message
+        stays the characters that it is, since only the template writes control tokens (ours).
+
+        Without `tokenize=True` a rendered conversation is a [`Prompt`]: a `str` that remembers what was typed.
 
         Args:
             granularity (`str`, *optional*): a level by its name, handed on to the model as it is: it is used instead of the
                 one that the question would choose. A server's clients reach it as `chat_template_kwargs`.
         """
-        if "date_string" in str(chat_template or self.chat_template):
+        template = self._resolve_chat_template(chat_template)
+        if "date_string" in template:
             kwargs.setdefault("date_string", DATE_STRING)
-        if kwargs.get("tokenize"):
-            # Rendered a second time with marks around the question: right for any template, and for repeated words.
-            batched = isinstance(conversation[0], list | tuple) or hasattr(conversation[0], "content")
-            marked = [mark_question(one) for one in conversation] if batched else mark_question(conversation)
-            text_only = {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
-            rendered = super().apply_chat_template(marked, chat_template, **{**kwargs, **text_only})
-            spans = [marked_spans(one) for one in ([rendered] if isinstance(rendered, str) else rendered)]
-            kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "question_spans": spans}
-        inputs = super().apply_chat_template(conversation, chat_template, **kwargs)
-        if granularity is not None and kwargs.get("tokenize") and kwargs.get("return_dict"):
+        conversations, batched = self._normalize_conversations(conversation)
+        conversations = [map_text(one, remove_marks) for one in conversations]
+        pattern = self._control_pattern(template)
+        marked = [mark_conversation(one, pattern) for one in conversations]
+        text_only = {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
+        prompts = [Prompt.read(one) for one in super().apply_chat_template(marked, template, **{**kwargs, **text_only})]
+        if not kwargs.get("tokenize"):
+            return prompts if batched else prompts[0]
+        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "prompts": prompts}
+        inputs = super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
+        if granularity is not None and kwargs.get("return_dict"):
             inputs["granularity"] = granularity
         return inputs
 
-    def __call__(self, images=None, text=None, *, question_spans: list[list[tuple[int, int]]] | None = None, **kwargs):
-        """As in transformers.
+    def __call__(self, images=None, text=None, videos=None, audio=None, *, prompts: "list[Prompt] | None" = None, **kwargs):
+        """As in transformers; the result also holds `question_mask` [B x L].
 
         Args:
-            question_spans (`list[list[tuple[int, int]]]`, *optional*): for each text, the (start, end) characters of the
-                question before placeholders are expanded. The result then also holds `question_mask` [B x L].
+            images: one image, or (nested) lists of them, each a path, URL, bytes, base64 text, `PIL.Image.Image`, array or
+                tensor.
+            text (`str` or `list[str]`): with one placeholder (`processor.image_token`) per image. In a string that
+                [`~GranulonProcessor.apply_chat_template`] did not make, control tokens count as such, and the question is what
+                stands in its last user turn, or all of it where it has none of this chat template's turns.
+            prompts (`list[Prompt]`, *optional*): used instead of `text`.
+
+        Raises:
+            ValueError: an image cannot be used, or the text has more or fewer placeholders than there are images.
         """
-        if question_spans is None:
-            return super().__call__(images=images, text=text, **kwargs)
-        keep_offsets = kwargs.get("return_offsets_mapping") or kwargs.get("text_kwargs", {}).get("return_offsets_mapping")
-        keep_replacements = kwargs.get("return_text_replacement_offsets")
-        kwargs |= {"return_offsets_mapping": True, "return_text_replacement_offsets": True}
-        out = super().__call__(images=images, text=text, **kwargs)
-        mask = [
-            question_tokens(offsets, spans, replacements)
-            for offsets, spans, replacements in zip(
-                out["offset_mapping"], question_spans, out["text_replacement_offsets"], strict=True
-            )
-        ]
-        if torch.is_tensor(out["input_ids"]):
-            mask = torch.tensor(mask)
-        elif isinstance(out["input_ids"], np.ndarray):
-            mask = np.array(mask)
-        out["question_mask"] = mask
-        if not keep_offsets:
-            out.pop("offset_mapping")
-        if not keep_replacements:
-            out.pop("text_replacement_offsets")
-        return out
+        if text is None and prompts is None:
+            return super().__call__(images=None if images is None else open_images(images), **kwargs)
+        if prompts is None:
+            texts = [text] if isinstance(text, str) else text
+            if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
+                raise ValueError(f"`text` must be a string or a list of strings; got {text!r:.80}.")
+            prompts = [one if isinstance(one, Prompt) else self._read_plain(one) for one in texts]
+        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        places = [prompt.find_all(self.image_token) for prompt in prompts]
+        # Lists of images, one for each text, must fit text by text; other images are dealt out in order.
+        by_text = isinstance(images, list | tuple) and len(images) == len(prompts)
+        by_text = by_text and all(isinstance(one, list | tuple) for one in images)
+        groups = [open_images(one) for one in (images if by_text else [[] if images is None else images])]
+        counts = [len(spans) for spans in places] if by_text else [sum(map(len, places))]
+        for count, group in zip(counts, groups, strict=True):
+            if count != len(group):
+                raise ValueError(
+                    f"A text has {count} image placeholders for {len(group)} images; give every image one: a part "
+                    '{"type": "image"} of a message for apply_chat_template, or processor.image_token in a plain text.'
+                )
+        opened = list(itertools.chain(*groups))
+        pixels, slots = self._process_images(opened, **options["images_kwargs"]) if opened else ({}, [])
+        rest = iter(slots)
+        replaced = [[(span, next(rest)) for span in spans] for spans in places]
+        expanded = [prompt.expand(edits) for prompt, edits in zip(prompts, replaced, strict=True)]
+
+        text_options = options["text_kwargs"]
+        asked = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        kinds, offsets = (text_options.pop(name, options[name]) for name in asked)
+        tensors = text_options.pop("return_tensors", None)
+        data = self._tokenize(expanded, **text_options)
+        for ids, edits in zip(data["input_ids"], replaced, strict=True):
+            if ids.count(self.image_token_id) != sum(len(new) for _, new in edits) // len(self.image_token):
+                raise ValueError("The images' slots do not fit: leave out truncation, or raise max_length.")
+        if kinds:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        if offsets:
+            data["text_replacement_offsets"] = [describe_replacements(self.image_token, edits) for edits in replaced]
+        return BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _tokenize(self, prompts: "list[Prompt]", return_offsets_mapping: bool = False, **options) -> dict[str, Any]:
+        """Tokens of prompts with their image slots, and the question mask."""
+        if self.tokenizer.bos_token is not None and any(prompt.startswith(self.tokenizer.bos_token) for prompt in prompts):
+            options.setdefault("add_special_tokens", False)  # the template has written it
+        if any(prompt.typed for prompt in prompts):
+            data = encode_typed(self.tokenizer, prompts, **options)
+        else:
+            data = dict(self.tokenizer([str(prompt) for prompt in prompts], return_offsets_mapping=True, **options))
+        offsets = data["offset_mapping"] if return_offsets_mapping else data.pop("offset_mapping")
+        data["question_mask"] = [tokens_in(*pair) for pair in zip(offsets, (one.question for one in prompts), strict=True)]
+        return data
+
+    def _control_pattern(self, template: str) -> re.Pattern:
+        """A pattern of all tokens that are no text: special ones, and others that the chat template writes."""
+        tokens = self.tokenizer.added_tokens_decoder.values()
+        control = {one.content for one in tokens if one.special or (one.content in template and not one.content.isspace())}
+        return any_of(frozenset(control | {self.image_token}))
+
+    def _read_plain(self, text: str) -> "Prompt":
+        """A prompt of which nothing is known but its text: look for the question in it."""
+        template = self._resolve_chat_template(None) if self.chat_template else ""
+        start, end = self._find_user_turn(text) if template else (0, len(text))
+        control = (found.span() for found in self._control_pattern(template).finditer(text, start, end))
+        words = [strip_span(text, span) for span in in_pairs([start, *itertools.chain(*control), end])]
+        return Prompt(text, question=[span for span in words if span[0] < span[1]])
+
+    def _find_user_turn(self, text: str) -> Span:
+        """The characters of the last user turn in a text that looks as the chat template writes it, or all of them."""
+        roles = {FIRST: "user", ANSWER: "assistant", SECOND: "user"}
+        probe = [{"role": role, "content": [{"type": "text", "text": word}]} for word, role in roles.items()]
+        rendered = str(self.apply_chat_template(probe))
+        before, to_answer, to_user, after = re.split(f"[{FIRST}{ANSWER}{SECOND}]", rendered)
+        # What begins a user's turn, whatever comes before it, down to where it differs from what begins an answer …
+        begin = common_end(before, to_user)
+        differs = len(begin) - len(common_end(begin, to_answer)) - 1
+        marks = [found.start() for found in self._control_pattern(self._resolve_chat_template(None)).finditer(begin)]
+        # … and back to the beginning of its line or to the control token before.
+        begin = begin[max([0, begin.rfind("\n", 0, differs) + 1, *(place for place in marks if place <= differs)]) :]
+        place = text.rfind(begin) if differs >= 0 else -1
+        if place < 0:
+            return 0, len(text)
+        start = place + len(begin)
+        ends = [text.find(to_answer.rstrip(), start), text.find(after.rstrip(), start) if after.strip() else -1]
+        return start, min((end for end in ends if end >= 0), default=len(text))
+
+
+class Prompt(str):
+    """A rendered conversation that remembers what its characters are (ours).
+
+    Attributes:
+        question (`list[tuple[int, int]]`): (start, end) characters of the last user turn's words.
+        answers (`list[tuple[int, int]]`): of every text of the assistant's.
+        typed (`list[tuple[int, int]]`): of control tokens that somebody typed, which are words like all others.
+    """
+
+    question: list[Span]
+    answers: list[Span]
+    typed: list[Span]
+
+    def __new__(cls, text: str, question=(), answers=(), typed=()):
+        prompt = super().__new__(cls, text)
+        prompt.question, prompt.answers, prompt.typed = [], list(answers), list(typed)
+        for start, end in question:
+            # Texts that only white space parts are one question.
+            if prompt.question and not text[prompt.question[-1][1] : start].strip():
+                start = prompt.question.pop()[0]
+            prompt.question.append((start, end))
+        return prompt
+
+    @classmethod
+    def read(cls, marked: str) -> "Prompt":
+        """Take the marks of [`mark_conversation`] out of a rendered conversation, and note where they were."""
+        kinds = {mark: kind for kind, pair in MARKS.items() for mark in pair}
+        spans: dict[str, list[Span]] = {kind: [] for kind in MARKS}
+        text, started = "", {}
+        for piece in re.split(f"([{ALL_MARKS}])", marked):
+            if piece not in kinds:
+                text += piece
+            elif piece == MARKS[kinds[piece]][0]:
+                started[kinds[piece]] = len(text)
+            elif kinds[piece] in started:  # a template may have parted the two
+                spans[kinds[piece]].append((started.pop(kinds[piece]), len(text)))
+        return cls(text, **spans)
+
+    def find_all(self, token: str) -> list[Span]:
+        """Where a control token stands that nobody typed."""
+        found = [match.span() for match in re.finditer(re.escape(token), self)]
+        return [span for span in found if span not in self.typed]
+
+    def expand(self, edits: list[tuple[Span, str]]) -> "Prompt":
+        """The prompt with the text of some spans, in their order, replaced, and with all that it remembers moved along."""
+        edges = [0, *itertools.chain(*(span for span, _ in edits)), len(self)]
+        kept = [self[start:end] for start, end in in_pairs(edges)]
+        text = "".join(itertools.chain(*zip(kept, [*(new for _, new in edits), ""], strict=True)))
+        spans = {kind: move_spans(getattr(self, kind), edits) for kind in MARKS}
+        return Prompt(text, **spans)
 
 
 def make_chat_template(tokenizer, image_token: str) -> str:
@@ -262,49 +397,157 @@ def to_serializable(image_processor):
     )
 
 
-def mark_question(conversation: list[dict]) -> list[dict]:
-    """Copy a conversation with the text of its last user turn between the two marks; white space around it stays outside."""
-
-    def mark(text: str) -> str:
-        words = text.strip()
-        return text.replace(words, QUESTION_START + words + QUESTION_END) if words else text
-
-    conversation = [dict(message) for message in conversation]
-    for message in reversed(conversation):
-        if message.get("role") == "user":
-            content = message.get("content")
-            if isinstance(content, str):
-                message["content"] = mark(content)
-            elif content:
-                message["content"] = [
-                    {**part, "text": mark(part["text"])} if isinstance(part.get("text"), str) else part for part in content
-                ]
-            break
-    return conversation
+def map_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Copy a message, or a list of them, with every string changed but those of parts that are no text."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return value if value.get("type") == "image" else {key: map_text(one, change) for key, one in value.items()}
+    return [map_text(one, change) for one in value] if isinstance(value, list | tuple) else value
 
 
-def marked_spans(text: str) -> list[tuple[int, int]]:
-    """The (start, end) characters that the marks enclose, counted as if the marks were not there."""
-    spans, plain, start = [], 0, 0
-    for piece in re.split(f"([{QUESTION_START}{QUESTION_END}])", text):
-        if piece == QUESTION_START:
-            start = plain
-        elif piece == QUESTION_END:
-            spans.append((start, plain))
-        else:
-            plain += len(piece)
-    return spans
+def remove_marks(text: str) -> str:
+    return text.translate(dict.fromkeys(map(ord, ALL_MARKS)))
 
 
-def question_tokens(offsets, spans: list[tuple[int, int]], replacements: list[dict]) -> list[int]:
-    """1 for each token that overlaps a span of the prompt as it was before image placeholders were expanded."""
+def mark_conversation(conversation: list[dict], control: re.Pattern) -> list[dict]:
+    """Copy a conversation with the question, the answers and typed control tokens between marks; white space stays outside."""
 
-    def expanded(char: int) -> int:
-        return char + sum(len(r["replacement"]) - len(r["text"]) for r in replacements if r["span"][1] <= char)
+    def enclose(text: str, kind: str) -> str:
+        words = text.strip()  # `join` puts them between the two marks
+        return text.replace(words, words.join(MARKS[kind])) if words else text
 
-    spans = [(expanded(start), expanded(end)) for start, end in spans]
-    offsets = offsets.tolist() if hasattr(offsets, "tolist") else offsets
+    marked = map_text(conversation, lambda text: control.sub(lambda found: found[0].join(MARKS["typed"]), text))
+    last = max((index for index, message in enumerate(conversation) if message.get("role") == "user"), default=None)
+    for index, message in enumerate(marked):
+        kind = "question" if index == last else "answers" if conversation[index].get("role") == "assistant" else None
+        if kind is not None and "content" in message:
+            message["content"] = map_content(message["content"], functools.partial(enclose, kind=kind))
+    return marked
+
+
+def map_content(content: Any, change: Callable[[str], str]) -> Any:
+    """The content of a message with its words changed, be it a text or a list of parts."""
+    if isinstance(content, str):
+        return change(content)
+    parts = content or []
+    return [{**part, "text": change(part["text"])} if isinstance(part.get("text"), str) else part for part in parts]
+
+
+def tokens_in(offsets: Iterable[Span], spans: list[Span]) -> list[int]:
+    """1 for each token, given by its characters, that overlaps one of the spans."""
     return [int(any(start < stop and end > first for first, stop in spans)) for start, end in offsets]
+
+
+def move_spans(spans: list[Span], edits: list[tuple[Span, str]]) -> list[Span]:
+    """Where spans are after the text of others, all apart from them, has been replaced."""
+
+    def moved(place: int) -> int:
+        return place + sum(len(new) - (end - start) for (start, end), new in edits if end <= place)
+
+    return [(moved(start), moved(end)) for start, end in spans]
+
+
+def describe_replacements(token: str, edits: list[tuple[Span, str]]) -> list[dict[str, Any]]:
+    """The replaced placeholders of a prompt as transformers' processors describe them."""
+    described, shift = [], 0
+    for (start, end), new in edits:
+        span = start + shift, start + shift + len(new)
+        described.append({"type": "image", "span": (start, end), "new_span": span, "text": token, "replacement": new})
+        shift += len(new) - (end - start)
+    return described
+
+
+def encode_typed(
+    tokenizer,
+    prompts: list[Prompt],
+    *,
+    padding=False,
+    truncation=None,
+    max_length: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    padding_side: str | None = None,
+    add_special_tokens: bool = True,
+    return_attention_mask: bool | None = None,
+    **_,
+) -> dict[str, Any]:
+    """Call a tokenizer on prompts with typed control tokens, which become the pieces of any other words.
+
+    transformers' own `sanitize_control_tokens` gives no offsets, by which questions and answers are found.
+    """
+    rows = [encode_pieces(tokenizer, prompt, add_special_tokens) for prompt in prompts]
+    if truncation not in (None, False, "do_not_truncate"):
+        length = max_length or tokenizer.model_max_length
+        rows = [row[:length] if tokenizer.truncation_side == "right" else row[-length:] for row in rows]
+    data = tokenizer.pad(
+        {"input_ids": [[token for token, _ in row] for row in rows]},
+        padding=padding,
+        max_length=max_length,
+        pad_to_multiple_of=pad_to_multiple_of,
+        padding_side=padding_side,
+        return_attention_mask=return_attention_mask,
+    )
+    offsets = []
+    for row, ids in zip(rows, data["input_ids"], strict=True):
+        spans, fill = [span for _, span in row], [(0, 0)] * (len(ids) - len(row))
+        offsets.append(fill + spans if (padding_side or tokenizer.padding_side) == "left" else spans + fill)
+    return {**data, "offset_mapping": offsets}
+
+
+def encode_pieces(tokenizer, prompt: Prompt, add_special_tokens: bool) -> list[tuple[int, Span]]:
+    """Tokens of one prompt, each with its characters."""
+
+    def encode(start: int, end: int, typed: bool, before: str = "") -> list[tuple[int, Span]]:
+        found = tokenizer(
+            before + prompt[start:end],
+            add_special_tokens=add_special_tokens and start == 0,
+            split_special_tokens=typed,
+            return_offsets_mapping=True,
+        )
+        first = start - len(before)
+        return [(token, (first + a, first + b)) for token, (a, b) in zip(found.input_ids, found.offset_mapping, strict=True)]
+
+    def encode_inside(start: int, end: int, typed: bool) -> list[tuple[int, Span]]:
+        # Behind a line break: some tokenizers put a space before what they take for the beginning of a text.
+        found = encode(start, end, typed, before="\n") if start else []
+        tokens = [(token, span) for token, span in found if span[0] >= start]
+        clean = tokens and all(span[1] <= start for _, span in found[: len(found) - len(tokens)])
+        return tokens if clean else encode(start, end, typed)
+
+    row: list[tuple[int, Span]] = []
+    edges = [0, *itertools.chain(*prompt.typed), len(prompt)]
+    for index, (start, end) in enumerate(itertools.pairwise(edges)):
+        if start == end:
+            continue
+        tokens = encode_inside(start, end, typed=index % 2 == 1)
+        if index % 2 and len(tokens) == 1:  # a token that is not special is taken whole; in two parts it is not known
+            tokens = encode_inside(start, start + 1, True) + encode_inside(start + 1, end, True)
+        row += tokens
+    return row
+
+
+@functools.lru_cache(maxsize=8)
+def any_of(tokens: frozenset[str]) -> re.Pattern:
+    """A pattern that matches each of the tokens, the longest first."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))))
+
+
+def in_pairs(places: list[int]) -> list[Span]:
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
+def common_end(one: str, other: str) -> str:
+    """The longest text that both end with."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return one[len(one) - length :]
+
+
+def strip_span(text: str, span: Span) -> Span:
+    """The span without the white space at its ends."""
+    words = text[slice(*span)]
+    start = span[0] + len(words) - len(words.lstrip())
+    return start, start + len(words.strip())
 
 
 __all__ = ["GranulonProcessor"]

@@ -24,8 +24,8 @@ import granulon_hf
 from granulon_hf import overlay as drawing
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
 from granulon_hf.data.collator import encode_prompts
-from granulon_hf.data.images import LONGEST_ASPECT, to_rgb
 from granulon_hf.evaluation import models
+from granulon_hf.modeling.images_granulon import LONGEST_ASPECT, to_rgb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -247,15 +247,10 @@ def answer(
     auto: Any = granulon_hf.AutoModelForVision2Seq
     try:
         processor = AutoProcessor.from_pretrained(source)
-        model, loaded = auto.from_pretrained(source, dtype=torch_dtype, output_loading_info=True)
+        model = auto.from_pretrained(source, dtype=torch_dtype)
     except Exception as error:
         reason = one_line(error).split(". ")[0].rstrip(".")
         raise BadInput(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
-    if processor.image_token in question:
-        raise BadInput(f"The question holds {processor.image_token}, which stands for an image; leave it out.")
-    if loaded["missing_keys"]:  # transformers fills them with random numbers, and only warns
-        names = sorted(loaded["missing_keys"])
-        raise BadInput(f"The weights of {source!r} are incomplete: {len(names)} tensors are missing, {names[0]} first.")
     model = model.to(device).eval()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(device)

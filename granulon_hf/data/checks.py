@@ -11,10 +11,10 @@ import numpy as np
 
 from granulon_hf.data import prepared
 from granulon_hf.data.adapter import DataError
-from granulon_hf.data.images import open_rgb
 from granulon_hf.data.loading import Problem, Samples, load
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sources import open_source, splits_of
+from granulon_hf.modeling.images_granulon import open_rgb
 
 ELSEWHERE = "the other folder"
 TINY = 8  # pixels: smaller than one patch of any vision tower

@@ -14,15 +14,9 @@ from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from granulon_hf.data.images import open_rgb
 from granulon_hf.data.sample import Sample
-from granulon_hf.modeling.processing_granulon import (
-    QUESTION_START,
-    GranulonProcessor,
-    mark_question,
-    marked_spans,
-    question_tokens,
-)
+from granulon_hf.modeling.images_granulon import open_rgb
+from granulon_hf.modeling.processing_granulon import GranulonProcessor, Prompt, tokens_in
 
 logger = logging.getLogger(__name__)
 
@@ -141,23 +135,27 @@ class GranulonCollator:
 
     def _encode(self, samples):
         rows = [as_row(sample) for sample in samples]
-        answers = [self._answer_spans(row["messages"]) for row in rows]
         images = [[self._open(image) for image in row.get("images") or []] for row in rows]
-        inputs = self.processor.apply_chat_template(
-            [conversation(row["messages"], pictures) for row, pictures in zip(rows, images, strict=True)],
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"return_offsets_mapping": True, "return_text_replacement_offsets": True},
+        prompts = self.processor.apply_chat_template([conversation(row["messages"], row.get("images") or []) for row in rows])
+        inputs = self.processor(
+            images=images, prompts=prompts, return_offsets_mapping=True, return_text_replacement_offsets=True
         )
         pixels = iter(inputs.get("pixel_values", ()))
         if self.image_features is not None:
             pixels = iter([self.image_features(image) for row in rows for image in row.get("images") or []])
-        fields = ("input_ids", "question_mask", "offset_mapping", "text_replacement_offsets")
-        texts = zip(*(inputs[name] for name in fields), strict=True)
-        features = [self._labelled(*text, *spans) for text, spans in zip(texts, answers, strict=True)]
-        for feature, pictures in zip(features, images, strict=True):
+        features = []
+        for row, pictures, prompt, replaced, *tokens in zip(
+            rows,
+            images,
+            prompts,
+            inputs["text_replacement_offsets"],
+            *(inputs[name] for name in ("input_ids", "question_mask", "offset_mapping")),
+            strict=True,
+        ):
+            prompt = prompt.expand([(one["span"], one["replacement"]) for one in replaced])
+            features.append(self._labelled(*tokens, *self._answer_spans(row["messages"], prompt)))
             if pictures:
-                feature["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures])
+                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures])
         return features
 
     def _open(self, image):
@@ -165,28 +163,26 @@ class GranulonCollator:
             return Image.new("RGB", (self._decoded_side() or 8,) * 2)
         return open_rgb(image, self._decoded_side())
 
-    def _answer_spans(self, messages):
+    def _answer_spans(self, messages, prompt: Prompt):
         """The characters of every answer, or of the last one, and of the last one."""
-        marked = [mark_answer(message) for message in conversation(messages)]
-        spans = marked_spans(self.processor.apply_chat_template(marked, tokenize=False))
-        contents = [message["content"] for message in marked if message["role"] == "assistant"]
-        counts = [sum(QUESTION_START in part.get("text", "") for part in content) for content in contents]
+        answers = [message["content"] for message in conversation(messages) if message["role"] == "assistant"]
+        counts = [sum(bool(part.get("text", "").strip()) for part in content) for content in answers]
         if not sum(counts):
             raise ValueError("it has no answer")
-        if len(spans) != sum(counts):
+        if len(prompt.answers) != sum(counts):
             raise ValueError("the chat template does not show every answer, so that they cannot be found")
-        last = spans[-next(count for count in reversed(counts) if count) :]
-        return last if self.last_answer_only else spans, last
+        last = prompt.answers[-next(count for count in reversed(counts) if count) :]
+        return last if self.last_answer_only else prompt.answers, last
 
-    def _labelled(self, ids, question, offsets, replacements, spans, last):
-        ids, answer = torch.tensor(ids), torch.tensor(question_tokens(offsets, spans, replacements)).bool()
+    def _labelled(self, ids, question, offsets, spans, last):
+        ids, answer = torch.tensor(ids), torch.tensor(tokens_in(offsets, spans)).bool()
         self._add_ends(ids, answer)
         answer &= ids != self.processor.image_token_id
         labels = ids.masked_fill(~answer, -100)
         labels[0] = -100  # nothing comes before it, or, in a pack, another sample
         features = {"input_ids": ids, "labels": labels, "question_mask": torch.tensor(question)}
         if self.max_length is not None and len(ids) > self.max_length:
-            prompt = question_tokens(offsets, last, replacements).index(1)
+            prompt = tokens_in(offsets, last).index(1)
             if prompt >= self.max_length or (ids[self.max_length :] == self.processor.image_token_id).any():
                 raise ValueError(
                     f"{len(ids)} tokens, {prompt} of them before the last answer, do not fit max_length={self.max_length}"
@@ -226,19 +222,16 @@ class GranulonCollator:
             found += self._lengths([as_row(samples[i]) for i in range(start, min(start + 1000, len(samples)))])
         return found
 
-    def _text(self, row):
+    def _prompt(self, row) -> Prompt:
         try:
-            text = self.processor.apply_chat_template(conversation(row["messages"]), tokenize=False)
-            text.encode()  # half characters cannot be tokenised
-            return text
+            prompt = self.processor.apply_chat_template(conversation(row["messages"]))
+            prompt.encode()  # half characters cannot be tokenised
+            return prompt
         except Exception:  # `encode` will say what is wrong with it
-            return ""
+            return Prompt("")
 
     def _lengths(self, rows):
-        tokenizer = self.processor.tokenizer
-        texts = [self._text(row) for row in rows]
-        begun = tokenizer.bos_token is not None and any(text.startswith(tokenizer.bos_token) for text in texts)
-        tokens = tokenizer(texts, add_special_tokens=not begun, return_attention_mask=False)["input_ids"]
+        tokens = self.processor._tokenize([self._prompt(row) for row in rows], return_attention_mask=False)["input_ids"]
         (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
         counts = [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
         return [min(count, self.max_length or count) for count in counts]
@@ -329,10 +322,3 @@ def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | 
     if images is not None and parts != len(images):
         raise ValueError(f"{len(images)} images for {parts} image parts")
     return filled
-
-
-def mark_answer(message: dict[str, Any]) -> dict[str, Any]:
-    """The message, with the marks of [`mark_question`] around its text if it is the assistant's."""
-    if message["role"] != "assistant":
-        return message
-    return {**message, "content": mark_question([{**message, "role": "user"}])[0]["content"]}

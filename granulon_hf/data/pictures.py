@@ -8,7 +8,7 @@ from typing import Any
 from PIL import Image
 
 from granulon_hf.data.adapter import BadRow
-from granulon_hf.data.images import checked, open_rgb
+from granulon_hf.modeling.images_granulon import checked, open_rgb
 
 
 def locate(image: dict[str, Any], roots: list[Path]) -> dict[str, Any]:

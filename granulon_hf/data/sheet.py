@@ -6,9 +6,9 @@ import json
 from html import escape
 from itertools import islice
 
-from granulon_hf.data.images import open_rgb
 from granulon_hf.data.loading import Samples
 from granulon_hf.data.sample import Sample
+from granulon_hf.modeling.images_granulon import open_rgb
 
 THUMBNAIL = 256  # longer side, pixels
 STYLE = """

@@ -27,9 +27,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import granulon_hf
 from granulon_hf import overlay
 from granulon_hf.data.collator import encode_prompts
-from granulon_hf.data.images import open_rgb
 from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
 from granulon_hf.evaluation.models import load_model
+from granulon_hf.modeling.images_granulon import open_rgb
 
 MAX_QUESTION = 500  # characters
 MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000  # of a picture: what a phone takes
@@ -134,19 +134,17 @@ def read_picture(path: str | None) -> Image.Image:
         raise ValueError(f"This picture cannot be used: {str(error).removeprefix('unusable image: ')}.") from error
 
 
-def read_question(question: str | None, image_token: str) -> str:
+def read_question(question: str | None) -> str:
     """The question without the space around it.
 
     Raises:
-        ValueError: it is empty, too long, or holds the token that stands for an image.
+        ValueError: it is empty or too long.
     """
     question = (question or "").strip()
     if not question:
         raise ValueError("Type a question first.")
     if len(question) > MAX_QUESTION:
         raise ValueError(f"The question has {len(question)} characters; at most {MAX_QUESTION} are taken.")
-    if image_token in question:
-        raise ValueError(f"The question holds {image_token}, which stands for the picture; leave it out.")
     return question
 
 
@@ -319,7 +317,7 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
     def respond(picture, question, position):
         try:
             level = levels[int(position) - 1] if levels and 1 <= position <= len(levels) else None
-            image, question = read_picture(picture), read_question(question, processor.image_token)
+            image, question = read_picture(picture), read_question(question)
             began = False
             for progress in answerer.answer(image, question, level):
                 clusters = gr.skip()

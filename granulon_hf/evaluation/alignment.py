@@ -152,7 +152,8 @@ def compare(model: Any, processor: Any, batch: dict[str, torch.Tensor], referenc
     states = mean_states(outputs.hidden_states[1:], mask)
     del outputs  # all layers of a batch are large; the second pass must not come on top
 
-    plain = tokenizer(references, padding=False, add_special_tokens=what.tokens == "all")["input_ids"]
+    # What a reference says of control tokens is text, as in the answer.
+    plain = tokenizer(references, add_special_tokens=what.tokens == "all", split_special_tokens=True)["input_ids"]
     if what.tokens == "content":
         plain = [[int(first), *one] for first, one in zip(start, plain, strict=True)]
     width = max(map(len, plain))

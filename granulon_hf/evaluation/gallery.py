@@ -17,9 +17,9 @@ from PIL import Image
 
 from granulon_hf.data.collator import encode_prompts
 from granulon_hf.data.files import write_text
-from granulon_hf.data.images import open_rgb
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
 from granulon_hf.evaluation.prediction import PredictionRun
+from granulon_hf.modeling.images_granulon import open_rgb
 
 SIDE = 480  # pixels, long side of a picture
 # Photograph and overlay of 200 samples stay below 20 MB: 2 x 32 kB, a third more in base64.

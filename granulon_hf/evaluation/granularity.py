@@ -23,10 +23,10 @@ import numpy as np
 import torch
 
 from granulon_hf.data.files import write_text
-from granulon_hf.data.images import open_rgb
 from granulon_hf.data.sample import Sample
 from granulon_hf.evaluation.metrics import SCORERS, bootstrap_mean, paired_difference
 from granulon_hf.evaluation.prediction import Generation, PredictionRun
+from granulon_hf.modeling.images_granulon import open_rgb
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")

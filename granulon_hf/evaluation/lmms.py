@@ -108,7 +108,7 @@ class Granulon(lmms):
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
                     # Some tasks write a place for LLaVA's images into the text; ours come first, in their own parts.
-                    text = part["text"].replace("<image>", "").replace(self.processor.image_token, "")
+                    text = part["text"].replace("<image>", "")
                     parts.append({"type": "text", "text": text})
                 else:
                     raise ValueError(
@@ -167,7 +167,8 @@ class Granulon(lmms):
                     _, doc_id, task, split = where
                     target = target(self.task_dict[task][split][doc_id])
                 samples.append(self.sample(self.ask(context, *where), request))
-                answers.append(self.processor.tokenizer.encode(str(target).lstrip(), add_special_tokens=False))
+                words = {"add_special_tokens": False, "split_special_tokens": True}
+                answers.append(self.processor.tokenizer.encode(str(target).lstrip(), **words))
                 if not answers[-1]:
                     raise ValueError(f"Task {request.task_name!r} has an empty answer to score (document {request.doc_id}).")
             forced = ForcedAnswers(answers, self.processor.tokenizer.eos_token_id)

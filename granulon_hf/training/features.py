@@ -13,7 +13,7 @@ from accelerate import PartialState
 from rich.progress import track
 
 from granulon_hf.data.files import batches
-from granulon_hf.data.images import open_rgb
+from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.training.arguments import RecipeError
 
 DESCRIPTION, INDEX, VALUES = "cache.json", "index.jsonl", "features.bin"

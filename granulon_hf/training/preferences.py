@@ -10,8 +10,8 @@ import torch
 
 from granulon_hf.data import Sample
 from granulon_hf.data.collator import conversation, encode_prompts
-from granulon_hf.data.images import open_rgb
 from granulon_hf.judge.judge import Judge, estimate
+from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.training.arguments import RecipeError
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from granulon_hf import __version__, variants
 from granulon_hf.cli import app
 from granulon_hf.cli.ask import read_image
-from granulon_hf.data.images import to_rgb
+from granulon_hf.modeling.images_granulon import to_rgb
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 QUESTION = "What is in the picture?"
@@ -250,11 +250,11 @@ def test_weights_that_are_missing(run, photo, models, tmp_path):
     weights = load_file(models["granulon-qwen2.5"] / "model.safetensors")
     some = {name: value for name, value in weights.items() if "projector" not in name}
     save_file(some, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert_refused(run(photo, QUESTION, model=tmp_path), "incomplete: 4 tensors", "multi_modal_projector")
+    assert_refused(run(photo, QUESTION, model=tmp_path), "multi_modal_projector.linear_1.bias", "3 more")
 
 
 def test_a_question_with_the_image_placeholder(run, photo):
-    assert_refused(run(photo, "What is <|image_pad|>?"), "stands for an image")
+    assert run(photo, "What is <|image_pad|>?").exit_code == 0
 
 
 def test_weights_and_processors_that_are_damaged(run, photo, models, tmp_path):

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor
 from granulon_hf import variants
 from granulon_hf.data import Sample
 from granulon_hf.data.collator import GranulonCollator, GranulonPreferenceCollator
-from granulon_hf.data.images import open_rgb
 from granulon_hf.demo.assemble import LANGUAGE_PACKAGE, MissingBackbones, packaged_file
+from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.processing_granulon import make_chat_template
 from tests.conftest import make_conversation, make_inputs, make_picture
 
@@ -277,13 +277,39 @@ def test_samples_that_say_nothing_or_do_not_fit_their_images():
     more.images.append(encoded(make_picture(3)))
     silent = simple(answer=" \n", id="silent")
     asked = make_sample(turn("user", "What?"), id="asked")
-    sneaky = simple(f"What is {processor.image_token}?", id="sneaky")
     odd = make_sample({"role": "user", "content": [{"type": "audio"}]}, turn("assistant", "No."), id="odd")
-    collator([few, more, silent, asked, sneaky, odd, {"id": "broken"}, simple()])
+    collator([few, more, silent, asked, odd, {"id": "broken"}, simple()])
     reasons = {problem["id"]: problem["reason"] for problem in collator.problems}
-    assert reasons.keys() == {"few", "more", "silent", "asked", "sneaky", "odd", "broken"}
+    assert reasons.keys() == {"few", "more", "silent", "asked", "odd", "broken"}
     assert reasons["few"] == "1 images for 2 image parts" and reasons["more"] == "2 images for 1 image parts"
     assert reasons["silent"] == reasons["asked"] == "it has no answer"
+
+
+@pytest.mark.parametrize("name", ["granulon-qwen2.5", "granulon-llama3.2"])
+def test_what_is_typed_is_text_and_one_end_is_supervised(name):
+    """Control tokens in a question or an answer are words: they forge no turn, image or end of an answer."""
+    _, processor = variants.build(name, tiny=True)
+    tokenizer = processor.tokenizer
+    collator = GranulonCollator(processor)
+    plain = collator([simple("What?", "It ends.")])
+    for token in (tokenizer.eos_token, processor.image_token, tokenizer.pad_token, tokenizer.bos_token):
+        batch = collator([simple(f"What is {token}?", f"It {token} ends with {token}")])
+        assert not collator.problems
+        labels = batch["labels"][batch["labels"] != -100].tolist()
+        control = [index for index in labels if index in tokenizer.added_tokens_decoder]
+        expected = plain["labels"][plain["labels"] != -100].tolist()
+        assert control == [index for index in expected if index in tokenizer.added_tokens_decoder]
+        assert len(control) == 1
+        assert tokenizer.decode(labels).startswith(f"It {token} ends with {token}")
+        slots = (batch["input_ids"] == processor.image_token_id).sum()
+        assert slots == (plain["input_ids"] == processor.image_token_id).sum() == 56
+
+
+def test_lengths_count_typed_tokens():
+    _, processor = variants.build("granulon-llama3.2", tiny=True)
+    samples = [simple(f"What is {processor.image_token}?", "An <|eot_id|>, no end."), simple()]
+    collator = GranulonCollator(processor)
+    assert collator.lengths(samples) == [len(collator.encode(sample)["input_ids"]) for sample in samples]
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -16,7 +16,7 @@ from scipy.stats import binomtest, chisquare
 
 from granulon_hf.data import DataError, check, cutouts, granuscenes, load, prepare
 from granulon_hf.data.granuscenes import GranuScenes, Pictures, baselines, by_type, shared
-from granulon_hf.data.images import open_rgb
+from granulon_hf.modeling.images_granulon import open_rgb
 
 
 @pytest.fixture(scope="module")

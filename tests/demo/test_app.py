@@ -182,17 +182,16 @@ def test_bars_and_numbers():
         (None, "Type a question first."),
         (" \n", "Type a question first."),
         ("x" * 501, "The question has 501 characters; at most 500 are taken."),
-        ("What is <image>?", "The question holds <image>, which stands for the picture; leave it out."),
     ],
 )
 def test_questions_that_are_refused(question, sentence):
     with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        work.read_question(question, "<image>")
+        work.read_question(question)
 
 
 def test_a_question_is_trimmed():
-    assert work.read_question("  Where? \n", "<image>") == "Where?"
-    assert len(work.read_question("x" * 500, "<image>")) == 500
+    assert work.read_question("  Where? \n") == "Where?"
+    assert len(work.read_question("x" * 500)) == 500
 
 
 def test_pictures_that_are_refused(tmp_path, monkeypatch):
@@ -275,7 +274,7 @@ def test_examples_exist_and_fit(monkeypatch, tmp_path):
     installed = work.examples()
     for path, question in here + installed:
         assert work.read_picture(path)
-        assert work.read_question(question, "<image>")
+        assert work.read_question(question)
     assert {path for path, _ in here}.isdisjoint(path for path, _ in installed)
 
 

@@ -210,3 +210,24 @@ def test_on_a_gpu_in_bfloat16(build, conversations):
     model = model.to("cuda", torch.bfloat16)
     assert model(**inputs).logits.isfinite().all()
     assert model.generate(**inputs, max_new_tokens=4, cache_implementation="static").shape[0] == 3
+
+
+@pytest.mark.parametrize("name", ["granulon-qwen2.5", "clip-llama3.2"])
+@pytest.mark.parametrize("draft", [1, 2, 7, 60])
+def test_prompt_lookup_is_greedy(build, name, draft):
+    """A draft that is looked up in a prompt full of image slots holds none of them."""
+    model, processor = build(name)
+    for question in ("What is it?", "a cat is a cat is a cat is a"):
+        inputs = make_inputs(processor, make_conversation(question, [make_picture(0)]))
+        greedy = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+        for ngram in (1, 2, 3):
+            options = {"prompt_lookup_num_tokens": draft, "max_matching_ngram_size": ngram}
+            assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False, **options), greedy)
+
+
+def test_an_assistant_model_is_greedy(build):
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(0)]))
+    greedy = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    for assistant in (model, build(trained=False)[0]):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False, assistant_model=assistant), greedy)

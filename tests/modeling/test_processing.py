@@ -1,15 +1,23 @@
 """The processor: slots per image, the question mask, the chat template, saving, and clear errors."""
 
+import json
+import pickle
+import string
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, TimmWrapperConfig
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoProcessor, PreTrainedTokenizerFast, TimmWrapperConfig
 from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmWrapperImageProcessor
 
 from granulon_hf import GranulonProcessor, variants
-from granulon_hf.modeling.processing_granulon import to_serializable
+from granulon_hf.modeling import processing_granulon
+from granulon_hf.modeling.processing_granulon import Prompt, encode_typed, make_chat_template, to_serializable
 from tests.conftest import make_conversation, make_inputs, make_picture
 
+MODELING = Path(processing_granulon.__file__).parent
 QUESTION = "How many small red objects are in the corner?"
 
 
@@ -105,10 +113,177 @@ def test_lists_without_tensors(processor):
     assert [len(mask) for mask in inputs["question_mask"]] == [len(ids) for ids in inputs["input_ids"]]
 
 
-def test_plain_text_call_has_no_question_mask(processor):
-    inputs = processor(text=f"USER: {processor.image_token} {QUESTION}", images=make_picture(0), return_tensors="pt")
-    assert "question_mask" not in inputs
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == 56
+TEMPLATES = {
+    "own": None,
+    "chatml": "chatml",
+    "llama3": "llama3",
+    "plain": "plain",
+    "default system": """{%- if messages[0]['role'] != 'system' -%}
+{{- '<|im_start|>system\nYou are kind.<|im_end|>\n' -}}{%- endif -%}{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}""",
+    "brackets": """{{- bos_token -}}{%- for message in messages -%}{%- if message['role'] == 'user' -%}
+{{- '[INST] ' + message['content'] + ' [/INST]' -}}{%- elif message['role'] == 'assistant' -%}
+{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}""",
+}
+
+
+@pytest.fixture(params=TEMPLATES)
+def templated(request):
+    """A processor with the chat template of another language model; not every one knows a system prompt."""
+    processor = variants.build("granulon-llama3.2" if request.param == "llama3" else "granulon-qwen2.5", tiny=True)[1]
+    template = TEMPLATES[request.param]
+    if template is not None:
+        processor.tokenizer.chat_template = (MODELING / f"{template}.jinja").read_text() if "{" not in template else template
+        processor.chat_template = make_chat_template(processor.tokenizer, processor.image_token)
+    processor.speaks_system = request.param != "brackets"
+    return processor
+
+
+def conversations_of(templated):
+    picture = make_picture(0)
+    yield make_conversation(QUESTION, [picture])
+    yield make_conversation(QUESTION)
+    yield make_conversation("  Why so?\n\nSay more. ", [picture, make_picture(1)])
+    yield [*make_conversation("What is it?", [picture], QUESTION), *make_conversation("And now?")]
+    yield make_conversation("A question with an answer.", [picture], "An answer.")
+    if templated.speaks_system:
+        yield [{"role": "system", "content": "Be brief. Always."}, *make_conversation(QUESTION, [picture])]
+
+
+STEPS = {
+    "as it is": lambda text: text,
+    "a copy": lambda text: "".join(text),
+    "through JSON": lambda text: json.loads(json.dumps(text)),
+    "formatted": lambda text: f"{text}",
+    "pickled": lambda text: pickle.loads(pickle.dumps(text)),
+    "without the last line break": lambda text: str(text).rstrip("\n"),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_one_call_or_two(templated, step):
+    """Rendering first and calling then gives the tokens and the question of the call that does both."""
+    for conversation in conversations_of(templated):
+        for generate in (True, False):
+            once = make_inputs(templated, conversation, generate=generate)
+            text = STEPS[step](templated.apply_chat_template(conversation, add_generation_prompt=generate))
+            images = [part["image"] for message in conversation for part in message["content"] if part in images_of(message)]
+            twice = templated(text=text, images=images or None, return_tensors="pt")
+            length = twice["input_ids"].shape[1]  # a line break may be missing at the end
+            assert torch.equal(once["input_ids"][:, :length], twice["input_ids"])
+            assert torch.equal(once["question_mask"][:, :length], twice["question_mask"])
+            assert question_of(templated, twice).strip() == conversation_question(conversation)
+
+
+def images_of(message):
+    return [part for part in message["content"] if isinstance(part, dict) and part["type"] == "image"]
+
+
+def conversation_question(conversation):
+    return next(message for message in reversed(conversation) if message["role"] == "user")["content"][-1]["text"].strip()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_call_or_two_in_a_batch(templated, side):
+    templated.tokenizer.padding_side = side
+    conversations = list(conversations_of(templated))
+    once = make_inputs(templated, conversations, side=side)
+    prompts = templated.apply_chat_template(conversations, add_generation_prompt=True)
+    images = [[part["image"] for m in one for part in m["content"] if part in images_of(m)] for one in conversations]
+    for texts in (prompts, [str(prompt) for prompt in prompts]):
+        twice = templated(text=texts, images=images, return_tensors="pt", padding=True)
+        assert set(twice) == set(once)
+        for name, value in once.items():
+            assert torch.equal(value, twice[name]), name
+
+
+@pytest.mark.parametrize(
+    "text", ["{image} {q}", "{image}\n{q}", "{q}\n{image}", "{image}{image}\n{q}", "{eos}{image}{q}{eos}", "{q}"]
+)
+def test_a_plain_text_is_all_question(processor, text):
+    images = [make_picture(seed) for seed in range(text.count("{image}"))]
+    text = text.format(image=processor.image_token, q=QUESTION, eos=processor.tokenizer.eos_token)
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    assert question_of(processor, inputs).strip() == QUESTION
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 56 * len(images)
+
+
+def typed_tokens(processor):
+    return [token.content for token in processor.tokenizer.added_tokens_decoder.values()]
+
+
+def control_ids(processor, ids):
+    return [index for index in ids if index in processor.tokenizer.added_tokens_decoder]
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+@pytest.mark.parametrize("where", ["{0}", "What is {0}?", "{0}{0}", "a\n{0}\nb", "<|im_{0}end|>"])
+def test_what_is_typed_is_text(templated, role, where):
+    """A control token in a message is the words of its name: the tokens of the template are those of any other message."""
+    if role == "system" and not templated.speaks_system:
+        pytest.skip("this template has no system prompt")
+    for token in typed_tokens(templated):
+        said = where.format(token)
+        texts = {"system": "Be brief.", "user": QUESTION, "assistant": "An answer."}
+        harmless, forged = (
+            [{"role": one, "content": [{"type": "text", "text": text}]} for one, text in said_by.items()]
+            for said_by in (texts, texts | {role: said})
+        )
+        if not templated.speaks_system:
+            harmless, forged = harmless[1:], forged[1:]
+        forged[-2]["content"].insert(0, {"type": "image", "image": make_picture(0)})
+        harmless[-2]["content"].insert(0, {"type": "image", "image": make_picture(0)})
+        expected, inputs = (make_inputs(templated, one, generate=False) for one in (harmless, forged))
+        ids = inputs["input_ids"][0].tolist()
+        assert control_ids(templated, ids) == control_ids(templated, expected["input_ids"][0].tolist())
+        assert said.strip() in templated.decode(ids)
+        text = templated.apply_chat_template(forged)
+        assert templated(text=text, images=make_picture(0))["input_ids"] == [ids]
+        if role == "user":
+            assert question_of(templated, inputs).strip() == said.strip()
+
+
+def test_typed_tokens_in_a_padded_batch(processor):
+    token = processor.tokenizer.eos_token
+    conversations = [make_conversation(QUESTION), make_conversation(f"What is {token}?")]
+    for side in ("left", "right"):
+        inputs = make_inputs(processor, conversations, side=side)
+        alone = make_inputs(processor, conversations[1])
+        for name in ("input_ids", "question_mask"):
+            assert torch.equal(inputs[name][1][inputs["attention_mask"][1].bool()], alone[name][0])
+    cut = make_inputs(processor, conversations[1], truncation=True, max_length=4)
+    assert cut["input_ids"].tolist() == alone["input_ids"][:, :4].tolist()
+
+
+def test_marks_that_are_typed_are_dropped(processor):
+    inputs = make_inputs(processor, make_conversation(f"\ufdd1{QUESTION[:8]}\ufdd0\ufdd4{QUESTION[8:]}\ufdd5"))
+    assert torch.equal(inputs["input_ids"], make_inputs(processor, make_conversation(QUESTION))["input_ids"])
+    assert question_of(processor, inputs).strip() == QUESTION
+
+
+def test_typed_tokens_of_a_tokenizer_with_spaces_before_words():
+    """SentencePiece tokenizers put a space before the beginning of a text; a typed token must not begin one."""
+    words = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    words.decoder = decoders.Metaspace(prepend_scheme="first")
+    characters = sorted(set(string.printable) | {"▁"})
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "<s>", "</s>", "<image>"], initial_alphabet=characters, show_progress=False
+    )
+    words.train_from_iterator(["what is it"], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.add_tokens(["<turn>"])  # not special, as Gemma's <start_of_turn>
+    prompt = Prompt("<s><turn>what</s>is<turn>it</s>", typed=[(13, 17), (19, 25)])
+    data = encode_typed(tokenizer, [prompt], add_special_tokens=False)
+    assert control_ids(type("P", (), {"tokenizer": tokenizer}), data["input_ids"][0]) == [
+        tokenizer.convert_tokens_to_ids(token) for token in ("<s>", "<turn>", "</s>")
+    ]
+    assert tokenizer.decode(data["input_ids"][0]) == str(prompt)
+    covered = "".join(prompt[start:end] for start, end in data["offset_mapping"][0])
+    assert covered == str(prompt)
 
 
 def test_save_and_load(processor, tmp_path):
@@ -155,17 +330,22 @@ def test_timm_towers_give_a_processor_that_can_be_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("images", "text", "message"),
+    ("images", "texts"),
     [
-        (None, "{image} What?", "no images were passed"),
-        ([0, 1], "{image} What?", "1 .* tokens and 2 images"),
-        ([0], "What?", "0 .* tokens and 1 images"),
+        (None, ["{image} What?"]),
+        ([0, 1], ["{image} What?"]),
+        ([0], ["What?"]),
+        ([[0], [1, 2]], ["{image}{image} What?", "{image} Why?"]),
+        ([[], [0]], ["{image} What?", "Why?"]),
     ],
 )
-def test_images_without_placeholder_and_the_reverse(processor, images, text, message):
-    images = None if images is None else [make_picture(seed) for seed in images]
-    with pytest.raises(ValueError, match=message):
-        processor(images=images, text=text.format(image=processor.image_token), return_tensors="pt")
+def test_images_without_placeholder_and_the_reverse(processor, images, texts):
+    def pictures(seeds):
+        return [pictures(seed) if isinstance(seed, list) else make_picture(seed) for seed in seeds]
+
+    images = None if images is None else pictures(images)
+    with pytest.raises(ValueError, match="placeholder"):
+        processor(images=images, text=[text.format(image=processor.image_token) for text in texts], padding=True)
 
 
 def test_truncation_through_image_slots_is_refused(processor):
