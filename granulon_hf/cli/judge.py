@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.data.files import existing, write_text
+from granulon_hf.cli.common import BadInput, check_out, one_line, reports_bad_input
+from granulon_hf.data.files import write_text
 
 LONG = 100_000  # tokens, which most models do not take
 
@@ -134,8 +133,7 @@ def run(
     if task is None and len(tasks) > 1:
         raise BadInput(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
     folder = out or predictions.with_name(f"{predictions.stem}.judged")
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--out {str(folder)!r} is a file; it takes a folder.")
+    check_out(folder)
     store = folder / "answers.jsonl"
     if not resume and store.exists():
         raise BadInput(f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER.")
@@ -160,8 +158,6 @@ def run(
         if dry_run:
             show_estimate(console, judge.estimate(**inputs, **options), model)
             return
-        if not os.access(existing(folder), os.W_OK):
-            raise BadInput(f"The folder {str(folder)!r} cannot be written; say --out.")
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
         with progress_bar(console) as bar:
@@ -221,7 +217,8 @@ def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: 
     table.add_row("completion tokens, about", f"{estimate['completion_tokens']:,}")
     cost = estimate["cost_usd"]
     unknown = f"unknown for {escape(model)}; say --price PROMPT COMPLETION"
-    table.add_row("cost, about", unknown if cost is None else f"{cost:.4f} USD (prices of {estimate['prices_date']})")
+    source = f"prices of {estimate['prices_date']}" if estimate["prices_date"] else "by --price"
+    table.add_row("cost, about", unknown if cost is None else f"{cost:.4f} USD ({source})")
     console.print(table)
     console.print("Nothing was sent.", style="dim")
 

@@ -1323,7 +1323,7 @@ def foresee(units: list[Unit], options: Options) -> dict:
     Returns:
         n_unreadable (images), n_stored (units that the store already has), too_long (samples with a text beyond the judge's
         context, which is not sent), n_requests, prompt_tokens, completion_tokens (20 a request), cost_usd (None for an
-        unknown model), prices_date. Repairs are not foreseen.
+        unknown model), prices_date (None where `prices=` tells them). Repairs are not foreseen.
     """
     exists = options.store is not None and os.path.exists(options.store)
     store = Store(options.store if exists else None)
@@ -1357,7 +1357,7 @@ def foresee(units: list[Unit], options: Options) -> dict:
         "prompt_tokens": sum(prompts),
         "completion_tokens": 20 * len(prompts),
         "cost_usd": price and price[0] * sum(prompts) + price[1] * 20 * len(prompts),
-        "prices_date": PRICES_DATE,
+        "prices_date": None if options.model in (options.prices or {}) else PRICES_DATE,
     }
 
 
