@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.cli.common import BadInput, reports_bad_input
 from granulon_hf.cli.judge import Price, as_option, judging, pairs, progress_bar, read_price, show_estimate
 
 app = typer.Typer(help="The granularity controller: label questions to train it on.", no_args_is_help=True)
@@ -89,7 +89,7 @@ def label(
     except ValueError as error:  # of the options: one sentence each
         raise BadInput(as_option(error)) from None
     except JudgeError as error:
-        raise BadInput(f"{one_line(error)} What was paid for is in {store}; the same command goes on.") from None
+        raise BadInput(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None

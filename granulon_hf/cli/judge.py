@@ -82,8 +82,9 @@ def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None
 
 
 def as_option(error: Exception) -> str:
-    """One line of what the judge's options say of an argument, which the message begins with, by its option's name."""
-    return re.sub(r"^\w+(?= (?:is|must) )", lambda match: "--" + match[0].replace("_", "-"), one_line(error))
+    """One line of what the judge says of its arguments, by the names of the command's options."""
+    named = r"^[a-z_]+(?= (?:is|must) )|\b(?:model|base_url)=(?= )"
+    return re.sub(named, lambda match: "--" + match[0].rstrip("=").replace("_", "-"), one_line(error))
 
 
 @app.command()
@@ -171,7 +172,7 @@ def run(
     except ValueError as error:  # of Options and columns: one sentence each
         raise BadInput(as_option(error)) from None
     except work.judge_module.JudgeError as error:
-        raise BadInput(f"{one_line(error)} What was paid for is in {store}; the same command goes on.") from None
+        raise BadInput(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None

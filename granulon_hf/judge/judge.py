@@ -747,7 +747,7 @@ class Options:
             return openai.AsyncOpenAI(base_url=self.base_url, **common)
         except (openai.OpenAIError, ValueError) as error:
             known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"
-            raise JudgeError(f"No judge to talk to: set {known}, or the base URL of a server of your own.") from error
+            raise JudgeError(f"No judge to talk to: set {known}, or base_url= for a server of your own.") from error
 
 
 def triage(error: Exception) -> tuple[str, str]:
@@ -768,7 +768,7 @@ def triage(error: Exception) -> tuple[str, str]:
     if error.status_code == 403:
         return "fatal", f"The API key may not use this model or server; check its project and region ({text})."
     if error.status_code == 404:
-        return "fatal", f"The server does not know the model or address; check the model's name and the base URL ({text})."
+        return "fatal", f"The server does not know the model or address; check model= and base_url= ({text})."
     if error.status_code == 429:
         return ("bad" if said.startswith("request too large") else "limit"), text
     return ("retry" if error.status_code in (408, 409) or error.status_code >= 500 else "bad"), text
@@ -1010,7 +1010,7 @@ class Run:
                 if kind != "limit":
                     if not self.proven and tries >= 3 and not isinstance(error, openai.APIStatusError | openai.APITimeoutError):
                         problem = UNREACHABLE if isinstance(error, openai.APIConnectionError) else "This is no judge's server"
-                        self.give_up(f"{problem}; check the base URL and the network ({message}).", fatal=True)
+                        self.give_up(f"{problem}; check base_url= and the network ({message}).", fatal=True)
                     if tries >= self.options.max_retries:
                         self.give_up(f"{message} (after {tries} retries)")
                 tries += 1

@@ -157,7 +157,8 @@ def test_errors_name_the_option(arguments, option):
 @pytest.mark.parametrize("model", ["gpt-4o", "unknown"])
 def test_no_error_of_a_run_speaks_python(model, monkeypatch):
     write([{"prediction": "number 1"}])
-    found = []
+    with Server(lambda server, body: Reply(raw=b"<html>model=x</html>")) as server:
+        found = [run("run", "predictions.jsonl", "--base-url", server.url, "--model", model)]
     for status, code in ((401, "invalid"), (403, "no"), (404, "none"), (402, "no")):
         with Server(lambda server, body, status=status, code=code: Reply(status=status, error=(code, "no"))) as server:
             found.append(run("run", "predictions.jsonl", "--base-url", server.url, "--model", model))
@@ -166,7 +167,7 @@ def test_no_error_of_a_run_speaks_python(model, monkeypatch):
     monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "http://127.0.0.1:9")
     found.append(run("run", "predictions.jsonl", "--model", model))
     for done in found:
-        assert done.exit_code == 2 and not re.search(r"\b[a-z_]+=|Error\(|`", done.output), done.output
+        assert done.exit_code == 2 and not re.search(r"\b[a-z_]+=|--[A-Z]|Error\(|`", done.output), done.output
 
 
 def test_limit_max_cost_and_resume():
