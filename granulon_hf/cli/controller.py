@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.cli.judge import judging, pairs, progress_bar, show_estimate
+from granulon_hf.cli.common import BadInput, reports_bad_input
+from granulon_hf.cli.judge import Price, as_option, judging, pairs, progress_bar, read_price, show_estimate
 
 app = typer.Typer(help="The granularity controller: label questions to train it on.", no_args_is_help=True)
 KEPT = ("id", "split")  # columns that go on into the labels
@@ -39,9 +39,7 @@ def label(
     retry_unlabelled: Annotated[bool, typer.Option("--retry-unlabelled", help="Ask again what got no label.")] = False,
     backend: Annotated[str, typer.Option(help="chat, or batch: half the price, up to a day.")] = "chat",
     column: Annotated[list[str] | None, typer.Option(help="question=COLUMN where it is neither question nor text.")] = None,
-    price: Annotated[
-        tuple[float, float] | None, typer.Option(help="USD per million prompt and completion tokens of an unusual model.")
-    ] = None,
+    price: Price = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; by default OPENAI_BASE_URL.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.", min=1)] = 64,
     rpm: Annotated[float | None, typer.Option(help="Requests a minute; by default what the server allows.")] = None,
@@ -70,7 +68,7 @@ def label(
     options: dict[str, Any] = {
         **{"levels": levels, "model": model, "store": str(store), "max_cost": max_cost, "retry_unscored": retry_unlabelled},
         **{"backend": backend, "rpm": rpm, "tpm": tpm, "base_url": base_url, "concurrency": concurrency},
-        **{"poll_seconds": poll_seconds, "prices": {model: price} if price else None},
+        **{"poll_seconds": poll_seconds, "prices": read_price(price, model, max_cost)},
     }
     texts = [row["text"] for row in rows]
     try:
@@ -89,9 +87,9 @@ def label(
 
             result = labelling.label(texts, **options, on_result=on_result)
     except ValueError as error:  # of the options: one sentence each
-        raise BadInput(one_line(error)) from None
+        raise BadInput(as_option(error)) from None
     except JudgeError as error:
-        raise BadInput(f"{one_line(error)} What was paid for is in {store}; the same command goes on.") from None
+        raise BadInput(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None
@@ -105,7 +103,7 @@ def label(
     cost = "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD in this run"
     console.print(f"{len(labelled)} labelled, {len(rows) - len(labelled)} left out without a label{cost}")
     for reason, count in Counter(reason for reason in result["reasons"] if reason).most_common(5):
-        console.print(f"  {count} × {escape(reason)}", style="yellow", soft_wrap=True)
+        console.print(f"  {count} × {escape(reason.replace('max_cost', '--max-cost'))}", style="yellow", soft_wrap=True)
     if not labelled:
         raise BadInput(f"No question got a label, and nothing was written to {out}.")
     judging().write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled))

@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-import os
+import math
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
-from granulon_hf.data.files import existing, write_text
+from granulon_hf.cli.common import BadInput, check_out, one_line, reports_bad_input
+from granulon_hf.data.files import write_text
+
+LONG = 100_000  # tokens, which most models do not take
 
 app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
 
@@ -46,6 +49,44 @@ def pairs(
     return {key: value for key, _, value in found}
 
 
+Price = Annotated[
+    tuple[str, str] | None,
+    typer.Option(
+        metavar="PROMPT COMPLETION",
+        help="Two amounts for a model whose price is not known: USD per million prompt tokens, and per million completion "
+        "tokens, such as --price 2.5 10.",
+    ),
+]
+
+
+def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None) -> dict[str, tuple[float, float]] | None:
+    """Prices as the judge takes them.
+
+    Raises:
+        BadInput: they are no amounts, or are not known where --max-cost needs them.
+    """
+    if price is None:
+        if max_cost is not None and judging().judge_module.price_of(model, None, "chat") is None:
+            raise BadInput(f"--max-cost needs to know what {model!r} costs; say --price PROMPT COMPLETION.")
+        return None
+    try:
+        amounts = float(price[0]), float(price[1])
+    except ValueError:
+        amounts = -1.0, -1.0
+    if not all(0 <= amount < math.inf for amount in amounts):
+        raise BadInput(
+            "--price takes two amounts with a space between, USD per million prompt tokens and per million completion tokens, "
+            f"such as --price 2.5 10; got {' '.join(price)!r}."
+        )
+    return {model: amounts}
+
+
+def as_option(error: Exception) -> str:
+    """One line of what the judge says of its arguments, by the names of the command's options."""
+    named = r"^[a-z_]+(?= (?:is|must) )|\b(?:model|base_url)=(?= )"
+    return re.sub(named, lambda match: "--" + match[0].rstrip("=").replace("_", "-"), one_line(error))
+
+
 @app.command()
 @reports_bad_input
 def run(
@@ -68,11 +109,12 @@ def run(
     ] = True,
     segments: Annotated[int | None, typer.Option(help="Also score this many chronological segments.", min=1)] = None,
     detail: Annotated[str, typer.Option(help="high or low, of the image.")] = "high",
+    max_tokens: Annotated[
+        int, typer.Option(help="Tokens of an answer at most; a judge that reasons before it answers needs more.", min=1)
+    ] = 100,
     column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN where a column has another name.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start, if not beside the file.")] = None,
-    price: Annotated[
-        tuple[float, float] | None, typer.Option(help="USD per million prompt and completion tokens of an unusual judge.")
-    ] = None,
+    price: Price = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; by default OPENAI_BASE_URL.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.", min=1)] = 64,
     rpm: Annotated[float | None, typer.Option(help="Requests a minute; by default what the server allows.")] = None,
@@ -87,13 +129,12 @@ def run(
     try:
         samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
     except work.PredictionsError as error:
-        raise BadInput(str(error)) from None
+        raise BadInput(one_line(error)) from None
     tasks = sorted({sample.task or "reasoning" for sample in samples})
     if task is None and len(tasks) > 1:
         raise BadInput(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
     folder = out or predictions.with_name(f"{predictions.stem}.judged")
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--out {str(folder)!r} is a file; it takes a folder.")
+    check_out(folder)
     store = folder / "answers.jsonl"
     if not resume and store.exists():
         raise BadInput(f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER.")
@@ -107,16 +148,17 @@ def run(
         **{"task": task or tasks[0], "model": model, "store": str(store), "hardened": hardened, "segments": segments},
         **{"backend": backend, "detail": detail, "max_cost": max_cost, "retry_unscored": retry_unscored, "rpm": rpm},
         **{"tpm": tpm, "base_url": base_url, "concurrency": concurrency, "poll_seconds": poll_seconds},
-        "prices": {model: price} if price else None,
+        "max_tokens": max_tokens,
+        "prices": read_price(price, model, max_cost),
     }
     judge = work.judge_module.Judge()
     try:
+        chosen = work.judge_module.Options(**options)
+        units = work.judge_module.units_of(work.judge_module.columns_of(**inputs), chosen)
+        warn_of_lengths(console, chosen, units, [sample.id for sample in samples])
         if dry_run:
             show_estimate(console, judge.estimate(**inputs, **options), model)
             return
-        work.judge_module.units_of(work.judge_module.columns_of(**inputs), work.judge_module.Options(**options))
-        if not os.access(existing(folder), os.W_OK):
-            raise BadInput(f"The folder {str(folder)!r} cannot be written; say --out.")
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
         with progress_bar(console) as bar:
@@ -128,9 +170,9 @@ def run(
 
             result = judge.compute(**inputs, **options, on_result=on_result)
     except ValueError as error:  # of Options and columns: one sentence each
-        raise BadInput(one_line(error)) from None
+        raise BadInput(as_option(error)) from None
     except work.judge_module.JudgeError as error:
-        raise BadInput(f"{one_line(error)} What was paid for is in {store}; the same command goes on.") from None
+        raise BadInput(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None
@@ -140,6 +182,22 @@ def run(
     write_text(folder / "results.json", json.dumps({"predictions": str(predictions), **result}, indent=1) + "\n")
     work.write_report(folder / "report.html", f"{predictions.name} judged by {model}", samples, result, show)
     show_result(console, result, rows, folder)
+
+
+def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[str]) -> None:
+    """Name what the judge's context does not hold, which is not sent, or may not hold."""
+    tokens = [options.tokens(unit, 0) for unit in units]
+    too_long = list(dict.fromkeys(ids[unit.sample] for unit, n in zip(units, tokens, strict=True) if options.too_long(n)))
+    more = f" and {len(too_long) - 1} more" if len(too_long) > 1 else ""
+    longest = max(tokens, default=0)
+    if too_long:
+        note = f"{options.model} cannot take prompts as long as that of {too_long[0]!r}{more}; what is too long is not sent."
+    elif options.context is None and longest > LONG:
+        name = ids[units[tokens.index(longest)].sample]
+        note = f"The prompt of {name!r} has about {longest:,} tokens; whether {options.model} takes so many is not known."
+    else:
+        return
+    console.print(escape(note), style="yellow", soft_wrap=True)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -153,12 +211,15 @@ def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: 
     for name, key in (("empty, not sent", "n_empty"), ("unreadable images", "n_unreadable"), ("already stored", "n_stored")):
         if estimate.get(key):
             table.add_row(name, str(estimate[key]))
+    if estimate["too_long"]:
+        table.add_row("too long, not sent", str(len(estimate["too_long"])))
     table.add_row("requests", str(estimate["n_requests"]))
     table.add_row("prompt tokens, about", f"{estimate['prompt_tokens']:,}")
     table.add_row("completion tokens, about", f"{estimate['completion_tokens']:,}")
     cost = estimate["cost_usd"]
     unknown = f"unknown for {escape(model)}; say --price PROMPT COMPLETION"
-    table.add_row("cost, about", unknown if cost is None else f"{cost:.4f} USD (prices of {estimate['prices_date']})")
+    source = f"prices of {estimate['prices_date']}" if estimate["prices_date"] else "by --price"
+    table.add_row("cost, about", unknown if cost is None else f"{cost:.4f} USD ({source})")
     console.print(table)
     console.print("Nothing was sent.", style="dim")
 
@@ -179,7 +240,8 @@ def show_result(console: Console, result: dict[str, Any], rows: list[dict[str, A
     reasons: dict[str, int] = {}
     for row in rows:
         if row["reason"]:
-            reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+            reason = row["reason"].replace("max_cost", "--max-cost")
+            reasons[reason] = reasons.get(reason, 0) + 1
     for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
         console.print(f"  {count} × {escape(reason)}", style="yellow", soft_wrap=True)
     console.print(f"Report: {escape(str(folder / 'report.html'))}", style="dim", soft_wrap=True)
@@ -202,7 +264,7 @@ def agree(
         a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
         found = agreement.agreement(a, b)
     except work.PredictionsError as error:
-        raise BadInput(str(error)) from None
+        raise BadInput(one_line(error)) from None
     if as_json:
         typer.echo(json.dumps({result.score: dataclasses.asdict(result) for result in found}))
         return

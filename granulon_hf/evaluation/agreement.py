@@ -1,6 +1,5 @@
 """Agreement of two judges, or of a judge with people."""
 
-import json
 import math
 import warnings
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import krippendorff
 import numpy as np
 from scipy import stats
 
-from granulon_hf.evaluation.judging import PredictionsError, rows_of
+from granulon_hf.evaluation.judging import PredictionsError, as_json, rows_of
 
 SCORES = ("accuracy", "hallucination")
 
@@ -49,7 +48,7 @@ def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, 
             value: Any = row.get(named[score])
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 <= value <= 100):
-                raise PredictionsError(f"{path}, {place}: {named[score]} is {json.dumps(value, default=str)}, not 0 to 100.")
+                raise PredictionsError(f"{path}, {place}: {named[score]} is {as_json(value)}, not 0 to 100.")
             found[key][score] = value
     return found
 

@@ -18,7 +18,7 @@ from PIL import Image
 from granulon_hf.data.collator import encode_prompts
 from granulon_hf.data.files import write_text
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
-from granulon_hf.evaluation.prediction import PredictionRun
+from granulon_hf.evaluation.prediction import PredictionRun, read_description
 from granulon_hf.modeling.images_granulon import open_rgb
 
 SIDE = 480  # pixels, long side of a picture
@@ -149,16 +149,18 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
         raise GalleryError("The same folder is given twice; a gallery puts different predictions side by side.")
     runs = []
     for folder in folders:
-        try:
-            description = json.loads((folder / "run.json").read_text(encoding="utf-8"))["description"]
-            rows = PredictionRun(folder, description).rows()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise GalleryError(f"{str(folder)!r} is no folder of predictions of `granulon eval run` ({error!r:.80}).") from None
+        path = folder / "run.json"
+        description = read_description(path).get("description") if path.is_file() else None
+        if not isinstance(description, dict):
+            raise GalleryError(
+                f"{str(folder)!r} is no folder of predictions: it has no run.json that describes a run of `granulon eval run`."
+            )
+        rows = PredictionRun(folder, description).rows()
         if not rows:
             raise GalleryError(f"{str(folder)!r} holds no predictions yet.")
         for key, row in rows.items():
             check_row(folder, key, row)
-        model = description.get("model") if isinstance(description, dict) else None
+        model = description.get("model")
         source = str((model.get("source") if isinstance(model, dict) else model) or folder.name)
         runs.append(Run(folder, (names or {}).get(folder) or source.rstrip("/").rpartition("/")[2], source, rows))
     given = [run.name for run in runs]
@@ -176,7 +178,9 @@ def check_row(folder: Path, key: str, row: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         default = None if isinstance(None, kind) else [] if kind is list else ""
         if not isinstance(row.setdefault(name, default), kind):
-            raise GalleryError(f"{str(folder)!r}, sample {key!r}: {name} is {row[name]!r:.60}, which no evaluation writes.")
+            raise GalleryError(
+                f"{str(folder)!r}, sample {key!r}: {name} is {json.dumps(row[name])[:60]}, which no evaluation writes."
+            )
     numbers = (row["granularity_probs"] or {}).values()
     if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers):
         raise GalleryError(f"{str(folder)!r}, sample {key!r}: granularity_probs are no probabilities.")
@@ -191,7 +195,7 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
     Raises:
         GalleryError: no such file, a score that is none, or scores of other predictions.
     """
-    from granulon_hf.evaluation.judging import PredictionsError, rows_of
+    from granulon_hf.evaluation.judging import PredictionsError, as_json, rows_of
 
     path = path / "samples.jsonl" if path.is_dir() else path
     found = {}
@@ -201,9 +205,9 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
             for name in ("accuracy", "hallucination"):
                 value = row.get(name)
                 if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
-                    raise GalleryError(f"{path}, {place}: {name} is {value!r:.40}, not 0 to 100.")
+                    raise GalleryError(f"{path}, {place}: {name} is {as_json(value)}, not 0 to 100.")
             if not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
-                raise GalleryError(f"{path}, {place}: hallucinated is {phrases!r:.40}, not a list of phrases.")
+                raise GalleryError(f"{path}, {place}: hallucinated is {as_json(phrases)}, not a list of phrases.")
             if key in run.rows and row.get("prediction", run.rows[key]["prediction"]) != run.rows[key]["prediction"]:
                 raise GalleryError(f"{path}, {place} scores another answer than {str(run.folder)!r} holds; judge it again.")
             found[key] = row

@@ -36,6 +36,11 @@ class Prediction:
     task: str | None = None
 
 
+def as_json(value: Any) -> str:
+    """A value of a file as the file has it, cut for a message."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:60]
+
+
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place (for messages) and content of each row of a JSONL or Parquet file, or of a folder of `datasets`' `save_to_disk`.
 
@@ -69,7 +74,11 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except Exception as error:
             raise PredictionsError(f"{str(path)!r} is no readable Parquet file ({error}).") from error
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
-        with open(path, encoding="utf-8-sig") as file:
+        try:
+            file = open(path, encoding="utf-8-sig")  # noqa: SIM115
+        except OSError as error:
+            raise PredictionsError(f"{path} cannot be read: {error.strerror}.") from None
+        with file:
             try:
                 for i, line in enumerate(file, 1):
                     if line.strip():
@@ -80,8 +89,8 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         if not isinstance(row, dict):
                             raise PredictionsError(f"{path}, line {i} is no JSON object: {line.strip()[:60]!r}.")
                         yield f"line {i}", row
-            except UnicodeDecodeError as error:
-                raise PredictionsError(f"{path} is no UTF-8 text ({error}).") from None
+            except UnicodeDecodeError:
+                raise PredictionsError(f"{path} is no UTF-8 text; save it as UTF-8.") from None
     else:
         raise PredictionsError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
 
@@ -123,7 +132,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
         for field in ("prediction", "question", "reference", "task"):
             values[field] = "" if values[field] is None and field != "task" else values[field]
             if not isinstance(values[field], str | (type(None) if field == "task" else str)):
-                raise PredictionsError(f"{path}, {place}: {named[field]} is {values[field]!r:.60}, not a text.")
+                raise PredictionsError(f"{path}, {place}: {named[field]} is {as_json(values[field])}, not a text.")
         image = values["image"]
         if image is None:  # one unscored sample
             image = {"bytes": b"", "path": None}
@@ -135,7 +144,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
         elif isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
             image = str(root / image["path"])
         elif not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
-            raise PredictionsError(f"{path}, {place}: the image is {image!r:.60}, not a path or encoded bytes.")
+            raise PredictionsError(f"{path}, {place}: the image is {as_json(image)}, not a path or encoded bytes.")
         values |= {"image": image, "id": f"#{len(found)}" if values["id"] is None else str(values["id"])}
         if values["id"] in seen:
             raise PredictionsError(f"{path}, {place} has the id {values['id']!r}, as has {seen[values['id']]}.")

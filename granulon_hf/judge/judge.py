@@ -2,7 +2,7 @@
 
 The prompt of the task "reasoning" is the evaluator prompt of Granulon's supplement, section 2, word for word. The prompts of
 "vqa" and "caption", the hardening, the repair request, the store and the intervals are ours. This file stands alone: it is the
-Space `granulon/judge`, and needs evaluate, datasets, openai, pillow and numpy only.
+Space `granulon/judge`, and needs evaluate, datasets, openai, pydantic, pillow and numpy only.
 
 Words used below: a *sample* is one prediction about one image; a *unit* is one text to be scored (a sample, or a segment of
 one); an *answer* is one reply of the judge, which has been paid for; a *row* is an answer in the store.
@@ -26,12 +26,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import datasets
 import evaluate
 import numpy as np
 import openai
+import pydantic
 from PIL import Image, ImageOps
 
 try:
@@ -119,6 +120,14 @@ PRICES = {
     "gpt-4.1-mini": (0.4, 1.6),
     "gpt-4.1-nano": (0.1, 0.4),
 }
+# First characters of control tokens of common chat templates: <|im_end|>, <｜User｜>, </s>, <image>, <end_of_turn>, [INST].
+CONTROL = re.compile(
+    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|image|video|audio|img|vision|think|tool_call)>|(?:start|end)_of_|<?/?SYS>>)"
+    r"|\[(?=/?(?:INST|IMG|SYSTEM_PROMPT|THINK)\b)",
+    flags=re.IGNORECASE,
+)
+# Tokens that a judge takes, prompt and answer together; those of another model are not known.
+CONTEXTS = {"gpt-4o": 128_000, "gpt-4.1": 1_047_576}
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 BATCH_REQUESTS, BATCH_BYTES = 50_000, 190 * 10**6  # limits of the Batch API: 50,000 requests, 200 MB
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -136,7 +145,7 @@ class Stopped(Exception):
 def fence(value: str, mark: str) -> str:
     """What others wrote between fence lines, with look-alikes of these broken up."""
     value = re.sub(r"<<<(?=\s*(?:BEGIN|END)\b)", "< < <", value, flags=re.IGNORECASE)
-    value = value.replace("<|", "< |")  # chat-template tokens, which some local servers would obey
+    value = CONTROL.sub(r"\g<0> ", value)  # chat-template tokens, which some local servers would obey
     return f"\n<<<BEGIN {mark}>>>\n{value}\n<<<END {mark}>>>"
 
 
@@ -253,35 +262,73 @@ def encode_image(image: Any) -> dict:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
-def read_object(content: str, names: Iterable[str]) -> dict[str, Any]:
-    """The one JSON object that a reply consists of, with exactly these names.
+# Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1.
+NoBoolean = pydantic.BeforeValidator(lambda value: None if isinstance(value, bool) else value)
+SCORES = pydantic.TypeAdapter(dict[str, Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean]])
+# What a model thinks before it answers, between the tags of many models: <think>, [THINK], <seed:think>, <|START_THINKING|>,
+# <|begin_of_thought|>, ◁think▷, and the channels of gpt-oss. Some chat templates write the first tag into the prompt.
+THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|analysis|reflection|rationale|scratchpad)[\w:.-]{0,20}\|?[>▷]"
+OPENS = rf"(?:[<◁]\|?{THOUGHT}|\[THINK\]|<\|channel\|>(?:analysis|commentary))"
+CLOSES = rf"(?:[<◁](?:/|\|end_){THOUGHT}|\[/THINK\]|<\|channel\|>final)"
+REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
 
-    The whole reply may stand in one code fence, as the object does in the supplement's prompt; nothing else is forgiven.
+
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, unless a name in it has two values."""
+    made = dict(pairs)
+    if any(made[name] != value for name, value in pairs):
+        raise ValueError("a name has two values")
+    return made
+
+
+def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapter) -> dict[str, Any]:
+    """The numbers by these names in the one JSON object of a reply that has them.
+
+    Reasoning, prose, code fences, other objects and other names are passed over. An object may be there twice if it says the
+    same both times.
+
+    Args:
+        numbers: what they have to be, as the adapter of a `dict`.
 
     Raises:
         ValueError: with what is wrong.
     """
-    fenced = re.fullmatch(r"```(?:json)?\s*\n(.*?)\n?\s*```", content.strip(), flags=re.DOTALL)
+    wanted, decoder = set(names), json.JSONDecoder(object_pairs_hook=unambiguous)
+    found, text, at = [], REASONING.sub("", content), 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+        except RecursionError:
+            break
+        except ValueError:
+            value = {}
+        if wanted & value.keys():
+            found.append({name: value[name] for name in wanted & value.keys()})
+            text = text[:at] + text[end:]
+        else:
+            at += 1  # it may be inside of this one
+    shown = repr(content.strip()[-80:])
+    # A number that is in no object read above is of a broken one, which may say something else.
+    stray = rf"""["'](?:{"|".join(map(re.escape, wanted))})["']\s*:\s*["'\d-]"""
+    if not found or re.search(stray, text):
+        raise ValueError(f"no JSON object, or a broken one: {shown}")
     try:
-        pairs = json.loads(fenced[1] if fenced else content, object_pairs_hook=tuple)
-    except (ValueError, RecursionError):
-        raise ValueError(f"no JSON object: {content.strip()[:80]!r}") from None
-    names = sorted(names)
-    if not isinstance(pairs, tuple) or sorted(name for name, _ in pairs) != names:
-        raise ValueError(f"not an object with exactly {' and '.join(names)}: {content.strip()[:80]!r}")
-    return dict(pairs)
+        read = [numbers.validate_python(one) for one in found]
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc'][0]}: {first['msg']}: {shown}") from None
+    if any(one != read[0] or one.keys() != wanted for one in read):
+        raise ValueError(f"not one object with {' and '.join(sorted(wanted))}: {shown}")
+    return read[0]
 
 
 def parse(content: str) -> tuple[int, int]:
-    """Accuracy and hallucination of a reply: one JSON object with exactly the two integers, 0-100.
+    """Accuracy and hallucination of a reply, integers from 0 to 100.
 
     Raises:
         ValueError: with what is wrong.
     """
-    scores = read_object(content, SCHEMA["properties"])
-    for name, score in sorted(scores.items()):
-        if type(score) is not int or not 0 <= score <= 100:
-            raise ValueError(f"{name} is no integer from 0 to 100: {content.strip()[:80]!r}")
+    scores = read_object(content, SCHEMA["required"], SCORES)
     return scores["accuracy_score"], scores["hallucination_score"]
 
 
@@ -291,7 +338,7 @@ def read_answer(row: dict, parse: Callable[[str], Any] = parse) -> tuple[Any, st
     if row.get("refusal"):
         return None, f"refused: {str(row['refusal'])[:200]}", False
     if row.get("finish_reason") == "length":
-        return None, "truncated: the answer reached max_tokens", False
+        return None, "truncated: the answer reached the limit of its tokens", False
     if row.get("finish_reason") == "content_filter":
         return None, "content filter: the server withheld the answer", False
     try:
@@ -310,8 +357,8 @@ def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
         content, refusal = message.get("content"), message.get("refusal")
-        if isinstance(content, list):  # some servers send parts
-            content = "".join(part.get("text", "") for part in content)
+        if isinstance(content, list):  # some servers send parts, of which some may be reasoning
+            content = "".join(part["text"] for part in content if part.get("type", "text") in ("text", "output_text"))
         if not isinstance(content, str | None):
             raise TypeError
         return {
@@ -668,10 +715,23 @@ class Options:
         system, text = render(self.task, unit.prediction, unit.question, unit.reference, "0" * 32 if self.hardened else None)
         return image + math.ceil(len(((system or "") + text).encode()) / 4) + 60  # the schema and the chat's frame
 
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model takes, None where that is not known."""
+        return next((tokens for family, tokens in CONTEXTS.items() if self.model.startswith(family)), None)
+
+    def too_long(self, tokens: int) -> str | None:
+        """Why a request with so many prompt tokens is not sent, None where it is."""
+        if self.context is None or tokens + self.max_tokens <= self.context:
+            return None
+        return f"too long: about {tokens:,} prompt tokens; {self.model} takes {self.context:,}, its answer included"
+
     def client(self) -> openai.AsyncOpenAI:
         """Raises JudgeError where there is no key."""
         env = os.environ.get
         local = self.base_url or env("OPENAI_BASE_URL")
+        keyed = local or self.api_key or env("OPENAI_API_KEY")
+        azure = self.azure_endpoint or (env("AZURE_OPENAI_ENDPOINT") and not keyed)
         common: dict[str, Any] = {
             "api_key": self.api_key,
             "organization": self.organization,
@@ -679,14 +739,15 @@ class Options:
             "timeout": self.timeout,
         }
         try:
-            if self.azure_endpoint or (env("AZURE_OPENAI_ENDPOINT") and not (local or self.api_key or env("OPENAI_API_KEY"))):
+            if azure:
                 common |= {"azure_endpoint": self.azure_endpoint, "api_version": self.api_version}
                 return openai.AsyncAzureOpenAI(**common)
             if local and not (self.api_key or env("OPENAI_API_KEY")):
                 common["api_key"] = "none"  # a server of one's own
             return openai.AsyncOpenAI(base_url=self.base_url, **common)
         except (openai.OpenAIError, ValueError) as error:
-            raise JudgeError(f"No judge to talk to ({error}); set OPENAI_API_KEY, or api_key= and base_url=.") from None
+            known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"
+            raise JudgeError(f"No judge to talk to: set {known}, or base_url= for a server of your own.") from error
 
 
 def triage(error: Exception) -> tuple[str, str]:
@@ -703,7 +764,7 @@ def triage(error: Exception) -> tuple[str, str]:
     if codes & NO_QUOTA or no_quota or error.status_code == 402:
         return "fatal", f"The account has no quota left; check plan and billing, then run again to go on ({text})."
     if error.status_code == 401:
-        return "fatal", f"The API key is not accepted; set OPENAI_API_KEY or api_key= ({text})."
+        return "fatal", f"The API key is not accepted; set OPENAI_API_KEY to one that is ({text})."
     if error.status_code == 403:
         return "fatal", f"The API key may not use this model or server; check its project and region ({text})."
     if error.status_code == 404:
@@ -836,7 +897,7 @@ class Run:
         if self.options.backend == "batch":
             raise Stopped(self.pending.get(key) or "the batch gave no answer; run again to submit it again")
         if key in self.pending:
-            raise Stopped(f"it is in the unfinished batch {self.pending[key]}; collect it with backend='batch'")
+            raise Stopped(f"it is in the unfinished batch {self.pending[key]}; collect it with the batch backend")
         while not self.store.claim(key):  # another process is asking
             await asyncio.sleep(0.1)
             if self.stop:
@@ -868,8 +929,10 @@ class Run:
         """Take a request's estimated cost off the budget.
 
         Raises:
-            Stopped: it would exceed max_cost.
+            Stopped: it would exceed max_cost, or the judge's context.
         """
+        if reason := self.options.too_long(tokens):
+            raise Stopped(reason)
         if self.price is None:
             return 0.0
         cost = self.price[0] * tokens * self.excess + self.price[1] * self.options.max_tokens
@@ -943,7 +1006,7 @@ class Run:
                     self.limiter.pause(delay)
                     waited += delay
                 if max(waited, delay) > self.options.max_wait:
-                    self.give_up(f"The server makes requests wait beyond max_wait; run again later ({message}).", True)
+                    self.give_up(f"The server makes requests wait for too long; run again later ({message}).", True)
                 if kind != "limit":
                     if not self.proven and tries >= 3 and not isinstance(error, openai.APIStatusError | openai.APITimeoutError):
                         problem = UNREACHABLE if isinstance(error, openai.APIConnectionError) else "This is no judge's server"
@@ -1258,12 +1321,15 @@ def foresee(units: list[Unit], options: Options) -> dict:
     """What a run would ask and cost; sends nothing, and writes nothing.
 
     Returns:
-        n_unreadable (images), n_stored (units that the store already has), n_requests, prompt_tokens, completion_tokens (20 a
-        request), cost_usd (None for an unknown model), prices_date. Repairs are not foreseen.
+        n_unreadable (images), n_stored (units that the store already has), too_long (samples with a text beyond the judge's
+        context, which is not sent), n_requests, prompt_tokens, completion_tokens (20 a request), cost_usd (None for an
+        unknown model), prices_date (None where `prices=` tells them). Repairs are not foreseen.
     """
     exists = options.store is not None and os.path.exists(options.store)
     store = Store(options.store if exists else None)
-    keys, counts, images_seen = set(), {"n_unreadable": 0, "n_stored": 0, "prompt_tokens": 0}, {}
+    keys, counts, images_seen = set(), {"n_unreadable": 0, "n_stored": 0}, {}
+    prompts: list[int] = []
+    too_long: list[int] = []
     for unit in units:
         try:
             if unit.segment is None:
@@ -1275,18 +1341,23 @@ def foresee(units: list[Unit], options: Options) -> dict:
         key = options.key(digest, unit)
         if key not in keys:
             keys.add(key)
-            stored = options.settled(store.answers(key))
-            counts["n_stored"] += stored
-            counts["prompt_tokens"] += 0 if stored else options.tokens(unit, image_cost)
+            tokens = options.tokens(unit, image_cost)
+            if options.settled(store.answers(key)):
+                counts["n_stored"] += 1
+            elif options.too_long(tokens):
+                too_long.append(unit.sample)
+            else:
+                prompts.append(tokens)
     store.close()
-    n_requests = len(keys) - counts["n_stored"]
     price = price_of(options.model, options.prices, options.backend)
     return {
         **counts,
-        "n_requests": n_requests,
-        "completion_tokens": 20 * n_requests,
-        "cost_usd": price and price[0] * counts["prompt_tokens"] + price[1] * 20 * n_requests,
-        "prices_date": PRICES_DATE,
+        "too_long": sorted(set(too_long)),
+        "n_requests": len(prompts),
+        "prompt_tokens": sum(prompts),
+        "completion_tokens": 20 * len(prompts),
+        "cost_usd": price and price[0] * sum(prompts) + price[1] * 20 * len(prompts),
+        "prices_date": None if options.model in (options.prices or {}) else PRICES_DATE,
     }
 
 

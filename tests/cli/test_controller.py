@@ -87,7 +87,7 @@ def test_dry_run_limit_price_and_budget():
         assert run("q.txt", "--out", "labels.jsonl", "--base-url", server.url, "--limit", 2).exit_code == 0
         assert len(labels()) == 2 and len(server.requests) == 2
         stopped = run("q.txt", "--out", "labels.jsonl", "--base-url", server.url, "--max-cost", 0.006, "--concurrency", 1)
-        assert 2 < len(server.requests) < 6 and "max_cost of 0.006 USD reached" in stopped.output
+        assert 2 < len(server.requests) < 6 and "--max-cost of 0.006 USD reached" in stopped.output
         assert len(labels()) == len(server.requests)
         assert run("q.txt", "--out", "labels.jsonl", "--base-url", server.url).exit_code == 0
         assert len(labels()) == 6 and set(server.paid.values()) == {1}
@@ -127,7 +127,7 @@ def test_columns_splits_and_own_levels():
         ('{"text": "a"}\n', ("--level", "coarse"), "NAME=MEANING"),
         ('{"text": "a"}\n', ("--level", "a=x"), "at least two levels"),
         ('{"text": "a"}\n', ("--level", "a=x", "--level", "a=y"), "twice"),
-        ('{"text": "a"}\n', ("--model", "own", "--max-cost", "1"), "max_cost needs prices"),
+        ('{"text": "a"}\n', ("--model", "own", "--max-cost", "1"), "say --price"),
         ('{"text": "a"}\n', ("--out", "q.jsonl"), "was not written by this command"),
         ('{"text": "a"}\n', ("--backend", "post"), "backend"),
     ],

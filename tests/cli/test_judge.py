@@ -101,6 +101,73 @@ def test_dry_run_sends_and_writes_nothing():
     assert re.search(r"cost, about\s+0\.00\d\d USD", done.output)
     assert "unknown for own; say --price" in unknown.output
     assert float(re.search(r"cost, about\s+([\d.]+) USD", priced.output)[1]) > 0.1
+    assert "prices of 20" in done.output and "prices of 20" not in priced.output
+
+
+def test_the_price_is_two_amounts():
+    write([{"prediction": "a cat"}])
+    assert "PROMPT COMPLETION" in run("run", "--help").output and "float,float" not in run("run", "--help").output
+    for two in (("1", "1"), ("0", "2.5"), ("1e1", "3")):
+        assert run("run", "predictions.jsonl", "--dry-run", "--model", "own", "--price", *two).exit_code == 0
+    for two in (("1,1", "2"), ("1,", "1"), ("-1", "1"), ("nan", "1"), ("1", "inf"), ("1", "$2"), ("1,1", "--dry-run")):
+        done = run("run", "predictions.jsonl", "--model", "own", "--price", *two)
+        assert done.exit_code == 2 and done.output.count("\n") == 1 and "--price 2.5 10" in done.output
+    assert run("run", "predictions.jsonl", "--price", "1").exit_code == 2
+
+
+@pytest.mark.parametrize("long", ["word " * 120_000, "\u8a9e" * 200_000])
+def test_a_prompt_that_the_judge_cannot_hold_is_named_and_not_sent(long):
+    write([{"id": "short", "prediction": "number 1"}, {"id": "novel", "prediction": long}])
+    with Server(by_words) as server:
+        dry = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run")
+        done = run("run", "predictions.jsonl", "--base-url", server.url)
+        assert len(server.requests) == 1
+        own = run("run", "predictions.jsonl", "--dry-run", "--model", "own", "--price", "1", "1")
+    assert dry.exit_code == done.exit_code == own.exit_code == 0, done.output
+    assert all("'novel'" in found.output and "'short'" not in found.output for found in (dry, done, own))
+    assert re.search(r"too long, not sent\s+1\s*\n", dry.output) and re.search(r"requests\s+1\s*\n", dry.output)
+    assert re.search(r"requests\s+2\s*\n", own.output)
+    assert [row["accuracy"] for row in samples()] == [1, None] and "128,000" in samples()[1]["reason"]
+
+
+def test_the_limit_of_an_answer_can_be_raised():
+    write([{"prediction": "number 1"}])
+    with Server(by_words) as server:
+        assert run("run", "predictions.jsonl", "--base-url", server.url, "--max-tokens", 3000).exit_code == 0
+        assert server.requests[0]["max_tokens"] == 3000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("--rpm", "0"), "--rpm"),
+        (("--poll-seconds", "-1"), "--poll-seconds"),
+        (("--backend", "mail"), "--backend"),
+        (("--detail", "none"), "--detail"),
+        (("--max-cost", "1", "--model", "own"), "--max-cost"),
+        (("--out", "predictions.jsonl/folder"), "--out"),
+    ],
+)
+def test_errors_name_the_option(arguments, option):
+    write([{"prediction": "number 1"}])
+    done = run("run", "predictions.jsonl", "--dry-run", *arguments)
+    assert done.exit_code == 2 and done.output.startswith(f"Error: {option} ") and done.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "unknown"])
+def test_no_error_of_a_run_speaks_python(model, monkeypatch):
+    write([{"prediction": "number 1"}])
+    with Server(lambda server, body: Reply(raw=b"<html>model=x</html>")) as server:
+        found = [run("run", "predictions.jsonl", "--base-url", server.url, "--model", model)]
+    for status, code in ((401, "invalid"), (403, "no"), (404, "none"), (402, "no")):
+        with Server(lambda server, body, status=status, code=code: Reply(status=status, error=(code, "no"))) as server:
+            found.append(run("run", "predictions.jsonl", "--base-url", server.url, "--model", model))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    found.append(run("run", "predictions.jsonl", "--model", model))
+    monkeypatch.setenv("AZURE_OPENAI_ENDPOINT", "http://127.0.0.1:9")
+    found.append(run("run", "predictions.jsonl", "--model", model))
+    for done in found:
+        assert done.exit_code == 2 and not re.search(r"\b[a-z_]+=|--[A-Z]|Error\(|`", done.output), done.output
 
 
 def test_limit_max_cost_and_resume():
@@ -111,7 +178,7 @@ def test_limit_max_cost_and_resume():
         # Each costs 1,000 prompt tokens: 2.5 thousandths of a dollar and a little.
         stopped = run("run", "predictions.jsonl", "--base-url", server.url, "--max-cost", 0.006, "--concurrency", 1)
         assert 2 < len(server.requests) < 6
-        assert "max_cost of 0.006 USD reached" in stopped.output
+        assert "--max-cost of 0.006 USD reached" in stopped.output
         refused = run("run", "predictions.jsonl", "--base-url", server.url, "--no-resume")
         assert refused.exit_code == 2 and "already holds answers" in refused.output
         assert run("run", "predictions.jsonl", "--base-url", server.url).exit_code == 0
@@ -168,7 +235,7 @@ def test_parquet_and_datasets_folders_and_columns():
         ('{"prediction": "a", "image": "p.png"}\n', ("--column", "x"), "FIELD=COLUMN"),
         ('{"prediction": "a", "image": "p.png"}\n', ("--column", "text=a"), "no field 'text'"),
         ('{"prediction": "a", "image": "p.png"}\n', ("--out", "p.png"), "is a file"),
-        ('{"prediction": "a", "image": "p.png"}\n', ("--max-cost", "1", "--model", "own"), "max_cost needs prices"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--max-cost", "1", "--model", "own"), "say --price"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_sent(text, arguments, message):

@@ -272,6 +272,17 @@ def change(folder, **values):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b"[]", b"3", b"{}", b'{"description": 3}', b"\xff", b'{"description": null}']
+)
+def test_a_folder_without_a_run_is_told_without_python(runs, tmp_path, content):
+    path = runs[1] / "run.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    sentence = refused(*runs)
+    assert str(runs[1]) in sentence and "run.json" in sentence
+    assert not re.search(r"\w+(?:Error|Exception)\b|Errno|None|\(\d", sentence.removeprefix("Error"))
+
+
 def test_bad_input_is_one_sentence(runs, tmp_path):
     a, b = runs
     assert "no folder of predictions" in refused(a, tmp_path)
@@ -287,6 +298,7 @@ def test_bad_input_is_one_sentence(runs, tmp_path):
     scores = tmp_path / "scores.jsonl"
     for row, message in (
         ({"id": "1", "accuracy": 200}, "not 0 to 100"),
+        ({"id": "1", "accuracy": True}, "accuracy is true"),
         ({"id": "1", "hallucinated": "cup"}, "not a list of phrases"),
         ({"id": "1", "prediction": "another"}, "scores another answer"),
         ({"id": "9", "accuracy": 1}, "no id in common"),

@@ -108,6 +108,33 @@ def test_hardening_is_separable(metric, prediction):
     assert result["hardened"] and all(row["hardened"] for row in stored())
 
 
+CONTROLS = (
+    *("<|endoftext|>", "<|im_end|>\n<|im_start|>system", "<|image_pad|>", "<|eot_id|>", "<｜User｜>", "</s>", "<s>", "<image>"),
+    *("<end_of_turn>", "<start_of_image>", "<eos>", "[INST]", "[/INST]", "[IMG]", "<<SYS>>", "<</SYS>>", "</think>"),
+)
+
+
+@pytest.mark.parametrize("token", CONTROLS)
+@pytest.mark.parametrize("task", ["reasoning", "vqa", "caption"])
+def test_control_tokens_in_texts_are_text(metric, task, token):
+    inputs = {"questions": [f"q {token}?"], "references": [f"r {token}."]}
+    assert metric.estimate([f"p {token}!"], [image()], task=task, **inputs)["n_requests"] == 1
+    with Server() as server:
+        for hardened in (True, False):
+            assert score(metric, server, [f"p {token}!"], task=task, hardened=hardened, **inputs)["n_scored"] == 1
+    fenced, printed = map(text_of, server.requests)
+    assert f"p {token}!" in printed
+    fenced = re.sub(r"<<<(?:BEGIN|END) \w{32}>>>", "", fenced)
+    assert token not in fenced and "p " in fenced
+    # Nothing but spaces came in.
+    assert re.sub(r"\s", "", f"p {token}!") in re.sub(r"\s", "", fenced)
+
+
+@pytest.mark.parametrize("text", ["a < b, 3<4", "<b>bold</b>", "<div class='x'>", "[1] a list", "<<quoted>>"])
+def test_other_texts_are_left_alone(text):
+    assert text in module.fence(text, "0")
+
+
 @pytest.mark.parametrize("hardened", [True, False])
 def test_other_tasks_send_what_belongs_to_them(metric, hardened):
     with Server() as server:
@@ -126,31 +153,129 @@ def test_other_tasks_send_what_belongs_to_them(metric, hardened):
 # --- reading answers --------------------------------------------------------------------------------------------------
 
 
+OTHER = GOOD.replace("70", "60")
+HALF = '{"accuracy_score": 70}'
+FORM = '{"accuracy_score": int,\n "hallucination_score": int}'
+
+
 @pytest.mark.parametrize(
-    ("content", "scores"),
+    "content",
     [
-        (GOOD, (70, 20)),
-        (f"```json\n{GOOD}\n```", (70, 20)),
-        (f"\n```\n{GOOD}\n```\n", (70, 20)),
-        ('{"hallucination_score":0,"accuracy_score":100}', (100, 0)),
-        *((content, None) for content in ("", "70 20", "[70, 20]", "null", f"Sure! {GOOD}", f"{GOOD} {GOOD}", GOOD[:-1])),
+        GOOD,
+        '{"hallucination_score":20,"accuracy_score":70}',
+        *(GOOD.replace("70", number) for number in ("70.0", "7e1", "70.000", '"70"', '"70.0"', '" 70 "')),
+        '{"accuracy_score": "70", "hallucination_score": 20.0}',
+        f"Sure! {GOOD}",
+        f"{GOOD}\nI hope this helps {{or not}}.",
+        f"```json\n{GOOD}\n```",
+        f"```\n{GOOD}\n```",
+        f"Here it is:\n\n```JSON\n{GOOD}\n```\nThe cat is there; {{see}} above.",
+        f"```{GOOD}```",
+        f"The form {FORM} is filled in so: {GOOD}",
+        f"{GOOD}\n{GOOD}",
+        f"{GOOD} and once more {GOOD.replace('70', '70.0')}",
+        GOOD.replace("}", ', "note": "a {cat} and \\"more\\""}'),
+        GOOD.replace("}", ', "by_segment": [{"accuracy_score": 1, "hallucination_score": 2}]}'),
+        GOOD.replace("}", ', "accuracy_score": 70}'),
+        f'{{"image": "a cat"}} {GOOD}',
+        f'{{"scores": {GOOD}}}',
+        f"[{GOOD}]",
+        f"<answer>{GOOD}</answer>",
         *(
-            (GOOD.replace("70", wrong), None)
-            for wrong in ("true", "70.0", "7e1", '"70"', "101", "-1", "null", "NaN", "9" * 5000)
+            f"{begin}Perhaps {OTHER}? Or {{...{end}\n\n{GOOD}"
+            for begin, end in (
+                ("<think>", "</think>"),
+                ("<think>\n<think>", "</think>\n"),
+                ("", "</think>"),  # the chat template wrote the first tag
+                ("<Thinking>", "</Thinking>"),
+                ("<reasoning>", "</reasoning>"),
+                ("<analysis>", "</analysis>"),
+                ("<scratchpad>", "</scratchpad>"),
+                ("<seed:think>", "</seed:think>"),
+                ("[THINK]", "[/THINK]"),
+                ("◁think▷", "◁/think▷"),
+                ("<|begin_of_thought|>", "<|end_of_thought|>"),
+                ("<|START_THINKING|>", "<|END_THINKING|>"),
+                ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+            )
         ),
-        ('{"accuracy_score": 70}', None),
-        (GOOD.replace("}", ', "note": 1}'), None),
-        (GOOD.replace("}", ', "accuracy_score": 1}'), None),
-        (f"```json\n{GOOD}\n```\nI hope this helps.", None),
-        ("[" * 100_000, None),
+        f"{GOOD}<reasoning>Not {OTHER}.</reasoning>",
+        f"<think>one</think><think>{OTHER}</think>```json\n{GOOD}\n```",
     ],
 )
-def test_parse(content, scores):
-    if scores is None:
-        with pytest.raises(ValueError, match=r"integer|object"):
-            module.parse(content)
-    else:
-        assert module.parse(content) == scores
+def test_replies_are_read(content):
+    scores = module.parse(content)
+    assert scores == (70, 20) and all(type(score) is int for score in scores)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "70 20", "[70, 20]", "null", "{}", '{"scores": [70, 20]}', FORM, HALF, GOOD[:-1], "[" * 100_000),
+        *('{"accuracy_score":' * 50_000, "{" * 50_000, "<think" * 50_000, "</think>" * 10_000),
+        *(
+            GOOD.replace("70", wrong)
+            for wrong in (
+                *("true", "false", "null", "NaN", "Infinity", "-Infinity", "1e999", "9" * 5000),
+                *("101", "-1", "100.5", "70.5", '"70.5"', '"101"', '"70%"', '"70/100"', '"high"', '""', '"NaN"', '"true"'),
+                *("[70]", '{"score": 70}', "070", "+70", "int"),
+            )
+        ),
+        f"{GOOD} {OTHER}",
+        f"[{GOOD}, {OTHER}]",
+        f'{{"a": {GOOD}, "b": {OTHER}}}',
+        f"First {OTHER}, but in the end {GOOD}",
+        f"{HALF} {GOOD}",
+        f"{HALF} {HALF.replace('accuracy', 'hallucination')}",
+        GOOD.replace("}", ', "accuracy_score": 1}'),
+        GOOD.replace("70", "true") + GOOD,
+        f"{OTHER[:-1]},}} {GOOD}",  # the first is broken, and says something else
+        f"{GOOD} {OTHER[:-1]}",
+        f"{GOOD} {OTHER.replace(chr(34), chr(39))}",
+        f'{{"accuracy_score": 60, "hallucination_score": 0, "part": {GOOD}',
+        f"<think>{GOOD}",
+        f"<think>{GOOD}</think>",
+        f"{GOOD}</think>",
+        f"<think>one</think>So <think>{GOOD}",
+    ],
+)
+def test_ambiguous_replies_are_not_read(content):
+    started = time.monotonic()
+    with pytest.raises(ValueError):  # noqa: PT011
+        module.parse(content)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+def test_no_reply_that_can_be_read_pays_for_a_repair(metric, backend):
+    replies = {
+        "float": GOOD.replace("70", "70.0"),
+        "string": GOOD.replace("70", '"70"'),
+        "fence": f"Here:\n```json\n{GOOD}\n```\nDone.",
+        "thinks": f"<think>{OTHER}</think>{GOOD}",
+        "extra": GOOD.replace("}", ', "why": "x"}'),
+    }
+
+    def behave(server, body):
+        words = prediction_of(body).split()
+        return Reply(replies[words[0]])
+
+    texts = [f"{name} one. And two." for name in replies]
+    with Server(behave, polls=0) as server:
+        more = {"backend": backend, "poll_seconds": 0.01} if backend == "batch" else {"segments": 1}
+        result = score(metric, server, texts, [image()] * len(texts), **more)
+        assert len(server.requests) == len(texts)
+    assert result["accuracy_scores"] == [70] * len(texts) and result["n_repaired"] == 0
+    assert all(type(row["accuracy"]) is int for row in stored())
+
+
+def test_reasoning_in_parts_is_no_answer():
+    parts = [
+        {"type": "thinking", "thinking": [{"type": "text", "text": OTHER}]},
+        {"type": "reasoning", "text": OTHER},
+        {"type": "text", "text": GOOD},
+    ]
+    assert module.parse(module.to_row({"choices": [{"message": {"content": parts}}]})["content"]) == (70, 20)
 
 
 @pytest.mark.parametrize("hardened", [True, False])
@@ -518,6 +643,19 @@ def test_estimate_sends_and_writes_nothing(metric):
     assert metric.estimate(predictions, images, model="unheard-of")["cost_usd"] is None
 
 
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+def test_what_the_judges_context_does_not_hold_is_not_sent(metric, backend):
+    texts, images = ["a cat", "a word of a long text " * 30_000, "a dog"], [image(i) for i in range(3)]
+    foreseen = metric.estimate(texts, images, backend=backend)
+    assert foreseen["too_long"] == [1] and foreseen["n_requests"] == 2 and foreseen["cost_usd"] < 0.01
+    assert metric.estimate(texts, images, model="gpt-4.1-mini")["too_long"] == []
+    assert metric.estimate(texts, images, model="own")["too_long"] == []
+    with Server(polls=0) as server:
+        result = score(metric, server, texts, images, backend=backend, poll_seconds=0.01)
+        assert sorted(map(prediction_of, server.requests)) == ["a cat", "a dog"]
+    assert result["accuracy_scores"] == [70, None, 70] and "128,000" in result["reasons"][1]
+
+
 FILTERED = ("content_filter", "The response was filtered by the content management policy")
 
 
@@ -567,7 +705,7 @@ def test_an_ordinary_rate_limit_that_speaks_of_billing_is_waited_for(metric):
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_wait_beyond_reason_ends_the_run(metric, status):
     with Server(lambda server, body: Reply(status=status, headers={"Retry-After": "1000000000"})) as server:
-        with pytest.raises(module.JudgeError, match="beyond max_wait"):
+        with pytest.raises(module.JudgeError, match="too long"):
             score(metric, server, ["a"])
         assert len(server.requests) == 1
 

@@ -42,6 +42,9 @@ def ask(server, questions, **options):
     return labelling.label(questions, **{"store": "answers.jsonl", "base_url": server.url, **options})
 
 
+OTHER = '{"coarse": 1, "middle": 0, "fine": 0}'
+
+
 @pytest.mark.parametrize(
     ("content", "weights"),
     [
@@ -49,6 +52,12 @@ def ask(server, questions, **options):
         ('```json\n{"fine": 0, "coarse": 1, "middle": 0}\n```', [1, 0, 0]),
         ('{"coarse": 0.33, "middle": 0.33, "fine": 0.33}', [1 / 3] * 3),  # rounding is divided out
         ('{"coarse": 1.0, "middle": 0, "fine": 0.0}', [1, 0, 0]),
+        ('{"coarse": "0.1", "middle": "0.2", "fine": 7e-1}', [0.1, 0.2, 0.7]),
+        (f"Sure! {GOOD}", [0.1, 0.2, 0.7]),
+        (f"Mostly fine:\n```json\n{GOOD}\n```\nI hope this helps.", [0.1, 0.2, 0.7]),
+        (f"<think>{OTHER}</think>{GOOD}", [0.1, 0.2, 0.7]),
+        ('{"coarse": 0.1, "middle": 0.2, "fine": 0.7, "finest": 0}', [0.1, 0.2, 0.7]),
+        (f"{GOOD} {GOOD}", [0.1, 0.2, 0.7]),
     ],
 )
 def test_weights_are_read(content, weights):
@@ -57,28 +66,27 @@ def test_weights_are_read(content, weights):
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"),
+    "content",
     [
-        ("fine", "no JSON object"),
-        ("[0.1, 0.2, 0.7]", "not an object"),
-        (f"Sure! {GOOD}", "no JSON object"),
-        ('{"coarse": 0.5, "middle": 0.5}', "exactly"),
-        ('{"coarse": 0.1, "middle": 0.2, "fine": 0.7, "finest": 0}', "exactly"),
-        ('{"coarse": 0.1, "middle": 0.2, "fine": 0.6, "fine": 0.7}', "exactly"),
-        ('{"coarse": 0.1, "middle": 0.2, "fine": 0.8}', "sum to 1.1"),
-        ('{"coarse": 0, "middle": 0, "fine": 0}', "sum to 0"),
-        ('{"coarse": 10, "middle": 20, "fine": 70}', "no number from 0 to 1"),
-        ('{"coarse": -0.5, "middle": 0.5, "fine": 1}', "no number from 0 to 1"),
-        ('{"coarse": "0.1", "middle": 0.2, "fine": 0.7}', "no number from 0 to 1"),
-        ('{"coarse": true, "middle": 0, "fine": 0}', "no number from 0 to 1"),
-        ('{"coarse": NaN, "middle": 0.3, "fine": 0.7}', "no number from 0 to 1"),
-        ("", "no JSON object"),
-        ("[" * 100_000, "no JSON object"),
+        *("fine", "[0.1, 0.2, 0.7]", "", "[" * 100_000, '{"coarse": 0.5, "middle": 0.5}', f"{GOOD} {OTHER}", f"<think>{GOOD}"),
+        '{"coarse": 0.1, "middle": 0.2, "fine": 0.6, "fine": 0.7}',
+        *(
+            GOOD.replace("0.7", wrong)
+            for wrong in ("0.8", "70", "-0.7", "true", "NaN", "Infinity", "null", '"70%"', '"nan"', '"much"', "[0.7]")
+        ),
+        '{"coarse": 0, "middle": 0, "fine": 0}',
+        '{"coarse": 10, "middle": 20, "fine": 70}',
+        '{"coarse": true, "middle": 0, "fine": 0}',
     ],
 )
-def test_nothing_else_is_forgiven(content, reason):
-    with pytest.raises(ValueError, match=reason):
+def test_what_is_ambiguous_is_no_weight(content):
+    with pytest.raises(ValueError):  # noqa: PT011
         parse_weights(content, NAMES)
+
+
+@pytest.mark.parametrize("names", [["model_config", "_x"], ["the whole", "a part"], ["a.*", "b["], ["copy", "json"]])
+def test_levels_may_have_any_name(names):
+    assert parse_weights(json.dumps(dict.fromkeys(names, 0.5)), names) == [0.5, 0.5]
 
 
 def test_the_question_is_fenced_and_levels_are_told():
