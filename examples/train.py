@@ -1,6 +1,7 @@
 """Train a Granulon model with the supplement's recipe: frozen backbones, projector only.
 
-    accelerate launch examples/train.py                                             # the demo model on drawn scenes, in minutes
+    accelerate launch examples/train.py                         # the demo model on drawn scenes, in minutes: examples/demo.yaml
+    accelerate launch examples/train.py --max_steps 3           # the same recipe, but for what the line says
     accelerate launch --config_file examples/accelerate_multi_gpu.yaml examples/train.py examples/granulon_qwen2.5.yaml
     accelerate launch --config_file examples/accelerate_zero2.yaml examples/train.py examples/granulon_llama3.2.yaml \\
         --data ./flux-reason-200k --output_dir runs/llama
@@ -18,11 +19,11 @@ from granulon_hf.demo.assemble import build_demo
 from granulon_hf.training import RecipeError, TrainingFailed, TrainingStopped, parse
 from granulon_hf.training.run import train
 
-DEMO = str(Path(__file__).with_name("demo.yaml"))
+DEMO = os.path.relpath(Path(__file__).with_name("demo.yaml"))
 
 if __name__ == "__main__":
     try:
-        train(*parse(sys.argv[1:] or [DEMO]), demo=build_demo)
+        train(*parse(sys.argv[1:], default=DEMO), demo=build_demo)
     except TrainingStopped as error:
         print(error)
         sys.exit(143)  # as the signal itself would have ended it

@@ -6,7 +6,8 @@
     python examples/train_controller.py --labels labels.jsonl --variant path/to/model --save_full
     accelerate launch examples/train.py examples/granulon_qwen2.5.yaml --adapter runs/controller   # then the projector
 
-Leaves adapter.safetensors (the controller alone), config.json, results.json and controller.png in --output_dir.
+Leaves adapter.safetensors (the controller alone), config.json, results.json and controller.png in --output_dir, which must not
+hold weights yet.
 All options: python examples/train_controller.py --help
 """
 
@@ -17,15 +18,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from granulon_hf.demo.assemble import build_demo
 from granulon_hf.training import RecipeError
-from granulon_hf.training.controller import ControllerArguments, print_results, run_controller, save
+from granulon_hf.training.controller import parse, print_results, run_controller, save
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(ControllerArguments).parse_args_into_dataclasses()
+    args = parse(sys.argv[1:])
     started = time.monotonic()
     set_seed(args.seed)
     results = run_controller(args, demo=lambda: build_demo(adapter=None))

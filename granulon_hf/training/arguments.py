@@ -8,8 +8,14 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_liger_kernel_available
+
+from granulon_hf.variants import NAMES
 
 BATCHING = ("padded", "grouped", "packed")
+# Options of the command line that leave a recipe's others without a meaning: a subset is one of the file's own data, and
+# transformers would let the file's max_steps win over the line's epochs.
+REPLACES = {"data": ("source", "split", "preset", "limit"), "num_train_epochs": ("max_steps",)}
 
 
 class RecipeError(ValueError):
@@ -22,7 +28,7 @@ class ModelArguments:
 
     variant: str = field(
         default="demo",
-        metadata={"help": "demo, one of granulon_hf.variants.NAMES, or a folder or Hub id of a Granulon model."},
+        metadata={"help": f"demo, a folder or Hub id of a Granulon model, or one of {', '.join(NAMES)}."},
     )
     tiny: bool = field(default=False, metadata={"help": "The variant's architectures at toy size with random weights."})
     open_weights: bool = field(default=False, metadata={"help": "Read DINOv3 from timm's repository, which has no gate."})
@@ -35,7 +41,7 @@ class ModelArguments:
     pixel_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss with the semantic slots hidden."})
     semantic_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss with the pixel slots hidden."})
     slot_position: str | None = field(
-        default=None, metadata={"help": "none (paper), semantic or all: which visual tokens are told where they are (ours)."}
+        default=None, metadata={"help": "none (paper), semantic or all: which visual tokens are position-encoded (ours)."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
 
@@ -94,11 +100,18 @@ class RecipeArguments(TrainingArguments):
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     save_full: bool = field(
-        default=False, metadata={"help": "Write whole checkpoints that from_pretrained loads, not the trained weights alone."}
+        default=False,
+        metadata={
+            "help": "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
+            "backbones have no name (the demo, toy sizes, the stage full) holds them in any case."
+        },
     )
     auto_precision: bool = field(
         default=True, metadata={"help": "bf16 with tf32 matmul where the device has it, unless bf16 or fp16 is given."}
     )
+
+    # Said, not set: which recipe file it is, and what the command line changed.
+    recipe: str = field(default="the supplement's defaults, no recipe file was named", init=False)
 
     def __post_init__(self):
         if self.auto_precision and not self.bf16 and not self.fp16 and not self.use_cpu and torch.cuda.is_available():
@@ -108,43 +121,91 @@ class RecipeArguments(TrainingArguments):
         super().__post_init__()
 
 
-def make_parser() -> HfArgumentParser:
+class OptionParser(HfArgumentParser):
+    """transformers' parser, with one sentence for everything that is wrong."""
+
+    def error(self, message):
+        raise RecipeError(f"The options cannot be used: {message}.")
+
+    def read(self, arguments: list[str]) -> tuple[Any, ...]:
+        """Return the dataclasses that a command line fills.
+
+        Raises:
+            RecipeError: an unknown option, or a value of the wrong kind.
+        """
+        try:
+            *found, unknown = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        except RecipeError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"The options cannot be used: {' '.join(str(error).split())}") from None
+        if unknown:
+            raise RecipeError(
+                f"The options cannot be used: {unknown[0]!r} is none (--help lists them all, and a recipe file comes first)."
+            )
+        return tuple(found)
+
+    def named(self, arguments: list[str]) -> set[str]:
+        """Return the names of the options that stand on a command line."""
+        known = self._option_string_actions
+        return {known[name].dest for text in arguments if (name := text.partition("=")[0]) in known}
+
+
+def make_parser() -> OptionParser:
     groups: Any = (ModelArguments, DataArguments, RecipeArguments)
-    return HfArgumentParser(groups, allow_abbrev=False)
+    return OptionParser(groups, allow_abbrev=False)
 
 
-def parse(arguments: list[str]) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
-    """Arguments of a command line: `[RECIPE.yaml] [--name value …]`; what is said on the line wins over the file, and `--data`
-    over the file's data with their source, split and preset.
+def parse(arguments: list[str], default: str | None = None) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
+    """Read the arguments of a command line, `[RECIPE.yaml] [--name value …]`.
+
+    What is said on the line wins over the file, `--data` over the file's data with their subset, and `--num_train_epochs` over
+    its `max_steps`. The `recipe` of the [`RecipeArguments`] says in words which file it was and what the line changed.
+
+    Args:
+        arguments (`list[str]`): the command line.
+        default (`str`, *optional*): the recipe of the variant "demo" where the line names no file.
 
     Raises:
-        RecipeError: a file that cannot be read, or that holds a name no argument has.
+        RecipeError: a file that cannot be read, or that holds a name no argument has; options that cannot be used.
     """
     parser = make_parser()
+    path: str | None = None
     if arguments and not arguments[0].startswith("-"):
         path, *arguments = arguments
-        if not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):
-            raise RecipeError(f"{path!r} is no YAML file of a recipe; options begin with --.")
-        with open(path, encoding="utf-8") as file:
-            try:
-                values = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-        known = {action.dest for action in parser._actions}
-        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-            what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
-            raise RecipeError(f"{path} holds {what}; the names are those of `train.py --help`.")
-        if any(one == "--data" or one.startswith("--data=") for one in arguments):  # these belong to the file's own data
-            values = {name: value for name, value in values.items() if name not in ("source", "split", "preset")}
-        parser.set_defaults(**values)
-        for action in parser._actions:
-            action.required = action.required and action.dest not in values
-    try:
-        model, data, recipe = parser.parse_args_into_dataclasses(arguments)
-    except (TypeError, ValueError) as error:  # an unknown option, a value of the wrong kind
-        raise RecipeError(f"The options cannot be used: {' '.join(str(error).split())}") from None
+    elif parser.parse_known_args(arguments)[0].variant == "demo":
+        path = default
+    values = {} if path is None else read_recipe(path, {action.dest for action in parser._actions})
+    given = parser.named(arguments)
+    replaced = {other for name in given for other in REPLACES.get(name, ()) if other in values} - given
+    parser.set_defaults(**{name: value for name, value in values.items() if name not in replaced})
+    model, data, recipe = parser.read(arguments)
+    if path is not None:
+        now = {**vars(model), **vars(data), **vars(recipe)}
+        changed = [f"{name} {now[name]} (in the file {value})" for name, value in values.items() if name in given]
+        changed += [f"no {name} (in the file {values[name]})" for name in values if name in replaced]
+        recipe.recipe = path + (f"; the command line changes: {', '.join(changed)}" if changed else "")
     refuse(model, data, recipe)
     return model, data, recipe
+
+
+def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
+    """Return the names and values of a recipe file.
+
+    Raises:
+        RecipeError: it cannot be read, or holds a name that is not known.
+    """
+    if not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):
+        raise RecipeError(f"{path!r} is no YAML file of a recipe; options begin with --.")
+    with open(path, encoding="utf-8") as file:
+        try:
+            values = yaml.safe_load(file) or {}
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+        what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
+        raise RecipeError(f"{path} holds {what}; the names are those of `train.py --help`.")
+    return values
 
 
 def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) -> None:
@@ -159,12 +220,25 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
         raise RecipeError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":
         raise RecipeError("The recipe does not evaluate while it trains; leave out --eval_strategy, and use granulon eval run.")
-    if recipe.save_full and model.stage == "projector+lora":
-        raise RecipeError("--save_full cannot write adapters as a model; leave it out in the stage projector+lora.")
+    if recipe.use_liger_kernel:
+        check_liger(recipe)
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or (
         recipe.deepspeed_plugin is not None and recipe.deepspeed_plugin.zero_stage == 3
     ):
         raise RecipeError(
             "ZeRO-3 is not supported: it shards the frozen weights, tied ones among them, while the model is being built. Use "
             "accelerate_zero2.yaml (the trained part is small) or accelerate_fsdp2.yaml."
+        )
+
+
+def check_liger(recipe: RecipeArguments) -> None:
+    """Raises RecipeError where liger's kernels cannot run, or would be used for the loss."""
+    if not is_liger_kernel_available():
+        raise RecipeError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+    if recipe.device.type in ("cpu", "mps"):
+        raise RecipeError(f"--use_liger_kernel needs a GPU, and this run is on the {recipe.device.type}; leave it out.")
+    losses = ("cross_entropy", "fused_linear_cross_entropy")
+    if chosen := [name for name in losses if (recipe.liger_kernel_config or {}).get(name)]:
+        raise RecipeError(
+            f"--liger_kernel_config asks for {chosen[0]}, and the loss is computed at labelled positions only; leave it out."
         )

@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 ADAPTER, RUN = ADAPTER_WEIGHTS, "run.json"
 UNFINISHED = ".unfinished"
 # What may differ between a run and its continuation; everything else would make another run of it.
-FREE = ("logging", "save_total_limit", "dataloader_num_workers", "report_to", "run_name", "project", "disable_tqdm", "log_")
+FREE = tuple("logging save_total_limit save_full dataloader_num_workers report_to run_name project disable_tqdm log_".split())
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -97,6 +97,22 @@ def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> No
         )
 
 
+def check_output_dir(output_dir: str) -> None:
+    """Raises RecipeError where no folder can be made or written."""
+    place = existing(Path(output_dir))
+    if not place.is_dir():
+        raise RecipeError(f"--output_dir {output_dir!r} cannot be used: {str(place)!r} is a file; it takes a folder.")
+    if not os.access(place, os.W_OK):
+        raise RecipeError(f"--output_dir {output_dir!r} cannot be written; name another.")
+
+
+def check_unused(output_dir: str) -> None:
+    """Raises RecipeError where a run would overwrite what an earlier one left."""
+    folder = Path(output_dir)
+    if held := [*folder.glob(ADAPTER), *folder.glob("model*.safetensors*"), *checkpoints(folder)]:
+        raise RecipeError(f"--output_dir {output_dir!r} already holds {held[0].name}; name another, or remove that one.")
+
+
 def find_resume(resume: str | None, output_dir: str) -> str | None:
     """The checkpoint to go on from.
 
@@ -106,22 +122,24 @@ def find_resume(resume: str | None, output_dir: str) -> str | None:
         output_dir (`str`): of the run.
 
     Raises:
-        RecipeError: that checkpoint cannot be used; or none is asked for, and the folder holds a run.
+        RecipeError: that checkpoint cannot be used; none is asked for, and the folder holds a run; or there is none to go on
+            from, and the folder holds weights or damaged checkpoints.
     """
-    folder = Path(output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"--output_dir {output_dir!r} is a file; it takes a folder.")
-    if not os.access(existing(folder), os.W_OK):
-        raise RecipeError(f"--output_dir {output_dir!r} cannot be written; name another.")
-    if resume is None:
-        if checkpoints(output_dir):
-            raise RecipeError(
-                f"{output_dir!r} already holds a run; say --resume_from_checkpoint last to go on, or another --output_dir."
-            )
-        return None
-    if resume.lower() in ("last", "true"):
-        found = last_checkpoint(output_dir)
-        return str(found) if found else None
-    if not is_whole(Path(resume)):
-        raise RecipeError(f"{resume!r} is no whole checkpoint; say --resume_from_checkpoint last for the latest that is.")
-    return resume
+    check_output_dir(output_dir)
+    if resume is None and checkpoints(output_dir):
+        raise RecipeError(
+            f"{output_dir!r} already holds a run; say --resume_from_checkpoint last to go on, or another --output_dir."
+        )
+    if resume is not None and resume.lower() not in ("last", "true"):
+        if not is_whole(Path(resume)):
+            raise RecipeError(f"{resume!r} is no whole checkpoint; say --resume_from_checkpoint last for the latest that is.")
+        return resume
+    if resume is not None and (found := last_checkpoint(output_dir)):
+        return str(found)
+    if damaged := checkpoints(output_dir):
+        raise RecipeError(
+            f"No checkpoint in {output_dir!r} is whole ({', '.join(path.name for path in damaged)}): there is nothing to go on "
+            "from. Name another --output_dir, or remove them to start again."
+        )
+    check_unused(output_dir)
+    return None

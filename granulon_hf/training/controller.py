@@ -8,7 +8,6 @@ computed once and kept in memory, and what is left to train is a small network o
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,8 @@ from granulon_hf import data, variants
 from granulon_hf.data.collator import encode_prompts
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
-from granulon_hf.training.arguments import ModelArguments, RecipeError
+from granulon_hf.training.arguments import ModelArguments, OptionParser, RecipeError
+from granulon_hf.training.checkpoints import check_output_dir, check_unused
 from granulon_hf.training.freezing import adapter_state, save_adapter, set_stage
 from granulon_hf.training.run import build_model, versions
 
@@ -41,7 +41,10 @@ RESAMPLES = 2000
 class ControllerArguments:
     """What is trained, on what, and how. The paper gives no values for the controller: all of these are ours."""
 
-    variant: str = field(default="demo", metadata={"help": "demo, one of granulon_hf.variants.NAMES, or a folder or Hub id."})
+    variant: str = field(
+        default="demo",
+        metadata={"help": f"demo, a folder or Hub id of a Granulon model, or one of {', '.join(variants.NAMES)}."},
+    )
     tiny: bool = field(default=False, metadata={"help": "The variant's architectures at toy size with random weights."})
     open_weights: bool = field(default=False, metadata={"help": "Read DINOv3 from timm's repository, which has no gate."})
     labels: str = field(
@@ -65,6 +68,17 @@ class ControllerArguments:
                 raise RecipeError(f"--{name} must be positive, not {getattr(self, name)!r}.")
         if not 0 < self.holdout < 1:
             raise RecipeError(f"--holdout is a share between 0 and 1, not {self.holdout!r}.")
+
+
+def parse(arguments: list[str]) -> ControllerArguments:
+    """Read the arguments of a command line.
+
+    Raises:
+        RecipeError: options that cannot be used.
+    """
+    groups: Any = (ControllerArguments,)
+    (args,) = OptionParser(groups, allow_abbrev=False).read(arguments)
+    return args
 
 
 @dataclass(frozen=True)
@@ -373,15 +387,11 @@ def run_controller(args: ControllerArguments, demo: Any = None) -> dict[str, Any
     Raises:
         RecipeError: labels, variant, levels or output folder cannot be used.
     """
-    questions, folder = read_labels(args.labels, args.holdout, args.seed), Path(args.output_dir)
+    check_output_dir(args.output_dir)
+    check_unused(args.output_dir)
+    questions = read_labels(args.labels, args.holdout, args.seed)
     if args.variant != "demo" and (levels := levels_before_loading(args.variant)) is not None:
         check_levels(questions, levels, args.variant)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"--output_dir {args.output_dir!r} cannot be made ({error.strerror}).") from None
-    if not os.access(folder, os.W_OK):
-        raise RecipeError(f"--output_dir {args.output_dir!r} cannot be written.")
     shown = ModelArguments(variant=args.variant, tiny=args.tiny, open_weights=args.open_weights)
     model, processor = build_model(shown, demo=demo)
     return {"model": model, "processor": processor, **train_controller(model, processor, questions, args)}
@@ -390,6 +400,7 @@ def run_controller(args: ControllerArguments, demo: Any = None) -> dict[str, Any
 def save(folder: Path, model: Any, processor: Any, results: dict[str, Any], full: bool = False) -> None:
     """`adapter.safetensors` with the controller alone, `config.json`, `results.json`, and `controller.png` where matplotlib is
     installed; with `full` the whole model too."""
+    folder.mkdir(parents=True, exist_ok=True)
     state = {name: value for name, value in adapter_state(model).items() if name.startswith("controller.")}
     save_adapter(folder, model, state)
     if full:

@@ -124,13 +124,33 @@ def adapter_state(model: GranulonForConditionalGeneration) -> dict[str, torch.Te
 def save_adapter(folder: Path, model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor] | None = None) -> None:
     """Weights of [`adapter_state`], or those given, and both configs: what `from_pretrained` assembles with the backbones."""
     state = adapter_state(model) if state is None else state
-    factors: Any = next((module for module in model.modules() if hasattr(module, "lora_A")), None)
+    factors = next(iter(low_rank_modules(model).values()), None)
     scale = {} if factors is None else {LORA_SCALE: str(factors.scaling["default"])}
     file = folder / ADAPTER_WEIGHTS
     save_file(state, file, metadata={"format": "pt", **scale})
     file.chmod(0o644)  # safetensors leaves its files to their owner alone
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def low_rank_modules(model: nn.Module) -> dict[str, Any]:
+    """Return the modules that have low-rank factors, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def merged_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Return all weights, low-rank factors merged into what they adapt: those of a model without adapters.
+
+    Args:
+        model (`nn.Module`): the model.
+        state (`dict[str, torch.Tensor]`, *optional*): its weights, where they are sharded and were gathered.
+    """
+    state = dict(model.state_dict() if state is None else state)
+    for name, module in low_rank_modules(model).items():
+        first, second = (state[f"{name}.lora_{factor}.default.weight"].float() for factor in "AB")
+        base = state[f"{name}.base_layer.weight"]
+        state[f"{name}.base_layer.weight"] = (base.float() + module.scaling["default"] * second @ first).to(base.dtype)
+    return {name.replace(".base_layer.", "."): value for name, value in state.items() if ".lora_" not in name}
 
 
 def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoProcessor, set_seed
@@ -28,11 +29,12 @@ from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.files import existing
 from granulon_hf.data.llava import is_chat
 from granulon_hf.data.shapes import Shapes
+from granulon_hf.modeling.adapter_granulon import LORA_SCALE, find_adapter
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.features import FeatureCache
 from granulon_hf.training.freezing import STAGES, load_adapter_state, parameter_table, set_stage, trainable
-from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
+from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger
 
 PROBED = 64  # samples that are looked at before the first step
 
@@ -88,6 +90,8 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
             ) from error
         if not isinstance(model, granulon_hf.GranulonForConditionalGeneration):
             raise RecipeError(f"{args.variant!r} is a {type(model).__name__}, not a Granulon model.")
+        if (adapter := find_adapter(args.variant)) and has_factors(adapter):
+            model.config.backbones = None  # merged into the backbones, which are then not the ones that are named
     if args.attn_implementation:
         model.set_attn_implementation({"text_config": args.attn_implementation})
     model.config.pixel_loss_weight, model.config.semantic_loss_weight = args.pixel_loss_weight, args.semantic_loss_weight
@@ -106,6 +110,12 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
         except ValueError as error:
             raise RecipeError(str(error)) from None
     return model, processor
+
+
+def has_factors(adapter: str) -> bool:
+    """Whether an adapter holds low-rank factors."""
+    with safe_open(adapter, "pt") as file:
+        return LORA_SCALE in (file.metadata() or {})
 
 
 def load_samples(args: DataArguments) -> Any:
@@ -184,11 +194,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         RecipeError: it cannot work; before the first step.
         TrainingFailed: it cannot go on.
     """
-    args.resume_from_checkpoint = find_resume(args.resume_from_checkpoint, args.output_dir or ".")
+    asked = args.resume_from_checkpoint
+    args.resume_from_checkpoint = find_resume(asked, args.output_dir or ".")
+    if args.process_index == 0:
+        console = Console(stderr=True, soft_wrap=True, highlight=False)
+        console.print(f"Recipe: {args.recipe}", markup=False)
+        if asked and args.resume_from_checkpoint is None:
+            console.print(
+                f"Nothing to resume: {args.output_dir!r} holds no checkpoint. The run starts at step 0.",
+                style="bold yellow",
+                markup=False,
+            )
     set_seed(args.seed)
 
     samples = load_samples(data_args)
     model, processor = build_model(model_args, demo=demo)
+    check_device(args, model, model_args.stage)
     collator = GranulonCollator(
         processor,
         max_length=data_args.max_length,
@@ -198,7 +219,6 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     if data_args.feature_cache:
         collator.image_features = fill_cache(data_args.feature_cache, model, processor, samples)
     check_samples(collator, samples, model_args.stage)
-    check_device(args, model, model_args.stage)
 
     trainer = GranulonTrainer(
         model,
@@ -219,6 +239,11 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     if trainer.is_world_process_zero():
         described = start(model_args, data_args, args, samples)
         print_table(model, model_args.stage)
+        if model.config.backbones is None and not args.save_full:
+            print(
+                f"The config names no place to read the backbones from: {args.output_dir} will hold all weights "
+                f"({all_weights(model) / 2**20:,.0f} MiB), so that it can be read on its own."
+            )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stop_on_signal.stopped:
         raise TrainingStopped(
@@ -251,15 +276,22 @@ def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
         Console(stderr=True).print(
             "Gradient checkpointing costs about a third more time; the recipe does not need it.", style="yellow"
         )
+    if args.use_liger_kernel:
+        find_liger(model.model.language_model.config.model_type)
     free = shutil.disk_usage(existing(Path(args.output_dir or "."))).free
-    kept = sum(p.numel() for _, p in trainable(model)) * 4 * 4 * ((args.save_total_limit or 1) + 1)
-    if args.save_full:
-        kept += sum(p.numel() * p.element_size() for p in model.parameters()) * ((args.save_total_limit or 1) + 1)
-    if args.save_strategy != "no" and free < kept:
+    count = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
+    kept = sum(p.numel() for _, p in trainable(model)) * 4 * 4 * count
+    kept += all_weights(model) * ((count if args.save_full else 0) + (args.save_full or model.config.backbones is None))
+    if free < kept:
         raise RecipeError(
-            f"--output_dir has {free / 2**30:.1f} GiB free, and {(args.save_total_limit or 1) + 1} checkpoints may take "
+            f"--output_dir has {free / 2**30:.1f} GiB free, and weights and {count} checkpoints may take "
             f"{kept / 2**30:.1f} GiB; make room, or lower --save_total_limit."
         )
+
+
+def all_weights(model: Any) -> int:
+    """Return the bytes of a model's weights."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, samples: Any) -> dict[str, Any]:
@@ -279,6 +311,7 @@ def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     path.parent.mkdir(parents=True, exist_ok=True)
     described = {
         "settings": settings,
+        "recipe": args.recipe,
         "command": command_line(),
         "versions": versions(),
         "model": asdict(model_args),
@@ -317,13 +350,12 @@ def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, 
     """Weights, loss curve (PNG), model card and, where samples were left out, their list. Called by the main process."""
     folder = Path(trainer.args.output_dir)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    if not history:
-        return
-    plot_losses(history, folder / "loss.png")
+    if history:
+        plot_losses(history, folder / "loss.png")
     left_out = [*map(asdict, getattr(samples, "problems", [])), *collator.problems]
     if left_out:
         (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in left_out))
-    write_card(folder, described, history, trainer)
+    write_card(folder, described, history, trainer.whole)
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
@@ -336,21 +368,29 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
     left = figure.subplots()
     right = left.twinx()
     steps = [entry["step"] for entry in history]
-    left.plot(steps, [entry["loss"] for entry in history], color="tab:blue")
+    # One point makes no line.
+    left.plot(steps, [entry["loss"] for entry in history], color="tab:blue", marker="." if len(history) == 1 else None)
     right.plot(steps, [entry.get("learning_rate", 0.0) for entry in history], color="tab:gray", linewidth=0.8)
     left.set(xlabel="step", ylabel="training loss")
     right.set_ylabel("learning rate", color="tab:gray")
     figure.savefig(path, dpi=120)
 
 
-def write_card(folder: Path, described: dict[str, Any], history: list[dict[str, Any]], trainer: Any) -> None:
-    """README.md of the run: command, settings, versions, losses."""
+def write_card(folder: Path, described: dict[str, Any], history: list[dict[str, Any]], whole: bool) -> None:
+    """Write README.md of the run: command, settings, versions, losses, and whether the folder holds all weights."""
     settings, model = described["settings"], described["model"]
     shown = """learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size
         lr_scheduler_type warmup_steps weight_decay bf16 batching max_length seed""".split()
     rows = "".join(f"| {name} | {settings.get(name)} |\n" for name in shown)
     found = "".join(f"| {name} | {version} |\n" for name, version in described["versions"].items())
     name = model["variant"] + (" (toy size)" if model["tiny"] else "")
+    ends = history if len(history) < 2 else [history[0], history[-1]]
+    losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in ends) or "was not logged"
+    picture = "![Loss curve](loss.png)\n" if (folder / "loss.png").exists() else ""
+    if whole:
+        held = "holds all weights: `granulon ask`, `granulon eval run`, `granulon push` and `from_pretrained` read it"
+    else:
+        held = "is in adapter form: the backbones are not in it, and are read from where `config.json` says"
     left_out = "left_out.jsonl lists the samples that could not be used.\n" if (folder / "left_out.jsonl").exists() else ""
     content = f"""---
 library_name: transformers
@@ -361,16 +401,16 @@ tags:
 
 # Granulon: {name}, {model["stage"]}
 
-`{ADAPTER}` holds the trained weights and, where the model has one, the controller; the backbones are not in it.
+This folder {held}. `{ADAPTER}` holds the trained weights and, where the model has one, the controller.
 
 ```bash
 {described["command"]}
 ```
 
-Loss {history[0]["loss"]:.4f} at step {history[0]["step"]}, {history[-1]["loss"]:.4f} at step {history[-1]["step"]}
-(training loss, means over logging steps). {left_out}
-![Loss curve](loss.png)
+Recipe: {described["recipe"]}.
 
+Loss {losses} (training loss, means over logging steps). {left_out}
+{picture}
 | setting | value |
 |---|---|
 {rows}

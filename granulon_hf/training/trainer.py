@@ -19,12 +19,15 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from granulon_hf.training.arguments import RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
 from granulon_hf.training.freezing import (
     adapter_state,
     frozen_modules,
     keep_frozen_parts_in_eval,
     load_adapter_state,
+    low_rank_modules,
+    merged_state,
     save_adapter,
     trainable,
 )
@@ -52,7 +55,9 @@ class GranulonTrainer(Trainer):
     - Logits and loss are computed at labelled positions only: the same loss, without the vocabulary-sized rest.
     - Frozen modules stay in eval mode.
     - A checkpoint holds the trained weights (`adapter.safetensors`), optimizer, schedule and random states; with `save_full`
-      the whole model. It appears under its name when it is complete.
+      all weights too. It appears under its name when it is complete.
+    - `save_model` also writes all weights where the config names no backbones to read the others from.
+    - `use_liger_kernel` puts liger's kernels into the language model.
     - On SIGTERM a checkpoint is written at the end of the step, on all processes, and training stops.
     - Logs also say tokens per second, the share of padding, the chosen levels and, for known devices, MFU.
 
@@ -65,7 +70,10 @@ class GranulonTrainer(Trainer):
 
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.use_liger_kernel:
+            apply_liger(self.model.model.language_model, self.args.liger_kernel_config)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
+        self.whole = False
         self.seen: dict[str, Any] = {}
         self.since: float | None = None
         self.stop_on_signal = StopOnSignal(self.accelerator)
@@ -181,14 +189,16 @@ class GranulonTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if self.args.save_full or self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        # What a run leaves must be readable on its own; a checkpoint only has to go on.
+        self.whole = self.args.save_full or (not _internal_call and self.model.config.backbones is None)
+        if self.whole or self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir)
 
     def _save(self, output_dir=None, state_dict=None):
-        if self.args.save_full:
-            return super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
@@ -196,6 +206,17 @@ class GranulonTrainer(Trainer):
         if state_dict is not None:  # gathered from shards
             state = {name: state_dict.get(f"model.{name}", state_dict.get(name)) for name in state}
         save_adapter(folder, model, state)
+        if self.whole:
+            named = model.config.backbones
+            if low_rank_modules(model):  # merged into a backbone, which is then not the one that is named
+                model.config.backbones = None
+            model.save_pretrained(folder, state_dict=merged_state(model, state_dict))
+            model.config.backbones = named
+            for path in folder.glob("model*.safetensors"):
+                path.chmod(0o644)  # as save_adapter has it
+        else:  # all weights of an earlier end of this run would be read in place of these
+            for path in folder.glob("model*.safetensors*"):
+                path.unlink()
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
 
@@ -247,8 +268,31 @@ def fill_missing(module, state_dict, prefix, *args) -> None:
             state_dict.setdefault(prefix + name, value)
 
 
+def find_liger(model_type: str) -> Any:
+    """Return liger's function for the instances of a decoder.
+
+    Raises:
+        RecipeError: liger-kernel does not know the decoder.
+    """
+    from liger_kernel.transformers import monkey_patch
+
+    if model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:  # liger itself would do nothing, and not say so
+        raise RecipeError(f"--use_liger_kernel does nothing for a language model of the kind {model_type}; leave it out.")
+    return monkey_patch._apply_liger_kernel_to_instance
+
+
+def apply_liger(decoder: Any, options: dict[str, bool] | None = None) -> None:
+    """Put liger's kernels into a decoder.
+
+    `Trainer` would ask for those of "granulon", which liger does not know. The loss stays ours: it is computed at labelled
+    positions only, and a decoder without a head has none.
+    """
+    apply = find_liger(decoder.config.model_type)
+    apply(model=decoder, **{**(options or {}), "cross_entropy": False, "fused_linear_cross_entropy": False})
+
+
 def peak_flops() -> float | None:
-    """Of this GPU, where it is known."""
+    """Return this GPU's dense bf16 FLOPs a second, or None if it is unknown."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for known, peak in PEAK_FLOPS.items() if known in name), None)
 

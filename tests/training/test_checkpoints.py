@@ -44,6 +44,31 @@ def test_what_to_go_on_from(tmp_path):
         find_resume(str(tmp_path / "none"), str(tmp_path))
 
 
+@pytest.mark.parametrize("resume", ["last", "True"])
+def test_damaged_checkpoints_are_not_the_same_as_none(tmp_path, resume):
+    assert find_resume(resume, str(tmp_path / "new")) is None
+    for step in (2, 4):
+        checkpoint(tmp_path, step, whole=False)
+    with pytest.raises(RecipeError, match="checkpoint-4, checkpoint-2"):
+        find_resume(resume, str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "model.safetensors", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize("resume", [None, "last"])
+def test_weights_without_a_checkpoint_are_not_overwritten(tmp_path, name, resume):
+    (tmp_path / name).touch()
+    with pytest.raises(RecipeError, match=name):
+        find_resume(resume, str(tmp_path))
+
+
+def test_places_that_are_no_folder(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for place in (file, file / "run", file / "a" / "b"):
+        with pytest.raises(RecipeError, match="is a file"):
+            find_resume(None, str(place))
+
+
 def test_unfinished_checkpoints_are_removed(tmp_path):
     checkpoint(tmp_path / ".unfinished", 4)
     remove_unfinished(tmp_path)
@@ -56,11 +81,13 @@ def test_changed_settings_are_named(tmp_path):
             self.__dict__.update(values)
 
     path = tmp_path / "run.json"
-    settings = settings_of(Group(learning_rate=1e-4, logging_steps=5, output_dir="a", callback=print), world_size=2)
+    settings = settings_of(
+        Group(learning_rate=1e-4, logging_steps=5, save_full=False, output_dir="a", callback=print), world_size=2
+    )
     assert "callback" not in settings and "output_dir" not in settings
     check_settings(path, settings)  # nothing to compare with
     path.write_text(json.dumps({"settings": settings}))
-    check_settings(path, {**settings, "logging_steps": 50})
+    check_settings(path, {**settings, "logging_steps": 50, "save_full": True})
     path.write_text(json.dumps({"settings": settings, "data": {"rows": [1, 2]}}))
     check_settings(path, settings, {"rows": (1, 2)})
     with pytest.raises(RecipeError, match="not the same files or rows"):

@@ -268,12 +268,26 @@ def test_a_run_refuses_before_any_time_is_spent(tmp_path):
         ({"labels": str(tmp_path / "none.jsonl")}, "no file of labels"),
         ({"variant": "granulon-qwen2.5", "labels": other}, "has coarse, middle, fine"),
         ({"variant": "clip-qwen2.5"}, "no granularity levels"),
-        ({"variant": "granulon-qwen2.5", "tiny": True, "output_dir": str(file / "x")}, "cannot be made"),
+        ({"variant": "granulon-qwen2.5", "tiny": True, "output_dir": str(file / "x")}, "is a file"),
         ({"variant": str(tmp_path / "nowhere")}, "no model can be read there"),
     ):
         with pytest.raises(RecipeError, match=sentence):
             run_controller(ControllerArguments(**{"output_dir": str(tmp_path / "run"), **options}))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "model.safetensors", "checkpoint-3"])
+def test_what_an_earlier_run_left_is_not_overwritten(tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(RecipeError, match=name):
+        run_controller(ControllerArguments(variant="granulon-qwen2.5", tiny=True, output_dir=str(tmp_path / "run")))
+
+
+@pytest.mark.parametrize("line", [["--steps", "many"], ["--step", "3"], ["--steps", "0"]])
+def test_options_that_cannot_be_used_are_one_sentence(line):
+    with pytest.raises(RecipeError, match="--step") as error:
+        controller.parse(line)
+    assert "\n" not in str(error.value)
 
 
 def test_the_script_says_one_sentence(tmp_path):

@@ -13,6 +13,10 @@ import psutil
 import pytest
 
 from granulon_hf.data.shapes import Shapes
+from granulon_hf.evaluation.models import load_model
+from granulon_hf.modeling.adapter_granulon import find_adapter
+
+from ..demo.test_assemble import needs_backbones
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -102,6 +106,17 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path):
     assert 1 <= int(written.name.split("-")[1]) < 300
 
 
+@needs_backbones
+def test_the_demo_with_an_option_is_the_demos_recipe_and_leaves_a_model(tmp_path):
+    output = finish(start("--max_steps", "1", "--use_cpu", "true", "--report_to", "none", "--output_dir", tmp_path))
+    assert "Recipe: examples/demo.yaml; the command line changes: max_steps 1 (in the file 60)" in output, output[-3000:]
+    settings = json.loads((tmp_path / "run.json").read_text())["settings"]
+    assert (settings["learning_rate"], settings["gradient_accumulation_steps"], settings["limit"]) == (1e-3, 1, 1200)
+    model, processor, _ = load_model(str(tmp_path), "cpu")  # as granulon ask and granulon eval run do
+    assert find_adapter(tmp_path) is None  # granulon push takes it for a whole model
+    assert processor.image_token_id == model.config.image_token_id
+
+
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
 def test_zero2_with_two_processes_killed_and_resumed(tmp_path):
     """DeepSpeed runs, with two ranks, and the killed run goes on to the same losses. Its first launch compiles for minutes."""
@@ -155,7 +170,7 @@ def test_a_folder_in_the_llava_form(tmp_path):
         (["--eval_strategy", "steps"], "does not evaluate while it trains"),
         (["--split", "train"], "The drawn shapes have no split"),
         (["--batching", "packed", "--pad_to_multiple_of", "8"], "Packed batches have no padding"),
-        (["--stage", "projector+lora", "--save_full", "true"], "cannot write adapters as a model"),
+        (["--use_liger_kernel", "true"], "--use_liger_kernel needs a"),
         (["--output_dir", "pyproject.toml"], "is a file; it takes a folder"),
     ],
 )

@@ -4,15 +4,19 @@ import copy
 import json
 import logging
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
+from transformers import AutoProcessor
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.modeling import modeling_granulon
-from granulon_hf.training import GranulonTrainer, RecipeArguments, TrainingFailed, set_stage
+from granulon_hf.training import GranulonTrainer, RecipeArguments, RecipeError, TrainingFailed, set_stage
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
 from granulon_hf.training.freezing import trainable
 from granulon_hf.training.run import SampleDataset
@@ -261,6 +265,66 @@ def test_logs_say_speed_padding_and_levels(make):
     entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     assert entry["tokens_per_second"] > 0 and 0 <= entry["padding"] < 0.5
     assert sum(entry[f"level_{name}"] for name in trainer.model.config.level_names) == pytest.approx(1, abs=0.01)
+
+
+STAGES_AND_BATCHES = [("projector", {}), ("projector+lora", {}), ("full", {}), ("projector+lora", {"save_full": True})]
+
+
+@pytest.mark.parametrize(("stage", "options"), STAGES_AND_BATCHES)
+def test_without_named_backbones_a_run_leaves_a_model_that_can_be_read(make, tmp_path, stage, options):
+    trainer = make(stage=stage, max_steps=2, **options)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "run"
+    loaded, info = type(trainer.model).from_pretrained(folder, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(".lora_" in name or "base_layer" in name for name in load_file(folder / "model.safetensors"))
+    batch = trainer.data_collator([SAMPLES[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(**batch).loss, trainer.model.eval()(**batch).loss)
+    assert AutoProcessor.from_pretrained(folder).image_token_id == loaded.config.image_token_id
+    assert (folder / ADAPTER).exists()  # for --adapter
+    assert (folder / "checkpoint-2" / "model.safetensors").exists() == bool(options)
+
+
+def test_with_named_backbones_it_leaves_what_was_trained(make, tmp_path):
+    trainer = make(max_steps=2)
+    trainer.model.config.backbones = {"vision": {"name": "org/vision"}, "text": {"name": "org/text"}}
+    folder = tmp_path / "run"
+    (folder / "model.safetensors").touch()  # of an end with save_full
+    trainer.train()
+    trainer.save_model()
+    assert (folder / ADAPTER).exists() and not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", ["projector", "projector+lora"])
+@pytest.mark.parametrize("first", [False, True])
+def test_save_full_may_change_where_a_run_goes_on(make, tmp_path, stage, first):
+    whole = make("whole", stage, save_full=first)
+    whole.train()
+    resumed = make("resumed", stage, save_full=not first)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_liger_is_applied_to_the_language_model_or_refused(make, monkeypatch):
+    applied = []
+    liger = ModuleType("liger_kernel.transformers.monkey_patch")
+    liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"qwen2": None}
+    liger._apply_liger_kernel_to_instance = lambda model, **options: applied.append((model, options))
+    package = ModuleType("liger_kernel.transformers")
+    package.monkey_patch = liger
+    for name, module in (("liger_kernel", ModuleType("liger_kernel")), (package.__name__, package), (liger.__name__, liger)):
+        monkeypatch.setitem(sys.modules, name, module)
+    trainer = make(use_liger_kernel=True, liger_kernel_config={"rope": False})
+    (one,) = applied
+    assert one[0] is trainer.model.model.language_model
+    assert one[1] == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
+    liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    with pytest.raises(RecipeError, match="qwen2"):
+        make(use_liger_kernel=True)
 
 
 def test_save_full_is_a_checkpoint_that_from_pretrained_loads(make, tmp_path):

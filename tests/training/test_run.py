@@ -1,0 +1,107 @@
+"""A whole run in this process: what it prints, what it leaves, and that every command reads it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from granulon_hf import GranulonForConditionalGeneration, hub
+from granulon_hf.cli import app
+from granulon_hf.training import RecipeError, parse
+from granulon_hf.training.checkpoints import ADAPTER
+from granulon_hf.training.run import train
+
+LINE = """--variant granulon-qwen2.5 --tiny true --use_cpu true --limit 16 --report_to none --max_steps 1 --disable_tqdm true
+    --per_device_train_batch_size 2 --gradient_accumulation_steps 1""".split()
+
+
+def run(folder, *more, line=LINE):
+    return train(*parse([*line, "--output_dir", str(folder), *more]))
+
+
+def ask(folder, photo):
+    return CliRunner().invoke(app, ["ask", str(photo), "What is this?", "--model", str(folder), "--max-new-tokens", "2"])
+
+
+@pytest.fixture
+def photo(picture, tmp_path):
+    picture.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_a_run_of_one_step_is_read_by_every_command(tmp_path, photo, monkeypatch, capfd):
+    folder = tmp_path / "run"
+    run(folder, "--resume_from_checkpoint", "last")  # as a batch script has it
+    printed = capfd.readouterr()
+    assert "Recipe: the supplement's defaults" in printed.err and "Nothing to resume" in printed.err
+    assert "will hold all weights" in printed.out
+    card = (folder / "README.md").read_text()
+    assert card.count("at step 1") == 1 and "holds all weights" in card
+    assert json.loads((folder / "run.json").read_text())["recipe"].startswith("the supplement's defaults")
+    assert (done := ask(folder, photo)).exit_code == 0, done.output
+    monkeypatch.setattr(hub, "HfApi", None)
+    elsewhere = shutil.copytree(folder, tmp_path / "another machine")
+    for command in (
+        ["eval", "run", "--model", str(elsewhere), "--data", "shapes", "--limit", "2", "--out", str(tmp_path / "scores")],
+        ["push", str(elsewhere), "org/x", "--dry-run"],  # loads it where the package is not installed, and compares
+    ):
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+
+
+def test_a_finished_run_goes_on_with_and_without_all_weights(tmp_path, photo, capfd):
+    folder = tmp_path / "run"
+    run(folder)
+    for full in ("true", "false"):
+        run(folder, "--resume_from_checkpoint", "last", "--save_full", full)
+        assert ask(folder, photo).exit_code == 0
+    assert "Nothing to resume" not in capfd.readouterr().err
+    with pytest.raises(RecipeError, match="learning_rate"):
+        run(folder, "--resume_from_checkpoint", "last", "--learning_rate", "1")
+
+
+def test_a_run_without_checkpoints_is_not_overwritten(tmp_path):
+    run(tmp_path, "--save_strategy", "no")
+    for more in ((), ("--resume_from_checkpoint", "last")):
+        with pytest.raises(RecipeError, match=ADAPTER):
+            run(tmp_path, *more)
+
+
+def test_a_run_that_logs_nothing_has_a_card(tmp_path):
+    run(tmp_path, "--logging_strategy", "no", "--logging_first_step", "false")
+    card = (tmp_path / "README.md").read_text()
+    assert "Loss was not logged" in card and "loss.png" not in card
+
+
+@pytest.mark.parametrize("full", ["true", "false"])
+def test_merged_factors_are_not_lost_when_another_run_begins_with_them(build, tmp_path, full):
+    """A projector on top of a language model that was adapted before: the named backbone is not the one it was trained with."""
+    model, processor = build()
+    model.model.vision_tower.save_pretrained(tmp_path / "vision")
+    text = AutoModelForCausalLM.from_config(model.config.text_config)
+    text.model.load_state_dict(model.model.language_model.state_dict())
+    text.save_pretrained(tmp_path / "text")
+    model.config.backbones = {part: {"name": str(tmp_path / part)} for part in ("vision", "text")}
+    model.save_pretrained(tmp_path / "start")
+    processor.save_pretrained(tmp_path / "start")
+    line = ["--variant", str(tmp_path / "start"), *LINE[4:]]
+    run(
+        tmp_path / "lora",
+        "--stage",
+        "projector+lora",
+        "--learning_rate",
+        "1e-1",
+        "--warmup_steps",
+        "0",
+        "--save_full",
+        full,
+        line=line,
+    )
+    assert (tmp_path / "lora" / "model.safetensors").exists() == (full == "true")
+    trained, _ = run(tmp_path / "after", line=["--variant", str(tmp_path / "lora"), *LINE[4:]])
+    loaded = GranulonForConditionalGeneration.from_pretrained(tmp_path / "after")
+    for (name, a), b in zip(trained.state_dict().items(), loaded.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
