@@ -344,6 +344,12 @@ class GranulonModel(GranulonPreTrainedModel):
             question_mask = ~image_mask
             if attention_mask is not None and attention_mask.ndim == 2:
                 question_mask = question_mask & attention_mask[:, -image_mask.shape[1] :].bool()
+        elif question_mask.shape != image_mask.shape:
+            # TRL's collators put answers behind the prompts and leave the prompts' mask as it was.
+            raise ValueError(
+                f"question_mask {tuple(question_mask.shape)} must have the shape of the tokens, {tuple(image_mask.shape)}; "
+                "with TRL pass data_collator=GranulonCollator(processor), to DPOTrainer GranulonPreferenceCollator(processor)."
+            )
         else:
             question_mask = question_mask.bool() & ~image_mask
         if sample is not None:

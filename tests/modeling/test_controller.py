@@ -122,6 +122,14 @@ def test_no_question_gives_the_default_level(build):
     assert model(**inputs).granularity.tolist() == [2]
 
 
+def test_a_question_mask_of_another_length_is_refused(build):
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)]))
+    for mask in (inputs["question_mask"][:, :-3], inputs["question_mask"][:, :1]):
+        with pytest.raises(ValueError, match="question_mask"):
+            model(**inputs | {"question_mask": mask})
+
+
 def test_training_the_model_does_not_touch_the_controller(build):
     model, processor = build()
     inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)], "Two."), generate=False)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from granulon_hf import GranulonForConditionalGeneration, variants
+from granulon_hf.data.shapes import Shapes
 from granulon_hf.training.freezing import save_adapter, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
@@ -177,3 +180,22 @@ def test_adapters_are_trained_on_quantized_weights(setup, backend, tmp_path):
     assert all(any(part in name for name in moved) for part in ("language_model", "vision_tower", "multi_modal_projector"))
     assert not any("controller" in name for name in moved)
     assert adapted.eval().generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+def test_the_guide(wide, tmp_path, monkeypatch):
+    """The Python of `examples/quantization.md`, from top to bottom."""
+    for library in ("bitsandbytes", "peft", "trl"):
+        pytest.importorskip(library)
+    model, processor = wide()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    guide = (Path(__file__).parents[2] / "examples/quantization.md").read_text()
+    code = "\n".join(re.findall(r"```python\n(.*?)```", guide, re.DOTALL))
+    for old, new in (("FOLDER", str(tmp_path / "model")), ("max_steps=1", "max_steps=1, use_cpu=True, report_to='none'")):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names = {"samples": [Shapes(8)[i] for i in range(8)]}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 1
+    assert isinstance(names["adapted"].get_base_model(), GranulonForConditionalGeneration)
