@@ -9,8 +9,9 @@ Needs `pip install 'granulon-hf[train]'`. Samples become what TRL takes in one l
 
     Dataset.from_list([sample.to_dict() for sample in samples])
 
-The collator is ours: TRL's own would put labels on questions and image slots, let the controller read the answers, and refuse
-packing (its `packing` stays off). TRL computes the loss itself: `pixel_loss_weight` and `semantic_loss_weight` have no effect.
+The collator is ours: it works with any chat template and packs, which TRL's own does not do with images (TRL's `packing` stays
+off; examples/quantization.md says what its collator needs). TRL computes the loss itself: `pixel_loss_weight` and
+`semantic_loss_weight` have no effect.
 All options: python examples/sft_trl.py --help
 """
 

@@ -15,20 +15,13 @@ from transformers.masking_utils import create_causal_mask
 UNTRAINED_PREFERENCE = 2.0
 
 
-class LevelHead(nn.Linear):
-    """W2 and b2. Untrained, W2 = 0 and b2 favours the default level, so that the choice is deterministic (ours).
+def cast_input(features: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Cast features to the type that a module computes in: they may come from parts in another one.
 
-    A class of its own, since transformers initialises custom code parameter by parameter and skips modules without any.
+    No layer is asked for its weight: it may be quantized (of another type, or of fewer bits) or wrapped in an adapter.
     """
-
-    def __init__(self, in_features: int, num_levels: int, default_level: int):
-        super().__init__(in_features, num_levels)
-        self.default_level = default_level
-
-    def untrained_logits(self) -> torch.Tensor:
-        """Logits that do not depend on the question, shape [n]."""
-        levels = torch.arange(self.out_features, device=self.bias.device)
-        return UNTRAINED_PREFERENCE * (levels == self.default_level).to(self.bias.dtype)
+    dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point() and weight.element_size() > 1)
+    return features.to(next(dtypes, features.dtype))
 
 
 class GranularityController(nn.Module):
@@ -37,11 +30,18 @@ class GranularityController(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.controller_hidden_size
-        default_level = config.level_names.index(config.default_granularity)
+        self.num_levels = len(config.granularity_levels)
+        self.default_level = config.level_names.index(config.default_granularity)
         self.in_proj = nn.Linear(config.text_config.hidden_size, width, bias=False)
         self.fc1 = nn.Linear(width, width)
         self.act = ACT2FN["gelu"]
-        self.fc2 = LevelHead(width, len(config.granularity_levels), default_level)
+        # Ordinary linear layers without anything of their own: adapters and quantizers put others in their place.
+        self.fc2 = nn.Linear(width, self.num_levels)
+
+    def untrained_logits(self, device: torch.device) -> torch.Tensor:
+        """Return the logits of a controller with W2 = 0, whose b2 favors the default level (ours). Shape [n]."""
+        levels = torch.arange(self.num_levels, device=device)
+        return UNTRAINED_PREFERENCE * (levels == self.default_level).float()
 
     def forward(self, question_states: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
         """
@@ -55,9 +55,10 @@ class GranularityController(nn.Module):
         """
         mask = question_mask.unsqueeze(-1)
         mean = question_states.float().masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
-        hidden = self.in_proj(torch.sigmoid(mean).to(self.in_proj.weight.dtype))
-        logits = self.fc2(self.act(self.fc1(hidden))).float()
-        return torch.where(question_mask.any(1, keepdim=True), logits, self.fc2.untrained_logits().to(logits))
+        hidden = self.in_proj(cast_input(torch.sigmoid(mean), self))
+        # Back to float32, and to the question's device, from which `device_map` may have led away.
+        logits = self.fc2(self.act(self.fc1(hidden))).to(mean)
+        return torch.where(question_mask.any(1, keepdim=True), logits, self.untrained_logits(mean.device))
 
 
 @torch.no_grad()

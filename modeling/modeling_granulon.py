@@ -55,7 +55,7 @@ from .adapter_granulon import (
 )
 from .aggregation_granulon import GranulonAggregation, aggregate, grid_positions
 from .configuration_granulon import GranulonConfig
-from .controller_granulon import GranularityController, LevelHead, first_block_states, unpack_questions
+from .controller_granulon import GranularityController, cast_input, first_block_states, unpack_questions
 from .processing_granulon import find_image_token
 from .vision_granulon import (
     LastAttention,
@@ -145,9 +145,8 @@ class GranulonMultiModalProjector(nn.Module):
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Features [... x D], and their rows and columns from -1 to 1 [... x 2], which count with `slot_position` alone."""
-        if self.linear_1.weight.is_floating_point():  # trained in float32 beside frozen parts in bfloat16
-            features = features.to(self.linear_1.weight.dtype)
-        slots = self.linear_2(self.act(self.linear_1(features)))
+        # Trained in float32 beside frozen parts in bfloat16.
+        slots = self.linear_2(self.act(self.linear_1(cast_input(features, self))))
         if positions is None or self.position is None:
             return slots
         last = self.position.shape[1] - 1
@@ -262,9 +261,10 @@ class GranulonPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GranulonMultiModalProjector) and module.position is not None:
             init.zeros_(module.position)
-        if isinstance(module, LevelHead):
-            init.zeros_(module.weight)
-            init.copy_(module.bias, module.untrained_logits())
+        # After its layers, which come first. A controller that has not been trained takes the default level (ours).
+        if isinstance(module, GranularityController):
+            init.zeros_(module.fc2.weight)
+            init.copy_(module.fc2.bias, module.untrained_logits(module.fc2.bias.device))
 
 
 class GranulonModel(GranulonPreTrainedModel):
@@ -277,6 +277,9 @@ class GranulonModel(GranulonPreTrainedModel):
         ValueError: the vision tower has no patch features, the decoder has no first block that the controller can run, or
             `relation="attention"` is asked of a tower without self-attention.
     """
+
+    # Quantizers leave these alone, whatever else they are told to skip: they are small, and they are what is trained.
+    _keep_in_fp32_modules = ["multi_modal_projector", "controller"]
 
     def __init__(self, config: GranulonConfig):
         super().__init__(config)
@@ -356,6 +359,12 @@ class GranulonModel(GranulonPreTrainedModel):
             question_mask = ~image_mask
             if attention_mask is not None and attention_mask.ndim == 2:
                 question_mask = question_mask & attention_mask[:, -image_mask.shape[1] :].bool()
+        elif question_mask.shape != image_mask.shape:
+            # TRL's collators put answers behind the prompts and leave the prompts' mask as it was.
+            raise ValueError(
+                f"question_mask {tuple(question_mask.shape)} must have the shape of the tokens, {tuple(image_mask.shape)}; "
+                "with TRL pass data_collator=GranulonCollator(processor), to DPOTrainer GranulonPreferenceCollator(processor)."
+            )
         else:
             question_mask = question_mask.bool() & ~image_mask
         if sample is not None:
@@ -469,7 +478,7 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def _image_levels(self, granularity, pixel_values):
         level = self._level_index(granularity, pixel_values.shape[0], pixel_values.device)
-        return torch.where(level < 0, self.controller.fc2.default_level, level)
+        return torch.where(level < 0, self.controller.default_level, level)
 
     @can_return_tuple
     def get_image_features(
@@ -767,6 +776,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    # The same modules by their names here: quantizers compare whole names.
+    _keep_in_fp32_modules = [f"model.{name}" for name in GranulonModel._keep_in_fp32_modules]
 
     def __init__(self, config: GranulonConfig):
         super().__init__(config)

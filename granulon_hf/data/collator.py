@@ -279,7 +279,9 @@ FILL = {"input_ids": 0, "labels": -100, "question_mask": 0}
 
 
 def as_row(sample: Sample | Mapping[str, Any]) -> Mapping[str, Any]:
-    return vars(sample) if isinstance(sample, Sample) else sample
+    row = vars(sample) if isinstance(sample, Sample) else sample
+    # The other form of TRL's rows.
+    return {**row, "messages": [*row["prompt"], *row["completion"]]} if "completion" in row else row
 
 
 def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,12 @@ import pytest
 
 pytest.importorskip("trl")
 
+from datasets import Dataset, Image, List
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
 from granulon_hf import variants
+from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.shapes import Shapes
 from granulon_hf.training import RecipeError
 from granulon_hf.training.preferences import prefer, read_lines
@@ -38,6 +43,81 @@ def moved(trainer):
     before, _ = variants.build("granulon-qwen2.5", tiny=True)
     after = dict(trainer.model.named_parameters())
     return {name for name, value in before.named_parameters() if not value.equal(after[name])}
+
+
+def train_with_stock_trl(tmp_path, dataset, collator=None, **options):
+    """One step of TRL's own SFTTrainer: the trainer, its first batch, and the tokens that the controller read."""
+    model, processor = variants.build("granulon-qwen2.5", tiny=True)
+    read = []
+    model.model.controller.register_forward_pre_hook(lambda _, inputs: read.append(inputs[1]))
+    peft_config = options.pop("peft_config", None)
+    fixed = dict(max_steps=1, per_device_train_batch_size=3, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(output_dir=str(tmp_path), learning_rate=1e-2, logging_steps=1, **fixed, **options),
+        train_dataset=dataset,
+        processing_class=processor,
+        data_collator=collator and collator(processor),
+        peft_config=peft_config,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    assert math.isfinite(losses(trainer)[0])
+    changed = {name for name, value in trainer.model.named_parameters() if not value.equal(before[name])}
+    return processor, batch, read[0], changed
+
+
+def check_batch(processor, batch, read, samples):
+    """Labels on the answer and its end alone, and nothing but the question for the controller."""
+    decode = processor.tokenizer.decode
+    found = {decode(ids[mask.bool()]): decode(ids[labels != -100]) for ids, mask, labels in zip(
+        batch["input_ids"], batch["question_mask"], batch["labels"], strict=True)}  # fmt: skip
+    assert found == {sample.question: f"{sample.reference}<|im_end|>" for sample in samples}
+    assert not (batch["labels"] == processor.image_token_id).any()
+    assert sorted(read.sum(1).tolist()) == sorted(batch["question_mask"].sum(1).tolist())
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear", ["q_proj", "fc1", "linear_1"]], ids=str)
+def test_stock_trl(tmp_path, target_modules):
+    """As README says it."""
+    samples = [Shapes(3)[i] for i in range(3)]
+    dataset = Dataset.from_list([sample.to_dict() for sample in samples]).cast_column("images", List(Image()))
+    lora = target_modules and LoraConfig(r=2, target_modules=target_modules, init_lora_weights="gaussian")
+    *seen, changed = train_with_stock_trl(tmp_path, dataset, assistant_only_loss=True, peft_config=lora)
+    check_batch(*seen, samples)
+    assert any("multi_modal_projector" in name for name in changed)
+    assert not any("controller" in name for name in changed)
+    if lora:
+        assert all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+@pytest.mark.parametrize("form", ["as it is", "decoded", "prompt and completion"])
+def test_stock_trl_with_our_collator(tmp_path, form, target_modules):
+    samples = [Shapes(3)[i] for i in range(3)]
+    rows = [sample.to_dict() for sample in samples]
+    if form == "prompt and completion":
+        rows = [{"images": sample.images, "prompt": sample.prompt, "completion": sample.messages[-1:]} for sample in samples]
+    dataset = Dataset.from_list(rows)
+    if form == "decoded":
+        dataset = dataset.cast_column("images", List(Image()))
+    lora = target_modules and LoraConfig(r=2, target_modules=target_modules, init_lora_weights="gaussian")
+    *seen, changed = train_with_stock_trl(tmp_path, dataset, GranulonCollator, peft_config=lora)
+    check_batch(*seen, samples)
+    assert any("multi_modal_projector" in name for name in changed)
+
+
+def test_prompts_and_completions_are_refused_where_the_controller_would_read_the_answer(tmp_path):
+    """TRL's own collator puts the answers behind the prompts, but leaves the prompts' question mask as it was."""
+    sample = Shapes(1)[0]
+    _, processor = variants.build("granulon-qwen2.5", tiny=True)
+    text = processor.apply_chat_template(sample.prompt, tokenize=False)
+    if "question_mask" not in processor(text=[text.replace(processor.image_token, "")]):
+        pytest.skip("a rendered prompt has no question mask")
+    row = {"images": sample.images, "prompt": sample.prompt, "completion": sample.messages[-1:]}
+    with pytest.raises(ValueError, match="GranulonCollator"):
+        train_with_stock_trl(tmp_path, Dataset.from_list([row] * 3).cast_column("images", List(Image())))
 
 
 def judge(server, body):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from granulon_hf.modeling.controller_granulon import first_block_states
 from tests.conftest import make_conversation, make_inputs, make_picture
@@ -122,6 +122,14 @@ def test_no_question_gives_the_default_level(build):
     assert model(**inputs).granularity.tolist() == [2]
 
 
+def test_a_question_mask_of_another_length_is_refused(build):
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)]))
+    for mask in (inputs["question_mask"][:, :-3], inputs["question_mask"][:, :1]):
+        with pytest.raises(ValueError, match="question_mask"):
+            model(**inputs | {"question_mask": mask})
+
+
 def test_training_the_model_does_not_touch_the_controller(build):
     model, processor = build()
     inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0)], "Two."), generate=False)
@@ -160,3 +168,37 @@ def test_a_model_without_levels_has_no_controller(build):
     model, _ = build("clip-qwen2.5")
     with pytest.raises(ValueError, match="no controller"):
         model.get_granularity_probs(torch.ones(1, 3, dtype=torch.long))
+
+
+def assert_untrained(model, default):
+    controller = model.model.controller
+    assert type(controller.fc2) is torch.nn.Linear and not controller.fc2.weight.any()
+    assert controller.fc2.bias.tolist() == [2.0 * (level == default) for level in model.config.level_names]
+    assert controller.fc1.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize("default", ["coarse", "middle", "fine"])
+def test_a_new_controller_favors_the_default_level_however_the_model_is_made(build, default, tmp_path):
+    model, _ = build(trained=False, default_granularity=default)
+    assert_untrained(model, default)
+    # A checkpoint without a controller, or with a part of one: what is there is kept.
+    for kept in (0, 2):
+        state = dict(model.state_dict())
+        names = [name for name in state if name.startswith("model.controller.")]
+        state = {name: value for name, value in state.items() if name not in names[kept:]}
+        model.save_pretrained(tmp_path / str(kept), state_dict=state)
+        loaded, info = type(model).from_pretrained(tmp_path / str(kept), output_loading_info=True)
+        assert set(info["missing_keys"]) == set(names[kept:])
+        assert_untrained(loaded, default)
+        assert all(dict(loaded.named_parameters())[name].equal(value) for name, value in state.items())
+    language = AutoModelForCausalLM.from_config(model.config.text_config)
+    assert_untrained(type(model).from_backbones(model.config, model.model.vision_tower, language), default)
+
+
+def test_a_trained_controller_is_loaded_to_the_bit(build, tmp_path):
+    model, _ = build()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    expected = dict(model.model.controller.named_parameters())
+    assert list(expected) == ["in_proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    assert all(value.equal(expected[name]) for name, value in loaded.model.controller.named_parameters())
