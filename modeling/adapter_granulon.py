@@ -133,6 +133,7 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
             raise ValueError(f"The adapter {adapter} adapts {base}, which its backbones lack.")
         change = scale * factors[key.replace(".lora_A.", ".lora_B.")].float() @ factors[key].float()
         weights[base] = (weights[base].float() + change).to(weights[base].dtype)
+        config.backbones = None  # merged, they are no longer the ones that are named
     for key, value in trained.items():
         if key in weights and weights[key].shape != value.shape:
             raise ValueError(

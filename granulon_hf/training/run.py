@@ -17,7 +17,6 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from rich.console import Console
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 from transformers import AutoProcessor, set_seed
@@ -29,7 +28,6 @@ from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.files import existing
 from granulon_hf.data.llava import is_chat
 from granulon_hf.data.shapes import Shapes
-from granulon_hf.modeling.adapter_granulon import LORA_SCALE, find_adapter
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.features import FeatureCache
@@ -90,8 +88,6 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
             ) from error
         if not isinstance(model, granulon_hf.GranulonForConditionalGeneration):
             raise RecipeError(f"{args.variant!r} is a {type(model).__name__}, not a Granulon model.")
-        if (adapter := find_adapter(args.variant)) and has_factors(adapter):
-            model.config.backbones = None  # merged into the backbones, which are then not the ones that are named
     if args.attn_implementation:
         model.set_attn_implementation({"text_config": args.attn_implementation})
     model.config.pixel_loss_weight, model.config.semantic_loss_weight = args.pixel_loss_weight, args.semantic_loss_weight
@@ -110,12 +106,6 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
         except ValueError as error:
             raise RecipeError(str(error)) from None
     return model, processor
-
-
-def has_factors(adapter: str) -> bool:
-    """Whether an adapter holds low-rank factors."""
-    with safe_open(adapter, "pt") as file:
-        return LORA_SCALE in (file.metadata() or {})
 
 
 def load_samples(args: DataArguments) -> Any:
