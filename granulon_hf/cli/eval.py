@@ -131,7 +131,7 @@ def run(
             with plain_warnings(lambda line: on_set(f"Note: {line}")):
                 result = run_suite(suite, loader, on_progress, on_set, check_models)
         except (ImportError, ValueError) as error:
-            raise BadInput(one_line(error)) from None
+            raise BadInput(one_line(error).replace("source=…", "--data NAME=FOLDER")) from None
     if main:
         show(make_table(result))
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
