@@ -40,6 +40,8 @@ def reports_bad_input(command: Callable) -> Callable:
                 raise
             if isinstance(error, BadInput):
                 message = str(error)
+            elif isinstance(error, OSError) and error.filename:
+                message = f"{os.fspath(error.filename)!r} cannot be used: {error.strerror}."
             else:
                 reason = " ".join(str(error).split()) or "no further explanation"
                 message = f"{type(error).__name__}: {reason} (--debug shows where)"
@@ -77,6 +79,11 @@ def in_options(message: str, names: Collection[str]) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, without Python's numbers and names for what is wrong with a file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
     return " ".join(str(error).split()) or type(error).__name__
 
 

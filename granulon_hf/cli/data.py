@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, one_line, plain_warnings, reports_bad_input
+from granulon_hf.cli.common import BadInput, check_out, one_line, plain_warnings, reports_bad_input
 from granulon_hf.data import DataError
 
 app = typer.Typer(
@@ -74,12 +74,13 @@ def prepare(
 ) -> None:
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
-    if columns and not all(columns.values()):
+    if columns and (not all(columns.values()) or len(columns) < len(column or ())):
         raise BadInput(
-            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…"
+            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…, each once."
         )
     if shard_rows < 1:
         raise BadInput(f"--shard-rows must be at least 1; got {shard_rows}.")
+    check_out(out)
     with data_errors():
         from granulon_hf.data import Problem
         from granulon_hf.data import prepare as write
@@ -157,6 +158,8 @@ def load_tokenizer(name: str | None):
         return None
     from transformers import AutoTokenizer
 
+    if os.path.isfile(os.path.expanduser(name)):
+        raise BadInput(f"{name!r} is a file; --tokenizer takes the folder that it is in.")
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except Exception as error:

@@ -159,7 +159,7 @@ def _check_sample(report: Report, sample: Sample, place: Problem, label: str, se
 def _check_manifest(report: Report, folder: Path, rows: int) -> None:
     try:
         done = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["prepared"]
-        complete, samples = done["complete"], done.get("samples")
+        complete, samples = done["complete"], done["samples"] if done["complete"] else None
     except (OSError, ValueError, KeyError, TypeError):
         report.warnings.append(Problem("manifest.json", None, "there is none that can be read"))
         return

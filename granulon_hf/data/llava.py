@@ -13,7 +13,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 def parse_turn(turn: Any) -> dict[str, Any]:
     """`{"from", "value"}` as a message; every `<image>` in the value becomes an image part where it stands."""
-    if not isinstance(turn, dict) or turn.get("from") not in ROLES:
+    if not isinstance(turn, dict) or turn.get("from") not in list(ROLES):
         raise BadRow(
             f"a turn is not from {', '.join(map(repr, ROLES))}: {json.dumps(turn, ensure_ascii=False, default=str)[:60]}"
         )

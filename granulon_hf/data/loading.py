@@ -304,7 +304,7 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     elif isinstance(name, str) and name in ADAPTERS:
         adapter = ADAPTERS[name]
         place = adapter.repo if source is None else source
-    elif source is None and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
+    elif source is None and name and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
         prepared.missing_shards(place)
     elif not isinstance(name, str | Path):
@@ -407,6 +407,8 @@ def load(
     if split in adapter.withheld:  # before anything is fetched
         raise withheld(adapter, split)
     opened = open_place(adapter, place, revision, split or adapter.default_split)
+    if revision is not None and not opened.remote:
+        raise DataError(f"revision={revision!r} is of a repository, and {opened.location!r} is none; leave it out.")
     opened.tolerant = on_error == "skip"
     present = splits_of(opened)
     default = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
@@ -530,9 +532,9 @@ def check_columns(adapter: Adapter, source: Source, parts) -> None:
         missing = [column for column in adapter.columns if not set(column.split("|")) & set(present)]
         if missing:
             lacks = ", ".join(" or ".join(map(repr, column.split("|"))) for column in missing)
+            what = "" if adapter.name == "columns" else f" is not {adapter.name}: it"
             raise DataError(
-                f"{part!r} of {source.location!r} is not {adapter.name}: it lacks the columns {lacks}; "
-                f"it has {', '.join(map(repr, present))}."
+                f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {', '.join(map(repr, present))}."
             )
 
 

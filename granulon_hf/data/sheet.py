@@ -56,7 +56,7 @@ def contact_sheet(samples: Samples, limit: int) -> str:
     Raises:
         DataError: there are none.
     """
-    cards = [card(sample) for sample in islice(samples, limit)]
+    cards = [card(sample) for sample in islice(samples, min(limit, len(samples)))]
     if not cards:
         raise none_usable(samples.source.location, len(samples), (problem.reason for problem in samples.problems))
     title = escape(f"{samples.source.location}, {samples.split}: {len(cards)} of {len(samples)} samples")

@@ -265,10 +265,8 @@ class RecordSource(Source):
         if isinstance(record, bytes):
             try:
                 record = json.loads(record)
-            except ValueError as error:
-                return ValueError(f"the line is not JSON: {error}")
-            except RecursionError:
-                return ValueError("the line is not JSON that can be read: it is nested too deeply")
+            except (ValueError, RecursionError) as error:
+                return ValueError(f"the line is not JSON that can be read: {json_fault(error)}")
         return record if isinstance(record, dict | Exception) else ValueError(f"the record is {kind_of(record)}, not an object")
 
     def fingerprint(self, part: str) -> str | None:
@@ -276,6 +274,13 @@ class RecordSource(Source):
 
     def where(self, part: str, row: int) -> tuple[str, int]:
         return self.tables[part][row][:2]
+
+
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that `json` refuses."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error) if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else "a number in it has too many digits"
 
 
 def read_json(root: Path, files: list[Path]) -> RecordSource:
@@ -289,7 +294,7 @@ def read_json(root: Path, files: list[Path]) -> RecordSource:
             try:
                 records = json.loads(data.strip() or b"[]")
             except (ValueError, RecursionError) as error:
-                raise DataError(f"The file {str(path)!r} is not JSON ({error}).") from None
+                raise DataError(f"The file {str(path)!r} is not JSON that can be read: {json_fault(error)}.") from None
             if not isinstance(records, list):
                 raise DataError(f"The file {str(path)!r} holds {kind_of(records)}, not a list of conversations.")
         rows = [(name, i, record) for i, record in enumerate(records) if record != b""]

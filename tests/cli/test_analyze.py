@@ -70,8 +70,8 @@ def test_granularity(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*ALIGNMENT[:-4], "--answer", "both"), "answer is one of prediction, reference"),
-        ((*ALIGNMENT, "--tokens", "some"), "tokens is one of content, all"),
+        ((*ALIGNMENT[:-4], "--answer", "both"), "--answer must be one of prediction, reference"),
+        ((*ALIGNMENT, "--tokens", "some"), "--tokens must be one of content, all"),
         ((*ALIGNMENT, "--model", "tiny:granulon-qwen2.5"), "the same model twice"),
         ((*ALIGNMENT, "--model", "tiny:nothing"), "Unknown variant 'nothing'"),
         ((*ALIGNMENT, "--model", "."), "holds no model"),
