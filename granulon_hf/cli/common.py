@@ -54,19 +54,21 @@ def reports_bad_input(command: Callable) -> Callable:
 def in_options(message: str, names: Collection[str]) -> str:
     """A message of the package, which names arguments as Python does, with the options of a command in their place.
 
-    An argument stands in backticks, before `=`, or has an underscore: "`limit`", "source=…", "holdout=20", "max_cost".
+    An argument stands in backticks, before `=`, begins a sentence or has an underscore: "`limit`", "source=…", "holdout=20",
+    "rpm must be", "max_cost".
 
     Args:
         names (`Collection[str]`): the parameters of the command.
     """
 
     def option(match: re.Match) -> str:
-        name = match["marked"] or match["given"] or match["bare"]
+        bare = match["first"] or match["bare"]
+        name = match["marked"] or match["given"] or bare
         if name is None:  # what somebody else called something, in quotes
             return match[0]
         forms = (name, name.removesuffix("s"))
         known = next((form for form in forms if form in names), None)
-        name = known or next((form for form in forms if form in PREPARING and not match["bare"]), "")
+        name = known or next((form for form in forms if form in PREPARING and not bare), "")
         if not name:
             return match[0]
         option = f"--{name.replace('_', '-')}{' ' if match['value'] else ''}{match['value'] or ''}"
@@ -74,7 +76,7 @@ def in_options(message: str, names: Collection[str]) -> str:
 
     quoted, marked = r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)", r"`(?P<marked>\w+)`"
     given = r"(?<![\w-])(?P<given>[a-z_]+)=(?:…|\{[^}]*\}|(?P<value>\w+|'[^']*')|(?=[\s.,;]))"
-    bare = r"(?<![\w/.-])(?P<bare>[a-z]+(?:_[a-z]+)+)(?![\w/=])"
+    bare = r"(?:^(?P<first>[a-z]+)(?= (?:is|must) )|(?<![\w/.-])(?P<bare>[a-z]+(?:_[a-z]+)+)(?![\w/=]|\.\w))"
     return re.sub(f"{quoted}|{marked}|{given}|{bare}", option, message)
 
 

@@ -76,7 +76,8 @@ def prepare(
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
     if columns and (not all(columns.values()) or len(columns) < len(column or ())):
         raise BadInput(
-            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…, each once."
+            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…, "
+            "each of them once."
         )
     if shard_rows < 1:
         raise BadInput(f"--shard-rows must be at least 1; got {shard_rows}.")

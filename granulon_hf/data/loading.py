@@ -304,7 +304,7 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     elif isinstance(name, str) and name in ADAPTERS:
         adapter = ADAPTERS[name]
         place = adapter.repo if source is None else source
-    elif source is None and name and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
+    elif source is None and isinstance(name, str | Path) and name and Path(name).expanduser().is_dir():
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
         prepared.missing_shards(place)
     elif not isinstance(name, str | Path):
@@ -406,7 +406,7 @@ def load(
     adapter, place = find_adapter(name, source, columns)
     if split in adapter.withheld:  # before anything is fetched
         raise withheld(adapter, split)
-    opened = open_place(adapter, place, revision, split or adapter.default_split)
+    opened = open_place(adapter, place, revision, adapter.default_split if split is None else split)
     if revision is not None and not opened.remote:
         raise DataError(f"revision={revision!r} is of a repository, and {opened.location!r} is none; leave it out.")
     opened.tolerant = on_error == "skip"

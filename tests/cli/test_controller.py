@@ -127,9 +127,9 @@ def test_columns_splits_and_own_levels():
         ('{"text": "a"}\n', ("--level", "coarse"), "NAME=MEANING"),
         ('{"text": "a"}\n', ("--level", "a=x"), "at least two levels"),
         ('{"text": "a"}\n', ("--level", "a=x", "--level", "a=y"), "twice"),
-        ('{"text": "a"}\n', ("--model", "own", "--max-cost", "1"), "max_cost needs prices"),
+        ('{"text": "a"}\n', ("--model", "own", "--max-cost", "1"), "--max-cost needs --price"),
         ('{"text": "a"}\n', ("--out", "q.jsonl"), "was not written by this command"),
-        ('{"text": "a"}\n', ("--backend", "post"), "backend"),
+        ('{"text": "a"}\n', ("--backend", "post"), "--backend is 'post'"),
     ],
 )
 def test_bad_input_is_one_sentence(content, arguments, sentence):
@@ -148,3 +148,17 @@ def test_a_missing_file_and_a_wrong_key():
     with serve(lambda server, body: Reply(status=401, error=("invalid_api_key", "no"))) as server:
         done = run("q.txt", "--out", "labels.jsonl", "--base-url", server.url)
     assert done.exit_code == 2 and "set OPENAI_API_KEY" in done.output and "the same command goes on" in done.output
+
+
+@pytest.mark.parametrize("out", ["", "folder", "q.txt/below.jsonl", "."])
+def test_labels_that_cannot_be_written(out):
+    Path("q.txt").write_text("a\n")
+    Path("folder").mkdir()
+    done = run("q.txt", "--out", out, "--dry-run")
+    assert done.exit_code == 2 and "--out" in done.output and done.output.count("\n") == 1, done.output
+
+
+def test_questions_that_are_no_text():
+    Path("q.txt").write_bytes(bytes(range(256)))
+    done = run("q.txt", "--out", "labels.jsonl")
+    assert done.exit_code == 2 and "UTF-8" in done.output and "codec" not in done.output

@@ -419,3 +419,92 @@ def test_workers_and_slices(flux):
     batches = list(DataLoader(samples, batch_size=5, num_workers=2, collate_fn=list))
     assert [sample.id for batch in batches for sample in batch] == ids(samples)
     assert ids(samples[3:7]) == ids(samples)[3:7] and len(samples[10:99]) == 2 and samples[-1].id == ids(samples)[-1]
+
+
+def dataset(answer="a"):
+    import datasets
+
+    return datasets.Dataset.from_dict({"image": [tables.jpeg()], "q": ["?"], "a": [answer]})
+
+
+COLUMNS = {"image": "image", "question": "q", "answer": "a"}
+
+
+def make_source(kind, path):
+    """A source of one row, which names no split, or train and another one."""
+    import datasets
+
+    if kind == "table":
+        return dataset()
+    if kind == "stream":
+        return dataset().to_iterable_dataset()
+    if kind == "file":
+        dataset().to_parquet(path / "x.parquet")
+        return path / "x.parquet"
+    if kind == "list":
+        dataset().to_parquet(path / "x.parquet")
+        return [path / "x.parquet"]
+    splits = {"train": dataset("of train"), "val": dataset("of val"), "mini": dataset("of mini")}
+    if kind == "dictionary":
+        return splits
+    if kind == "DatasetDict":
+        return datasets.DatasetDict(splits)
+    if kind == "saved":
+        datasets.DatasetDict(splits).save_to_disk(path / "saved")
+        return path / "saved"
+    for name, table in splits.items():  # as `push_to_hub` names them
+        table.to_parquet(path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
+    return path / "hub"
+
+
+@pytest.mark.parametrize("kind", ["table", "stream", "file", "list"])
+def test_what_a_source_without_splits_can_be_called(kind, tmp_path):
+    source = make_source(kind, tmp_path)
+    for split, name in (("train", "train"), ("validation", "validation"), ("val", "validation"), ("test", "test")):
+        samples = load(source, split, columns=COLUMNS)
+        assert len(list(samples)) == 1 and samples.split == name
+    for split in ("trian", "", "mini", "TEST", "a/b"):
+        with pytest.raises(DataError, match=r"'train', 'validation', 'test', 'holdout'"):
+            load(source, split, columns=COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "DatasetDict", "saved", "hub"])
+def test_splits_that_are_named_are_the_choices(kind, tmp_path):
+    source = make_source(kind, tmp_path)
+    for split, answer in (("train", "of train"), ("val", "of val"), ("validation", "of val"), ("mini", "of mini")):
+        assert [sample.reference for sample in load(source, split, columns=COLUMNS)] == [answer]
+    for split in ("trian", "test", ""):
+        with pytest.raises(DataError, match=f"no split {split!r}; it has .*'mini'"):
+            load(source, split, columns=COLUMNS)
+
+
+def test_a_holdout_that_is_a_split_of_its_own():
+    import datasets
+
+    source = datasets.DatasetDict(train=dataset("of train"), holdout=dataset("held out"))
+    assert [sample.reference for sample in load(source, "holdout", columns=COLUMNS)] == ["held out"]
+
+
+@pytest.mark.parametrize("split", ["mini", "test_heldout"])
+def test_a_split_of_any_name_is_prepared_and_loaded(split, tmp_path):
+    from granulon_hf.data import check, prepare
+
+    prepare({split: dataset(), "train": dataset("b")}, tmp_path / "out", split=split, columns=COLUMNS)
+    assert check(tmp_path / "out").samples == {split: 1}
+    for asked in (None, split):
+        assert load(tmp_path / "out", asked).split == split
+    with pytest.raises(DataError, match=f"it has '{split}'"):
+        load(tmp_path / "out", "train")
+
+
+def test_an_empty_file_among_others_is_no_error(tmp_path):
+    tables.chat(tmp_path, [{"conversations": tables.turn("hi", "yo")}], "b.json")
+    (tmp_path / "a.json").write_text("[]")
+    assert [sample.reference for sample in load("llava", source=tmp_path)] == ["yo"]
+
+
+def test_an_empty_stream():
+    import datasets
+
+    with pytest.raises(DataError, match="empty"):
+        load(datasets.IterableDataset.from_generator(lambda: iter([])), columns=COLUMNS)
