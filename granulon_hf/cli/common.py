@@ -84,6 +84,8 @@ def one_line(error: Exception) -> str:
     """What an error says, without Python's numbers and names for what is wrong with a file."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(reason := getattr(error, "reason", None), Exception):  # of an address that cannot be opened
+        return one_line(reason)
     if isinstance(error, UnicodeDecodeError):
         return "it is not UTF-8 text"
     return " ".join(str(error).split()) or type(error).__name__

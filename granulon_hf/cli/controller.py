@@ -151,9 +151,11 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         from granulon_hf.data import DataError, load
 
         try:
-            yield from ((f"sample {s.id}", {"id": s.id, "question": s.question}) for s in load(str(path), verify="none"))
+            samples = load(str(path), verify="none")
+            samples[0]  # says why, where not one can be used
+            yield from ((f"sample {s.id}", {"id": s.id, "question": s.question}) for s in samples)
         except DataError as error:
-            raise BadInput(str(error)) from None
+            raise BadInput(one_line(error)) from None
     else:
         try:
             yield from work.rows_of(path)

@@ -363,7 +363,9 @@ def load(
 
     Args:
         name: a set (`ADAPTERS`), a prepared folder, or with `columns` any table.
-        split (`str`, *optional*): by default the set's own. "holdout" is what training never sees.
+        split (`str`, *optional*): by default the set's own: one that the source names in its files, folders or keys ("val" is
+            "validation"); a source that names none can be called train, validation or test. "holdout" is what training never
+            sees.
         source (*optional*): local files, a `datasets.Dataset` or another repository; by default the set's own on the Hub.
         limit (`int`, *optional*): rows, drawn uniformly; of a stream the first (shuffle it before). Bad ones among them are
             left out and not replaced.

@@ -83,6 +83,8 @@ def test_granularity(run, tmp_path):
         ((*GRANULARITY, "--score", "option_accuracy"), "needs samples with choices"),
         ((*GRANULARITY, "--beta", "5;10"), "--beta takes numbers"),
         ((*GRANULARITY, "--beta", "0"), "--beta takes numbers"),
+        ((*GRANULARITY, "--beta", "²"), "--beta takes numbers"),
+        ((*GRANULARITY, "--k", "9" * 5000), "--k takes numbers"),
         ((*GRANULARITY, "--beta", "5", "--k", "9"), "above every"),
         ((*GRANULARITY, "--by", "weather"), "No sample has the field 'weather'; there are task, level."),
     ],

@@ -162,3 +162,18 @@ def test_questions_that_are_no_text():
     Path("q.txt").write_bytes(bytes(range(256)))
     done = run("q.txt", "--out", "labels.jsonl")
     assert done.exit_code == 2 and "UTF-8" in done.output and "codec" not in done.output
+
+
+def test_a_prepared_folder_of_which_nothing_can_be_used():
+    from granulon_hf.data import prepare
+    from granulon_hf.data.prepared import features
+    from tests.data import tables
+
+    root = tables.chat(Path("chat"), [{"id": "0", "conversations": tables.turn("Hi?", "Ho.")}])
+    prepare("llava", "set", source=root)
+    assert run("set", "--out", "labels.jsonl", "--dry-run").exit_code == 0
+    shard = next(Path("set/data").iterdir())
+    rows = [row | {"reference": ""} for row in pq.read_table(shard).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=features().arrow_schema), shard)
+    done = run("set", "--out", "labels.jsonl", "--dry-run")
+    assert done.exit_code == 2 and "1 rows" in done.output and "the answer is empty (1)" in done.output

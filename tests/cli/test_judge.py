@@ -168,7 +168,7 @@ def test_parquet_and_datasets_folders_and_columns():
         ('{"prediction": "a", "image": "p.png"}\n', ("--column", "x"), "FIELD=COLUMN"),
         ('{"prediction": "a", "image": "p.png"}\n', ("--column", "text=a"), "no field 'text'"),
         ('{"prediction": "a", "image": "p.png"}\n', ("--out", "p.png"), "is a file"),
-        ('{"prediction": "a", "image": "p.png"}\n', ("--max-cost", "1", "--model", "own"), "max_cost needs prices"),
+        ('{"prediction": "a", "image": "p.png"}\n', ("--max-cost", "1", "--model", "own"), "--max-cost needs --price"),
     ],
 )
 def test_bad_input_is_one_sentence_before_anything_is_sent(text, arguments, message):
