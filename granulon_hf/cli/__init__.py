@@ -3,6 +3,7 @@
 import sys
 from typing import Annotated
 
+import psutil
 import typer
 
 import granulon_hf
@@ -52,4 +53,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an answer must not be lost to a terminal that knows fewer characters
             stream.reconfigure(errors="replace")
-    app(prog_name="granulon")
+    # Most of a short command's time is gone before this line: `ask` counts from when the process began.
+    app(prog_name="granulon", obj=psutil.Process().create_time())

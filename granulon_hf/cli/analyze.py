@@ -205,8 +205,8 @@ def numbers(text: str, option: str) -> list[int]:
     if text == "none":
         return []
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise BadInput(f"{option} takes numbers of at least 1 with commas between, such as 5,10,50, or none; got {text!r}.")
+    if not all(part.isdecimal() and len(part) <= 4 and int(part) > 0 for part in parts):
+        raise BadInput(f"{option} takes numbers from 1 to 9999 with commas between, such as 5,10,50, or none; got {text!r}.")
     return [int(part) for part in parts]
 
 

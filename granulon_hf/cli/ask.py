@@ -183,6 +183,7 @@ def check_level(config: granulon_hf.GranulonConfig, granularity: str | None, ove
 
 @reports_bad_input
 def ask(
+    ctx: typer.Context,
     arguments: Annotated[
         list[str], typer.Argument(metavar='IMAGE… "QUESTION"', help="Images (paths or URLs), then a question.")
     ],
@@ -192,11 +193,18 @@ def ask(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")] = "auto",
     overlay: Annotated[Path | None, typer.Option(help="Draw the kept clusters on the image and write them here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object and nothing else; seconds are those of the whole command, answer_seconds of answering.",
+        ),
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is being made.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and warnings.")] = False,
 ) -> None:
     """Ask a question about one or more images, and see at which granularity the model looked."""
+    started = ctx.obj or time.time()
     if as_json and stream:
         raise BadInput("--json and --stream exclude each other.")
     if max_new_tokens < 1:
@@ -216,7 +224,6 @@ def ask(
     source, name = model_source(model, quiet=as_json)
     check_level(read_config(source, name), granularity, overlay)
 
-    started = time.monotonic()
     result, aggregation, processor, pixel_values = answer(
         source, torch_device, dtype, images, question, granularity, max_new_tokens, stream
     )
@@ -226,7 +233,7 @@ def ask(
         pictures = [drawing.draw_clusters(view, aggregation, i, title=title) for i, view in enumerate(views)]
         drawing.side_by_side(pictures).save(overlay)
         result["overlay"] = str(overlay)
-    result |= {"model": name, "images": sources, "seconds": round(time.monotonic() - started, 2)}
+    result |= {"model": name, "images": sources, "seconds": round(time.time() - started, 2)}
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
@@ -252,6 +259,7 @@ def answer(
         reason = one_line(error).split(". ")[0].rstrip(".")
         raise BadInput(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
     model = model.to(device).eval()
+    started = time.monotonic()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(device)
 
@@ -279,6 +287,7 @@ def answer(
         "pixel_tokens": slots - len(images) * model.config.num_semantic_slots,
         "semantic_tokens": int(aggregation.keep.sum()) if aggregation is not None else 0,
         "overlay": None,
+        "answer_seconds": round(time.monotonic() - started, 2),
     }
     return result, aggregation, processor, inputs.get("pixel_values")
 
@@ -300,6 +309,7 @@ def show(result: dict[str, Any], streamed: bool) -> None:
         console.print(table)
     console.print()
     tokens = f"{result['pixel_tokens']} pixel + {result['semantic_tokens']} semantic tokens"
-    console.print(f"{tokens} · {escape(result['model'])} · {result['seconds']:.1f} s", style="dim", soft_wrap=True)
+    times = f"answered in {result['answer_seconds']:.1f} s, {result['seconds']:.1f} s with starting and loading"
+    console.print(f"{tokens} · {escape(result['model'])} · {times}", style="dim", soft_wrap=True)
     if result["overlay"]:
         console.print(f"Overlay written to {escape(result['overlay'])}", style="dim", soft_wrap=True)

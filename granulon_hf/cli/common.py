@@ -1,10 +1,11 @@
 """What all subcommands share."""
 
 import functools
+import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import typer
 
 from granulon_hf.data.files import existing
 
-DATA_WARNINGS = r".* (rows were asked for|has no rows of this subset)"
+DATA_WARNINGS = r".* rows were asked for"
+# Options of `granulon data prepare` that other commands may have to send people to.
+PREPARING = {"source", "holdout", "column", "revision", "max_files"}
 
 
 class BadInput(Exception):
@@ -22,6 +25,7 @@ class BadInput(Exception):
 
 def reports_bad_input(command: Callable) -> Callable:
     """Turn any failure into one sentence on stderr and exit code 2; with `--debug` the traceback is shown instead."""
+    names = inspect.signature(command).parameters
 
     @functools.wraps(command)
     def wrapper(*args, **kwargs):
@@ -36,16 +40,54 @@ def reports_bad_input(command: Callable) -> Callable:
                 raise
             if isinstance(error, BadInput):
                 message = str(error)
+            elif isinstance(error, OSError) and error.filename:
+                message = f"{os.fspath(error.filename)!r} cannot be used: {error.strerror}."
             else:
                 reason = " ".join(str(error).split()) or "no further explanation"
                 message = f"{type(error).__name__}: {reason} (--debug shows where)"
-            typer.echo(f"Error: {message}", err=True)
+            typer.echo(f"Error: {in_options(message, names)}", err=True)
             raise typer.Exit(2) from None
 
     return wrapper
 
 
+def in_options(message: str, names: Collection[str]) -> str:
+    """A message of the package, which names arguments as Python does, with the options of a command in their place.
+
+    An argument stands in backticks, before `=`, begins a sentence or has an underscore: "`limit`", "source=…", "holdout=20",
+    "rpm must be", "max_cost".
+
+    Args:
+        names (`Collection[str]`): the parameters of the command.
+    """
+
+    def option(match: re.Match) -> str:
+        bare = match["first"] or match["bare"]
+        name = match["marked"] or match["given"] or bare
+        if name is None:  # what somebody else called something, in quotes
+            return match[0]
+        forms = (name, name.removesuffix("s"))
+        known = next((form for form in forms if form in names), None)
+        name = known or next((form for form in forms if form in PREPARING and not bare), "")
+        if not name:
+            return match[0]
+        option = f"--{name.replace('_', '-')}{' ' if match['value'] else ''}{match['value'] or ''}"
+        return option if known else f"{option} of granulon data prepare"
+
+    quoted, marked = r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)", r"`(?P<marked>\w+)`"
+    given = r"(?<![\w-])(?P<given>[a-z_]+)=(?:…|\{[^}]*\}|(?P<value>\w+|'[^']*')|(?=[\s.,;]))"
+    bare = r"(?:^(?P<first>[a-z]+)(?= (?:is|must) )|(?<![\w/.-])(?P<bare>[a-z]+(?:_[a-z]+)+)(?![\w/=]|\.\w))"
+    return re.sub(f"{quoted}|{marked}|{given}|{bare}", option, message)
+
+
 def one_line(error: Exception) -> str:
+    """What an error says, without Python's numbers and names for what is wrong with a file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(reason := getattr(error, "reason", None), Exception):  # of an address that cannot be opened
+        return one_line(reason)
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -1,7 +1,6 @@
 """`granulon controller`: labels for the questions that the granularity controller is trained on."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from granulon_hf.cli.common import BadInput, reports_bad_input
+from granulon_hf.cli.common import BadInput, check_out, one_line, reports_bad_input
 from granulon_hf.cli.judge import Price, as_option, judging, pairs, progress_bar, read_price, show_estimate
 
 app = typer.Typer(help="The granularity controller: label questions to train it on.", no_args_is_help=True)
@@ -57,13 +56,16 @@ def label(
     levels = pairs(level, "--level", "NAME=MEANING, such as --level fine='details and places'") or dict(labelling.LEVELS)
     if len(levels) < len(level or []):
         raise BadInput("--level names a level twice.")
+    if not out.name or out.is_dir():
+        raise BadInput(f"--out {str(out)!r} is a folder; it takes the name of a file, such as labels.jsonl.")
+    check_out(out.parent)
     found = read_questions(questions, pairs(column, "--column"))
     first: dict[str, dict[str, Any]] = {}
     for row in found:
         first.setdefault(row["text"], row)
     rows = list(first.values())[:limit]
     store = out.with_suffix(".answers.jsonl")
-    if out.exists() and (not store.exists() or out.is_dir() or out.samefile(questions)):
+    if out.exists() and (not store.exists() or out.samefile(questions)):
         raise BadInput(f"--out {str(out)!r} exists and was not written by this command; name another file.")
     options: dict[str, Any] = {
         **{"levels": levels, "model": model, "store": str(store), "max_cost": max_cost, "retry_unscored": retry_unlabelled},
@@ -76,8 +78,6 @@ def label(
         if dry_run:
             show_estimate(console, foreseen, model, "questions")
             return
-        if not os.access(next(parent for parent in out.absolute().parents if parent.exists()), os.W_OK):
-            raise BadInput(f"The folder of --out {str(out)!r} cannot be written.")
         with progress_bar(console) as bar:
             task = bar.add_task("labelling", total=len(texts), cost="")
 
@@ -143,15 +143,17 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
-            raise BadInput(f"{path} is no UTF-8 text ({error}).") from None
+            raise BadInput(f"{str(path)!r} cannot be read: {one_line(error)}.") from None
         yield from ((f"line {i}", {"text": line}) for i, line in enumerate(lines, 1) if line.strip())
     elif (path / "manifest.json").exists():
         from granulon_hf.data import DataError, load
 
         try:
-            yield from ((f"sample {s.id}", {"id": s.id, "question": s.question}) for s in load(str(path), verify="none"))
+            samples = load(str(path), verify="none")
+            samples[0]  # says why, where not one can be used
+            yield from ((f"sample {s.id}", {"id": s.id, "question": s.question}) for s in samples)
         except DataError as error:
-            raise BadInput(str(error)) from None
+            raise BadInput(one_line(error)) from None
     else:
         try:
             yield from work.rows_of(path)

@@ -1,7 +1,6 @@
 """`granulon data`: prepare, check and show data sets."""
 
 import os
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.cli.common import BadInput, check_out, one_line, plain_warnings, reports_bad_input
 from granulon_hf.data import DataError
 
 app = typer.Typer(
@@ -30,7 +29,7 @@ def data_errors():
     try:
         yield
     except DataError as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(one_line(error)) from error
     except ModuleNotFoundError as error:
         if error.name not in ("datasets", "pyarrow"):
             raise
@@ -75,12 +74,14 @@ def prepare(
 ) -> None:
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
-    if columns and not all(columns.values()):
+    if columns and (not all(columns.values()) or len(columns) < len(column or ())):
         raise BadInput(
-            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…"
+            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…, "
+            "each of them once."
         )
     if shard_rows < 1:
         raise BadInput(f"--shard-rows must be at least 1; got {shard_rows}.")
+    check_out(out)
     with data_errors():
         from granulon_hf.data import Problem
         from granulon_hf.data import prepare as write
@@ -96,9 +97,7 @@ def prepare(
         }
         options |= {"max_files": max_files, "columns": columns, "revision": revision, "on_error": on_error}
         try:
-            with progress_bar("Preparing") as progress, warnings.catch_warnings():
-                warnings.filterwarnings("always", message=".* rows were asked for")
-                warnings.showwarning = lambda message, *_, **__: typer.echo(f"Note: {message}", err=True)
+            with progress_bar("Preparing") as progress, plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
                 manifest = write(name, out, overwrite=overwrite, shard_rows=shard_rows, progress=progress, **options)
         except KeyboardInterrupt:
             typer.echo("Interrupted; finished shards are kept: run the same command again to go on.", err=True)
@@ -124,7 +123,11 @@ def check(
     tokenizer: Annotated[str | None, typer.Option(help="Hub id or folder: lengths in its tokens, not words.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Look for broken images, empty answers, repeated ids, images in both training and test; exit code 1 if there are any."""
+    """Look for broken images, empty answers, repeated ids, duplicates, images in both training and test; exit code 1 if there
+    are any.
+
+    A duplicate has the pixels and the turns of another sample of its split, whatever its id and the format of its images.
+    """
     with data_errors():
         from granulon_hf.data import check as inspect
 
@@ -156,6 +159,8 @@ def load_tokenizer(name: str | None):
         return None
     from transformers import AutoTokenizer
 
+    if os.path.isfile(os.path.expanduser(name)):
+        raise BadInput(f"{name!r} is a file; --tokenizer takes the folder that it is in.")
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except Exception as error:

@@ -82,7 +82,7 @@ def run(
     dtype: Annotated[str | None, typer.Option(help="auto: the checkpoint's own; float32 on a CPU. \\[auto]")] = None,
     judge: Annotated[str | None, typer.Option(help="Score with this judge too, such as gpt-4o.")] = None,
     judge_base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server.")] = None,
-    judge_max_cost: Annotated[float | None, typer.Option(help="USD for each model and set.")] = None,
+    judge_max_cost: Annotated[float | None, typer.Option(help="USD for each model and set.", min=0)] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Encoder of BERTScore. \\[roberta-large]")] = None,
     bertscore_layers: Annotated[int | None, typer.Option(help="Its layer, for a folder.")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
@@ -131,7 +131,7 @@ def run(
             with plain_warnings(lambda line: on_set(f"Note: {line}")):
                 result = run_suite(suite, loader, on_progress, on_set, check_models)
         except (ImportError, ValueError) as error:
-            raise BadInput(one_line(error)) from None
+            raise BadInput(one_line(error).replace("source=…", "--data NAME=FOLDER")) from None
     if main:
         show(make_table(result))
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")

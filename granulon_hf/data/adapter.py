@@ -88,10 +88,18 @@ def plain(value: Any, what: str) -> str:
     if value is None or (isinstance(value, Number) and value != value):
         return ""
     if not isinstance(value, str | Number):
-        raise BadRow(f"the {what} is a {type(value).__name__}, not text")
+        raise BadRow(f"the {what} is {kind_of(value)}, not text")
     if broken_text(words := str(value)):
         raise BadRow(f"the {what} holds half a character (a lone surrogate)")
     return words
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else "true or false"
+    kinds = ((str, "a text"), (Number, "a number"), (Mapping, "an object"), ((list, tuple), "a list"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def broken_text(words: str) -> bool:
@@ -187,7 +195,7 @@ def encoded(image: Any) -> dict[str, Any]:
     if image is None or (isinstance(image, Mapping) and not image.get("bytes") and not image.get("path")):
         raise BadRow("the image is missing")
     if not isinstance(image, Mapping):
-        raise BadRow(f"the image is a {type(image).__name__}, neither bytes nor a struct of bytes and path")
+        raise BadRow(f"the image is {kind_of(image)}, neither bytes nor a struct of bytes and path")
     return {"bytes": image.get("bytes") or None, "path": image.get("path") or None}
 
 

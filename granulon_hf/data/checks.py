@@ -11,7 +11,7 @@ import numpy as np
 
 from granulon_hf.data import prepared
 from granulon_hf.data.adapter import DataError
-from granulon_hf.data.loading import Problem, Samples, load
+from granulon_hf.data.loading import Problem, Samples, load, none_usable
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sources import open_source, splits_of
 from granulon_hf.modeling.images_granulon import open_rgb
@@ -26,7 +26,9 @@ class Report:
 
     Attributes:
         samples (`dict[str, int]`): usable samples by split.
-        errors (`list[Problem]`): broken images, empty answers, repeated ids, images in both training and test, missing rows.
+        errors (`list[Problem]`): broken images, empty answers, repeated ids, duplicates, what is in both training and test,
+            missing rows. Duplicates are samples of one split with the same pixels, whatever the format of the files, and the
+            same turns, whatever their ids.
         warnings (`list[Problem]`): what is odd but can be used.
         lengths (`dict[str, list[int]]`): of every question and answer (words, or tokens) and image (longer side, pixels).
         unit (`str`): "words" or "tokens".
@@ -84,7 +86,7 @@ def check(
         progress (`Callable`, *optional*): called with samples done and samples in all.
 
     Raises:
-        DataError: this is no prepared folder.
+        DataError: this is no prepared folder, or nothing in it can be used.
     """
     report = Report(unit="tokens" if tokenizer is not None else "words")
 
@@ -94,6 +96,7 @@ def check(
     own, others = list(open_splits(folder)), list(open_splits(against)) if against is not None else []
     total, done = sum(map(len, own + others)), 0
     seen: dict[bytes, tuple[str, str]] = {}
+    rows = sum(map(len, own))
     for i, samples in enumerate(own + others):
         mine = i < len(own)
         label = samples.split if mine else ELSEWHERE
@@ -108,16 +111,22 @@ def check(
                 report.samples[label] = report.samples.get(label, 0) + 1
                 report.lengths["question"].append(measure(sample.question))
                 report.lengths["answer"].append(measure(sample.reference))
-            _check_images(report, sample, place, label, seen)
+            _check_sample(report, sample, place, label, seen)
         if mine:
             report.samples.setdefault(label, 0)
             report.errors += samples.problems + samples.renamed
-    _check_manifest(report, Path(folder).expanduser(), sum(map(len, own)))
+            if not report.samples[label]:
+                report.errors.append(Problem(f"split {label}", None, "not one sample can be used"))
+    if not any(report.samples.values()):
+        raise none_usable(str(folder), rows, (problem.reason for samples in own for problem in samples.problems))
+    _check_manifest(report, Path(folder).expanduser(), rows)
     return report
 
 
-def _check_images(report, sample: Sample, place: Problem, label: str, seen: dict[bytes, tuple[str, str]]) -> None:
+def _check_sample(report: Report, sample: Sample, place: Problem, label: str, seen: dict[bytes, tuple[str, str]]) -> None:
+    """Look at a sample, and whether another split has one of its images, or its own split all of it."""
     mine = label != ELSEWHERE
+    digests = []
     for encoded in sample.images:
         try:
             picture = open_rgb(encoded)
@@ -125,26 +134,36 @@ def _check_images(report, sample: Sample, place: Problem, label: str, seen: dict
             if mine:
                 report.errors.append(Problem(place.file, place.row, str(error)))
             continue
+        digests.append(hash_pixels(picture))
         if mine:
             report.lengths["image"].append(max(picture.size))
             if min(picture.size) < TINY:
                 report.warnings.append(
                     Problem(place.file, place.row, f"the image is only {picture.width} x {picture.height} pixels")
                 )
-        digest = hash_pixels(picture)
-        split, where = seen.setdefault(digest, (label, f"{place.file}, row {place.row}"))
+    turns = json.dumps([[message["role"], message["content"]] for message in sample.messages]).encode()
+    whole = hashlib.sha256(b"".join(digests) + turns).digest()
+    here = (label, f"{place.file}, row {place.row}")
+    for digest in digests if sample.images else [whole]:
+        split, where = seen.setdefault(digest, here)
         if split != label:
-            report.errors.append(Problem(place.file, place.row, f"the image is also in {split} ({where})"))
+            what = "image" if sample.images else "text"
+            report.errors.append(Problem(place.file, place.row, f"the {what} is also in {split} ({where})"))
+    if mine and len(digests) == len(sample.images):
+        first = seen.setdefault(label.encode() + whole, here)
+        if first != here:
+            reason = f"it is a duplicate: {first[1]}, has the same images, questions and answers"
+            report.errors.append(Problem(place.file, place.row, reason))
 
 
 def _check_manifest(report: Report, folder: Path, rows: int) -> None:
-    path = folder / "manifest.json"
     try:
-        done = json.loads(path.read_text(encoding="utf-8"))["prepared"]
+        done = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["prepared"]
+        complete, samples = done["complete"], done["samples"] if done["complete"] else None
     except (OSError, ValueError, KeyError, TypeError):
-        report.warnings.append(Problem("manifest.json", 0, "there is none that can be read"))
+        report.warnings.append(Problem("manifest.json", None, "there is none that can be read"))
         return
-    if not done["complete"]:
-        report.errors.append(Problem("manifest.json", 0, "the preparation was interrupted; run granulon data prepare again"))
-    elif rows != done["samples"]:
-        report.errors.append(Problem("manifest.json", 0, f"there are {rows} rows instead of {done['samples']}"))
+    if not complete:
+        report.errors.append(Problem("manifest.json", None, "the preparation was interrupted; run granulon data prepare again"))
+    elif rows != samples:
+        report.errors.append(Problem("manifest.json", None, f"there are {rows} rows instead of {samples}"))

@@ -91,7 +91,7 @@ def make_adapter(columns: Mapping[str, str]) -> Adapter:
     unknown = sorted(set(columns) - set(NAMES))
     if unknown or ("answer" in columns) == ("index" in columns):
         wrong = f"not {', '.join(map(repr, unknown))}" if unknown else "and 'answer' is needed, or 'index' instead"
-        raise DataError(f"columns may name {', '.join(map(repr, NAMES))}, {wrong}.")
+        raise DataError(f"`columns` may name {', '.join(map(repr, NAMES))}, {wrong}.")
     if "choices" in columns and re.search(r"(^|_)(idx|index)$", columns.get("answer", "")):
         columns["index"] = columns.pop("answer")  # its name says that it counts
     if "index" in columns and "choices" not in columns:

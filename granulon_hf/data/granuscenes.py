@@ -681,6 +681,7 @@ class SceneSource(Source):
 
     def __init__(self, scenes: GranuScenes):
         self.scenes, self.location, self.parts, self.roots = scenes, scenes.location, ["scenes"], []
+        self.split = scenes.split
         self._last: tuple[int, Scene, bytes | None] | None = None
 
     def __getstate__(self):

@@ -1,5 +1,6 @@
 """LLaVA conversations: `chat.json` or `.jsonl` and a folder `images/` (what the released code reads)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 def parse_turn(turn: Any) -> dict[str, Any]:
     """`{"from", "value"}` as a message; every `<image>` in the value becomes an image part where it stands."""
-    if not isinstance(turn, dict) or turn.get("from") not in ROLES:
-        raise BadRow(f"a turn is not from {', '.join(map(repr, ROLES))}: {str(turn)[:60]}")
+    if not isinstance(turn, dict) or turn.get("from") not in list(ROLES):
+        raise BadRow(
+            f"a turn is not from {', '.join(map(repr, ROLES))}: {json.dumps(turn, ensure_ascii=False, default=str)[:60]}"
+        )
     role, value = ROLES[turn["from"]], text(turn.get("value"), "answer" if ROLES[turn["from"]] == "assistant" else "turn")
     if MARKER in value and role != "user":
         raise BadRow(f"{MARKER} stands in a turn of the {role}, not in a question")
@@ -56,4 +59,4 @@ ADAPTER = Adapter(
 def is_chat(name: str | Path) -> bool:
     """Whether a set is named by a file of LLaVA's conversations, or a folder with a `chat.json`."""
     path = Path(name)
-    return path.suffix in (".json", ".jsonl") or (path / "chat.json").is_file()
+    return path.suffix.lower() in (".json", ".jsonl") or (path / "chat.json").is_file()

@@ -2,9 +2,8 @@
 
 import json
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,17 @@ from granulon_hf.data.adapter import Adapter, BadRow, DataError, broken_text, pl
 from granulon_hf.data.columns import make_adapter
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sampling import choose
-from granulon_hf.data.sources import DatasetSource, Source, StreamSource, open_source, split_of, splits_of, take_split
+from granulon_hf.data.sources import (
+    SPLIT_WORDS,
+    SPLITS,
+    DatasetSource,
+    Source,
+    StreamSource,
+    open_source,
+    split_of,
+    splits_of,
+    take_split,
+)
 
 ADAPTERS: dict[str, Adapter] = {
     module.ADAPTER.name: module.ADAPTER
@@ -28,6 +37,7 @@ MANIFEST_FORMAT = 1
 NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repetitions nor written into manifests
 ON_ERROR = ("skip", "raise")
 VERIFY = ("decode", "header", "none")
+REASONS = 3  # that are told of many
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,19 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.file}{'' if self.row is None else f', row {self.row}'}: {self.reason}"
+
+
+def tell_reasons(reasons: Iterable[str]) -> str:
+    """The commonest reasons and how often each is met, on one line."""
+    counts = Counter(reasons).most_common()
+    told = [f"{reason} ({times})" for reason, times in counts[:REASONS]]
+    rest = sum(times for _, times in counts[REASONS:])
+    return ", ".join(told + [f"other reasons ({rest})"] * bool(rest))
+
+
+def none_usable(location: str, rows: int, reasons: Iterable[str]) -> DataError:
+    """What to say of rows of which not one can be used."""
+    return DataError(f"Not one of the {rows} rows of {location!r} can be used: {tell_reasons(reasons)}.")
 
 
 class Samples(Sequence[Sample]):
@@ -119,7 +142,7 @@ class Samples(Sequence[Sample]):
                 sample = next(self._read(part, [row]))[2]
                 if sample is not None:
                     return sample
-        raise DataError(f"Not one of the {len(self)} rows of {self.source.location!r} can be used; see .problems.")
+        raise none_usable(self.source.location, len(self), (problem.reason for problem in self.problems))
 
     @property
     def problems(self) -> list[Problem]:
@@ -281,11 +304,11 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     elif isinstance(name, str) and name in ADAPTERS:
         adapter = ADAPTERS[name]
         place = adapter.repo if source is None else source
-    elif source is None and isinstance(name, str | Path) and Path(name).expanduser().is_dir():
+    elif source is None and isinstance(name, str | Path) and name and Path(name).expanduser().is_dir():
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
         prepared.missing_shards(place)
     elif not isinstance(name, str | Path):
-        raise DataError('Say which columns to use: columns={"image": …, "question": …, "answer": …}.')
+        raise DataError("Say which columns are image, question and answer: columns=….")
     else:
         raise DataError(
             f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
@@ -340,7 +363,9 @@ def load(
 
     Args:
         name: a set (`ADAPTERS`), a prepared folder, or with `columns` any table.
-        split (`str`, *optional*): by default the set's own. "holdout" is what training never sees.
+        split (`str`, *optional*): by default the set's own: one that the source names in its files, folders or keys ("val" is
+            "validation"); a source that names none can be called train, validation or test. "holdout" is what training never
+            sees.
         source (*optional*): local files, a `datasets.Dataset` or another repository; by default the set's own on the Hub.
         limit (`int`, *optional*): rows, drawn uniformly; of a stream the first (shuffle it before). Bad ones among them are
             left out and not replaced.
@@ -363,18 +388,19 @@ def load(
             default "decode", and "header" for prepared folders, which were decoded when they were written.
 
     Raises:
-        DataError: what was asked for cannot be had; one sentence.
+        DataError: what was asked for cannot be had, or there is no row of it; one sentence, which names arguments in backticks.
     """
-    if on_error not in ON_ERROR:
-        raise DataError(f"on_error is 'skip' or 'raise', not {on_error!r}.")
-    if verify is not None and verify not in VERIFY:
-        raise DataError(f"verify is one of {', '.join(map(repr, VERIFY))}, not {verify!r}.")
-    for value, what in ((limit, "limit"), (holdout, "holdout"), (max_files, "max_files")):
-        if value is not None and (value < 0 or (what == "limit" and value == 0)):
-            raise DataError(f"{what} must be positive; got {value}.")
+    for what, word, words in (("on_error", on_error, ON_ERROR), ("verify", verify or "none", VERIFY)):
+        if word not in words:
+            raise DataError(f"`{what}` must be {' or '.join(map(repr, words))}; got {word!r}.")
+    numbers = {"limit": limit, "holdout": holdout, "max_files": max_files, "seed": seed, "holdout_seed": holdout_seed}
+    for what, value in numbers.items():
+        least = 1 if what == "limit" else 0
+        if value is not None and value < least:
+            raise DataError(f"`{what}` must be at least {least}; got {value}.")
     if manifest is not None:
         if any(value is not None for value in (split, limit, holdout, preset, max_files, revision)):
-            raise DataError("A manifest says which rows to take: give source and name with it at most.")
+            raise DataError("A manifest says which rows to take: give source=… and a name with it at most.")
         return load_manifest(manifest, name, source, columns, on_error, verify)
     if name is None:
         raise DataError(f"Say which data set: {KNOWN}, a prepared folder, or a manifest.")
@@ -382,13 +408,15 @@ def load(
     adapter, place = find_adapter(name, source, columns)
     if split in adapter.withheld:  # before anything is fetched
         raise withheld(adapter, split)
-    opened = open_place(adapter, place, revision, split or adapter.default_split)
+    opened = open_place(adapter, place, revision, adapter.default_split if split is None else split)
+    if revision is not None and not opened.remote:
+        raise DataError(f"revision={revision!r} is of a repository, and {opened.location!r} is none; leave it out.")
     opened.tolerant = on_error == "skip"
     present = splits_of(opened)
-    if split is None:
-        split = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
-    if adapter is prepared.ADAPTER and split not in present:
-        split = split_of(split) or split  # a folder holds one split, which its files name: "test_heldout" reads as a test
+    default = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
+    split = default if split is None else split
+    if split not in present:
+        split = opened.split if opened.split and split != "holdout" else SPLIT_WORDS.get(split, split)
     if split in adapter.withheld:
         raise withheld(adapter, split)
     if preset is not None:
@@ -399,12 +427,9 @@ def load(
         if split not in adapter.paper:
             raise DataError(f"The paper has no subset of {adapter.name}'s split {split!r}, only of {', '.join(adapter.paper)}.")
         limit = adapter.paper[split] if limit is None else limit
-    if split == "holdout" and split not in present:
-        take_split(opened, adapter.default_split)
-    else:
-        take_split(opened, split)
-        if adapter.holdout and split not in (adapter.default_split, *present):
-            raise DataError(f"{adapter.name!r} has no split {split!r}, only {adapter.default_split!r} and 'holdout'.")
+    drawn = split == "holdout" and split not in present
+    names = (adapter.default_split, "holdout") if adapter.holdout else SPLITS
+    take_split(opened, default if drawn else split, names)
     bound = adapter.max_files if max_files is None else max_files
     note_missing(adapter, opened, split)
     check_columns(adapter, opened, first_readable(opened))
@@ -417,12 +442,14 @@ def load(
         seed=seed,
         holdout_seed=holdout_seed,
         limit=limit,
-        draw_holdout=split == "holdout" and split not in present,
+        draw_holdout=drawn,
         holdout=holdout,
         max_files=bound,
     )
     if not choice.rows:
-        warnings.warn(f"{opened.location!r} has no rows of this subset.", stacklevel=2)
+        reasons = tell_reasons([*choice.filtered.elements(), *opened.broken.values()])
+        what = f"the split {split!r} of {opened.location!r}" if present else repr(opened.location)
+        raise DataError(f"There are no rows that can be used in {what}: {reasons or 'it is empty'}.")
     check_columns(adapter, opened, choice.rows)
     description = describe(adapter, opened, place, columns) | {"split": split, "preset": preset, "limit": limit}
     description |= {"seed": seed, "holdout": choice.holdout, "holdout_seed": holdout_seed, "max_files": bound}
@@ -494,15 +521,22 @@ def describe(adapter: Adapter, source: Source, place: Any, columns: Mapping[str,
 
 
 def check_columns(adapter: Adapter, source: Source, parts) -> None:
-    """Raises DataError before any work where a file lacks what the adapter needs."""
+    """Raises DataError before any work where a file lacks what the adapter needs; one without rows lacks nothing."""
     for part in parts:
         present = source.columns(part)
+        if not present:
+            if isinstance(source, StreamSource):
+                raise DataError(f"{source.location!r} is empty.")
+            if not source.count(part):
+                continue
+            reason = next(source.rows(part, range(1), []))[1]
+            raise DataError(f"{part!r} of {source.location!r} is not {adapter.name}: {reason or 'its first record is empty'}.")
         missing = [column for column in adapter.columns if not set(column.split("|")) & set(present)]
         if missing:
             lacks = ", ".join(" or ".join(map(repr, column.split("|"))) for column in missing)
+            what = "" if adapter.name == "columns" else f" is not {adapter.name}: it"
             raise DataError(
-                f"{part!r} of {source.location!r} is not {adapter.name}: it lacks the columns {lacks}; "
-                f"it has {', '.join(map(repr, present))}."
+                f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {', '.join(map(repr, present))}."
             )
 
 

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from granulon_hf.data import pictures, prepared
 from granulon_hf.data.adapter import DataError
 from granulon_hf.data.files import write_text
-from granulon_hf.data.loading import Problem, Samples, load
+from granulon_hf.data.loading import Problem, Samples, load, none_usable
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sources import StreamSource
 
@@ -54,7 +54,7 @@ def prepare(
         `dict`: the manifest: that of [`load`] with `prepared`: samples, bad and renamed rows, and whether it is complete.
 
     Raises:
-        DataError: the folder holds something else, another call is writing it, or as [`load`].
+        DataError: the folder holds something else, another call is writing it, no row can be used, or as [`load`].
     """
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -123,6 +123,10 @@ def write(
         renamed += [Problem(*problem) for problem in remarks["renamed"]]
         tasks.update(remarks["tasks"])
         written += found.num_rows
+    if not written:  # a folder of nothing would look finished
+        shutil.rmtree(folder / "data")
+        (folder / "manifest.json").unlink()
+        raise none_usable(samples.source.location, total, (problem.reason for problem in problems))
     manifest = samples.manifest | {
         "prepared": {
             "complete": True,
@@ -186,8 +190,6 @@ def start(folder: Path, name: Any, settings: dict[str, Any], options: dict[str, 
     samples = load(name, **({"verify": "decode"} | {key: value for key, value in options.items() if value is not None}))
     if isinstance(samples.source, StreamSource):
         raise DataError("A stream cannot be prepared: its rows cannot be counted. Give it as files or as a datasets.Dataset.")
-    if not len(samples):
-        raise DataError(f"{samples.source.location!r} has no rows of this subset; nothing was written.")
     if overwrite and manifest_path.is_file():
         shutil.rmtree(folder / "data", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

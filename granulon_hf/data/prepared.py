@@ -26,7 +26,7 @@ def missing_shards(folder: Path) -> list[str]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         done, split = manifest["prepared"], manifest["split"]
-        count = done["shards"] if done["complete"] else 0
+        count = range(done["shards"] if done["complete"] else 0).stop
     except (OSError, ValueError, KeyError, TypeError):
         return []
     missing = [name for i in range(count) if not (folder / (name := shard_name(split, i, count))).is_file()]
@@ -71,8 +71,16 @@ def to_sample(row: Row) -> Sample:
     ]
     if not messages or messages[-1]["role"] != "assistant" or not (row["reference"] or "").strip():
         raise BadRow("the answer is empty")
+    if all(message["role"] != "user" for message in messages):
+        raise BadRow("there is no question")
     if row["task"] not in TASKS:
         raise BadRow(f"the task is {row['task']!r}, none of {', '.join(TASKS)}")
+    try:
+        meta = json.loads(row["meta"] or "{}")
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise BadRow("the meta is not a JSON object")
     return Sample(
         id=row["id"] or "",
         images=[encoded(image) for image in row["images"] or []],
@@ -80,7 +88,7 @@ def to_sample(row: Row) -> Sample:
         reference=row["reference"],
         task=row["task"],
         choices=row["choices"],
-        meta=json.loads(row["meta"] or "{}"),
+        meta=meta,
     )
 
 

@@ -170,7 +170,7 @@ def choose(
         bound = max_files if max_files and limit is not None else len(order)
         parts, _ = population.prefix(order, bound, (limit or 0) + asked)
         free = {part: population.without(part, held.get(part), taken) for part in sorted(parts)}
-        if limit is not None and (have := sum(map(len, free.values()))) < limit:
+        if limit is not None and 0 < (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
         chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
     return Choice({part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered)

@@ -6,7 +6,7 @@ import json
 from html import escape
 from itertools import islice
 
-from granulon_hf.data.loading import Samples
+from granulon_hf.data.loading import Samples, none_usable
 from granulon_hf.data.sample import Sample
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -51,8 +51,14 @@ def card(sample: Sample) -> str:
 
 
 def contact_sheet(samples: Samples, limit: int) -> str:
-    """The first `limit` samples as HTML; whatever they say is shown as text."""
-    cards = [card(sample) for sample in islice(samples, limit)]
+    """The first `limit` samples as HTML; whatever they say is shown as text.
+
+    Raises:
+        DataError: there are none.
+    """
+    cards = [card(sample) for sample in islice(samples, min(limit, len(samples)))]
+    if not cards:
+        raise none_usable(samples.source.location, len(samples), (problem.reason for problem in samples.problems))
     title = escape(f"{samples.source.location}, {samples.split}: {len(cards)} of {len(samples)} samples")
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n'

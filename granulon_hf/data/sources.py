@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
@@ -21,11 +21,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from granulon_hf.data.adapter import DataError
+from granulon_hf.data.adapter import DataError, kind_of
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLIT_WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
 SPLIT_WORDS |= {"test": "test", "holdout": "holdout"}
+SPLITS = tuple(dict.fromkeys(SPLIT_WORDS.values()))  # what a source that names no split can be called
 FINGERPRINT_BYTES = 1 << 16
 REQUESTS = 16  # at a time: footers and single columns are small, latency is all they cost
 
@@ -44,10 +45,12 @@ class Source:
         roots (`list[Path]`): folders that images given as paths are relative to.
         tolerant (`bool`): whether files that cannot be read are left out.
         broken (`dict[str, str]`): those that were, and why.
+        split (`str`, *optional*): the split that all of it is, where it was opened as one of several.
     """
 
     location: str
     revision: str | None = None
+    split: str | None = None
     parts: list[str]
     roots: list[Path]
     remote = False
@@ -262,11 +265,9 @@ class RecordSource(Source):
         if isinstance(record, bytes):
             try:
                 record = json.loads(record)
-            except ValueError as error:
-                return ValueError(f"the line is not JSON: {error}")
-            except RecursionError:
-                return ValueError("the line is not JSON that can be read: it is nested too deeply")
-        return record if isinstance(record, dict | Exception) else ValueError(f"a record is a {type(record).__name__}")
+            except (ValueError, RecursionError) as error:
+                return ValueError(f"the line is not JSON that can be read: {json_fault(error)}")
+        return record if isinstance(record, dict | Exception) else ValueError(f"the record is {kind_of(record)}, not an object")
 
     def fingerprint(self, part: str) -> str | None:
         return self.digest[part]
@@ -275,20 +276,27 @@ class RecordSource(Source):
         return self.tables[part][row][:2]
 
 
+def json_fault(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that `json` refuses."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return str(error) if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else "a number in it has too many digits"
+
+
 def read_json(root: Path, files: list[Path]) -> RecordSource:
     """`.json` files that hold a list, and `.jsonl` files with an object per line."""
     tables, digest = {}, {}
     for path in files:
         data, name = path.read_bytes(), path.relative_to(root).as_posix()
-        if path.suffix == ".jsonl":
+        if path.suffix.lower() == ".jsonl":
             records: list[Any] = data.splitlines()
         else:
             try:
-                records = json.loads(data)
+                records = json.loads(data.strip() or b"[]")
             except (ValueError, RecursionError) as error:
-                raise DataError(f"The file {str(path)!r} is not JSON ({error}).") from None
+                raise DataError(f"The file {str(path)!r} is not JSON that can be read: {json_fault(error)}.") from None
             if not isinstance(records, list):
-                raise DataError(f"The file {str(path)!r} holds a {type(records).__name__}, not a list of conversations.")
+                raise DataError(f"The file {str(path)!r} holds {kind_of(records)}, not a list of conversations.")
         rows = [(name, i, record) for i, record in enumerate(records) if record != b""]
         tables[name], digest[name] = rows, f"{len(data)}-{hashlib.sha256(data).hexdigest()[:16]}"
     return RecordSource(str(root), root, tables, digest)
@@ -402,7 +410,12 @@ class StreamSource(Source):
 
 
 def split_of(part: str) -> str | None:
-    """The split that a file's name or folder says it belongs to: `data/train-00000-of-00002.parquet`, `val/x.parquet`."""
+    """The split that a file's name or folder says it belongs to: `data/train-00000-of-00002.parquet`, `val/x.parquet`.
+
+    Shards in `data/` may name any split, as for `datasets.load_dataset`; other files only a usual one.
+    """
+    if shard := re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.parquet", part):
+        return SPLIT_WORDS.get(shard[1], shard[1])
     for piece in reversed(PurePosixPath(part).with_suffix("").parts):
         for word in re.split(r"[^a-z]+", piece.lower()):
             if word in SPLIT_WORDS:
@@ -411,20 +424,21 @@ def split_of(part: str) -> str | None:
 
 
 def splits_of(source: Source) -> list[str]:
-    return sorted({split for split in map(split_of, source.parts) if split})
+    return [source.split] if source.split else sorted({split for split in map(split_of, source.parts) if split})
 
 
-def take_split(source: Source, split: str) -> None:
-    """Keep the parts of one split; files that name no split at all are whatever is asked for.
+def take_split(source: Source, split: str, names: Sequence[str] = SPLITS) -> None:
+    """Keep the parts of one split; files that name no split at all can be called by one of `names`.
 
     Raises:
-        DataError: there are splits, but not this one.
+        DataError: there is no such split.
     """
     present = splits_of(source)
-    if present:
+    if split not in (present or names):
+        has = "it has" if present else "its files name none, and it can be called"
+        raise DataError(f"{source.location!r} has no split {split!r}; {has} {', '.join(map(repr, present or names))}.")
+    if present and not source.split:
         source.parts = [part for part in source.parts if split_of(part) == split]
-        if not source.parts:
-            raise DataError(f"{source.location!r} has no split {split!r}; it has {', '.join(map(repr, present))}.")
 
 
 def open_source(source: Any, revision: str | None = None, split: str = "train") -> Source:
@@ -438,9 +452,12 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
     Raises:
         DataError: it does not exist, or holds nothing that can be read.
     """
+    if isinstance(source, Mapping):
+        picked = pick_split(source, split, "The dictionary of data sets")
+        found = open_source(source[picked], revision, split)
+        found.split = picked
+        return found
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
-        if hasattr(source, "keys"):
-            source = source[pick_split(source, split, "The DatasetDict")]
         return DatasetSource(source) if hasattr(source, "__len__") else StreamSource(source)
     if isinstance(source, list | tuple):
         files = [Path(path).expanduser().resolve() for path in source]
@@ -457,17 +474,26 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
 
 
 def pick_split(names: Iterable[str], split: str, what: str) -> str:
-    """Raises DataError where there is no such split; a hold-out is a part of what there is to train on."""
-    wanted, names = "train" if split == "holdout" else split, list(names)
-    if wanted not in names:
-        raise DataError(f"{what} has no split {wanted!r}; it has {', '.join(map(repr, names))}.")
-    return wanted
+    """The name of a split among others, which may be another word for it.
+
+    Raises:
+        DataError: there is none; a hold-out is a part of what there is to train on, unless it is there as a split.
+    """
+    known = {SPLIT_WORDS.get(name, name): name for name in names}
+    known |= {name: name for name in names}
+    for wanted in (split, SPLIT_WORDS.get(split), "train" if split == "holdout" else None):
+        if wanted in known:
+            return known[wanted]
+    raise DataError(f"{what} has no split {split!r}; it has {', '.join(map(repr, names))}.")
 
 
 def open_folder(path: Path, split: str) -> Source:
     if (path / "dataset_dict.json").is_file():
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        path = path / pick_split(names, split, repr(str(path)))
+        picked = pick_split(names, split, repr(str(path)))
+        found = open_folder(path / picked, split)
+        found.split = picked
+        return found
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 

@@ -57,7 +57,7 @@ class Alignment:
     def __post_init__(self):
         for value, choices, name in ((self.answer, ANSWERS, "answer"), (self.tokens, TOKENS, "tokens")):
             if value not in choices:
-                raise ValueError(f"{name} is one of {', '.join(choices)}, not {value!r}.")
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""

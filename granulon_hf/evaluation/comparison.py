@@ -49,7 +49,12 @@ def check(config: dict[str, Any]) -> list[str]:
         ValueError: something is missing, unknown or fixed by the comparison.
     """
     if config.get("llm") not in DECODERS:
-        raise ValueError(f"llm is {config.get('llm')!r}; it must be one of {', '.join(DECODERS)}.")
+        got = "nothing" if config.get("llm") is None else repr(config["llm"])
+        raise ValueError(f"`llm` must be one of {', '.join(DECODERS)}; got {got}.")
+    forms = {"encoders": (list, "a list of names"), "controller": (str, "a folder"), "train": (dict, "names with values")}
+    for name, (kind, form) in (forms | {"eval": forms["train"]}).items():
+        if not isinstance(config.get(name) or kind(), kind):
+            raise ValueError(f"`{name}` must be {form}; got {config[name]!r}.")
     encoders = config.get("encoders") or []
     if unknown := [name for name in encoders if name not in ENCODERS]:
         raise ValueError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")

@@ -1,16 +1,14 @@
 """The samples that models are evaluated and analysed on, and what loading left out of them."""
 
-from collections import Counter
 from typing import Any
 
 from granulon_hf.data import DataError, load
 from granulon_hf.data.adapter import NoHoldout
 from granulon_hf.data.llava import is_chat
-from granulon_hf.data.loading import ADAPTERS, Samples
+from granulon_hf.data.loading import ADAPTERS, Samples, tell_reasons
 from granulon_hf.data.shapes import Shapes
 
 HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own with smaller ones
-REASONS = 3  # that are told; all are in scores.json
 
 
 def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = None, **options: Any) -> Samples | Shapes:
@@ -75,10 +73,7 @@ def describe_set(count: int, left: dict[str, Any]) -> str:
     text = f"{count} samples, {len(left['rows'])} left out"
     parts = []
     if left["rows"]:
-        reasons = Counter(row["reason"] for row in left["rows"]).most_common()
-        told = [f"{reason} ({times})" for reason, times in reasons[:REASONS]]
-        rest = sum(times for _, times in reasons[REASONS:])
-        text += ": " + ", ".join(told + [f"other reasons ({rest})"] * bool(rest))
+        text += f": {tell_reasons(row['reason'] for row in left['rows'])}"
     if left["files"]:
         first = left["files"][0]
         parts.append(f"{len(left['files'])} files cannot be read, such as {first['file']} ({first['reason'].rstrip('.')})")

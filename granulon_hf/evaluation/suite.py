@@ -131,6 +131,8 @@ class Suite:
                 raise ValueError(f"What to take as {name} is a list of names, not {values!r}.")
             if not values:
                 raise ValueError(f"There is no {name} to evaluate.")
+            if not all(value.partition("=")[0].strip() for value in values):
+                raise ValueError(f"A {name} has an empty name.")
             if len({value.partition("=")[0] for value in values}) < len(values):
                 raise ValueError(f"A {name} is named twice.")
         for name, number, least in (("limit", self.limit, 1), ("seed", self.seed, 0)):

@@ -70,8 +70,8 @@ def test_granularity(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((*ALIGNMENT[:-4], "--answer", "both"), "answer is one of prediction, reference"),
-        ((*ALIGNMENT, "--tokens", "some"), "tokens is one of content, all"),
+        ((*ALIGNMENT[:-4], "--answer", "both"), "--answer must be one of prediction, reference"),
+        ((*ALIGNMENT, "--tokens", "some"), "--tokens must be one of content, all"),
         ((*ALIGNMENT, "--model", "tiny:granulon-qwen2.5"), "the same model twice"),
         ((*ALIGNMENT, "--model", "tiny:nothing"), "Unknown variant 'nothing'"),
         ((*ALIGNMENT, "--model", "."), "holds no model"),
@@ -83,6 +83,8 @@ def test_granularity(run, tmp_path):
         ((*GRANULARITY, "--score", "option_accuracy"), "needs samples with choices"),
         ((*GRANULARITY, "--beta", "5;10"), "--beta takes numbers"),
         ((*GRANULARITY, "--beta", "0"), "--beta takes numbers"),
+        ((*GRANULARITY, "--beta", "²"), "--beta takes numbers"),
+        ((*GRANULARITY, "--k", "9" * 5000), "--k takes numbers"),
         ((*GRANULARITY, "--beta", "5", "--k", "9"), "above every"),
         ((*GRANULARITY, "--by", "weather"), "No sample has the field 'weather'; there are task, level."),
     ],

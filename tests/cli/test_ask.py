@@ -4,9 +4,11 @@ import functools
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,20 @@ def test_as_a_module_and_version():
     done = subprocess.run([sys.executable, "-m", "granulon_hf", "--version"], capture_output=True, text=True)
     assert done.stdout.strip() == f"granulon_hf {__version__}"
     assert CliRunner().invoke(app, ["ask", "--help"]).exit_code == 0
+
+
+def test_the_time_is_that_of_the_clock(models, photo):
+    command = [sys.executable, "-m", "granulon_hf", "ask", photo, QUESTION, "--model", str(models["granulon-qwen2.5"])]
+    began = time.monotonic()
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
+    clock = time.monotonic() - began
+    result = json.loads(done.stdout)
+    # Ending the process is left.
+    assert 0.6 * clock < result["seconds"] <= clock + 0.1 and 0 <= result["answer_seconds"] < result["seconds"]
+
+
+def test_both_times_are_told(run, photo):
+    assert re.search(r"answered in \d+\.\d s, \d+\.\d s with starting and loading\n$", run(photo, QUESTION).stdout)
 
 
 def test_the_missing_backbones_are_named(run, photo, monkeypatch, tmp_path):

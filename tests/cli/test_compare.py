@@ -79,6 +79,12 @@ def test_a_trained_controller_is_for_the_rows_that_have_levels():
     ("change", "message"),
     [
         ({"llm": "gpt5"}, "must be one of qwen2.5, llama3.2"),
+        ({"llm": None}, "`llm` must be"),
+        ({"encoders": "clip"}, "`encoders` must be"),
+        ({"encoders": {"clip": 1}}, "`encoders` must be"),
+        ({"train": [1]}, "`train` must be"),
+        ({"eval": "shapes"}, "`eval` must be"),
+        ({"controller": 3}, "`controller` must be"),
         ({"encoders": ["clip"]}, "at least two different encoders"),
         ({"encoders": ["clip", "vgg"]}, "Unknown encoder 'vgg'"),
         ({"train": {**TRAIN, "output_dir": "x"}}, "`output_dir` is set by the comparison"),

@@ -129,7 +129,7 @@ def test_columns_splits_and_own_levels():
         ('{"text": "a"}\n', ("--level", "a=x", "--level", "a=y"), "twice"),
         ('{"text": "a"}\n', ("--model", "own", "--max-cost", "1"), "say --price"),
         ('{"text": "a"}\n', ("--out", "q.jsonl"), "was not written by this command"),
-        ('{"text": "a"}\n', ("--backend", "post"), "backend"),
+        ('{"text": "a"}\n', ("--backend", "post"), "--backend is 'post'"),
     ],
 )
 def test_bad_input_is_one_sentence(content, arguments, sentence):
@@ -148,3 +148,32 @@ def test_a_missing_file_and_a_wrong_key():
     with serve(lambda server, body: Reply(status=401, error=("invalid_api_key", "no"))) as server:
         done = run("q.txt", "--out", "labels.jsonl", "--base-url", server.url)
     assert done.exit_code == 2 and "set OPENAI_API_KEY" in done.output and "the same command goes on" in done.output
+
+
+@pytest.mark.parametrize("out", ["", "folder", "q.txt/below.jsonl", "."])
+def test_labels_that_cannot_be_written(out):
+    Path("q.txt").write_text("a\n")
+    Path("folder").mkdir()
+    done = run("q.txt", "--out", out, "--dry-run")
+    assert done.exit_code == 2 and "--out" in done.output and done.output.count("\n") == 1, done.output
+
+
+def test_questions_that_are_no_text():
+    Path("q.txt").write_bytes(bytes(range(256)))
+    done = run("q.txt", "--out", "labels.jsonl")
+    assert done.exit_code == 2 and "UTF-8" in done.output and "codec" not in done.output
+
+
+def test_a_prepared_folder_of_which_nothing_can_be_used():
+    from granulon_hf.data import prepare
+    from granulon_hf.data.prepared import features
+    from tests.data import tables
+
+    root = tables.chat(Path("chat"), [{"id": "0", "conversations": tables.turn("Hi?", "Ho.")}])
+    prepare("llava", "set", source=root)
+    assert run("set", "--out", "labels.jsonl", "--dry-run").exit_code == 0
+    shard = next(Path("set/data").iterdir())
+    rows = [row | {"reference": ""} for row in pq.read_table(shard).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, schema=features().arrow_schema), shard)
+    done = run("set", "--out", "labels.jsonl", "--dry-run")
+    assert done.exit_code == 2 and "1 rows" in done.output and "the answer is empty (1)" in done.output

@@ -321,3 +321,172 @@ def test_one_sentence_for_what_is_wrong(run, prepared, flux, tmp_path):
     refused(run("show", prepared, "--out", tmp_path / "no" / "sheet.html"), "Cannot write")
     refused(run("show", prepared, "--limit", 0), "--limit must be at least 1")
     refused(run("show", prepared, "--split", "test"), "has no split 'test'; it has 'train'")
+
+
+def conversations(*pairs, image="a.jpg"):
+    return [
+        {"id": str(i), "image": image, "conversations": tables.turn(f"<image>\n{question}", answer)}
+        for i, (question, answer) in enumerate(pairs)
+    ]
+
+
+def replace_rows(folder, change):
+    """Write the first shard of a prepared folder anew."""
+    path = sorted((folder / "data").iterdir())[0]
+    rows = change(pq.read_table(path).to_pylist())
+    pq.write_table(pq.read_table(path).from_pylist(rows, schema=materialise.prepared.features().arrow_schema), path)
+
+
+def png_of(image):
+    return tables.encode(datasets.Image().decode_example(image), "PNG")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, True),
+        ({"id": "other"}, True),
+        ({"meta": '{"from": "elsewhere"}'}, True),
+        ({"images": lambda images: [{"bytes": png_of(images[0]), "path": None}]}, True),  # the same pixels
+        ({"images": lambda images: [{"bytes": tables.jpeg(77), "path": None}]}, False),
+        ({"images": lambda images: images * 2}, False),
+        ({"messages": lambda turns: [turns[0], {"role": "assistant", "content": [{"type": "text", "text": "No."}]}]}, False),
+        ({"messages": lambda turns: [{"role": "user", "content": [{"type": "image"}]}, turns[1]]}, False),
+    ],
+)
+def test_duplicates_within_a_split(run, tmp_path, change, found):
+    root = tables.chat(tmp_path / "chat", conversations(("What?", "This."), ("Who?", "This."), ("What?", "That.")))
+    ok(run("prepare", "llava", "--source", root, "--out", tmp_path / "out"))
+    assert "no errors" in ok(run("check", tmp_path / "out"))  # one image of several questions, one question of several answers
+
+    def copy_first(rows):
+        copy = {name: value(rows[0][name]) if callable(value) else value for name, value in change.items()}
+        return [*rows, rows[0] | {"id": "copy"} | copy]
+
+    replace_rows(tmp_path / "out", copy_first)
+    report = granulon_hf.data.check(tmp_path / "out")
+    duplicates = [(problem.file, problem.row) for problem in report.errors if "duplicate" in problem.reason]
+    assert duplicates == [("data/train-00000-of-00001.parquet", 3)] * found
+    assert not [problem for problem in report.warnings + report.errors if "duplicate" not in problem.reason][1:]
+    result = run("check", tmp_path / "out")
+    assert result.exit_code == 1 and ("it is a duplicate" in result.stdout) == found
+
+
+def test_text_alone_is_a_duplicate_and_a_leak_too(run, tmp_path):
+    rows = [{"id": str(i), "conversations": tables.turn("Hi", "Ho")} for i in range(2)]
+    for name, records in (("one", rows), ("other", rows[:1])):
+        ok(run("prepare", "llava", "--source", tables.chat(tmp_path / name, records), "--out", tmp_path / f"p-{name}"))
+    reasons = [problem.reason for problem in granulon_hf.data.check(tmp_path / "p-one").errors]
+    assert len(reasons) == 1 and "duplicate" in reasons[0]
+    report = granulon_hf.data.check(tmp_path / "p-other", against=tmp_path / "p-one")
+    assert [problem.row for problem in report.errors] == [0, 1] and not any("duplicate" in p.reason for p in report.errors)
+
+
+BROKEN = {
+    "no image": conversations(("What?", "This."), ("Who?", "That."), image="gone.jpg"),
+    "no answer": conversations(("What?", " "), ("Who?", "")),
+    "no conversation": [{"conversations": "hi"}, {"conversations": []}],
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_set_without_a_usable_row_is_an_error(run, tmp_path, name, recwarn):
+    root, out = tables.chat(tmp_path / "chat", BROKEN[name]), tmp_path / "out"
+    refused(run("prepare", "llava", "--source", root, "--out", out), r"2 rows of .*\(\d\)")
+    assert not out.exists()
+    out.mkdir()
+    refused(run("prepare", "llava", "--source", root, "--out", out), "2 rows")
+    assert not list(out.iterdir())
+    assert not recwarn.list
+
+
+def test_a_prepared_folder_without_a_usable_row_is_an_error(prepared, run, tmp_path, recwarn):
+    for shard in sorted((prepared / "data").iterdir())[1:]:
+        shard.unlink()
+    replace_rows(prepared, lambda rows: [row | {"reference": ""} for row in rows])
+    for command in (("check",), ("show", "--out", tmp_path / "sheet.html")):
+        refused(run(command[0], prepared, *command[1:]), r"10 rows of .*the answer is empty \(10\)")
+    replace_rows(prepared, lambda rows: [])
+    for command in (("check",), ("show", "--out", tmp_path / "sheet.html")):
+        refused(run(command[0], prepared, *command[1:]), "no rows that can be used")
+    assert not (tmp_path / "sheet.html").exists() and not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("a.json", "", "empty"),
+        ("a.json", " \n", "empty"),
+        ("a.json", "[]", "empty"),
+        ("a.jsonl", "\n\n", "empty"),
+        ("a.txt", "", "empty"),
+        ("a.json", "[{}]", "empty"),
+        ("a.json", "[1, 2]", "a number"),
+        ("a.json", "null", "null"),
+        ("a.json", "{}", "an object"),
+        ("a.json", '"x"', "a text"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", f'[{{"id": {"9" * 5000}}}]', "too many digits"),
+        ("a.jsonl", "\x00\x01", "not JSON"),
+        ("a.JSONL", "nope", "not JSON"),
+        ("a.json", '[{"conversations": [{"from": ["x"]}]}]', "a turn is not from"),
+    ],
+)
+def test_files_with_nothing_in_them(run, tmp_path, name, content, word):
+    (tmp_path / name).write_text(content)
+    result = run("prepare", "llava", "--source", tmp_path / name, "--out", tmp_path / "out")
+    refused(result, word)
+    assert not (tmp_path / "out").exists() and "lacks" not in result.stderr
+    assert not any(word in result.stderr for word in ("Error:  ", "TypeError", "sys.", "dict", "NoneType")), result.stderr
+
+
+def test_everything_filtered_out_is_said(run, tmp_path):
+    tables.write(tmp_path / "seed" / "test.parquet", [tables.seed_video(i) for i in range(3)], tables.SEED)
+    refused(run("prepare", "seed-bench", "--source", tmp_path / "seed", "--out", tmp_path / "out"), r"a video row \(3\)")
+
+
+@pytest.mark.parametrize("split", ["trian", "", "../x", "Train", "train,test"])
+def test_a_split_that_is_not_there_is_not_written(run, flux, tmp_path, split):
+    sources = {
+        "llava": tables.chat(tmp_path / "chat", conversations(("What?", "This."))),
+        "flux-reason": flux,
+        "a-okvqa": tables.write(tmp_path / "ok" / "train.parquet", [tables.okvqa_row(0)], tables.OKVQA).parent,
+        "granuscenes": "drawn?scenes=2",
+    }
+    for name, source in sources.items():
+        result = run("prepare", name, "--source", source, "--out", tmp_path / "out", f"--split={split}")
+        refused(result, f"no split {re.escape(repr(split))}.*'train'")
+        assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_a_prepared_folder_that_are_not_as_written(prepared, run):
+    def change(rows):
+        rows[0]["messages"] = rows[0]["messages"][1:]
+        rows[1]["meta"], rows[2]["meta"] = "[]", "{"
+        return rows
+
+    replace_rows(prepared, change)
+    report = granulon_hf.data.check(prepared)
+    assert [problem.row for problem in report.errors] == [0, 1, 2] and sum(report.samples.values()) == 22
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"prepared": 3}', '{"prepared": {"complete": true, "shards": "x"}, "split": 3}']
+)
+def test_a_damaged_manifest(prepared, run, text):
+    (prepared / "manifest.json").write_text(text)
+    result = run("check", prepared)
+    assert result.exit_code == 0 and "manifest.json" in result.stdout and "1 warnings" in result.stdout, result.output
+
+
+def test_paths_that_cannot_be_written(run, tmp_path):
+    root = tables.chat(tmp_path / "chat", conversations(("What?", "This.")))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("a" * 300)):
+        result = run("prepare", "llava", "--source", root, "--out", out)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1 and "Errno" not in result.stderr, result.stderr
+
+
+def test_more_than_there_is_is_shown(prepared, run, tmp_path):
+    ok(run("show", prepared, "--out", tmp_path / "sheet.html", "--limit", "9" * 30))
+    assert (tmp_path / "sheet.html").read_text().count("<article>") == 25

@@ -120,7 +120,12 @@ def test_a_okvqa_choices(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(["a", "b"], "is a list, not text"), ([], "is a list"), ({"a": 1}, "is a dict"), (b"\xff", "is bytes that are not UTF-8")],
+    [
+        (["a", "b"], "is a list, not text"),
+        ([], "is a list"),
+        ({"a": 1}, "is an object"),
+        (b"\xff", "is bytes that are not UTF-8"),
+    ],
 )
 def test_what_is_no_text_is_no_answer(value, message):
     to_sample = ADAPTERS["flux-reason"].to_sample

@@ -55,7 +55,7 @@ def test_values_of_unexpected_types_end_no_epoch(tmp_path):
     tables.write(tmp_path / "a.parquet", [rows[0] | {"image": 7}])
     tables.write(tmp_path / "b.parquet", rows)
     samples = load("recap", source=tmp_path)
-    assert len(list(samples)) == 1 and samples.problems[0].reason.startswith("the image is a int")
+    assert len(list(samples)) == 1 and samples.problems[0].reason.startswith("the image is a number")
 
 
 def test_sampling_is_deterministic_uniform_and_spans_the_files(flux):
@@ -88,7 +88,7 @@ def test_train_and_holdout_are_disjoint_whatever_their_limits(flux):
         load("flux-reason", "holdout", flux, holdout=120)
     with pytest.raises(DataError, match="hold-out has 17 rows, not 20"):
         load("flux-reason", "holdout", flux, holdout=17, limit=20)
-    with pytest.raises(DataError, match="no split 'test', only 'train' and 'holdout'"):
+    with pytest.raises(DataError, match="no split 'test'; .* 'train', 'holdout'"):
         load("flux-reason", "test", flux)
 
 
@@ -331,8 +331,8 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 def test_an_empty_file_is_said(tmp_path):
     tables.write(tmp_path / "x.parquet", [], tables.FLUX)
-    with pytest.warns(UserWarning, match="has no rows of this subset"):
-        assert len(load("flux-reason", source=tmp_path)) == 0
+    with pytest.raises(DataError, match="empty"):
+        load("flux-reason", source=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_a_damaged_file_is_named(tmp_path):
         ({}, "Say which data set"),
         ({"name": "surgvlm"}, "say where its files are"),
         ({"name": "llava", "source": "no/such/place"}, "no file or folder 'no/such/place'"),
-        ({"name": "recap", "limit": 0}, "limit must be positive"),
+        ({"name": "recap", "limit": 0}, "`limit` must be at least 1"),
         ({"name": "recap", "on_error": "ignore"}, "'skip' or 'raise'"),
         ({"name": "recap"}, "Cannot reach the data set 'gmongaras/.*give source="),
         ({"name": np.zeros(3)}, "Say which columns"),
@@ -419,3 +419,92 @@ def test_workers_and_slices(flux):
     batches = list(DataLoader(samples, batch_size=5, num_workers=2, collate_fn=list))
     assert [sample.id for batch in batches for sample in batch] == ids(samples)
     assert ids(samples[3:7]) == ids(samples)[3:7] and len(samples[10:99]) == 2 and samples[-1].id == ids(samples)[-1]
+
+
+def dataset(answer="a"):
+    import datasets
+
+    return datasets.Dataset.from_dict({"image": [tables.jpeg()], "q": ["?"], "a": [answer]})
+
+
+COLUMNS = {"image": "image", "question": "q", "answer": "a"}
+
+
+def make_source(kind, path):
+    """A source of one row, which names no split, or train and another one."""
+    import datasets
+
+    if kind == "table":
+        return dataset()
+    if kind == "stream":
+        return dataset().to_iterable_dataset()
+    if kind == "file":
+        dataset().to_parquet(path / "x.parquet")
+        return path / "x.parquet"
+    if kind == "list":
+        dataset().to_parquet(path / "x.parquet")
+        return [path / "x.parquet"]
+    splits = {"train": dataset("of train"), "val": dataset("of val"), "mini": dataset("of mini")}
+    if kind == "dictionary":
+        return splits
+    if kind == "DatasetDict":
+        return datasets.DatasetDict(splits)
+    if kind == "saved":
+        datasets.DatasetDict(splits).save_to_disk(path / "saved")
+        return path / "saved"
+    for name, table in splits.items():  # as `push_to_hub` names them
+        table.to_parquet(path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
+    return path / "hub"
+
+
+@pytest.mark.parametrize("kind", ["table", "stream", "file", "list"])
+def test_what_a_source_without_splits_can_be_called(kind, tmp_path):
+    source = make_source(kind, tmp_path)
+    for split, name in (("train", "train"), ("validation", "validation"), ("val", "validation"), ("test", "test")):
+        samples = load(source, split, columns=COLUMNS)
+        assert len(list(samples)) == 1 and samples.split == name
+    for split in ("trian", "", "mini", "TEST", "a/b"):
+        with pytest.raises(DataError, match=r"'train', 'validation', 'test', 'holdout'"):
+            load(source, split, columns=COLUMNS)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "DatasetDict", "saved", "hub"])
+def test_splits_that_are_named_are_the_choices(kind, tmp_path):
+    source = make_source(kind, tmp_path)
+    for split, answer in (("train", "of train"), ("val", "of val"), ("validation", "of val"), ("mini", "of mini")):
+        assert [sample.reference for sample in load(source, split, columns=COLUMNS)] == [answer]
+    for split in ("trian", "test", ""):
+        with pytest.raises(DataError, match=f"no split {split!r}; it has .*'mini'"):
+            load(source, split, columns=COLUMNS)
+
+
+def test_a_holdout_that_is_a_split_of_its_own():
+    import datasets
+
+    source = datasets.DatasetDict(train=dataset("of train"), holdout=dataset("held out"))
+    assert [sample.reference for sample in load(source, "holdout", columns=COLUMNS)] == ["held out"]
+
+
+@pytest.mark.parametrize("split", ["mini", "test_heldout"])
+def test_a_split_of_any_name_is_prepared_and_loaded(split, tmp_path):
+    from granulon_hf.data import check, prepare
+
+    prepare({split: dataset(), "train": dataset("b")}, tmp_path / "out", split=split, columns=COLUMNS)
+    assert check(tmp_path / "out").samples == {split: 1}
+    for asked in (None, split):
+        assert load(tmp_path / "out", asked).split == split
+    with pytest.raises(DataError, match=f"it has '{split}'"):
+        load(tmp_path / "out", "train")
+
+
+def test_an_empty_file_among_others_is_no_error(tmp_path):
+    tables.chat(tmp_path, [{"conversations": tables.turn("hi", "yo")}], "b.json")
+    (tmp_path / "a.json").write_text("[]")
+    assert [sample.reference for sample in load("llava", source=tmp_path)] == ["yo"]
+
+
+def test_an_empty_stream():
+    import datasets
+
+    with pytest.raises(DataError, match="empty"):
+        load(datasets.IterableDataset.from_generator(lambda: iter([])), columns=COLUMNS)

@@ -229,7 +229,7 @@ def test_a_damaged_description_is_named(tmp_path):
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="answer is one of prediction, reference, not 'both'"):
+    with pytest.raises(ValueError, match="`answer` must be one of prediction, reference; got 'both'"):
         Alignment(answer="both")
-    with pytest.raises(ValueError, match="tokens is one of"):
+    with pytest.raises(ValueError, match="`tokens` must be one of"):
         Alignment(tokens="some")
