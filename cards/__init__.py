@@ -182,8 +182,8 @@ def inline(text: Any) -> str:
 def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str, Any]], str]:
     """Rows of the evaluation's table for one model, one for each data set and metric, and the command."""
     try:
+        from granulon_hf.evaluation.benchmark import PERCENT
         from granulon_hf.evaluation.metrics import bootstrap_mean
-        from granulon_hf.evaluation.suite import PERCENT
     except ImportError as error:
         raise ImportError(f'{error}; a card with results needs: pip install "granulon-hf[eval]"') from None
     rows: list[dict[str, Any]] = []
@@ -230,7 +230,7 @@ def paper_figures(name: str | None, rows: list[dict[str, Any]]) -> dict[tuple[st
     """What the paper reports for the same cells."""
     if not (name and rows):
         return {}
-    from granulon_hf.evaluation.suite import PAPER
+    from granulon_hf.evaluation.benchmark import PAPER
 
     cells = {(row["data"], row["metric"]) for row in rows}
     return {cell: figure for cell, figure in PAPER.get(name, {}).items() if cell in cells}

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo import demo_folder
-from granulon_hf.evaluation.models import load_model
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, describe_model
+from granulon_hf.evaluation.answer import Generation, PredictionRun, describe_model
+from granulon_hf.loading import load_model
 
 PHOTOS = Path(__file__).parent / "images"
 # Ground truth by whoever looks at the photographs.

@@ -24,12 +24,12 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonPreferenceCollator
-from granulon_hf.demo.assemble import build_demo
+from granulon_hf.demo_model import build_demo
 from granulon_hf.judge.judge import JudgeError, Options
 from granulon_hf.training import DataArguments, ModelArguments, RecipeError
-from granulon_hf.training.freezing import keep_frozen_parts_in_eval
 from granulon_hf.training.preferences import judged, prefer, read_lines, sampled, write_lines
 from granulon_hf.training.run import build_model, load_samples
+from granulon_hf.training.stages import keep_frozen_parts_in_eval
 
 
 @dataclass

@@ -23,10 +23,10 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.demo.assemble import build_demo
+from granulon_hf.demo_model import build_demo
 from granulon_hf.training import DataArguments, ModelArguments, RecipeError
-from granulon_hf.training.freezing import keep_frozen_parts_in_eval
 from granulon_hf.training.run import build_model, load_samples
+from granulon_hf.training.stages import keep_frozen_parts_in_eval
 
 
 @dataclass

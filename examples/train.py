@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from granulon_hf.demo.assemble import build_demo
+from granulon_hf.demo_model import build_demo
 from granulon_hf.training import RecipeError, TrainingFailed, TrainingStopped, parse
 from granulon_hf.training.run import train
 

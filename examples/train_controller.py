@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import set_seed
 
-from granulon_hf.demo.assemble import build_demo
+from granulon_hf.demo_model import build_demo
 from granulon_hf.training import RecipeError
 from granulon_hf.training.controller import parse, print_results, run_controller, save
 

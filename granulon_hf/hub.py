@@ -20,11 +20,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, PreTrainedConfig
 
 import granulon_hf
-from granulon_hf import cards, modeling, probe
-from granulon_hf.evaluation.models import check_config, read_model
+from granulon_hf import cards, modeling
+from granulon_hf import export_check as probe
+from granulon_hf.loading import check_config, read_model
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_adapter, name_backbone
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
-from granulon_hf.training.freezing import save_adapter
+from granulon_hf.training.stages import save_adapter
 
 FORMS = ("full", "adapter")
 CODE = Path(modeling.__file__).parent

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from granulon_hf import AutoModelForVision2Seq, GranulonForConditionalGeneration, hub, probe
+from granulon_hf import AutoModelForVision2Seq, GranulonForConditionalGeneration, hub
+from granulon_hf import export_check as probe
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
-from granulon_hf.training.freezing import save_adapter, set_stage
+from granulon_hf.training.stages import save_adapter, set_stage
 from tests.hub_server import HubServer
 
 CODE = Path(__file__).parents[1] / "modeling"
@@ -25,8 +26,9 @@ import sys
 from pathlib import Path
 import numpy as np, torch
 from huggingface_hub import HfApi
-from granulon_hf import GranulonForConditionalGeneration, GranulonProcessor, hub, probe
-from granulon_hf.training.freezing import save_adapter
+from granulon_hf import GranulonForConditionalGeneration, GranulonProcessor, hub
+from granulon_hf import export_check as probe
+from granulon_hf.training.stages import save_adapter
 
 folder = Path(sys.argv[1])
 for part in ("vision", "text"):

@@ -36,8 +36,8 @@ sys.path.insert(0, str(ROOT))
 
 from granulon_hf import variants  # noqa: E402
 from granulon_hf.data import Sample  # noqa: E402
-from granulon_hf.data.batching import PackSampler  # noqa: E402
 from granulon_hf.data.collator import GranulonCollator  # noqa: E402
+from granulon_hf.data.packing import PackSampler  # noqa: E402
 from granulon_hf.modeling.images_granulon import open_rgb  # noqa: E402
 
 SIZES = ((640, 480), (1024, 1024), (4000, 3000))

@@ -25,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from granulon_hf.cli.eval import loader  # noqa: E402
-from granulon_hf.data.files import batches  # noqa: E402
-from granulon_hf.data.shapes import Shapes  # noqa: E402
-from granulon_hf.evaluation.prediction import (  # noqa: E402
+from granulon_hf.data.datasets.shapes import Shapes  # noqa: E402
+from granulon_hf.evaluation.answer import (  # noqa: E402
     Generation,
     answer_batch,
     prefill_shared_image,
 )
+from granulon_hf.io import batches  # noqa: E402
 from granulon_hf.modeling.images_granulon import open_rgb  # noqa: E402
 
 

@@ -66,9 +66,9 @@ sys.path.insert(0, str(ROOT))
 
 from granulon_hf import variants  # noqa: E402
 from granulon_hf.data import Sample  # noqa: E402
-from granulon_hf.data.batching import PackSampler  # noqa: E402
 from granulon_hf.data.collator import GranulonCollator  # noqa: E402
-from granulon_hf.data.shapes import Shapes  # noqa: E402
+from granulon_hf.data.datasets.shapes import Shapes  # noqa: E402
+from granulon_hf.data.packing import PackSampler  # noqa: E402
 from granulon_hf.modeling.configuration_granulon import GranulonConfig  # noqa: E402
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration  # noqa: E402
 from granulon_hf.modeling.processing_granulon import GranulonProcessor  # noqa: E402

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from granulon_hf.data.cutouts import TUXPAINT
+from granulon_hf.data.granuscenes.cutouts import TUXPAINT
 
 SIDE = 448
 

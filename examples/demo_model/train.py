@@ -38,7 +38,7 @@ from scenes import (
 )
 from timm.data import ImageNetInfo
 
-from granulon_hf.demo.assemble import SHIPPED, build_demo, load_classifier
+from granulon_hf.demo_model import SHIPPED, build_demo, load_classifier
 from granulon_hf.modeling.aggregation_granulon import aggregate
 from granulon_hf.training.controller import CORPUS, ControllerArguments, Question
 from granulon_hf.training.controller import train_controller as fit_controller

@@ -24,7 +24,7 @@ from granulon_hf.modeling.modeling_granulon import (
     GranulonModel,
 )
 from granulon_hf.modeling.processing_granulon import GranulonProcessor, find_image_token
-from granulon_hf.training.freezing import set_stage
+from granulon_hf.training.stages import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}

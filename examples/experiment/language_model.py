@@ -29,8 +29,7 @@ from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from granulon_hf.data.files import write_text
-from granulon_hf.data.granuscenes import (
+from granulon_hf.data.granuscenes.scenes import (
     COLOURS,
     LETTERS,
     PHRASINGS,
@@ -40,6 +39,7 @@ from granulon_hf.data.granuscenes import (
     Scene,
     nameable,
 )
+from granulon_hf.io import write_text
 
 GRID = 14
 SIZES = 6  # words for how large an object is, in steps of a quarter of the smallest

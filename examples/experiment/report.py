@@ -36,8 +36,8 @@ import numpy as np
 import typer
 
 from granulon_hf.cli.common import BadInput, reports_bad_input
-from granulon_hf.data.files import write_text
 from granulon_hf.evaluation.metrics import exact
+from granulon_hf.io import write_text
 
 from .training import on_plateau, read_json, read_lines
 

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from granulon_hf.cli.common import BadInput
-from granulon_hf.data.adapter import DataError
-from granulon_hf.data.files import write_text
-from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
-from granulon_hf.data.granuscenes import VERSION
-from granulon_hf.demo.assemble import MissingBackbones
+from granulon_hf.data.datasets.base import DataError
+from granulon_hf.data.granuscenes.scenes import LEVELS as QUESTION_LEVELS
+from granulon_hf.data.granuscenes.scenes import VERSION
+from granulon_hf.demo_model import MissingBackbones
+from granulon_hf.io import write_text
 from granulon_hf.training.run import versions
 
 from . import language_model

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from granulon_hf.data.files import write_text
-from granulon_hf.training.freezing import frozen_modules, keep_frozen_parts_in_eval
+from granulon_hf.io import write_text
+from granulon_hf.training.stages import frozen_modules, keep_frozen_parts_in_eval
 
 from .training import ANSWER_TOKENS, Run, Study, read_json
 

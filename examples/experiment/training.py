@@ -25,18 +25,18 @@ from transformers.utils import logging
 
 from granulon_hf.cli.common import BadInput
 from granulon_hf.data.collator import GranulonCollator, encode_prompts
-from granulon_hf.data.files import batches, write_text
-from granulon_hf.data.granuscenes import LEVELS as QUESTION_LEVELS
-from granulon_hf.data.granuscenes import VERSION, GranuScenes, Pictures, Scene
+from granulon_hf.data.granuscenes.scenes import LEVELS as QUESTION_LEVELS
+from granulon_hf.data.granuscenes.scenes import VERSION, GranuScenes, Pictures, Scene
 from granulon_hf.data.sample import Sample
-from granulon_hf.demo.assemble import load_image_processor, load_language_model, load_vision_tower
+from granulon_hf.demo_model import load_image_processor, load_language_model, load_vision_tower
 from granulon_hf.evaluation.metrics import exact
+from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.aggregation_granulon import aggregate
 from granulon_hf.training.arguments import RecipeArguments
 from granulon_hf.training.checkpoints import last_checkpoint
 from granulon_hf.training.controller import ControllerArguments, Question, train_controller
-from granulon_hf.training.features import FeatureCache, key_of
-from granulon_hf.training.freezing import adapter_state, load_adapter_state, trainable
+from granulon_hf.training.feature_cache import FeatureCache, key_of
+from granulon_hf.training.stages import adapter_state, load_adapter_state, trainable
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
 from .alignment import align

@@ -105,8 +105,8 @@ def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str,
     """Model, processor, name and description, without the readers' own bars and notes."""
     from transformers.utils import logging
 
-    from granulon_hf.evaluation.models import load_model
-    from granulon_hf.evaluation.prediction import describe_model
+    from granulon_hf.evaluation.answer import describe_model
+    from granulon_hf.loading import load_model
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -145,7 +145,7 @@ def alignment(
     """Cosine between a model's states and those of the reference text, layer by layer: heatmaps and mean curves."""
     with plain_errors():
         from granulon_hf.evaluation.alignment import Alignment, AlignmentRun, report
-        from granulon_hf.evaluation.prediction import Generation
+        from granulon_hf.evaluation.answer import Generation
         from granulon_hf.evaluation.sets import left_out
 
         what = Alignment(answer, tokens, Generation(max_new_tokens, granularity, batch_size=batch_size))
@@ -236,7 +236,7 @@ def granularity(
     """Which levels are chosen, what the choice is worth against fixed levels and an oracle, and a sweep over clusters."""
     with plain_errors():
         from granulon_hf.evaluation import granularity as work
-        from granulon_hf.evaluation.prediction import Generation
+        from granulon_hf.evaluation.answer import Generation
         from granulon_hf.evaluation.sets import left_out
 
         scorer, fields = work.find_scorer(score), by or ["task"]

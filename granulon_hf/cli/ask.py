@@ -21,10 +21,10 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, TextStream
 from transformers.utils import logging
 
 import granulon_hf
+from granulon_hf import loading as models
 from granulon_hf import overlay as drawing
 from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
 from granulon_hf.data.collator import encode_prompts
-from granulon_hf.evaluation import models
 from granulon_hf.modeling.images_granulon import LONGEST_ASPECT, to_rgb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from granulon_hf.data.files import existing
+from granulon_hf.io import existing
 
 DATA_WARNINGS = r".* rows were asked for"
 # Options of `granulon data prepare` that other commands may have to send people to.
@@ -119,8 +119,8 @@ def plain_warnings(show: Callable[[str], None]) -> Iterator[None]:
 
 def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
     """Raises ValueError for what can be seen to be wrong before weights are read."""
+    from granulon_hf import loading as models
     from granulon_hf import variants
-    from granulon_hf.evaluation import models
 
     if dtype not in models.DTYPES:
         raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
@@ -136,7 +136,7 @@ def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
     """Also the embedded demo model, by the name "demo"."""
     from transformers.utils import logging
 
-    from granulon_hf.evaluation.models import load_model
+    from granulon_hf.loading import load_model
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()  # there is one of the evaluation's own

@@ -183,7 +183,7 @@ def show(
         raise BadInput(f"Cannot write {str(out)!r}: give the name of an HTML file in a folder that exists.")
     with data_errors():
         from granulon_hf.data.loading import load
-        from granulon_hf.data.sheet import contact_sheet
+        from granulon_hf.data.prepared.preview import contact_sheet
 
         if not folder.is_dir():
             raise BadInput(f"There is no folder {str(folder)!r}.")

@@ -93,8 +93,8 @@ def run(
     torchrun --nproc_per_node 2 -m granulon_hf eval run …
     """
     try:
-        from granulon_hf.evaluation.prediction import Generation
-        from granulon_hf.evaluation.suite import Suite, make_table, run_suite
+        from granulon_hf.evaluation.answer import Generation
+        from granulon_hf.evaluation.benchmark import Suite, make_table, run_suite
     except ImportError as error:
         raise BadInput(f'Evaluation needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
     said = {name: value for name, value in locals().items() if name in OPTIONS and value is not None and value != []}
@@ -145,7 +145,7 @@ OPTIONS = {
 
 
 def show(table: dict[str, Any]) -> None:
-    from granulon_hf.evaluation.suite import cell_text
+    from granulon_hf.evaluation.benchmark import cell_text
 
     heads = (escape(f"{data}\n{metric} (n = {table['counts'][data]})") for data, metric in table["columns"])
     printed = Table("model", *heads, box=None, padding=(0, 2, 0, 0))
@@ -167,8 +167,8 @@ def compare(
 ) -> None:
     """Train the projector of several encoders under one language model, identically, and evaluate them. Resumable."""
     try:
+        from granulon_hf.evaluation.benchmark import make_table
         from granulon_hf.evaluation.comparison import compare as run_comparison
-        from granulon_hf.evaluation.suite import make_table
         from granulon_hf.training import RecipeError, TrainingFailed
     except ImportError as error:
         raise BadInput(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from granulon_hf.cli.common import BadInput, check_out, one_line, reports_bad_input
-from granulon_hf.data.files import write_text
+from granulon_hf.io import write_text
 
 LONG = 100_000  # tokens, which most models do not take
 

@@ -44,7 +44,7 @@ class GranulonCollator:
             where that is still this many times the size that the image processor wants. At 2 hardly a pixel changes, at 1 it
             is faster and edges differ (figures: examples/benchmarks/data_loading.py); `None` always decodes it in full.
         image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
-            ([`~granulon_hf.training.features.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
+            ([`~granulon_hf.training.feature_cache.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
 
     Attributes:
         problems (`list[dict]`): `{"id", "reason"}` of each sample that was left out, once. With `num_workers` in a DataLoader
@@ -214,7 +214,7 @@ class GranulonCollator:
 
     def lengths(self, samples: Sequence[Sample | Mapping[str, Any]]) -> list[int]:
         """Tokens of the sample at each index, image slots included, without opening an image: for `LengthGroupedSampler` and
-        [`~granulon_hf.data.batching.PackSampler`]. A sample that the chat template refuses counts as none.
+        [`~granulon_hf.data.packing.PackSampler`]. A sample that the chat template refuses counts as none.
         """
         found: list[int] = []
         for start in range(0, len(samples), 1000):

@@ -11,12 +11,14 @@ from typing import Any, overload
 
 import numpy as np
 
-from granulon_hf.data import a_okvqa, flux_reason, granuscenes, llava, medical, pictures, prepared, recap, seed_bench
-from granulon_hf.data.adapter import Adapter, BadRow, DataError, broken_text, plain
-from granulon_hf.data.columns import make_adapter
-from granulon_hf.data.sample import Sample
-from granulon_hf.data.sampling import choose
-from granulon_hf.data.sources import (
+from granulon_hf.data import pictures
+from granulon_hf.data.datasets import a_okvqa, flux_reason, llava, recap, seed_bench
+from granulon_hf.data.datasets import surgvlm as medical
+from granulon_hf.data.datasets.base import Adapter, BadRow, DataError, broken_text, plain
+from granulon_hf.data.datasets.custom import make_adapter
+from granulon_hf.data.granuscenes import scenes as granuscenes
+from granulon_hf.data.prepared import format as prepared
+from granulon_hf.data.readers import (
     SPLIT_WORDS,
     SPLITS,
     DatasetSource,
@@ -27,6 +29,8 @@ from granulon_hf.data.sources import (
     splits_of,
     take_split,
 )
+from granulon_hf.data.sample import Sample
+from granulon_hf.data.sampling import choose
 
 ADAPTERS: dict[str, Adapter] = {
     module.ADAPTER.name: module.ADAPTER

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from granulon_hf.data.adapter import BadRow
+from granulon_hf.data.datasets.base import BadRow
 from granulon_hf.modeling.images_granulon import checked, open_rgb
 
 

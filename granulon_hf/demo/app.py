@@ -28,7 +28,7 @@ import granulon_hf
 from granulon_hf import overlay
 from granulon_hf.data.collator import encode_prompts
 from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
-from granulon_hf.evaluation.models import load_model
+from granulon_hf.loading import load_model
 from granulon_hf.modeling.images_granulon import open_rgb
 
 MAX_QUESTION = 500  # characters

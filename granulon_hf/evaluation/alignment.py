@@ -29,9 +29,9 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.data.files import write_text
 from granulon_hf.data.sample import Sample
-from granulon_hf.evaluation.prediction import Generation, answer_batch, read_description
+from granulon_hf.evaluation.answer import Generation, answer_batch, read_description
+from granulon_hf.io import write_text
 
 ANSWERS = ("prediction", "reference")
 TOKENS = ("content", "all")

@@ -10,14 +10,14 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from granulon_hf.data.files import write_text
-from granulon_hf.evaluation.models import pick_device
-from granulon_hf.evaluation.prediction import Generation, OtherPredictions, process_state
-from granulon_hf.evaluation.suite import Suite, open_set, run_suite
+from granulon_hf.evaluation.answer import Generation, OtherPredictions, process_state
+from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
+from granulon_hf.io import write_text
+from granulon_hf.loading import pick_device
 from granulon_hf.training.arguments import make_parser, parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
-from granulon_hf.training.freezing import load_adapter_state
 from granulon_hf.training.run import build_model, train
+from granulon_hf.training.stages import load_adapter_state
 from granulon_hf.variants import DECODERS, ENCODERS
 
 # What differs between the rows of a fair comparison, and only that.

@@ -16,9 +16,9 @@ import jinja2
 from PIL import Image
 
 from granulon_hf.data.collator import encode_prompts
-from granulon_hf.data.files import write_text
+from granulon_hf.evaluation.answer import PredictionRun, read_description
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
-from granulon_hf.evaluation.prediction import PredictionRun, read_description
+from granulon_hf.io import write_text
 from granulon_hf.modeling.images_granulon import open_rgb
 
 SIDE = 480  # pixels, long side of a picture

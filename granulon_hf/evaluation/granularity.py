@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from granulon_hf.data.files import write_text
 from granulon_hf.data.sample import Sample
+from granulon_hf.evaluation.answer import Generation, PredictionRun
 from granulon_hf.evaluation.metrics import SCORERS, bootstrap_mean, paired_difference
-from granulon_hf.evaluation.prediction import Generation, PredictionRun
+from granulon_hf.io import write_text
 from granulon_hf.modeling.images_granulon import open_rgb
 
 Scorer = Callable[[dict[str, Any]], float]

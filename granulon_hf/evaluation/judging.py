@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from granulon_hf.data.files import write_text
+from granulon_hf.io import write_text
 from granulon_hf.judge import judge as judge_module
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")

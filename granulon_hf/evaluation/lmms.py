@@ -24,10 +24,10 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from granulon_hf.data.files import batches
 from granulon_hf.data.sample import Sample
-from granulon_hf.evaluation.models import load_model
-from granulon_hf.evaluation.prediction import Generation, answer_batch
+from granulon_hf.evaluation.answer import Generation, answer_batch
+from granulon_hf.io import batches
+from granulon_hf.loading import load_model
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_NEW_TOKENS = 1024  # of a task that names none; as lmms-eval's LLaVA

@@ -3,10 +3,10 @@
 from typing import Any
 
 from granulon_hf.data import DataError, load
-from granulon_hf.data.adapter import NoHoldout
-from granulon_hf.data.llava import is_chat
+from granulon_hf.data.datasets.base import NoHoldout
+from granulon_hf.data.datasets.llava import is_chat
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.data.loading import ADAPTERS, Samples, tell_reasons
-from granulon_hf.data.shapes import Shapes
 
 HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own with smaller ones
 

@@ -1,7 +1,7 @@
 """The training recipe of the supplement as pieces of transformers' Trainer."""
 
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError, parse
-from granulon_hf.training.freezing import STAGES, set_stage
+from granulon_hf.training.stages import STAGES, set_stage
 from granulon_hf.training.trainer import GranulonTrainer, TrainingFailed, TrainingStopped
 
 __all__ = [

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import logging
 
-from granulon_hf.data.files import existing
+from granulon_hf.io import existing
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
 from granulon_hf.training.arguments import RecipeError
 

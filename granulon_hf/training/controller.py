@@ -27,8 +27,8 @@ from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
 from granulon_hf.training.arguments import ModelArguments, OptionParser, RecipeError
 from granulon_hf.training.checkpoints import check_output_dir, check_unused
-from granulon_hf.training.freezing import adapter_state, save_adapter, set_stage
 from granulon_hf.training.run import build_model, versions
+from granulon_hf.training.stages import adapter_state, save_adapter, set_stage
 
 # Written by the project, labels included; its card is beside it.
 CORPUS = Path(data.__file__).parent / "granularity" / "questions.jsonl"

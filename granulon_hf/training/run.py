@@ -25,13 +25,13 @@ import granulon_hf
 from granulon_hf import variants
 from granulon_hf.data import DataError, Sample, load
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.data.files import existing
-from granulon_hf.data.llava import is_chat
-from granulon_hf.data.shapes import Shapes
+from granulon_hf.data.datasets.llava import is_chat
+from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.io import existing
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
-from granulon_hf.training.features import FeatureCache
-from granulon_hf.training.freezing import STAGES, load_adapter_state, parameter_table, set_stage, trainable
+from granulon_hf.training.feature_cache import FeatureCache
+from granulon_hf.training.stages import STAGES, load_adapter_state, parameter_table, set_stage, trainable
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger
 
 PROBED = 64  # samples that are looked at before the first step

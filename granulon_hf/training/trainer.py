@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from granulon_hf.training.arguments import RecipeError
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
-from granulon_hf.training.freezing import (
+from granulon_hf.training.stages import (
     adapter_state,
     frozen_modules,
     keep_frozen_parts_in_eval,

@@ -81,7 +81,7 @@ def test_the_card_of_a_variant(name, form, monkeypatch):
     assert metadata["library_name"] == "transformers"
     assert metadata["language"] == "en"
     assert metadata["datasets"] == ["LucasFang/FLUX-Reason-6M"]
-    assert set(metadata["metrics"]) <= set(importlib.import_module("granulon_hf.evaluation.suite").METRICS)
+    assert set(metadata["metrics"]) <= set(importlib.import_module("granulon_hf.evaluation.benchmark").METRICS)
     assert "granulon" in metadata["tags"]
     assert metadata["license"] in LICENSES
     if metadata["license"] == "other":

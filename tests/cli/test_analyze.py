@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from granulon_hf import loading as models
 from granulon_hf import variants
 from granulon_hf.cli.analyze import app
-from granulon_hf.evaluation import models
 from tests.data import tables
 
 

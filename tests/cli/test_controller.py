@@ -166,7 +166,7 @@ def test_questions_that_are_no_text():
 
 def test_a_prepared_folder_of_which_nothing_can_be_used():
     from granulon_hf.data import prepare
-    from granulon_hf.data.prepared import features
+    from granulon_hf.data.prepared.format import features
     from tests.data import tables
 
     root = tables.chat(Path("chat"), [{"id": "0", "conversations": tables.turn("Hi?", "Ho.")}])

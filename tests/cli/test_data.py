@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import granulon_hf.data
 from granulon_hf.cli.data import app
-from granulon_hf.data import materialise
+from granulon_hf.data.prepared import write as materialise
 from tests.data import tables
 
 

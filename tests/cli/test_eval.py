@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from granulon_hf import loading as models
 from granulon_hf import variants
 from granulon_hf.cli import app
-from granulon_hf.data.shapes import Shapes
-from granulon_hf.evaluation import models
-from granulon_hf.evaluation import suite as suite_module
+from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.evaluation import benchmark as suite_module
+from granulon_hf.evaluation.benchmark import Suite, metrics_for
 from granulon_hf.evaluation.metrics import recall
-from granulon_hf.evaluation.suite import Suite, metrics_for
 from tests.data import tables
 from tests.judge.server import Reply, Server
 

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 
 from granulon_hf.data import ADAPTERS, BadRow, DataError, load, prepare
-from granulon_hf.data.granuscenes import GranuScenes, SceneSource
-from granulon_hf.data.medical import PHASES
-from granulon_hf.data.prepared import to_row
+from granulon_hf.data.datasets.surgvlm import PHASES
+from granulon_hf.data.granuscenes.scenes import GranuScenes, SceneSource
+from granulon_hf.data.prepared.format import to_row
 from tests.data import tables
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPImageProcessor, SiglipImageProcessor
 from granulon_hf import variants
 from granulon_hf.data import Sample
 from granulon_hf.data.collator import GranulonCollator, GranulonPreferenceCollator
-from granulon_hf.demo.assemble import LANGUAGE_PACKAGE, MissingBackbones, packaged_file
+from granulon_hf.demo_model import LANGUAGE_PACKAGE, MissingBackbones, packaged_file
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.processing_granulon import make_chat_template
 from tests.conftest import make_conversation, make_inputs, make_picture

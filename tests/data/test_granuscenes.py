@@ -14,8 +14,10 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.stats import binomtest, chisquare
 
-from granulon_hf.data import DataError, check, cutouts, granuscenes, load, prepare
-from granulon_hf.data.granuscenes import GranuScenes, Pictures, baselines, by_type, shared
+from granulon_hf.data import DataError, check, load, prepare
+from granulon_hf.data.granuscenes import cutouts
+from granulon_hf.data.granuscenes import scenes as granuscenes
+from granulon_hf.data.granuscenes.scenes import GranuScenes, Pictures, baselines, by_type, shared
 from granulon_hf.modeling.images_granulon import open_rgb
 
 

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from granulon_hf.data import ADAPTERS, DataError, load
+from granulon_hf.data.readers import ParquetSource, split_of
 from granulon_hf.data.sampling import file_order
-from granulon_hf.data.sources import ParquetSource, split_of
 from tests.data import tables
 
 

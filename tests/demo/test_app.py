@@ -282,7 +282,7 @@ def test_the_file_alone_is_a_space(talkative, tmp_path, monkeypatch):
     """Copied elsewhere and run as a script, as a Space does."""
     model, processor = talkative()
     started = []
-    monkeypatch.setattr("granulon_hf.evaluation.models.load_model", lambda *arguments: (model, processor, arguments[0]))
+    monkeypatch.setattr("granulon_hf.loading.load_model", lambda *arguments: (model, processor, arguments[0]))
     monkeypatch.setattr(gradio.Blocks, "launch", lambda app, **kwargs: started.append((app, kwargs)))
     monkeypatch.setenv("GRANULON_MODEL", "org/granulon")
     shutil.copy(work.__file__, tmp_path / "app.py")

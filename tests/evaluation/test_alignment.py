@@ -7,11 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.data.sample import Sample
-from granulon_hf.data.shapes import Shapes
 from granulon_hf.evaluation import alignment
 from granulon_hf.evaluation.alignment import Alignment, AlignmentRun, align_batch, curve, mean_states, report
-from granulon_hf.evaluation.prediction import Generation
+from granulon_hf.evaluation.answer import Generation
 from granulon_hf.modeling.images_granulon import open_rgb
 
 NAMES = ["granulon-qwen2.5", "granulon-llama3.2", "clip-qwen2.5"]

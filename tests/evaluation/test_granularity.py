@@ -7,10 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from granulon_hf.data.shapes import Shapes
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.evaluation import granularity as work
+from granulon_hf.evaluation.answer import Generation, answer_batch
 from granulon_hf.evaluation.granularity import GranularityAnalysis, image_tokens, setting, sweep_cells
-from granulon_hf.evaluation.prediction import Generation, answer_batch
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 LEVELS = ("coarse", "middle", "fine")

@@ -20,8 +20,8 @@ from datasets import Dataset, DatasetDict, Features, Image, Sequence, Value
 from lmms_eval.api.instance import Instance
 
 from granulon_hf.data.sample import Sample
+from granulon_hf.evaluation.answer import Generation, answer_batch
 from granulon_hf.evaluation.lmms import Granulon, make_generation
-from granulon_hf.evaluation.prediction import Generation, answer_batch
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 QUESTIONS = (

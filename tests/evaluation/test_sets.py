@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from granulon_hf.data import load
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.data.loading import ADAPTERS
-from granulon_hf.data.shapes import Shapes
 from granulon_hf.evaluation.sets import describe_set, left_out, open_samples
 from tests.data import tables
 

@@ -38,8 +38,8 @@ from examples.experiment.language_model import (
 )
 from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau, unreadable
 from granulon_hf.cli.common import BadInput
-from granulon_hf.data.granuscenes import GranuScenes, Pictures
-from granulon_hf.demo.assemble import MissingBackbones, packaged_file
+from granulon_hf.data.granuscenes.scenes import GranuScenes, Pictures
+from granulon_hf.demo_model import MissingBackbones, packaged_file
 from granulon_hf.modeling.aggregation_granulon import grid_positions
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from granulon_hf import variants
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.data.shapes import Shapes
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.training import RecipeError
 from granulon_hf.training.preferences import prefer, read_lines
 from tests.judge.server import Reply, Server, prediction_of

@@ -128,7 +128,7 @@ def test_inertia_is_close_to_scikit_learns_best_of_ten(weight):
 
 
 def test_inertia_on_features_of_photographs():
-    demo = pytest.importorskip("granulon_hf.demo.assemble")
+    demo = pytest.importorskip("granulon_hf.demo_model")
     try:
         tower, processor = demo.load_vision_tower(torch.float32), demo.load_image_processor()
     except demo.MissingBackbones as error:

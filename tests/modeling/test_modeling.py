@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from granulon_hf import AutoModelForVision2Seq, GranulonConfig, GranulonForConditionalGeneration, GranulonModel
-from granulon_hf.training.freezing import adapter_state, set_stage
+from granulon_hf.training.stages import adapter_state, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 LEVELS = ("coarse", "middle", "fine")

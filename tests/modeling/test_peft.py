@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from granulon_hf.training.freezing import set_stage
+from granulon_hf.training.stages import set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 peft = pytest.importorskip("peft")

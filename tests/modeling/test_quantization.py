@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from granulon_hf import GranulonForConditionalGeneration, variants
-from granulon_hf.data.shapes import Shapes
-from granulon_hf.training.freezing import save_adapter, set_stage
+from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.training.stages import save_adapter, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 KEPT = ("model.controller.", "model.multi_modal_projector.", "lm_head")

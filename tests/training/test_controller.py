@@ -23,7 +23,7 @@ from granulon_hf.training.controller import (
     run_controller,
     train_controller,
 )
-from granulon_hf.training.freezing import load_adapter_state, set_stage
+from granulon_hf.training.stages import load_adapter_state, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 ROOT = Path(__file__).parents[2]

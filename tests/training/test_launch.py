@@ -12,11 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from granulon_hf.data.shapes import Shapes
-from granulon_hf.evaluation.models import load_model
+from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.loading import load_model
 from granulon_hf.modeling.adapter_granulon import find_adapter
-
-from ..demo.test_assemble import needs_backbones
+from tests.test_demo_model import needs_backbones
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]

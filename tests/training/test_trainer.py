@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoProcessor
 
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.data.shapes import Shapes
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.modeling import modeling_granulon
 from granulon_hf.training import GranulonTrainer, RecipeArguments, RecipeError, TrainingFailed, set_stage
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
-from granulon_hf.training.freezing import trainable
 from granulon_hf.training.run import SampleDataset
+from granulon_hf.training.stages import trainable
 
 SAMPLES = Shapes(48)
 

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from rich.progress import track
 
-from granulon_hf.data.files import batches
+from granulon_hf.io import batches
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.training.arguments import RecipeError
 

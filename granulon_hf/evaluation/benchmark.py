@@ -15,7 +15,14 @@ import torch
 from transformers import AutoConfig
 
 from granulon_hf.data import Sample
-from granulon_hf.data.files import write_text
+from granulon_hf.evaluation.answer import (
+    Generation,
+    PredictionRun,
+    describe_model,
+    process_state,
+    read_description,
+    write_parquet,
+)
 from granulon_hf.evaluation.metrics import (
     CAPTION_METRICS,
     SCORERS,
@@ -24,16 +31,9 @@ from granulon_hf.evaluation.metrics import (
     corpus_captions,
     paired_difference,
 )
-from granulon_hf.evaluation.models import pick_device
-from granulon_hf.evaluation.prediction import (
-    Generation,
-    PredictionRun,
-    describe_model,
-    process_state,
-    read_description,
-    write_parquet,
-)
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
+from granulon_hf.io import write_text
+from granulon_hf.loading import pick_device
 from granulon_hf.training.run import command_line
 
 # Figures of the paper (its tables), for reference; percent, GPT scores 0 to 100.

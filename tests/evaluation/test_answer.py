@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import load_dataset
 
-from granulon_hf.data.shapes import Shapes
-from granulon_hf.evaluation.prediction import Generation, PredictionRun, answer_batch, prefill_shared_image, write_parquet
+from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.evaluation.answer import Generation, PredictionRun, answer_batch, prefill_shared_image, write_parquet
 from granulon_hf.modeling.images_granulon import open_rgb
 from tests.conftest import make_conversation, make_inputs
 

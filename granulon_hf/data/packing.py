@@ -29,7 +29,7 @@ class PackSampler(Sampler[list[int]]):
     Example:
 
     ```python
-    >>> from granulon_hf.data.batching import PackSampler
+    >>> from granulon_hf.data.packing import PackSampler
 
     >>> sorted(map(sorted, PackSampler([7, 3, 5, 5, 2], budget=10)))
     [[0, 1], [2, 3], [4]]

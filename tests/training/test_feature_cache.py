@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.data.shapes import Shapes
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.training import RecipeError, set_stage
-from granulon_hf.training.features import INDEX, VALUES, FeatureCache
+from granulon_hf.training.feature_cache import INDEX, VALUES, FeatureCache
 
 SAMPLES = Shapes(10)
 IMAGES = [image for i in range(10) for image in SAMPLES[i].images]

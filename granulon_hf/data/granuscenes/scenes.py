@@ -19,11 +19,11 @@ from urllib.parse import parse_qsl, urlencode
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from granulon_hf.data.adapter import Adapter, DataError, Row, encoded, single_turn
-from granulon_hf.data.columns import by_group
-from granulon_hf.data.cutouts import ALIKE, DRAWN, VERSION, Picture, Pictures
+from granulon_hf.data.datasets.base import Adapter, DataError, Row, encoded, single_turn
+from granulon_hf.data.datasets.custom import by_group
+from granulon_hf.data.granuscenes.cutouts import ALIKE, DRAWN, VERSION, Picture, Pictures
+from granulon_hf.data.readers import Source
 from granulon_hf.data.sample import Sample
-from granulon_hf.data.sources import Source
 
 SIDE = 192  # pixels; lengths below are in pixels of such a scene, and scale with others
 SCENES = 2000

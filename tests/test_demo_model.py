@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from granulon_hf import AutoModelForVision2Seq, GranulonForConditionalGeneration
-from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, assemble, demo_folder
-
-from ..conftest import make_picture
+from granulon_hf import demo_model as assemble
+from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
+from tests.conftest import make_picture
 
 
 def installed() -> bool:

@@ -18,11 +18,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import granulon_hf
 from granulon_hf.data.collator import conversation, encode_prompts
-from granulon_hf.data.files import batches, write_text
 from granulon_hf.data.sample import Sample
+from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.training.features import fingerprint
+from granulon_hf.training.feature_cache import fingerprint
 
 
 @dataclass

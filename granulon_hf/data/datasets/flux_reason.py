@@ -4,7 +4,7 @@ A text-to-image set: it has neither questions nor a test split. The paper trains
 asked is not published. Ours: an instruction drawn by the id, answered by `caption_detail`, the only caption always there.
 """
 
-from granulon_hf.data.adapter import Adapter, Row, draw, encoded, row_id, single_turn, text
+from granulon_hf.data.datasets.base import Adapter, Row, draw, encoded, row_id, single_turn, text
 from granulon_hf.data.sample import Sample
 
 INSTRUCTIONS = (

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.adapter import Adapter, BadRow, DataError, Row, encoded
+from granulon_hf.data.datasets.base import Adapter, BadRow, DataError, Row, encoded
 from granulon_hf.data.sample import TASKS, Sample
 
 COLUMNS = ("id", "images", "messages", "reference", "task", "choices", "meta")

@@ -1,6 +1,6 @@
 """A-OKVQA: questions that need knowledge beyond the image. The test split's answers are withheld."""
 
-from granulon_hf.data.adapter import Adapter, BadRow, Row, by_image, encoded, parse_list, pick, plain, single_turn, text
+from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded, parse_list, pick, plain, single_turn, text
 from granulon_hf.data.sample import Sample
 
 

@@ -1,6 +1,6 @@
 """CC12M and ImageNet21K, recaptioned: a long and a short caption per image."""
 
-from granulon_hf.data.adapter import Adapter, Row, draw, encoded, plain, row_id, single_turn, text
+from granulon_hf.data.datasets.base import Adapter, Row, draw, encoded, plain, row_id, single_turn, text
 from granulon_hf.data.sample import Sample
 
 INSTRUCTIONS = (

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from granulon_hf.data.adapter import (
+from granulon_hf.data.datasets.base import (
     Adapter,
     BadRow,
     DataError,
@@ -23,7 +23,7 @@ from granulon_hf.data.adapter import (
     single_turn,
     text,
 )
-from granulon_hf.data.recap import INSTRUCTIONS
+from granulon_hf.data.datasets.recap import INSTRUCTIONS
 from granulon_hf.data.sample import Sample
 
 NAMES = ("image", "question", "answer", "index", "choices", "id", "group")

@@ -1,6 +1,6 @@
 """What a model says to a fixed picture, and, run as a script, what it says where this package is not installed.
 
-python granulon_hf/probe.py FOLDER_OR_HUB_ID OUT.npz
+python granulon_hf/export_check.py FOLDER_OR_HUB_ID OUT.npz
 """
 
 import sys

@@ -1,6 +1,6 @@
 """SEED-Bench: multiple choice about images; its video rows are no part of the paper's benchmark."""
 
-from granulon_hf.data.adapter import Adapter, BadRow, Row, encoded_list, list_options, plain, single_turn, text
+from granulon_hf.data.datasets.base import Adapter, BadRow, Row, encoded_list, list_options, plain, single_turn, text
 from granulon_hf.data.sample import Sample
 
 QUESTION_TYPES = (

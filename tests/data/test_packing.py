@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from granulon_hf import variants
-from granulon_hf.data.batching import PackSampler
 from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.packing import PackSampler
 from tests.data.test_collator import simple
 
 

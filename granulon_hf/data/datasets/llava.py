@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.adapter import Adapter, BadRow, Row, by_image, encoded_list, row_id, text
+from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded_list, row_id, text
 from granulon_hf.data.sample import Sample
 
 MARKER = "<image>"

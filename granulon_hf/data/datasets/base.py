@@ -53,7 +53,7 @@ class Adapter:
         withheld (`dict[str, str]`): splits without public answers, and the split to use instead.
         license (`str`, *optional*): of the images and texts, for the card.
         opener (`Callable`, *optional*): of a set that is made, not read: (what the user calls its source or `None`, split) to
-            a [`~granulon_hf.data.sources.Source`].
+            a [`~granulon_hf.data.readers.Source`].
     """
 
     name: str

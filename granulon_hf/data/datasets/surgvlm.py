@@ -5,8 +5,8 @@ SurgVLM has no repository of its own; SurgSigma/SurgSigma-DB is partly released 
 
 import re
 
-from granulon_hf.data import llava
-from granulon_hf.data.adapter import Adapter, Row, by_video, encoded_list, single_turn, text
+from granulon_hf.data.datasets import llava
+from granulon_hf.data.datasets.base import Adapter, Row, by_video, encoded_list, single_turn, text
 from granulon_hf.data.sample import Sample
 
 PHASES = (

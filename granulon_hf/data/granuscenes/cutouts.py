@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from granulon_hf.data.adapter import DataError
-from granulon_hf.data.sources import IMAGE_ENDINGS
+from granulon_hf.data.datasets.base import DataError
+from granulon_hf.data.readers import IMAGE_ENDINGS
 
 VERSION = 2  # of cut-outs and scenes: other scenes for the same seed are another version
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data import prepared
-from granulon_hf.data.adapter import DataError
+from granulon_hf.data.datasets.base import DataError
 from granulon_hf.data.loading import Problem, Samples, load, none_usable
+from granulon_hf.data.prepared import format as prepared
+from granulon_hf.data.readers import open_source, splits_of
 from granulon_hf.data.sample import Sample
-from granulon_hf.data.sources import open_source, splits_of
 from granulon_hf.modeling.images_granulon import open_rgb
 
 ELSEWHERE = "the other folder"

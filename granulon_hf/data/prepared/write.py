@@ -19,12 +19,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from granulon_hf.data import pictures, prepared
-from granulon_hf.data.adapter import DataError
-from granulon_hf.data.files import write_text
+from granulon_hf.data import pictures
+from granulon_hf.data.datasets.base import DataError
 from granulon_hf.data.loading import Problem, Samples, load, none_usable
+from granulon_hf.data.prepared import format as prepared
+from granulon_hf.data.readers import StreamSource
 from granulon_hf.data.sample import Sample
-from granulon_hf.data.sources import StreamSource
+from granulon_hf.io import write_text
 
 SHARD_ROWS = 1000
 GROUP_ROWS = 16  # what is read to get at one sample
@@ -254,7 +255,7 @@ def make_card(samples: Samples, manifest: dict[str, Any], tasks: Counter[str]) -
     return str(
         DatasetCard.from_template(
             data,
-            template_str=files("granulon_hf.data").joinpath("card.md").read_text(encoding="utf-8"),
+            template_str=files("granulon_hf.data.prepared").joinpath("card.md").read_text(encoding="utf-8"),
             title=title,
             manifest=manifest,
             done=done,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from granulon_hf.training.freezing import (
+from granulon_hf.training.stages import (
     STAGES,
     adapter_state,
     keep_frozen_parts_in_eval,

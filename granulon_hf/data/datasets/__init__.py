@@ -1,0 +1,1 @@
+"""The sets: one module each, which says how its rows become samples."""

@@ -1,0 +1,1 @@
+"""GranuScenes: scenes of tagged cut-outs, drawn from a seed, with questions at three levels."""

@@ -1,0 +1,1 @@
+"""Prepared folders: Parquet with images, a manifest and a card."""
