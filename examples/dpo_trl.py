@@ -25,8 +25,9 @@ from trl import DPOConfig, DPOTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonPreferenceCollator
 from granulon_hf.demo_model import build_demo
+from granulon_hf.errors import GranulonError
 from granulon_hf.judge.judge import JudgeError, Options
-from granulon_hf.training import DataArguments, ModelArguments, RecipeError
+from granulon_hf.training import DataArguments, ModelArguments
 from granulon_hf.training.preferences import judged, prefer, read_lines, sampled, write_lines
 from granulon_hf.training.run import build_model, load_samples
 from granulon_hf.training.stages import keep_frozen_parts_in_eval
@@ -86,7 +87,7 @@ def make_pairs(args: PairArguments, folder: Path, model, processor, samples) -> 
     try:
         Options(**options)  # before answers are sampled
     except ValueError as error:
-        raise RecipeError(str(error)) from None
+        raise GranulonError(str(error)) from None
     generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     answers = sampled(folder / "answers.jsonl", model.eval(), processor, samples, **generation)
     scores = judged(samples, answers, dry_run=args.dry_run, store=folder / "judged.jsonl", **options)
@@ -96,7 +97,7 @@ def make_pairs(args: PairArguments, folder: Path, model, processor, samples) -> 
     pairs, counts = prefer(samples, answers, scores)
     print(counts)
     if not pairs:
-        raise RecipeError(f"None of {len(samples)} samples gave a pair: {counts}.")
+        raise GranulonError(f"None of {len(samples)} samples gave a pair: {counts}.")
     write_lines(folder / "pairs.jsonl", pairs)
     return pairs
 
@@ -114,7 +115,7 @@ def main(arguments: list[str] | None = None) -> DPOTrainer | None:
         return None
     images = {sample.id: sample.images for sample in samples}
     if not all(pair["id"] in images for pair in pairs):
-        raise RecipeError(f"The pairs in {config.output_dir!r} are of other samples; say another --output_dir.")
+        raise GranulonError(f"The pairs in {config.output_dir!r} are of other samples; say another --output_dir.")
     frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
     trainer = Trainer(
         model,
@@ -132,5 +133,5 @@ def main(arguments: list[str] | None = None) -> DPOTrainer | None:
 if __name__ == "__main__":
     try:
         main()
-    except (RecipeError, JudgeError) as error:
+    except (GranulonError, JudgeError) as error:
         sys.exit(f"Error: {error}")

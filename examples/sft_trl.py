@@ -24,7 +24,8 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.demo_model import build_demo
-from granulon_hf.training import DataArguments, ModelArguments, RecipeError
+from granulon_hf.errors import GranulonError
+from granulon_hf.training import DataArguments, ModelArguments
 from granulon_hf.training.run import build_model, load_samples
 from granulon_hf.training.stages import keep_frozen_parts_in_eval
 
@@ -82,5 +83,5 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except GranulonError as error:
         sys.exit(f"Error: {error}")

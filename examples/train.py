@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from granulon_hf.demo_model import build_demo
-from granulon_hf.training import RecipeError, TrainingFailed, TrainingStopped, parse
+from granulon_hf.errors import GranulonError
+from granulon_hf.training import TrainingFailed, TrainingStopped, parse
 from granulon_hf.training.run import train
 
 DEMO = os.path.relpath(Path(__file__).with_name("demo.yaml"))
@@ -27,5 +28,5 @@ if __name__ == "__main__":
     except TrainingStopped as error:
         print(error)
         sys.exit(143)  # as the signal itself would have ended it
-    except (RecipeError, TrainingFailed) as error:
+    except (GranulonError, TrainingFailed) as error:
         sys.exit(f"Error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)

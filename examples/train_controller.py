@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from granulon_hf.demo_model import build_demo
-from granulon_hf.training import RecipeError
+from granulon_hf.errors import GranulonError
 from granulon_hf.training.controller import parse, print_results, run_controller, save
 
 
@@ -41,5 +41,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except RecipeError as error:
+    except GranulonError as error:
         sys.exit(f"Error: {error}")

@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig
 import granulon_hf
 from granulon_hf import cards, modeling
 from granulon_hf import export_check as probe
+from granulon_hf.errors import GranulonError
 from granulon_hf.loading import check_config, read_model
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_adapter, name_backbone
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
@@ -46,10 +47,6 @@ SECRETS = re.compile(
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
 )
 TOLERANCE = 1e-4  # of the largest logit; on one machine the difference is 0
-
-
-class HubError(ValueError):
-    """A model cannot be exported or uploaded; the message says why and what to do."""
 
 
 def export(
@@ -81,14 +78,14 @@ def export(
         `Path`: the folder.
 
     Raises:
-        HubError: the source cannot be read, its backbones are not known or not the ones named, the folder is not empty, or
+        GranulonError: the source cannot be read, its backbones are not known or not the ones named, the folder is not empty, or
             the exported model says something else than the source.
     """
     source, folder = os.fspath(source), Path(folder)
     if form not in (None, *FORMS):
-        raise HubError(f"Unknown form {form!r}; the forms are {', '.join(FORMS)}.")
+        raise GranulonError(f"Unknown form {form!r}; the forms are {', '.join(FORMS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise HubError(f"{str(folder)!r} is not an empty folder; name a new one.")
+        raise GranulonError(f"{str(folder)!r} is not an empty folder; name a new one.")
     try:
         if name is not None:
             cards.card_data(name)
@@ -97,15 +94,15 @@ def export(
         if name is not None:
             cards.check_variant(config, name)
     except (OSError, ValueError) as error:
-        raise HubError(" ".join(str(error).split())) from error
+        raise GranulonError(" ".join(str(error).split())) from error
     trained = find_adapter(source)
     form = form or ("adapter" if trained else "full")
     if backbones and form == "full":
-        raise HubError("Backbones are named in the adapter form only; add form='adapter'.")
+        raise GranulonError("Backbones are named in the adapter form only; add form='adapter'.")
     named = named_backbones(config.backbones, backbones) if form == "adapter" else config.backbones
     local = [one["name"] for one in (named or {}).values() if os.path.isabs(one["name"])]
     if local and form == "adapter" and repo_id is not None:
-        raise HubError(
+        raise GranulonError(
             f"The backbone {local[0]!r} is a folder of this machine, which no one else can read: name its repository on the "
             "Hub (--vision org/name, --text org/name), or upload the full form."
         )
@@ -114,10 +111,10 @@ def export(
         options: dict[str, Any] = {"backbones": named} if trained and config.backbones is None else {}
         model, processor, _ = read_model(source, **options)
     except ValueError as error:
-        raise HubError(str(error)) from error
+        raise GranulonError(str(error)) from error
     expected = probe.logits(model, processor) if validate else {}
     if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
-        raise HubError(f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken.")
+        raise GranulonError(f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken.")
     model.config.backbones = None if local and form == "full" else named
 
     # A folder appears under its name when it is whole and was tried.
@@ -143,7 +140,7 @@ def export(
             target.rmdir()
         folder.rename(target)
     except ValueError as error:
-        raise HubError(str(error)) from error
+        raise GranulonError(str(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
@@ -178,24 +175,26 @@ def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) 
     """Both backbones with their commits.
 
     Raises:
-        HubError: one is not known, or has no commit on the Hub that could be named.
+        GranulonError: one is not known, or has no commit on the Hub that could be named.
     """
     found: dict[str, Any] = {part: (known or {}).get(part) for part in ("vision", "text")}
     for part, text in (given or {}).items():
         if part not in found:
-            raise HubError(f"Unknown backbone {part!r}; a model has a vision and a text backbone.")
+            raise GranulonError(f"Unknown backbone {part!r}; a model has a vision and a text backbone.")
         name, _, revision = text.partition("@")
         found[part] = name_backbone(name, {"revision": revision} if revision else {})
     for part, source in found.items():
         if source is None:
-            raise HubError(
+            raise GranulonError(
                 f"The model does not say where its {part} backbone comes from, which the adapter form needs: name it "
                 f"(--{part} org/name), or export the full form."
             )
         if "revision" not in source and not os.path.isabs(source["name"]):
             found[part] = source = name_backbone(source["name"], source)
             if "revision" not in (source or {}):
-                raise HubError(f"The {part} backbone {found[part]['name']!r} cannot be found on the Hub to pin its commit.")
+                raise GranulonError(
+                    f"The {part} backbone {found[part]['name']!r} cannot be found on the Hub to pin its commit."
+                )
     return found
 
 
@@ -213,24 +212,24 @@ def check_export(folder: Path) -> None:
     """Look through a folder that is to be uploaded.
 
     Raises:
-        HubError: a file that is not expected, code that is not this package's, or what looks like a secret.
+        GranulonError: a file that is not expected, code that is not this package's, or what looks like a secret.
     """
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             continue
         if not any(path.match(pattern) for pattern in UPLOADED):
-            raise HubError(f"{path.name} is not part of a model; it is not uploaded.")
+            raise GranulonError(f"{path.name} is not part of a model; it is not uploaded.")
         if path.suffix == ".py" and ((own := CODE / path.name).is_file() is False or own.read_bytes() != path.read_bytes()):
-            raise HubError(f"{path.name} is not the code of this package.")
+            raise GranulonError(f"{path.name} is not the code of this package.")
         if path.suffix == ".safetensors" or path.name == "tokenizer.json":
             continue
         content = path.read_bytes()
         if SECRETS.search(content):
-            raise HubError(f"{path.name} holds what looks like a secret; it is not uploaded.")
+            raise GranulonError(f"{path.name} holds what looks like a secret; it is not uploaded.")
         if path.suffix == ".json":
             for code in auto_maps(json.loads(content)):
                 if not isinstance(code, dict) or not code.items() <= AUTO_MAP.items():
-                    raise HubError(f"{path.name} names code that is not this package's: {json.dumps(code)[:200]}.")
+                    raise GranulonError(f"{path.name} names code that is not this package's: {json.dumps(code)[:200]}.")
 
 
 def auto_maps(content: Any) -> Iterator[Any]:
@@ -251,7 +250,7 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
         `float`: largest difference of a logit, as a part of the largest logit.
 
     Raises:
-        HubError: it does not load, or says something else.
+        GranulonError: it does not load, or says something else.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npz"
@@ -262,7 +261,7 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
         done = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            raise HubError(f"The exported folder does not load without granulon_hf ({reason}).")
+            raise GranulonError(f"The exported folder does not load without granulon_hf ({reason}).")
         found = dict(np.load(out))
     worst = 0.0
     for level, values in expected.items():
@@ -270,7 +269,7 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
         # A NaN is no difference for max, and none is small enough.
         worst = float(np.maximum(worst, np.abs(found[level] - values).max() / scale))
     if not worst <= TOLERANCE:
-        raise HubError(
+        raise GranulonError(
             f"The exported model says something else than its source (logits differ by {worst:.1e} of the largest): the "
             "backbones that it names are not the ones that it has."
         )
@@ -301,7 +300,7 @@ def push(
         **options: of [`export`].
 
     Raises:
-        HubError: no login, a repository that is public though `private`, or what [`export`] raises.
+        GranulonError: no login, a repository that is public though `private`, or what [`export`] raises.
     """
     api = HfApi(token=token)
     repo_id, present = check_repo(api, repo_id, private)
@@ -328,16 +327,16 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
     """The full name of a repository that may be written, and its files, before anything is computed.
 
     Raises:
-        HubError: the name is not valid, there is no login, the repository is not as private as was meant, or it holds something
-            else than a Granulon model.
+        GranulonError: the name is not valid, there is no login, the repository is not as private as was meant, or it holds
+            something else than a Granulon model.
     """
     check_repo_id(repo_id)
     try:
         user = api.whoami()
     except LocalTokenNotFoundError:
-        raise HubError("No login on the Hub: run `hf auth login`, or set HF_TOKEN.") from None
+        raise GranulonError("No login on the Hub: run `hf auth login`, or set HF_TOKEN.") from None
     except Exception as error:
-        raise HubError(f"The Hub does not accept the login ({' '.join(str(error).split())[:200]}).") from error
+        raise GranulonError(f"The Hub does not accept the login ({' '.join(str(error).split())[:200]}).") from error
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
@@ -345,9 +344,9 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
     except RepositoryNotFoundError:
         return repo_id, []
     if private and not known.private:
-        raise HubError(f"{repo_id} exists and is public; say so (--public), or name another repository.")
+        raise GranulonError(f"{repo_id} exists and is public; say so (--public), or name another repository.")
     if not private and known.private:
-        raise HubError(f"{repo_id} exists and is private; make it public in its settings, or leave out --public.")
+        raise GranulonError(f"{repo_id} exists and is private; make it public in its settings, or leave out --public.")
     present = [one.rfilename for one in known.siblings or []]
     if set(present) - {".gitattributes", "README.md"}:
         try:
@@ -355,13 +354,13 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
         except OSError:
             kind = None
         if kind != GranulonConfig.model_type:
-            raise HubError(f"{repo_id} holds something else than a Granulon model; name another repository.")
+            raise GranulonError(f"{repo_id} holds something else than a Granulon model; name another repository.")
     return repo_id, present
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises HubError for a name that no repository can have."""
+    """Raises GranulonError for a name that no repository can have."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not a name of a repository: {' '.join(str(error).split())}") from None
+        raise GranulonError(f"{repo_id!r} is not a name of a repository: {' '.join(str(error).split())}") from None

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from granulon_hf import AutoModelForVision2Seq, GranulonForConditionalGeneration, hub
 from granulon_hf import export_check as probe
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.training.stages import save_adapter, set_stage
 from tests.hub_server import HubServer
@@ -54,7 +55,7 @@ hub.push(run, "org/adapter", revision="v2", validate=False)
 for name, private in (("org/public", True), ("org/full", False), ("org/other", True)):
     try:
         hub.push(run, name, private=private)
-    except hub.HubError as error:
+    except GranulonError as error:
         print("REFUSED", error)
 """
 
@@ -223,7 +224,7 @@ def test_foreign_code_deep_in_a_source_is_neither_run_nor_passed_on(full, tmp_pa
     config = json.loads((full / "processor_config.json").read_text())
     config["image_processor"]["auto_map"] = {"AutoImageProcessor": f"{code}--x.CLIPImageProcessor"}
     (full / "processor_config.json").write_text(json.dumps(config))
-    with pytest.raises(hub.HubError, match="names code that is not"):
+    with pytest.raises(GranulonError, match="names code that is not"):
         hub.export(full, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "ran").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
@@ -233,7 +234,7 @@ def test_a_broken_model_is_not_exported(full, tmp_path):
     state = load_file(full / "model.safetensors")
     state["model.multi_modal_projector.linear_2.bias"][0] = float("nan")
     save_file(state, full / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(hub.HubError, match="not all finite"):
+    with pytest.raises(GranulonError, match="not all finite"):
         hub.export(full, tmp_path / "out")
 
 
@@ -334,9 +335,9 @@ def test_other_backbones_than_those_named_are_found_out(assembled, tmp_path):
         model.model.language_model.norm.weight += 1
     model.save_pretrained(tmp_path / "altered")
     processor.save_pretrained(tmp_path / "altered")
-    with pytest.raises(hub.HubError, match="backbones that it names are not the ones"):
+    with pytest.raises(GranulonError, match="backbones that it names are not the ones"):
         hub.export(tmp_path / "altered", tmp_path / "out", form="adapter")
-    with pytest.raises(hub.HubError, match="is a folder of this machine"):
+    with pytest.raises(GranulonError, match="is a folder of this machine"):
         hub.export(tmp_path / "run", tmp_path / "out2", repo_id="org/x")
 
 
@@ -352,7 +353,7 @@ def test_what_cannot_be_exported(full, tmp_path):
         ({"backbones": {"vision": "x"}}, "adapter form only"),
         ({"source": tmp_path / "nothing"}, "Cannot find the model"),
     ):
-        with pytest.raises(hub.HubError, match=message):
+        with pytest.raises(GranulonError, match=message):
             hub.export(**{"source": full, "folder": tmp_path / "out", "validate": False, **options})
     assert not (tmp_path / "out").exists()
 
@@ -372,7 +373,7 @@ def test_what_cannot_be_exported(full, tmp_path):
 )
 def test_a_folder_is_looked_through_before_it_goes(file, content, message, tmp_path):
     (tmp_path / file).write_text(content)
-    with pytest.raises(hub.HubError, match=message):
+    with pytest.raises(GranulonError, match=message):
         hub.check_export(tmp_path)
 
 
@@ -400,19 +401,19 @@ def test_the_exported_folder_must_say_the_same(full, build, tmp_path):
     model, processor = build()
     expected = probe.logits(model, processor)
     assert hub.compare(folder, expected) == 0
-    with pytest.raises(hub.HubError, match="says something else"):
+    with pytest.raises(GranulonError, match="says something else"):
         hub.compare(folder, {**expected, "fine": expected["fine"] + 1})
-    with pytest.raises(hub.HubError, match="says something else"):
+    with pytest.raises(GranulonError, match="says something else"):
         hub.compare(folder, {**expected, "coarse": expected["coarse"] * np.nan})
     (folder / "aggregation_granulon.py").unlink()
-    with pytest.raises(hub.HubError, match="does not load without granulon_hf"):
+    with pytest.raises(GranulonError, match="does not load without granulon_hf"):
         hub.compare(folder, expected)
 
 
 def test_without_a_login_nothing_is_computed(full, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_api.get_token", lambda: None)
     monkeypatch.setattr(hub, "export", lambda *args, **options: pytest.fail("too early"))
-    with pytest.raises(hub.HubError, match="hf auth login"):
+    with pytest.raises(GranulonError, match="hf auth login"):
         hub.push(full, "org/x")
-    with pytest.raises(hub.HubError, match="not a name of a repository"):
+    with pytest.raises(GranulonError, match="not a name of a repository"):
         hub.push(full, "org/x/y")

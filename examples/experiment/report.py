@@ -35,7 +35,8 @@ import jinja2
 import numpy as np
 import typer
 
-from granulon_hf.cli.common import BadInput, reports_bad_input
+from granulon_hf.cli.common import reports_bad_input
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.metrics import exact
 from granulon_hf.io import write_text
 
@@ -221,14 +222,15 @@ def read(out: Path) -> Study:
     """The finished runs of a folder, checked to be comparable.
 
     Raises:
-        BadInput: no finished run, settings that differ between arms, an arm that differs between seeds, or other questions.
+        GranulonError: no finished run, settings that differ between arms, an arm that differs between seeds, or other
+            questions.
     """
     folders = sorted(path for path in out.glob("runs/*/*") if path.is_dir())
     if not out.is_dir():
-        raise BadInput(f"There is no folder {str(out)!r}.")
+        raise GranulonError(f"There is no folder {str(out)!r}.")
     finished = [path for path in folders if (path / "done.json").exists()]
     if not finished:
-        raise BadInput(f"{str(out)!r} holds no finished run (runs/ARM/SEED/done.json); run the experiment first.")
+        raise GranulonError(f"{str(out)!r} holds no finished run (runs/ARM/SEED/done.json); run the experiment first.")
     experiment = read_json(out / "experiment.json", "level_of_type", "made_by", "language_model")
     aligned = [read_json(path, "letter", "colour") for path in sorted(out.glob("alignment/*/results.json"))]
     experiment["alignment"] = {kind: [one[kind] for one in aligned] for kind in ("letter", "colour") if aligned}
@@ -245,9 +247,9 @@ def read(out: Path) -> Study:
             or not needed <= set(value)
             or (name == "done" and not all(isinstance(value[one], int | float) for one in needed))
         ]:
-            raise BadInput(f"{damaged[0]} of the run {label(folder)} is damaged; remove its folder and run it again.")
+            raise GranulonError(f"{damaged[0]} of the run {label(folder)} is damaged; remove its folder and run it again.")
         if (manifest["arm_name"], str(manifest["seed"])) != (folder.parent.name, folder.name):
-            raise BadInput(
+            raise GranulonError(
                 f"The folder {label(folder)} holds the run {manifest['arm_name']}/{manifest['seed']}: rename or remove it."
             )
         own = {name: manifest.get(name) for name in ("arm", "group")}
@@ -256,7 +258,7 @@ def read(out: Path) -> Study:
         first = arms.setdefault(manifest["arm_name"], (folder, own))
         for (before, known), mine in ((shared, rest), (first, own)):
             if where := differing(known, mine):
-                raise BadInput(
+                raise GranulonError(
                     f"The runs {label(before)} and {label(folder)} differ in {where}: they cannot be compared; "
                     "run one of them again with the other's settings, or take one of them out of the folder."
                 )
@@ -273,7 +275,7 @@ def read(out: Path) -> Study:
                 kept |= {"chance": float(row["chance"]), "visual_tokens": int(row["visual_tokens"])}
                 blocks[row["split"], row["control"]].append(kept)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise BadInput(
+            raise GranulonError(
                 f"A row of the run {label(folder)} is damaged ({error!r}); remove its folder and run it again."
             ) from None
         for block, rows in blocks.items():
@@ -287,13 +289,13 @@ def read(out: Path) -> Study:
             run.visual_tokens[block] = [row["visual_tokens"] for row in rows]
     for block, (known_at, asked) in questions.items():
         if len({row[:2] for row in asked}) != len(asked):
-            raise BadInput(f"The run {label(known_at)} has questions of {' / '.join(block)} twice; run it again.")
+            raise GranulonError(f"The run {label(known_at)} has questions of {' / '.join(block)} twice; run it again.")
         if block[1] == "none":
             for run in runs.values():
                 if block not in run.correct:
                     raise other_questions(known_at, run.name, block)
     if (DECISIVE, "none") not in questions:
-        raise BadInput(f"No run in {str(out)!r} has predictions of the split {DECISIVE!r}; run the experiment again.")
+        raise GranulonError(f"No run in {str(out)!r} has predictions of the split {DECISIVE!r}; run the experiment again.")
     return Study(
         experiment,
         sorted(runs.values(), key=rank),
@@ -312,9 +314,9 @@ def label(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}"
 
 
-def other_questions(one: Path, other: Path | str, block: tuple[str, str]) -> BadInput:
+def other_questions(one: Path, other: Path | str, block: tuple[str, str]) -> GranulonError:
     name = label(other) if isinstance(other, Path) else other
-    return BadInput(
+    return GranulonError(
         f"The runs {label(one)} and {name} were not asked the same questions (split {block[0]}, control {block[1]}), or one of "
         "them lost some of its answers; "
         "run one of them again on the other's scenes, or take one of them out of the folder."
@@ -1090,7 +1092,7 @@ def write(out: Path, resamples: int = RESAMPLES) -> Path:
         `Path`: of `report.md`.
 
     Raises:
-        BadInput: no finished run, or runs that cannot be compared; the message names them.
+        GranulonError: no finished run, or runs that cannot be compared; the message names them.
     """
     study = read(out)
     found = analyse(study, resamples)

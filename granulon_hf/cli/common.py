@@ -12,15 +12,12 @@ from typing import Any
 
 import typer
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import existing
 
 DATA_WARNINGS = r".* rows were asked for"
 # Options of `granulon data prepare` that other commands may have to send people to.
 PREPARING = {"source", "holdout", "column", "revision", "max_files"}
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one sentence that says what is wrong and what to do."""
 
 
 def reports_bad_input(command: Callable) -> Callable:
@@ -38,7 +35,7 @@ def reports_bad_input(command: Callable) -> Callable:
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            if isinstance(error, BadInput):
+            if isinstance(error, GranulonError):
                 message = str(error)
             elif isinstance(error, OSError) and error.filename:
                 message = f"{os.fspath(error.filename)!r} cannot be used: {error.strerror}."
@@ -92,12 +89,12 @@ def one_line(error: Exception) -> str:
 
 
 def check_out(out: Path) -> None:
-    """Raises BadInput where this folder cannot be made or written, before anything is computed for it."""
+    """Raises GranulonError where this folder cannot be made or written, before anything is computed for it."""
     nearest = existing(out)
     if not nearest.is_dir():
-        raise BadInput(f"--out {str(out)!r} takes a folder, and {str(nearest)!r} is a file; name another one.")
+        raise GranulonError(f"--out {str(out)!r} takes a folder, and {str(nearest)!r} is a file; name another one.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
+        raise GranulonError(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
 
 
 @contextmanager

@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from granulon_hf.cli.common import BadInput, check_out, one_line, reports_bad_input
+from granulon_hf.cli.common import check_out, one_line, reports_bad_input
 from granulon_hf.cli.judge import Price, as_option, judging, pairs, progress_bar, read_price, show_estimate
+from granulon_hf.errors import GranulonError
 
 app = typer.Typer(help="The granularity controller: label questions to train it on.", no_args_is_help=True)
 KEPT = ("id", "split")  # columns that go on into the labels
@@ -55,9 +56,9 @@ def label(
     console = Console(highlight=False)
     levels = pairs(level, "--level", "NAME=MEANING, such as --level fine='details and places'") or dict(labelling.LEVELS)
     if len(levels) < len(level or []):
-        raise BadInput("--level names a level twice.")
+        raise GranulonError("--level names a level twice.")
     if not out.name or out.is_dir():
-        raise BadInput(f"--out {str(out)!r} is a folder; it takes the name of a file, such as labels.jsonl.")
+        raise GranulonError(f"--out {str(out)!r} is a folder; it takes the name of a file, such as labels.jsonl.")
     check_out(out.parent)
     found = read_questions(questions, pairs(column, "--column"))
     first: dict[str, dict[str, Any]] = {}
@@ -66,7 +67,7 @@ def label(
     rows = list(first.values())[:limit]
     store = out.with_suffix(".answers.jsonl")
     if out.exists() and (not store.exists() or out.samefile(questions)):
-        raise BadInput(f"--out {str(out)!r} exists and was not written by this command; name another file.")
+        raise GranulonError(f"--out {str(out)!r} exists and was not written by this command; name another file.")
     options: dict[str, Any] = {
         **{"levels": levels, "model": model, "store": str(store), "max_cost": max_cost, "retry_unscored": retry_unlabelled},
         **{"backend": backend, "rpm": rpm, "tpm": tpm, "base_url": base_url, "concurrency": concurrency},
@@ -87,9 +88,9 @@ def label(
 
             result = labelling.label(texts, **options, on_result=on_result)
     except ValueError as error:  # of the options: one sentence each
-        raise BadInput(as_option(error)) from None
+        raise GranulonError(as_option(error)) from None
     except JudgeError as error:
-        raise BadInput(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
+        raise GranulonError(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None
@@ -105,7 +106,7 @@ def label(
     for reason, count in Counter(reason for reason in result["reasons"] if reason).most_common(5):
         console.print(f"  {count} × {escape(reason.replace('max_cost', '--max-cost'))}", style="yellow", soft_wrap=True)
     if not labelled:
-        raise BadInput(f"No question got a label, and nothing was written to {out}.")
+        raise GranulonError(f"No question got a label, and nothing was written to {out}.")
     judging().write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in labelled))
     console.print(f"Labels: {escape(str(out))}", style="dim", soft_wrap=True)
 
@@ -119,21 +120,21 @@ def read_questions(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
         columns (`dict[str, str]`): `{"question": name}` where the column has another name.
 
     Raises:
-        BadInput: it cannot be read, or a row has no question.
+        GranulonError: it cannot be read, or a row has no question.
     """
     unknown = sorted(set(columns) - {"question"})
     if unknown:
-        raise BadInput(f"--column takes question=COLUMN; there is no field {unknown[0]!r}.")
+        raise GranulonError(f"--column takes question=COLUMN; there is no field {unknown[0]!r}.")
     rows = []
     for place, row in rows_of(path):
         names = [columns["question"]] if columns else [name for name in ("question", "text") if name in row]
         text = row.get(names[0]) if names else None
         if not isinstance(text, str) or not text.strip():
             has = ", ".join(map(repr, row)) or "nothing"
-            raise BadInput(f"{path}, {place} has no question (it has {has}); name its column with --column question=NAME.")
+            raise GranulonError(f"{path}, {place} has no question (it has {has}); name its column with --column question=NAME.")
         rows.append({"text": text.strip(), **{name: row[name] for name in KEPT if row.get(name) is not None}})
     if not rows:
-        raise BadInput(f"{str(path)!r} holds no questions.")
+        raise GranulonError(f"{str(path)!r} holds no questions.")
     return rows
 
 
@@ -143,19 +144,19 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")
         except UnicodeDecodeError as error:
-            raise BadInput(f"{str(path)!r} cannot be read: {one_line(error)}.") from None
+            raise GranulonError(f"{str(path)!r} cannot be read: {one_line(error)}.") from None
         yield from ((f"line {i}", {"text": line}) for i, line in enumerate(lines, 1) if line.strip())
     elif (path / "manifest.json").exists():
-        from granulon_hf.data import DataError, load
+        from granulon_hf.data import load
 
         try:
             samples = load(str(path), verify="none")
             samples[0]  # says why, where not one can be used
             yield from ((f"sample {s.id}", {"id": s.id, "question": s.question}) for s in samples)
-        except DataError as error:
-            raise BadInput(one_line(error)) from None
+        except GranulonError as error:
+            raise GranulonError(one_line(error)) from None
     else:
         try:
             yield from work.rows_of(path)
-        except work.PredictionsError as error:
-            raise BadInput(str(error)) from None
+        except GranulonError as error:
+            raise GranulonError(str(error)) from None

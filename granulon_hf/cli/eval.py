@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, check_models, check_out, loader, one_line, plain_warnings, reports_bad_input
+from granulon_hf.cli.common import check_models, check_out, loader, one_line, plain_warnings, reports_bad_input
+from granulon_hf.errors import GranulonError
 
 app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
 
@@ -19,7 +20,7 @@ def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
     """Values of a YAML file.
 
     Raises:
-        BadInput: no such file, no YAML, or a name that does not exist.
+        GranulonError: no such file, no YAML, or a name that does not exist.
     """
     if path is None:
         return {}
@@ -28,10 +29,10 @@ def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
 
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except Exception as error:
-        raise BadInput(f"{str(path)!r} cannot be read: {one_line(error)}") from None
+        raise GranulonError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
         what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
-        raise BadInput(f"{str(path)!r} holds {what}; the names are {', '.join(sorted(known))}.")
+        raise GranulonError(f"{str(path)!r} holds {what}; the names are {', '.join(sorted(known))}.")
     return values
 
 
@@ -39,13 +40,13 @@ def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> 
     """Values of a file as the command line would have them: of their types, within their bounds, one as a list of one.
 
     Raises:
-        BadInput: a value that the option does not take.
+        GranulonError: a value that the option does not take.
     """
     line = []
     for name, value in values.items():
         items = [] if value is None else value if name in LISTS and isinstance(value, list) else [value]
         if any(isinstance(item, list | dict) for item in items):
-            raise BadInput(
+            raise GranulonError(
                 f"{str(path)!r}: {name} is {value!r}; it takes {'a list of names' if name in LISTS else 'one value'}."
             )
         line += [f"--{name.replace('_', '-')}={item}" for item in items]
@@ -54,7 +55,7 @@ def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> 
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's way, of the copy that this version of typer uses
             raise
-        raise BadInput(f"{str(path)!r}: {' '.join(error.format_message().split())}") from None
+        raise GranulonError(f"{str(path)!r}: {' '.join(error.format_message().split())}") from None
     return {name: found[name] for name in values if found[name] is not None}
 
 
@@ -96,7 +97,7 @@ def run(
         from granulon_hf.evaluation.answer import Generation
         from granulon_hf.evaluation.benchmark import Suite, make_table, run_suite
     except ImportError as error:
-        raise BadInput(f'Evaluation needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
+        raise GranulonError(f'Evaluation needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
     said = {name: value for name, value in locals().items() if name in OPTIONS and value is not None and value != []}
     options = {**converted(ctx, read_yaml(config, OPTIONS), config), **said}
     generation = {name: options.pop(name) for name in ("max_new_tokens", "granularity", "batch_size") if name in options}
@@ -111,7 +112,7 @@ def run(
             judge={k: v for k, v in judged.items() if v is not None} if judged["model"] else None,
         )
     except (TypeError, ValueError) as error:
-        raise BadInput(one_line(error)) from None
+        raise GranulonError(one_line(error)) from None
     check_out(Path(suite.out))
     main = int(os.environ.get("RANK", 0)) == 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -131,7 +132,7 @@ def run(
             with plain_warnings(lambda line: on_set(f"Note: {line}")):
                 result = run_suite(suite, loader, on_progress, on_set, check_models)
         except (ImportError, ValueError) as error:
-            raise BadInput(one_line(error).replace("source=…", "--data NAME=FOLDER")) from None
+            raise GranulonError(one_line(error).replace("source=…", "--data NAME=FOLDER")) from None
     if main:
         show(make_table(result))
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
@@ -169,16 +170,16 @@ def compare(
     try:
         from granulon_hf.evaluation.benchmark import make_table
         from granulon_hf.evaluation.comparison import compare as run_comparison
-        from granulon_hf.training import RecipeError, TrainingFailed
+        from granulon_hf.training import TrainingFailed
     except ImportError as error:
-        raise BadInput(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None
+        raise GranulonError(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None
     values = read_yaml(config, {"llm", "encoders", "train", "eval", "controller"})
     check_out(out)
     try:
         with plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
             result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))
-    except (RecipeError, TrainingFailed, TypeError, ValueError) as error:
-        raise BadInput(one_line(error)) from None
+    except (GranulonError, TrainingFailed, TypeError, ValueError) as error:
+        raise GranulonError(one_line(error)) from None
     if not result:  # the first of several processes tells
         return
     show(make_table(result))

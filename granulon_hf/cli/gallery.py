@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from granulon_hf.cli.common import BadInput, loader, one_line, reports_bad_input
+from granulon_hf.cli.common import loader, one_line, reports_bad_input
+from granulon_hf.errors import GranulonError
 
 LARGE = 20_000_000  # bytes
 
@@ -18,7 +19,7 @@ def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict
     """`["runs/a=x"]` as `{Path("runs/a"): "x"}`.
 
     Raises:
-        BadInput: an option starts with none of the folders.
+        GranulonError: an option starts with none of the folders.
     """
     found = {}
     for option in options or []:
@@ -26,7 +27,7 @@ def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict
         cuts = [i for i, character in enumerate(option) if character == "="]
         fits = [(folder, option[i + 1 :]) for i in cuts for folder in folders if Path(option[:i]) == folder and option[i + 1 :]]
         if not fits:
-            raise BadInput(f"{name} takes FOLDER=VALUE with one of the prediction folders; got {option!r}.")
+            raise GranulonError(f"{name} takes FOLDER=VALUE with one of the prediction folders; got {option!r}.")
         found[fits[-1][0]] = fits[-1][1]
     return found
 
@@ -61,11 +62,11 @@ def gallery(
     try:
         from granulon_hf.evaluation import gallery as work
     except ImportError as error:
-        raise BadInput(f'The gallery needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
+        raise GranulonError(f'The gallery needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
     if sort is not None and sort not in work.ORDERS:
-        raise BadInput(f"Unknown --sort {sort!r}; the choices are {', '.join(work.ORDERS)}.")
+        raise GranulonError(f"Unknown --sort {sort!r}; the choices are {', '.join(work.ORDERS)}.")
     if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
-        raise BadInput(f"--out {str(out)!r} cannot be written; it takes a file in a folder that exists.")
+        raise GranulonError(f"--out {str(out)!r} cannot be written; it takes a file in a folder that exists.")
     console = Console(highlight=False)
     try:
         names = by_folder(name, predictions, "--name")
@@ -78,7 +79,7 @@ def gallery(
         try:
             judged = {run.name: work.read_scores(given[run.folder], run) for run in runs if run.folder in given}
         except ImportError as error:
-            raise BadInput(f'Scores need more packages ({error}); run: pip install "granulon-hf[judge]"') from None
+            raise GranulonError(f'Scores need more packages ({error}); run: pip install "granulon-hf[judge]"') from None
         cases = work.join(runs, judged)
         notes = missing(runs, cases)
         draw, overlay_model = None, ""
@@ -105,7 +106,7 @@ def gallery(
         )
         next(steps, None)  # takes the bar off the screen
     except ValueError as error:  # of the gallery and of models: one sentence each
-        raise BadInput(one_line(error)) from None
+        raise GranulonError(one_line(error)) from None
     for note in notes:
         console.print(escape(note), style="yellow", soft_wrap=True)
     shown = min(limit, len(cases))

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import BadInput, check_out, one_line, reports_bad_input
+from granulon_hf.cli.common import check_out, one_line, reports_bad_input
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
 LONG = 100_000  # tokens, which most models do not take
@@ -25,12 +26,12 @@ def judging() -> Any:
     """The module that needs the packages of the extra `judge`.
 
     Raises:
-        BadInput: they are not installed.
+        GranulonError: they are not installed.
     """
     try:
         from granulon_hf.evaluation import judging
     except ImportError as error:
-        raise BadInput(f'The judge needs more packages ({error}); run: pip install "granulon-hf[judge]"') from None
+        raise GranulonError(f'The judge needs more packages ({error}); run: pip install "granulon-hf[judge]"') from None
     return judging
 
 
@@ -40,12 +41,12 @@ def pairs(
     """`["a=b"]` as `{"a": "b"}`.
 
     Raises:
-        BadInput: one of them has another form.
+        GranulonError: one of them has another form.
     """
     found = [option.partition("=") for option in options or []]
     for key, sign, value in found:
         if not (key and sign and value):
-            raise BadInput(f"{name} takes {form}; got {key + sign + value!r}.")
+            raise GranulonError(f"{name} takes {form}; got {key + sign + value!r}.")
     return {key: value for key, _, value in found}
 
 
@@ -63,18 +64,18 @@ def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None
     """Prices as the judge takes them.
 
     Raises:
-        BadInput: they are no amounts, or are not known where --max-cost needs them.
+        GranulonError: they are no amounts, or are not known where --max-cost needs them.
     """
     if price is None:
         if max_cost is not None and judging().judge_module.price_of(model, None, "chat") is None:
-            raise BadInput(f"--max-cost needs to know what {model!r} costs; say --price PROMPT COMPLETION.")
+            raise GranulonError(f"--max-cost needs to know what {model!r} costs; say --price PROMPT COMPLETION.")
         return None
     try:
         amounts = float(price[0]), float(price[1])
     except ValueError:
         amounts = -1.0, -1.0
     if not all(0 <= amount < math.inf for amount in amounts):
-        raise BadInput(
+        raise GranulonError(
             "--price takes two amounts with a space between, USD per million prompt tokens and per million completion tokens, "
             f"such as --price 2.5 10; got {' '.join(price)!r}."
         )
@@ -128,16 +129,18 @@ def run(
     console = Console(highlight=False)
     try:
         samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
-    except work.PredictionsError as error:
-        raise BadInput(one_line(error)) from None
+    except GranulonError as error:
+        raise GranulonError(one_line(error)) from None
     tasks = sorted({sample.task or "reasoning" for sample in samples})
     if task is None and len(tasks) > 1:
-        raise BadInput(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
+        raise GranulonError(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
     folder = out or predictions.with_name(f"{predictions.stem}.judged")
     check_out(folder)
     store = folder / "answers.jsonl"
     if not resume and store.exists():
-        raise BadInput(f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER.")
+        raise GranulonError(
+            f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER."
+        )
     inputs = {
         "predictions": [sample.prediction for sample in samples],
         "images": [sample.image for sample in samples],
@@ -170,9 +173,9 @@ def run(
 
             result = judge.compute(**inputs, **options, on_result=on_result)
     except ValueError as error:  # of Options and columns: one sentence each
-        raise BadInput(as_option(error)) from None
+        raise GranulonError(as_option(error)) from None
     except work.judge_module.JudgeError as error:
-        raise BadInput(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
+        raise GranulonError(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
         raise typer.Exit(130) from None
@@ -257,14 +260,14 @@ def agree(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """How far two judges, or a judge and people, agree: Spearman's ρ and Krippendorff's α, with 95 % bootstrap intervals."""
-    work = judging()
+    judging()  # says what to install where something is missing
     from granulon_hf.evaluation import agreement
 
     try:
         a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
         found = agreement.agreement(a, b)
-    except work.PredictionsError as error:
-        raise BadInput(one_line(error)) from None
+    except GranulonError as error:
+        raise GranulonError(one_line(error)) from None
     if as_json:
         typer.echo(json.dumps({result.score: dataclasses.asdict(result) for result in found}))
         return

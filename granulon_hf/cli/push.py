@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from transformers.utils import logging
 
-from granulon_hf.cli.common import BadInput, reports_bad_input
+from granulon_hf.cli.common import reports_bad_input
+from granulon_hf.errors import GranulonError
 
 
 @reports_bad_input
@@ -63,19 +64,19 @@ def push(
             with console.status(f"Exporting and checking {escape(model)}"):
                 folder = hub.export(model, place, repo_id=repo_id, **options)
             show(folder, f"{repo_id} ({'public' if public else 'private'}{f', branch {revision}' if revision else ''})")
-    except hub.HubError as error:
-        raise BadInput(str(error)) from error
+    except GranulonError as error:
+        raise GranulonError(str(error)) from error
 
 
 def read_results(path: Path | None) -> dict[str, Any] | None:
-    """Raises BadInput where the file is not what `granulon eval run` writes."""
+    """Raises GranulonError where the file is not what `granulon eval run` writes."""
     if path is None:
         return None
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
         scores["models"], scores["scores"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{str(path)!r} is not the scores.json of granulon eval run ({type(error).__name__}).") from None
+        raise GranulonError(f"{str(path)!r} is not the scores.json of granulon eval run ({type(error).__name__}).") from None
     return scores
 
 

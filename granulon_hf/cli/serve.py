@@ -6,14 +6,15 @@ from transformers.cli.serve import Serve
 from transformers.utils.import_utils import is_serve_available
 
 from granulon_hf.cli.ask import read_config
-from granulon_hf.cli.common import BadInput, reports_bad_input
+from granulon_hf.cli.common import reports_bad_input
+from granulon_hf.errors import GranulonError
 
 
 @reports_bad_input
 def check(model: str | None) -> None:
-    """Raises BadInput where no server could be started, before weights are read."""
+    """Raises GranulonError where no server could be started, before weights are read."""
     if not is_serve_available():
-        raise BadInput("The server needs more packages; run: pip install 'granulon-hf[serve]'")
+        raise GranulonError("The server needs more packages; run: pip install 'granulon-hf[serve]'")
     if model is not None:
         read_config(model.partition("@")[0], model)
 

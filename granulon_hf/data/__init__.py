@@ -6,15 +6,28 @@ What reads data needs `datasets` and `pyarrow` (`pip install 'granulon-hf[train]
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, DataError
+from granulon_hf.data.datasets.base import Adapter, BadRow
 from granulon_hf.data.sample import TASKS, Sample
+from granulon_hf.errors import GranulonError
 
 if TYPE_CHECKING:
     from granulon_hf.data.loading import ADAPTERS, Problem, Samples, load
     from granulon_hf.data.prepared.check import check
     from granulon_hf.data.prepared.write import prepare
 
-__all__ = ["ADAPTERS", "TASKS", "Adapter", "BadRow", "DataError", "Problem", "Sample", "Samples", "check", "load", "prepare"]
+__all__ = [
+    "ADAPTERS",
+    "TASKS",
+    "Adapter",
+    "BadRow",
+    "GranulonError",
+    "Problem",
+    "Sample",
+    "Samples",
+    "check",
+    "load",
+    "prepare",
+]
 
 _LAZY = {"ADAPTERS": "loading", "Problem": "loading", "Samples": "loading", "load": "loading"}
 _LAZY |= {"check": "prepared.check", "prepare": "prepared.write"}

@@ -14,7 +14,7 @@ import numpy as np
 from granulon_hf.data import pictures
 from granulon_hf.data.datasets import a_okvqa, flux_reason, llava, recap, seed_bench
 from granulon_hf.data.datasets import surgvlm as medical
-from granulon_hf.data.datasets.base import Adapter, BadRow, DataError, broken_text, plain
+from granulon_hf.data.datasets.base import Adapter, BadRow, broken_text, plain
 from granulon_hf.data.datasets.custom import make_adapter
 from granulon_hf.data.granuscenes import scenes as granuscenes
 from granulon_hf.data.prepared import format as prepared
@@ -31,6 +31,7 @@ from granulon_hf.data.readers import (
 )
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.sampling import choose
+from granulon_hf.errors import GranulonError
 
 ADAPTERS: dict[str, Adapter] = {
     module.ADAPTER.name: module.ADAPTER
@@ -64,9 +65,9 @@ def tell_reasons(reasons: Iterable[str]) -> str:
     return ", ".join(told + [f"other reasons ({rest})"] * bool(rest))
 
 
-def none_usable(location: str, rows: int, reasons: Iterable[str]) -> DataError:
+def none_usable(location: str, rows: int, reasons: Iterable[str]) -> GranulonError:
     """What to say of rows of which not one can be used."""
-    return DataError(f"Not one of the {rows} rows of {location!r} can be used: {tell_reasons(reasons)}.")
+    return GranulonError(f"Not one of the {rows} rows of {location!r} can be used: {tell_reasons(reasons)}.")
 
 
 class Samples(Sequence[Sample]):
@@ -128,10 +129,10 @@ class Samples(Sequence[Sample]):
         if isinstance(index, slice) and not isinstance(self.source, StreamSource):
             start, stop, step = index.indices(len(self))
             if step != 1:
-                raise DataError("A slice of samples has no step.")
+                raise GranulonError("A slice of samples has no step.")
             return self.slice(start, stop)
         if self.source.remote:
-            raise DataError(
+            raise GranulonError(
                 f"{self.source.location!r} is streamed and has no random access: iterate, or `granulon data prepare` it first."
             )
         if not -len(self) <= index < len(self):
@@ -196,7 +197,7 @@ class Samples(Sequence[Sample]):
                 reason = str(error).encode("utf-8", "backslashreplace").decode()  # it may cite what is no text
                 problem = Problem(*self.source.where(part, number), reason)
                 if self._on_error == "raise":
-                    raise DataError(f"Bad row in {self.source.location!r}: {problem}.") from None
+                    raise GranulonError(f"Bad row in {self.source.location!r}: {problem}.") from None
                 self._problems[part, number] = problem
                 yield part, number, None
 
@@ -301,7 +302,7 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     """The adapter that a name means, and where its data are.
 
     Raises:
-        DataError: there is no such set, or it needs a source.
+        GranulonError: there is no such set, or it needs a source.
     """
     if columns is not None:
         adapter, place = make_adapter(columns), name if source is None else source
@@ -312,13 +313,13 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
         adapter, place = prepared.ADAPTER, Path(name).expanduser()
         prepared.missing_shards(place)
     elif not isinstance(name, str | Path):
-        raise DataError("Say which columns are image, question and answer: columns=….")
+        raise GranulonError("Say which columns are image, question and answer: columns=….")
     else:
-        raise DataError(
+        raise GranulonError(
             f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
         )
     if place is None and adapter.opener is None:
-        raise DataError(f"{adapter.name!r} is in no repository: say where its files are with source=….")
+        raise GranulonError(f"{adapter.name!r} is in no repository: say where its files are with source=….")
     return adapter, place
 
 
@@ -392,29 +393,30 @@ def load(
             default "decode", and "header" for prepared folders, which were decoded when they were written.
 
     Raises:
-        DataError: what was asked for cannot be had, or there is no row of it; one sentence, which names arguments in backticks.
+        GranulonError: what was asked for cannot be had, or there is no row of it; one sentence, which names arguments in
+            backticks.
     """
     for what, word, words in (("on_error", on_error, ON_ERROR), ("verify", verify or "none", VERIFY)):
         if word not in words:
-            raise DataError(f"`{what}` must be {' or '.join(map(repr, words))}; got {word!r}.")
+            raise GranulonError(f"`{what}` must be {' or '.join(map(repr, words))}; got {word!r}.")
     numbers = {"limit": limit, "holdout": holdout, "max_files": max_files, "seed": seed, "holdout_seed": holdout_seed}
     for what, value in numbers.items():
         least = 1 if what == "limit" else 0
         if value is not None and value < least:
-            raise DataError(f"`{what}` must be at least {least}; got {value}.")
+            raise GranulonError(f"`{what}` must be at least {least}; got {value}.")
     if manifest is not None:
         if any(value is not None for value in (split, limit, holdout, preset, max_files, revision)):
-            raise DataError("A manifest says which rows to take: give source=… and a name with it at most.")
+            raise GranulonError("A manifest says which rows to take: give source=… and a name with it at most.")
         return load_manifest(manifest, name, source, columns, on_error, verify)
     if name is None:
-        raise DataError(f"Say which data set: {KNOWN}, a prepared folder, or a manifest.")
+        raise GranulonError(f"Say which data set: {KNOWN}, a prepared folder, or a manifest.")
 
     adapter, place = find_adapter(name, source, columns)
     if split in adapter.withheld:  # before anything is fetched
         raise withheld(adapter, split)
     opened = open_place(adapter, place, revision, adapter.default_split if split is None else split)
     if revision is not None and not opened.remote:
-        raise DataError(f"revision={revision!r} is of a repository, and {opened.location!r} is none; leave it out.")
+        raise GranulonError(f"revision={revision!r} is of a repository, and {opened.location!r} is none; leave it out.")
     opened.tolerant = on_error == "skip"
     present = splits_of(opened)
     default = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
@@ -425,11 +427,13 @@ def load(
         raise withheld(adapter, split)
     if preset is not None:
         if preset != "paper" or not adapter.paper:
-            raise DataError(
+            raise GranulonError(
                 f"There is no preset {preset!r} of {adapter.name!r}; there is {'paper' if adapter.paper else 'none'}."
             )
         if split not in adapter.paper:
-            raise DataError(f"The paper has no subset of {adapter.name}'s split {split!r}, only of {', '.join(adapter.paper)}.")
+            raise GranulonError(
+                f"The paper has no subset of {adapter.name}'s split {split!r}, only of {', '.join(adapter.paper)}."
+            )
         limit = adapter.paper[split] if limit is None else limit
     drawn = split == "holdout" and split not in present
     names = (adapter.default_split, "holdout") if adapter.holdout else SPLITS
@@ -453,7 +457,7 @@ def load(
     if not choice.rows:
         reasons = tell_reasons([*choice.filtered.elements(), *opened.broken.values()])
         what = f"the split {split!r} of {opened.location!r}" if present else repr(opened.location)
-        raise DataError(f"There are no rows that can be used in {what}: {reasons or 'it is empty'}.")
+        raise GranulonError(f"There are no rows that can be used in {what}: {reasons or 'it is empty'}.")
     check_columns(adapter, opened, choice.rows)
     description = describe(adapter, opened, place, columns) | {"split": split, "preset": preset, "limit": limit}
     description |= {"seed": seed, "holdout": choice.holdout, "holdout_seed": holdout_seed, "max_files": bound}
@@ -470,20 +474,20 @@ def load(
 
 
 def note_missing(adapter: Adapter, source: Source, split: str) -> None:
-    """Of a prepared folder the shards that should be there; raises DataError where they are not to be skipped."""
+    """Of a prepared folder the shards that should be there; raises GranulonError where they are not to be skipped."""
     for shard in prepared.missing_shards(Path(source.location)) if adapter is prepared.ADAPTER else []:
         if split_of(shard) in (split, None):
             if not source.tolerant:
-                raise DataError(f"{source.location!r}: {shard}: {prepared.MISSING}.")
+                raise GranulonError(f"{source.location!r}: {shard}: {prepared.MISSING}.")
             source.broken[shard] = prepared.MISSING
 
 
 def first_readable(source: Source) -> list[str]:
-    """Raises DataError where there are parts, but none that can be read."""
+    """Raises GranulonError where there are parts, but none that can be read."""
     first = next(([part] for part in source.parts if source.readable(part)), [])
     if source.parts and not first:
         reason = source.broken[source.parts[0]]
-        raise DataError(reason if len(source.parts) == 1 else f"Not one of {len(source.parts)} files can be read: {reason}")
+        raise GranulonError(reason if len(source.parts) == 1 else f"Not one of {len(source.parts)} files can be read: {reason}")
     return first
 
 
@@ -500,8 +504,8 @@ def open_stream(adapter: Adapter, source: StreamSource, split: str, limit: int |
     return source, {"stream": range(first, min(last, sys.maxsize if limit is None else first + limit))}
 
 
-def withheld(adapter: Adapter, split: str) -> DataError:
-    return DataError(f"The answers of {adapter.name}'s split {split!r} are withheld; use {adapter.withheld[split]!r}.")
+def withheld(adapter: Adapter, split: str) -> GranulonError:
+    return GranulonError(f"The answers of {adapter.name}'s split {split!r} are withheld; use {adapter.withheld[split]!r}.")
 
 
 def default_verify(adapter: Adapter) -> str:
@@ -525,43 +529,45 @@ def describe(adapter: Adapter, source: Source, place: Any, columns: Mapping[str,
 
 
 def check_columns(adapter: Adapter, source: Source, parts) -> None:
-    """Raises DataError before any work where a file lacks what the adapter needs; one without rows lacks nothing."""
+    """Raises GranulonError before any work where a file lacks what the adapter needs; one without rows lacks nothing."""
     for part in parts:
         present = source.columns(part)
         if not present:
             if isinstance(source, StreamSource):
-                raise DataError(f"{source.location!r} is empty.")
+                raise GranulonError(f"{source.location!r} is empty.")
             if not source.count(part):
                 continue
             reason = next(source.rows(part, range(1), []))[1]
-            raise DataError(f"{part!r} of {source.location!r} is not {adapter.name}: {reason or 'its first record is empty'}.")
+            raise GranulonError(
+                f"{part!r} of {source.location!r} is not {adapter.name}: {reason or 'its first record is empty'}."
+            )
         missing = [column for column in adapter.columns if not set(column.split("|")) & set(present)]
         if missing:
             lacks = ", ".join(" or ".join(map(repr, column.split("|"))) for column in missing)
             what = "" if adapter.name == "columns" else f" is not {adapter.name}: it"
-            raise DataError(
+            raise GranulonError(
                 f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {', '.join(map(repr, present))}."
             )
 
 
 def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
-    """Raises DataError where the files are no longer those that the manifest describes."""
+    """Raises GranulonError where the files are no longer those that the manifest describes."""
     if not isinstance(manifest, Mapping):
         try:
             manifest = json.loads(Path(manifest).expanduser().read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
-            raise DataError(f"Cannot read the manifest {str(manifest)!r} ({error}).") from None
+            raise GranulonError(f"Cannot read the manifest {str(manifest)!r} ({error}).") from None
     if not isinstance(manifest, Mapping) or manifest.get("format") != MANIFEST_FORMAT or "files" not in manifest:
-        raise DataError("This is no manifest of a subset that this version of granulon_hf can read.")
+        raise GranulonError("This is no manifest of a subset that this version of granulon_hf can read.")
     check_manifest(manifest)
     if name is not None and name != manifest["name"]:
-        raise DataError(f"The manifest describes {manifest['name']!r}, not {name!r}.")
+        raise GranulonError(f"The manifest describes {manifest['name']!r}, not {name!r}.")
     columns = columns or manifest["columns"]
     adapter = make_adapter(columns) if columns is not None else ADAPTERS.get(manifest["name"])
     if adapter is None:
-        raise DataError(f"The manifest's data set {manifest['name']!r} is not known.")
+        raise GranulonError(f"The manifest's data set {manifest['name']!r} is not known.")
     if source is None and manifest["source"] == "datasets.Dataset":
-        raise DataError("The manifest describes a datasets.Dataset that was in memory: give it again with source=….")
+        raise GranulonError("The manifest describes a datasets.Dataset that was in memory: give it again with source=….")
     place = manifest["source"] if source is None else source
     opened = open_place(adapter, place, manifest["revision"], manifest["split"])
     opened.broken.update(manifest.get("unreadable", {}))
@@ -589,20 +595,20 @@ def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
 
 
 def check_manifest(manifest: Mapping[str, Any]) -> None:
-    """Raises DataError where something is missing, or rows are listed that cannot be."""
+    """Raises GranulonError where something is missing, or rows are listed that cannot be."""
     files: Mapping[str, Any] = manifest["files"] if isinstance(manifest["files"], Mapping) else {"files": None}
     own = ("name", "columns", "source", "revision", "split", "filtered")
     wanted: list[tuple[str, Any, tuple[str, ...]]] = [("the manifest", manifest, own)]
     wanted += [(repr(part), entry, ("rows", "fingerprint", "take", "ids")) for part, entry in files.items()]
     for where, entry, keys in wanted:
         if lacking := [key for key in keys if not isinstance(entry, Mapping) or key not in entry]:
-            raise DataError(f"The manifest is not whole: {where} lacks {', '.join(map(repr, lacking))}.")
+            raise GranulonError(f"The manifest is not whole: {where} lacks {', '.join(map(repr, lacking))}.")
     for part, entry in files.items():
         rows, take = entry["rows"], entry["take"]
         listed = isinstance(take, list) and all(isinstance(row, int) and 0 <= row < rows for row in take)
         if take != "all" and not listed:
-            raise DataError(f"The manifest is wrong: it takes rows of {part!r} that are none of its {rows}.")
+            raise GranulonError(f"The manifest is wrong: it takes rows of {part!r} that are none of its {rows}.")
 
 
-def changed(source: Source, part: str, what: str) -> DataError:
-    return DataError(f"{part!r} of {source.location!r} has changed since the manifest was written: {what}.")
+def changed(source: Source, part: str, what: str) -> GranulonError:
+    return GranulonError(f"{part!r} of {source.location!r} has changed since the manifest was written: {what}.")

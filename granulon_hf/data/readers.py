@@ -21,7 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from granulon_hf.data.datasets.base import DataError, kind_of
+from granulon_hf.data.datasets.base import kind_of
+from granulon_hf.errors import GranulonError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLIT_WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
@@ -31,7 +32,7 @@ FINGERPRINT_BYTES = 1 << 16
 REQUESTS = 16  # at a time: footers and single columns are small, latency is all they cost
 
 
-class BrokenFile(DataError):
+class BrokenFile(GranulonError):
     """A file that is there, but cannot be read at all."""
 
 
@@ -161,10 +162,10 @@ class ParquetSource(Source):
             handle = self.fs.open(path, "rb", cache_type="none") if self.remote else path
             file = pq.ParquetFile(handle, metadata=known, pre_buffer=self.remote, memory_map=not self.remote)
         except FileNotFoundError:
-            raise DataError(f"The file {part!r} of {self.location!r} is gone.") from None
+            raise GranulonError(f"The file {part!r} of {self.location!r} is gone.") from None
         except (pa.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            kind = DataError if self.remote and isinstance(error, OSError) else BrokenFile  # the network, not the file
+            kind = GranulonError if self.remote and isinstance(error, OSError) else BrokenFile  # the network, not the file
             raise kind(f"The file {part!r} of {self.location!r} cannot be read as Parquet ({reason}).") from error
         self._metadata[part] = file.metadata
         return file
@@ -202,7 +203,7 @@ class ParquetSource(Source):
             if not self.remote or not isinstance(error, OSError):
                 return None
             reason = " ".join(str(error).split())
-            raise DataError(
+            raise GranulonError(
                 f"Column {name!r} of the file {part!r} of {self.location!r} cannot be fetched ({reason})."
             ) from error
 
@@ -232,7 +233,7 @@ class ParquetSource(Source):
                 except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
                     if self.remote and isinstance(error, OSError):  # the network, not the row
                         reason = " ".join(str(error).split())
-                        raise DataError(f"The file {part!r} of {self.location!r} cannot be fetched ({reason}).") from error
+                        raise GranulonError(f"The file {part!r} of {self.location!r} cannot be fetched ({reason}).") from error
                     yield row, error
 
     def fingerprint(self, part: str) -> str | None:
@@ -294,9 +295,9 @@ def read_json(root: Path, files: list[Path]) -> RecordSource:
             try:
                 records = json.loads(data.strip() or b"[]")
             except (ValueError, RecursionError) as error:
-                raise DataError(f"The file {str(path)!r} is not JSON that can be read: {json_fault(error)}.") from None
+                raise GranulonError(f"The file {str(path)!r} is not JSON that can be read: {json_fault(error)}.") from None
             if not isinstance(records, list):
-                raise DataError(f"The file {str(path)!r} holds {kind_of(records)}, not a list of conversations.")
+                raise GranulonError(f"The file {str(path)!r} holds {kind_of(records)}, not a list of conversations.")
         rows = [(name, i, record) for i, record in enumerate(records) if record != b""]
         tables[name], digest[name] = rows, f"{len(data)}-{hashlib.sha256(data).hexdigest()[:16]}"
     return RecordSource(str(root), root, tables, digest)
@@ -393,7 +394,7 @@ class StreamSource(Source):
         return list(self.dataset.column_names or next(iter(self.dataset), {}))
 
     def count(self, part: str) -> int:
-        raise DataError("The rows of a stream cannot be counted: no manifest can describe them.")
+        raise GranulonError("The rows of a stream cannot be counted: no manifest can describe them.")
 
     def rows(self, part, wanted, columns):
         features = self.dataset.features or {}
@@ -431,12 +432,12 @@ def take_split(source: Source, split: str, names: Sequence[str] = SPLITS) -> Non
     """Keep the parts of one split; files that name no split at all can be called by one of `names`.
 
     Raises:
-        DataError: there is no such split.
+        GranulonError: there is no such split.
     """
     present = splits_of(source)
     if split not in (present or names):
         has = "it has" if present else "its files name none, and it can be called"
-        raise DataError(f"{source.location!r} has no split {split!r}; {has} {', '.join(map(repr, present or names))}.")
+        raise GranulonError(f"{source.location!r} has no split {split!r}; {has} {', '.join(map(repr, present or names))}.")
     if present and not source.split:
         source.parts = [part for part in source.parts if split_of(part) == split]
 
@@ -450,7 +451,7 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
         split (`str`): which of the splits, where `datasets` keeps them apart.
 
     Raises:
-        DataError: it does not exist, or holds nothing that can be read.
+        GranulonError: it does not exist, or holds nothing that can be read.
     """
     if isinstance(source, Mapping):
         picked = pick_split(source, split, "The dictionary of data sets")
@@ -470,21 +471,21 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
         return open_folder(path, split)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
         return open_hub(source, revision)
-    raise DataError(f"There is no file or folder {source!r}, and it is no owner/name of a data set on the Hub.")
+    raise GranulonError(f"There is no file or folder {source!r}, and it is no owner/name of a data set on the Hub.")
 
 
 def pick_split(names: Iterable[str], split: str, what: str) -> str:
     """The name of a split among others, which may be another word for it.
 
     Raises:
-        DataError: there is none; a hold-out is a part of what there is to train on, unless it is there as a split.
+        GranulonError: there is none; a hold-out is a part of what there is to train on, unless it is there as a split.
     """
     known = {SPLIT_WORDS.get(name, name): name for name in names}
     known |= {name: name for name in names}
     for wanted in (split, SPLIT_WORDS.get(split), "train" if split == "holdout" else None):
         if wanted in known:
             return known[wanted]
-    raise DataError(f"{what} has no split {split!r}; it has {', '.join(map(repr, names))}.")
+    raise GranulonError(f"{what} has no split {split!r}; it has {', '.join(map(repr, names))}.")
 
 
 def open_folder(path: Path, split: str) -> Source:
@@ -518,14 +519,14 @@ def open_files(root: Path, files: list[Path], name: str, location: str | None = 
         parts = [file.relative_to(root).as_posix() for file in by_kind[".parquet"]]
         missing = [part for part in parts if not (root / part).is_file()]
         if missing:
-            raise DataError(f"There is no file {str(root / missing[0])!r}.")
+            raise GranulonError(f"There is no file {str(root / missing[0])!r}.")
         found = ParquetSource(str(root), str(root), parts)
     elif ".json" in by_kind:
         found = read_json(root, by_kind[".json"])
     elif ".txt" in by_kind:
         found = read_lines(root, by_kind[".txt"])
     else:
-        raise DataError(f"{name!r} holds no Parquet, JSON or question|answer files.")
+        raise GranulonError(f"{name!r} holds no Parquet, JSON or question|answer files.")
     found.location = location or found.location
     return found
 
@@ -541,8 +542,10 @@ def open_hub(repo: str, revision: str | None) -> Source:
         files = fs.find(root)  # lists with sizes, so that opening a file asks no more
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"Cannot reach the data set {repo!r} on the Hub ({reason}); give source=… for a local copy.") from error
+        raise GranulonError(
+            f"Cannot reach the data set {repo!r} on the Hub ({reason}); give source=… for a local copy."
+        ) from error
     parts = sorted(file.removeprefix(f"{root}/") for file in files if file.endswith(".parquet"))
     if not parts:
-        raise DataError(f"The data set {repo!r} has no Parquet files; try revision='refs/convert/parquet'.")
+        raise GranulonError(f"The data set {repo!r} has no Parquet files; try revision='refs/convert/parquet'.")
     return ParquetSource(repo, root, parts, fs, sha)

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.datasets.base import Adapter, DataError, Levels, NoHoldout
+from granulon_hf.data.datasets.base import Adapter, Levels, NoHoldout
 from granulon_hf.data.readers import Source
+from granulon_hf.errors import GranulonError
 
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
 HOLDOUT_SHARE = 10  # a hold-out is taken from at least so many times its rows
@@ -139,7 +140,7 @@ def choose(
         max_files (`int`): parts that a limited subset is drawn from, 0 for all.
 
     Raises:
-        DataError: the hold-out does not fit.
+        GranulonError: the hold-out does not fit.
     """
     population, order = Population(source, adapter), file_order(source.parts, seed)
     held: dict[str, np.ndarray] = {}
@@ -157,7 +158,7 @@ def choose(
             asked = 0
         else:
             reason = "too few" if asked >= total else "but too few that share no video or image with others,"
-            raise DataError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
+            raise GranulonError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
     if draw_holdout:
         if not asked:
             raise NoHoldout(
@@ -165,7 +166,7 @@ def choose(
             )
         chosen = held if limit is None else trim(held, limit, np.random.default_rng([seed, 2]))
         if limit is not None and limit > asked:
-            raise DataError(f"The hold-out has {asked} rows, not {limit}; ask for holdout={limit} here and for training.")
+            raise GranulonError(f"The hold-out has {asked} rows, not {limit}; ask for holdout={limit} here and for training.")
     else:
         bound = max_files if max_files and limit is not None else len(order)
         parts, _ = population.prefix(order, bound, (limit or 0) + asked)

@@ -10,7 +10,8 @@ import krippendorff
 import numpy as np
 from scipy import stats
 
-from granulon_hf.evaluation.judging import PredictionsError, as_json, rows_of
+from granulon_hf.errors import GranulonError
+from granulon_hf.evaluation.judging import as_json, rows_of
 
 SCORES = ("accuracy", "hallucination")
 
@@ -32,23 +33,23 @@ def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, 
     """Scores by id, of a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination".
 
     Raises:
-        PredictionsError: a column is missing, an id is there twice, or a score is no number from 0 to 100.
+        GranulonError: a column is missing, an id is there twice, or a score is no number from 0 to 100.
     """
     named = {name: name for name in ("id", *SCORES)} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
     for place, row in rows_of(path):
         if named["id"] not in row or not any(named[score] in row for score in SCORES):
             wanted = ", ".join(named.values())
-            raise PredictionsError(f"{path}, {place} lacks an id or any score (columns looked for: {wanted}).")
+            raise GranulonError(f"{path}, {place} lacks an id or any score (columns looked for: {wanted}).")
         key = str(row[named["id"]])
         if key in found:
-            raise PredictionsError(f"{path}, {place} has the id {key!r} a second time.")
+            raise GranulonError(f"{path}, {place} has the id {key!r} a second time.")
         found[key] = {}
         for score in SCORES:
             value: Any = row.get(named[score])
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 <= value <= 100):
-                raise PredictionsError(f"{path}, {place}: {named[score]} is {as_json(value)}, not 0 to 100.")
+                raise GranulonError(f"{path}, {place}: {named[score]} is {as_json(value)}, not 0 to 100.")
             found[key][score] = value
     return found
 
@@ -74,7 +75,7 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
     """Agreement on every score that both sides have, over the ids that both scored.
 
     Raises:
-        PredictionsError: fewer than two ids were scored by both.
+        GranulonError: fewer than two ids were scored by both.
     """
     results = []
     for score in SCORES:
@@ -90,7 +91,7 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
             row[name], row[f"{name}_ci"] = (None, None) if math.isnan(value) else (value, interval(function, x, y, n_resamples))
         results.append(Agreement(score, len(both), mean_difference=float((x - y).mean()), **row))
     if not results:
-        raise PredictionsError(
+        raise GranulonError(
             f"Fewer than two ids were scored on both sides ({len(a)} and {len(b)} ids, {len(a.keys() & b.keys())} in common)."
         )
     return results

@@ -16,6 +16,7 @@ import jinja2
 from PIL import Image
 
 from granulon_hf.data.collator import encode_prompts
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import PredictionRun, read_description
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
 from granulon_hf.io import write_text
@@ -38,10 +39,6 @@ STOP_WORDS = frozenset(
     "or other our out over she should so some such than that the their them then there these they this those through to too "
     "under up very was we were what when where which while who will with would yes you your".split()
 )
-
-
-class GalleryError(ValueError):
-    """The page cannot be made; the message is one sentence that says why."""
 
 
 @dataclass
@@ -143,21 +140,21 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
     """Predictions of several folders, each with a name of its own: its model's, with the folder's where two are alike.
 
     Raises:
-        GalleryError: a folder is there twice or holds no predictions, or a prediction is not what `granulon eval run` writes.
+        GranulonError: a folder is there twice or holds no predictions, or a prediction is not what `granulon eval run` writes.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
-        raise GalleryError("The same folder is given twice; a gallery puts different predictions side by side.")
+        raise GranulonError("The same folder is given twice; a gallery puts different predictions side by side.")
     runs = []
     for folder in folders:
         path = folder / "run.json"
         description = read_description(path).get("description") if path.is_file() else None
         if not isinstance(description, dict):
-            raise GalleryError(
+            raise GranulonError(
                 f"{str(folder)!r} is no folder of predictions: it has no run.json that describes a run of `granulon eval run`."
             )
         rows = PredictionRun(folder, description).rows()
         if not rows:
-            raise GalleryError(f"{str(folder)!r} holds no predictions yet.")
+            raise GranulonError(f"{str(folder)!r} holds no predictions yet.")
         for key, row in rows.items():
             check_row(folder, key, row)
         model = description.get("model")
@@ -168,7 +165,7 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
         if given.count(run.name) > 1:
             run.name = f"{run.name} ({run.folder.resolve().name})"
     if len({run.name for run in runs}) < len(runs):
-        raise GalleryError(f"Several folders are called {runs[0].name!r}; tell them apart with --name FOLDER=NAME.")
+        raise GranulonError(f"Several folders are called {runs[0].name!r}; tell them apart with --name FOLDER=NAME.")
     return runs
 
 
@@ -178,12 +175,12 @@ def check_row(folder: Path, key: str, row: dict[str, Any]) -> None:
     for name, kind in kinds.items():
         default = None if isinstance(None, kind) else [] if kind is list else ""
         if not isinstance(row.setdefault(name, default), kind):
-            raise GalleryError(
+            raise GranulonError(
                 f"{str(folder)!r}, sample {key!r}: {name} is {json.dumps(row[name])[:60]}, which no evaluation writes."
             )
     numbers = (row["granularity_probs"] or {}).values()
     if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers):
-        raise GalleryError(f"{str(folder)!r}, sample {key!r}: granularity_probs are no probabilities.")
+        raise GranulonError(f"{str(folder)!r}, sample {key!r}: granularity_probs are no probabilities.")
 
 
 def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
@@ -193,9 +190,9 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
     The judge's own prompt asks for two scores and no phrases.
 
     Raises:
-        GalleryError: no such file, a score that is none, or scores of other predictions.
+        GranulonError: no such file, a score that is none, or scores of other predictions.
     """
-    from granulon_hf.evaluation.judging import PredictionsError, as_json, rows_of
+    from granulon_hf.evaluation.judging import as_json, rows_of
 
     path = path / "samples.jsonl" if path.is_dir() else path
     found = {}
@@ -205,16 +202,16 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
             for name in ("accuracy", "hallucination"):
                 value = row.get(name)
                 if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
-                    raise GalleryError(f"{path}, {place}: {name} is {as_json(value)}, not 0 to 100.")
+                    raise GranulonError(f"{path}, {place}: {name} is {as_json(value)}, not 0 to 100.")
             if not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
-                raise GalleryError(f"{path}, {place}: hallucinated is {as_json(phrases)}, not a list of phrases.")
+                raise GranulonError(f"{path}, {place}: hallucinated is {as_json(phrases)}, not a list of phrases.")
             if key in run.rows and row.get("prediction", run.rows[key]["prediction"]) != run.rows[key]["prediction"]:
-                raise GalleryError(f"{path}, {place} scores another answer than {str(run.folder)!r} holds; judge it again.")
+                raise GranulonError(f"{path}, {place} scores another answer than {str(run.folder)!r} holds; judge it again.")
             found[key] = row
-    except PredictionsError as error:
-        raise GalleryError(str(error)) from None
+    except GranulonError as error:
+        raise GranulonError(str(error)) from None
     if not found.keys() & run.rows.keys():
-        raise GalleryError(f"{path} has no id in common with {str(run.folder)!r}.")
+        raise GranulonError(f"{path} has no id in common with {str(run.folder)!r}.")
     return found
 
 
@@ -225,7 +222,7 @@ def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | Non
         scores (`dict`, *optional*): by the run's name, what [`read_scores`] returned.
 
     Raises:
-        GalleryError: no sample is in all runs, or one has another question or reference in another run.
+        GranulonError: no sample is in all runs, or one has another question or reference in another run.
     """
     first, cases = runs[0], []
     for place, (key, row) in enumerate(first.rows.items()):
@@ -235,7 +232,7 @@ def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | Non
         for run in runs:
             other = run.rows[key]
             if (other["question"], other["reference"]) != (row["question"], row["reference"]):
-                raise GalleryError(
+                raise GranulonError(
                     f"The sample {key!r} has another question or reference in {str(run.folder)!r} than in "
                     f"{str(first.folder)!r}; a gallery needs predictions on the same data."
                 )
@@ -246,7 +243,7 @@ def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | Non
         choices = [str(choice) for choice in row["choices"] or []]
         cases.append(Case(key, **shared, task=row["task"] or "", choices=choices, images=images, answers=answers, place=place))
     if not cases:
-        raise GalleryError("No sample is in all folders: their ids have nothing in common.")
+        raise GranulonError("No sample is in all folders: their ids have nothing in common.")
     return cases
 
 
@@ -281,11 +278,11 @@ def inside(folder: Path, name: Any) -> Path:
     """Path of an image; predictions may come from others, and must not put any file of this machine on a page.
 
     Raises:
-        GalleryError: the image is outside of the folder.
+        GranulonError: the image is outside of the folder.
     """
     path = (folder / str(name).replace("\0", "")).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise GalleryError(f"{str(folder)!r} names the image {name!r:.80}, which lies outside of the folder.")
+        raise GranulonError(f"{str(folder)!r} names the image {name!r:.80}, which lies outside of the folder.")
     return path
 
 
@@ -381,14 +378,14 @@ def cluster_drawer(
         levels (`dict[str, str]`, *optional*): by sample id, the level to draw; by default the controller's choice.
 
     Raises:
-        GalleryError: the model has no levels, hence no clusters.
+        GranulonError: the model has no levels, hence no clusters.
     """
     import torch
 
     from granulon_hf import overlay
 
     if not model.config.granularity_levels:
-        raise GalleryError("The model for the overlay has no granularity levels, and so no clusters to draw.")
+        raise GranulonError("The model for the overlay has no granularity levels, and so no clusters to draw.")
 
     @torch.inference_mode()
     def draw(case: Case, images: list[Image.Image]) -> tuple[list[Image.Image], str]:

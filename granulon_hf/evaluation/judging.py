@@ -13,15 +13,12 @@ from typing import Any
 
 import jinja2
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 from granulon_hf.judge import judge as judge_module
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
 THUMBNAIL = 320  # pixels
-
-
-class PredictionsError(ValueError):
-    """A file of predictions cannot be used; the message says where and why."""
 
 
 @dataclass
@@ -45,7 +42,7 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place (for messages) and content of each row of a JSONL or Parquet file, or of a folder of `datasets`' `save_to_disk`.
 
     Raises:
-        PredictionsError: no such file, another kind of file, or a line that is no JSON object.
+        GranulonError: no such file, another kind of file, or a line that is no JSON object.
     """
     if path.is_dir():
         import datasets
@@ -53,15 +50,15 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
-            raise PredictionsError(f"{str(path)!r} is no folder that datasets' save_to_disk wrote ({error}).") from error
+            raise GranulonError(f"{str(path)!r} is no folder that datasets' save_to_disk wrote ({error}).") from error
         if isinstance(loaded, dict):
-            raise PredictionsError(f"{str(path)!r} holds the splits {', '.join(loaded)}; name one of its folders.")
+            raise GranulonError(f"{str(path)!r} holds the splits {', '.join(loaded)}; name one of its folders.")
         for name, feature in (loaded.features or {}).items():
             if isinstance(feature, datasets.Image):
                 loaded = loaded.cast_column(name, datasets.Image(decode=False))
         yield from ((f"row {i}", dict(row)) for i, row in enumerate(loaded))
     elif not path.exists():
-        raise PredictionsError(f"There is no file {str(path)!r}.")
+        raise GranulonError(f"There is no file {str(path)!r}.")
     elif path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -72,12 +69,12 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     yield f"row {i}", row
                     i += 1
         except Exception as error:
-            raise PredictionsError(f"{str(path)!r} is no readable Parquet file ({error}).") from error
+            raise GranulonError(f"{str(path)!r} is no readable Parquet file ({error}).") from error
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         try:
             file = open(path, encoding="utf-8-sig")  # noqa: SIM115
         except OSError as error:
-            raise PredictionsError(f"{path} cannot be read: {error.strerror}.") from None
+            raise GranulonError(f"{path} cannot be read: {error.strerror}.") from None
         with file:
             try:
                 for i, line in enumerate(file, 1):
@@ -85,14 +82,14 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                         try:
                             row = json.loads(line)
                         except (ValueError, RecursionError) as error:
-                            raise PredictionsError(f"{path}, line {i} is no JSON ({error}); one object a line.") from None
+                            raise GranulonError(f"{path}, line {i} is no JSON ({error}); one object a line.") from None
                         if not isinstance(row, dict):
-                            raise PredictionsError(f"{path}, line {i} is no JSON object: {line.strip()[:60]!r}.")
+                            raise GranulonError(f"{path}, line {i} is no JSON object: {line.strip()[:60]!r}.")
                         yield f"line {i}", row
             except UnicodeDecodeError:
-                raise PredictionsError(f"{path} is no UTF-8 text; save it as UTF-8.") from None
+                raise GranulonError(f"{path} is no UTF-8 text; save it as UTF-8.") from None
     else:
-        raise PredictionsError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
+        raise GranulonError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
 
 
 def read_predictions(path: Path, columns: dict[str, str] | None = None, image_root: Path | None = None) -> list[Prediction]:
@@ -105,11 +102,11 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
         image_root (`Path`, *optional*): where relative image paths start; by default beside the file.
 
     Raises:
-        PredictionsError: a column or value is missing or of another type, an id is there twice, none of the images exists.
+        GranulonError: a column or value is missing or of another type, an id is there twice, none of the images exists.
     """
     unknown = sorted(set(columns or {}) - set(FIELDS))
     if unknown:
-        raise PredictionsError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")
+        raise GranulonError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")
     named = {name: name for name in FIELDS} | (columns or {})
     root = image_root or (path if path.is_dir() else path.parent)
     found: list[Prediction] = []
@@ -120,11 +117,11 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
             if images == []:  # a question without an image: one unscored sample
                 images = [None]
             if not isinstance(images, list) or len(images) != 1:
-                raise PredictionsError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
+                raise GranulonError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
             row["image"] = images[0]
         for field in ("prediction", "image"):
             if named[field] not in row:
-                raise PredictionsError(
+                raise GranulonError(
                     f"{path}, {place} has no column {named[field]!r} (it has {', '.join(map(repr, row))}); name the column "
                     f"with --column {field}=NAME."
                 )
@@ -132,7 +129,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
         for field in ("prediction", "question", "reference", "task"):
             values[field] = "" if values[field] is None and field != "task" else values[field]
             if not isinstance(values[field], str | (type(None) if field == "task" else str)):
-                raise PredictionsError(f"{path}, {place}: {named[field]} is {as_json(values[field])}, not a text.")
+                raise GranulonError(f"{path}, {place}: {named[field]} is {as_json(values[field])}, not a text.")
         image = values["image"]
         if image is None:  # one unscored sample
             image = {"bytes": b"", "path": None}
@@ -144,17 +141,17 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
         elif isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
             image = str(root / image["path"])
         elif not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
-            raise PredictionsError(f"{path}, {place}: the image is {as_json(image)}, not a path or encoded bytes.")
+            raise GranulonError(f"{path}, {place}: the image is {as_json(image)}, not a path or encoded bytes.")
         values |= {"image": image, "id": f"#{len(found)}" if values["id"] is None else str(values["id"])}
         if values["id"] in seen:
-            raise PredictionsError(f"{path}, {place} has the id {values['id']!r}, as has {seen[values['id']]}.")
+            raise GranulonError(f"{path}, {place} has the id {values['id']!r}, as has {seen[values['id']]}.")
         seen[values["id"]] = place
         found.append(Prediction(**values))
     if not found:
-        raise PredictionsError(f"{path} holds no predictions.")
+        raise GranulonError(f"{path} holds no predictions.")
     paths = [sample.image for sample in found if isinstance(sample.image, str)]
     if len(paths) == len(found) and not any(map(os.path.exists, paths)):
-        raise PredictionsError(f"None of the images exists, the first would be {paths[0]!r}; say --image-root FOLDER.")
+        raise GranulonError(f"None of the images exists, the first would be {paths[0]!r}; say --image-root FOLDER.")
     return found
 
 

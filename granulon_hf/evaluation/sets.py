@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from granulon_hf.data import DataError, load
+from granulon_hf.data import load
 from granulon_hf.data.datasets.base import NoHoldout
 from granulon_hf.data.datasets.llava import is_chat
 from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.data.loading import ADAPTERS, Samples, tell_reasons
+from granulon_hf.errors import GranulonError
 
 HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own with smaller ones
 
@@ -43,7 +44,7 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
             except NoHoldout:  # then training has none either
                 pass
         return load(name, seed=seed, limit=limit, **known)
-    except (DataError, OSError) as error:
+    except (GranulonError, OSError) as error:
         raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 

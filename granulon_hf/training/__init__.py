@@ -1,6 +1,7 @@
 """The training recipe of the supplement as pieces of transformers' Trainer."""
 
-from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError, parse
+from granulon_hf.errors import GranulonError
+from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, parse
 from granulon_hf.training.stages import STAGES, set_stage
 from granulon_hf.training.trainer import GranulonTrainer, TrainingFailed, TrainingStopped
 
@@ -10,7 +11,7 @@ __all__ = [
     "GranulonTrainer",
     "ModelArguments",
     "RecipeArguments",
-    "RecipeError",
+    "GranulonError",
     "TrainingFailed",
     "TrainingStopped",
     "parse",

@@ -10,16 +10,13 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.variants import NAMES
 
 BATCHING = ("padded", "grouped", "packed")
 # Options of the command line that leave a recipe's others without a meaning: a subset is one of the file's own data, and
 # transformers would let the file's max_steps win over the line's epochs.
 REPLACES = {"data": ("source", "split", "preset", "limit"), "num_train_epochs": ("max_steps",)}
-
-
-class RecipeError(ValueError):
-    """A run that cannot work; the message is one sentence that says why and what to do. Raised before the first step."""
 
 
 @dataclass
@@ -125,22 +122,22 @@ class OptionParser(HfArgumentParser):
     """transformers' parser, with one sentence for everything that is wrong."""
 
     def error(self, message):
-        raise RecipeError(f"The options cannot be used: {message}.")
+        raise GranulonError(f"The options cannot be used: {message}.")
 
     def read(self, arguments: list[str]) -> tuple[Any, ...]:
         """Return the dataclasses that a command line fills.
 
         Raises:
-            RecipeError: an unknown option, or a value of the wrong kind.
+            GranulonError: an unknown option, or a value of the wrong kind.
         """
         try:
             *found, unknown = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-        except RecipeError:
+        except GranulonError:
             raise
         except (TypeError, ValueError) as error:
-            raise RecipeError(f"The options cannot be used: {' '.join(str(error).split())}") from None
+            raise GranulonError(f"The options cannot be used: {' '.join(str(error).split())}") from None
         if unknown:
-            raise RecipeError(
+            raise GranulonError(
                 f"The options cannot be used: {unknown[0]!r} is none (--help lists them all, and a recipe file comes first)."
             )
         return tuple(found)
@@ -167,7 +164,7 @@ def parse(arguments: list[str], default: str | None = None) -> tuple[ModelArgume
         default (`str`, *optional*): the recipe of the variant "demo" where the line names no file.
 
     Raises:
-        RecipeError: a file that cannot be read, or that holds a name no argument has; options that cannot be used.
+        GranulonError: a file that cannot be read, or that holds a name no argument has; options that cannot be used.
     """
     parser = make_parser()
     path: str | None = None
@@ -193,52 +190,54 @@ def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
     """Return the names and values of a recipe file.
 
     Raises:
-        RecipeError: it cannot be read, or holds a name that is not known.
+        GranulonError: it cannot be read, or holds a name that is not known.
     """
     if not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):
-        raise RecipeError(f"{path!r} is no YAML file of a recipe; options begin with --.")
+        raise GranulonError(f"{path!r} is no YAML file of a recipe; options begin with --.")
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file) or {}
         except yaml.YAMLError as error:
-            raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+            raise GranulonError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
         what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
-        raise RecipeError(f"{path} holds {what}; the names are those of `train.py --help`.")
+        raise GranulonError(f"{path} holds {what}; the names are those of `train.py --help`.")
     return values
 
 
 def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) -> None:
-    """Raises RecipeError for options that exclude each other, or that would be ignored or change what is trained."""
+    """Raises GranulonError for options that exclude each other, or that would be ignored or change what is trained."""
     if data.batching not in BATCHING:
-        raise RecipeError(f"Unknown batching {data.batching!r}; the choices are {', '.join(BATCHING)}.")
+        raise GranulonError(f"Unknown batching {data.batching!r}; the choices are {', '.join(BATCHING)}.")
     if data.batching == "packed" and data.pad_to_multiple_of:
-        raise RecipeError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
+        raise GranulonError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
     if data.data == "shapes" and (given := [n for n in ("source", "split", "preset") if getattr(data, n) is not None]):
-        raise RecipeError(f"The drawn shapes have no {given[0]}; leave out --{given[0]}, or name another --data.")
+        raise GranulonError(f"The drawn shapes have no {given[0]}; leave out --{given[0]}, or name another --data.")
     if recipe.label_smoothing_factor:
-        raise RecipeError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
+        raise GranulonError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":
-        raise RecipeError("The recipe does not evaluate while it trains; leave out --eval_strategy, and use granulon eval run.")
+        raise GranulonError(
+            "The recipe does not evaluate while it trains; leave out --eval_strategy, and use granulon eval run."
+        )
     if recipe.use_liger_kernel:
         check_liger(recipe)
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or (
         recipe.deepspeed_plugin is not None and recipe.deepspeed_plugin.zero_stage == 3
     ):
-        raise RecipeError(
+        raise GranulonError(
             "ZeRO-3 is not supported: it shards the frozen weights, tied ones among them, while the model is being built. Use "
             "accelerate_zero2.yaml (the trained part is small) or accelerate_fsdp2.yaml."
         )
 
 
 def check_liger(recipe: RecipeArguments) -> None:
-    """Raises RecipeError where liger's kernels cannot run, or would be used for the loss."""
+    """Raises GranulonError where liger's kernels cannot run, or would be used for the loss."""
     if not is_liger_kernel_available():
-        raise RecipeError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
+        raise GranulonError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
     if recipe.device.type in ("cpu", "mps"):
-        raise RecipeError(f"--use_liger_kernel needs a GPU, and this run is on the {recipe.device.type}; leave it out.")
+        raise GranulonError(f"--use_liger_kernel needs a GPU, and this run is on the {recipe.device.type}; leave it out.")
     losses = ("cross_entropy", "fused_linear_cross_entropy")
     if chosen := [name for name in losses if (recipe.liger_kernel_config or {}).get(name)]:
-        raise RecipeError(
+        raise GranulonError(
             f"--liger_kernel_config asks for {chosen[0]}, and the loss is computed at labelled positions only; leave it out."
         )

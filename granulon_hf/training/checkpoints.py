@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import safe_open
 from transformers.utils import logging
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import existing
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
-from granulon_hf.training.arguments import RecipeError
 
 logger = logging.get_logger(__name__)
 ADAPTER, RUN = ADAPTER_WEIGHTS, "run.json"
@@ -77,7 +77,7 @@ def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> No
     """Refuse to go on with other settings, or on other data.
 
     Raises:
-        RecipeError: names what changed.
+        GranulonError: names what changed.
     """
     if not path.exists():
         return
@@ -91,26 +91,26 @@ def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> No
     if data is not None and "data" in written and written["data"] != json.loads(json.dumps(data, default=str)):
         changed.append("the data are not the same files or rows")
     if changed:
-        raise RecipeError(
+        raise GranulonError(
             f"The run in {str(path.parent)!r} has other settings: {'; '.join(changed)}. Go on with the same settings, or "
             "start a new run with another --output_dir."
         )
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises RecipeError where no folder can be made or written."""
+    """Raises GranulonError where no folder can be made or written."""
     place = existing(Path(output_dir))
     if not place.is_dir():
-        raise RecipeError(f"--output_dir {output_dir!r} cannot be used: {str(place)!r} is a file; it takes a folder.")
+        raise GranulonError(f"--output_dir {output_dir!r} cannot be used: {str(place)!r} is a file; it takes a folder.")
     if not os.access(place, os.W_OK):
-        raise RecipeError(f"--output_dir {output_dir!r} cannot be written; name another.")
+        raise GranulonError(f"--output_dir {output_dir!r} cannot be written; name another.")
 
 
 def check_unused(output_dir: str) -> None:
-    """Raises RecipeError where a run would overwrite what an earlier one left."""
+    """Raises GranulonError where a run would overwrite what an earlier one left."""
     folder = Path(output_dir)
     if held := [*folder.glob(ADAPTER), *folder.glob("model*.safetensors*"), *checkpoints(folder)]:
-        raise RecipeError(f"--output_dir {output_dir!r} already holds {held[0].name}; name another, or remove that one.")
+        raise GranulonError(f"--output_dir {output_dir!r} already holds {held[0].name}; name another, or remove that one.")
 
 
 def find_resume(resume: str | None, output_dir: str) -> str | None:
@@ -122,22 +122,22 @@ def find_resume(resume: str | None, output_dir: str) -> str | None:
         output_dir (`str`): of the run.
 
     Raises:
-        RecipeError: that checkpoint cannot be used; none is asked for, and the folder holds a run; or there is none to go on
+        GranulonError: that checkpoint cannot be used; none is asked for, and the folder holds a run; or there is none to go on
             from, and the folder holds weights or damaged checkpoints.
     """
     check_output_dir(output_dir)
     if resume is None and checkpoints(output_dir):
-        raise RecipeError(
+        raise GranulonError(
             f"{output_dir!r} already holds a run; say --resume_from_checkpoint last to go on, or another --output_dir."
         )
     if resume is not None and resume.lower() not in ("last", "true"):
         if not is_whole(Path(resume)):
-            raise RecipeError(f"{resume!r} is no whole checkpoint; say --resume_from_checkpoint last for the latest that is.")
+            raise GranulonError(f"{resume!r} is no whole checkpoint; say --resume_from_checkpoint last for the latest that is.")
         return resume
     if resume is not None and (found := last_checkpoint(output_dir)):
         return str(found)
     if damaged := checkpoints(output_dir):
-        raise RecipeError(
+        raise GranulonError(
             f"No checkpoint in {output_dir!r} is whole ({', '.join(path.name for path in damaged)}): there is nothing to go on "
             "from. Name another --output_dir, or remove them to start again."
         )

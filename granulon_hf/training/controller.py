@@ -23,9 +23,10 @@ from transformers import AutoConfig
 
 from granulon_hf import data, variants
 from granulon_hf.data.collator import encode_prompts
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
-from granulon_hf.training.arguments import ModelArguments, OptionParser, RecipeError
+from granulon_hf.training.arguments import ModelArguments, OptionParser
 from granulon_hf.training.checkpoints import check_output_dir, check_unused
 from granulon_hf.training.run import build_model, versions
 from granulon_hf.training.stages import adapter_state, save_adapter, set_stage
@@ -65,16 +66,16 @@ class ControllerArguments:
     def __post_init__(self):
         for name in ("steps", "batch_size", "learning_rate"):
             if not getattr(self, name) > 0:
-                raise RecipeError(f"--{name} must be positive, not {getattr(self, name)!r}.")
+                raise GranulonError(f"--{name} must be positive, not {getattr(self, name)!r}.")
         if not 0 < self.holdout < 1:
-            raise RecipeError(f"--holdout is a share between 0 and 1, not {self.holdout!r}.")
+            raise GranulonError(f"--holdout is a share between 0 and 1, not {self.holdout!r}.")
 
 
 def parse(arguments: list[str]) -> ControllerArguments:
     """Read the arguments of a command line.
 
     Raises:
-        RecipeError: options that cannot be used.
+        GranulonError: options that cannot be used.
     """
     groups: Any = (ControllerArguments,)
     (args,) = OptionParser(groups, allow_abbrev=False).read(arguments)
@@ -104,12 +105,12 @@ def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Q
         seed (`int`, defaults to 0): of the drawing.
 
     Raises:
-        RecipeError: no such file, a row that is not like this, weights that do not sum to 1, rows of different levels, no
+        GranulonError: no such file, a row that is not like this, weights that do not sum to 1, rows of different levels, no
             question to train or to test on, one that is in both.
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(f"There is no file of labels {str(path)!r}; `granulon controller label` writes one.")
+        raise GranulonError(f"There is no file of labels {str(path)!r}; `granulon controller label` writes one.")
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
         if line.strip():
@@ -118,13 +119,13 @@ def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Q
             except (ValueError, RecursionError):
                 row = None
             if problem := problem_of(row, rows[0]["weights"] if rows else None):
-                raise RecipeError(f"{path}, line {number}: {problem}.")
+                raise GranulonError(f"{path}, line {number}: {problem}.")
             rows.append(row)
     if not rows:
-        raise RecipeError(f"{path} has no labelled questions.")
+        raise GranulonError(f"{path} has no labelled questions.")
     splits = ["split" in row for row in rows]
     if any(splits) and not all(splits):
-        raise RecipeError(f"{path}: some rows have a split and some have none; give it to all or to none.")
+        raise GranulonError(f"{path}: some rows have a split and some have none; give it to all or to none.")
     if any(splits):
         questions = [Question(row["text"], row["weights"], row["split"] != "train") for row in rows]
     else:
@@ -135,10 +136,10 @@ def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Q
     for test, what in ((False, "to train on"), (True, "held out to test on")):
         if not any(question.test == test for question in questions):
             hint = "the column split names none" if any(splits) else "there are too few"
-            raise RecipeError(f"{path} has no questions {what}: {hint}.")
+            raise GranulonError(f"{path} has no questions {what}: {hint}.")
     both = {plain(q.text) for q in questions if q.test} & {plain(q.text) for q in questions if not q.test}
     if both:
-        raise RecipeError(f"{path}: {min(both)!r} is both trained on and held out; a question belongs to one split.")
+        raise GranulonError(f"{path}: {min(both)!r} is both trained on and held out; a question belongs to one split.")
     return questions
 
 
@@ -165,12 +166,12 @@ def plain(text: str) -> str:
 
 def check_levels(questions: Sequence[Question], levels: Sequence[str], variant: str) -> None:
     """Raises:
-    RecipeError: the model has no levels, or others than the labels.
+    GranulonError: the model has no levels, or others than the labels.
     """
     if not levels:
-        raise RecipeError(f"{variant} has no granularity levels, and therefore no controller to train.")
+        raise GranulonError(f"{variant} has no granularity levels, and therefore no controller to train.")
     if set(questions[0].weights) != set(levels):
-        raise RecipeError(
+        raise GranulonError(
             f"The labels are for the levels {', '.join(questions[0].weights)}, and {variant} has {', '.join(levels)}; label "
             "the questions for these (granulon controller label --level NAME=MEANING …)."
         )
@@ -229,7 +230,7 @@ def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: Cont
         `float`: mean loss of the last tenth of the steps.
 
     Raises:
-        RecipeError: the loss is not finite.
+        GranulonError: the loss is not finite.
     """
     optimizer = torch.optim.AdamW(controller.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
@@ -240,7 +241,7 @@ def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: Cont
         chosen = torch.randint(len(states), (args.batch_size,), generator=draw)
         loss = F.cross_entropy(logits_of(controller, states[chosen]), targets[chosen])
         if not loss.isfinite():
-            raise RecipeError(f"The loss is not finite at step {step}; lower --learning_rate.")
+            raise GranulonError(f"The loss is not finite at step {step}; lower --learning_rate.")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -275,7 +276,7 @@ def train_controller(
         `dict`: `n_train`, `n_test`, `train_loss`, and what [`measure`] says of the hold-out.
 
     Raises:
-        RecipeError: the levels are others, or the loss is not finite.
+        GranulonError: the levels are others, or the loss is not finite.
     """
     levels = model.config.level_names
     check_levels(questions, levels, args.variant)
@@ -385,7 +386,7 @@ def run_controller(args: ControllerArguments, demo: Any = None) -> dict[str, Any
         `dict`: of [`train_controller`]; `model` and `processor` beside it.
 
     Raises:
-        RecipeError: labels, variant, levels or output folder cannot be used.
+        GranulonError: labels, variant, levels or output folder cannot be used.
     """
     check_output_dir(args.output_dir)
     check_unused(args.output_dir)

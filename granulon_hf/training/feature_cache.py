@@ -12,9 +12,9 @@ import torch
 from accelerate import PartialState
 from rich.progress import track
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import batches
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.training.arguments import RecipeError
 
 DESCRIPTION, INDEX, VALUES = "cache.json", "index.jsonl", "features.bin"
 
@@ -31,16 +31,16 @@ class FeatureCache:
         processor: its processor.
 
     Raises:
-        RecipeError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or the relation
-            is the tower's attention, which is not kept.
+        GranulonError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or the
+            relation is the tower's attention, which is not kept.
     """
 
     def __init__(self, folder: str, model: Any, processor: Any):
         self.folder, self.model, self.processor = Path(folder), model, processor
         if any(parameter.requires_grad for parameter in model.model.vision_tower.parameters()):
-            raise RecipeError("--feature_cache needs a frozen vision tower; leave it out in this stage.")
+            raise GranulonError("--feature_cache needs a frozen vision tower; leave it out in this stage.")
         if model.config.relation == "attention" and model.config.granularity_levels:
-            raise RecipeError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
+            raise GranulonError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
         self.rows: dict[str, int] = {}
         description = {"tower": fingerprint(model.model.vision_tower), "layer": str(model.config.vision_feature_layer)}
         steps = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
@@ -49,7 +49,7 @@ class FeatureCache:
         if path.exists():
             before = json.loads(path.read_text())
             if changed := [name for name, value in description.items() if before.get(name) != value]:
-                raise RecipeError(f"The features in {folder!r} are of another {' and '.join(changed)}; name another folder.")
+                raise GranulonError(f"The features in {folder!r} are of another {' and '.join(changed)}; name another folder.")
             self.shape = tuple(before["shape"]) if "shape" in before else None
         else:
             self.shape = None
@@ -58,7 +58,9 @@ class FeatureCache:
         if self.rows and self.shape is not None:
             values, needed = self.folder / VALUES, (max(self.rows.values()) + 1) * self.shape[0] * self.shape[1] * 2
             if not values.exists() or values.stat().st_size < needed:
-                raise RecipeError(f"{str(values)!r} has lost its end; remove the folder {folder!r}, and it will be made again.")
+                raise GranulonError(
+                    f"{str(values)!r} has lost its end; remove the folder {folder!r}, and it will be made again."
+                )
 
     def read_index(self) -> None:
         path = self.folder / INDEX

@@ -10,9 +10,9 @@ import torch
 
 from granulon_hf.data import Sample
 from granulon_hf.data.collator import conversation, encode_prompts
+from granulon_hf.errors import GranulonError
 from granulon_hf.judge.judge import Judge, estimate
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.training.arguments import RecipeError
 
 
 @torch.no_grad()
@@ -54,12 +54,12 @@ def judged(samples: Sequence[Sample], answers: Sequence[Sequence[str]], *, dry_r
         **options: of the judge's `compute` (`model`, `base_url`, `store`, `max_cost` …).
 
     Raises:
-        RecipeError: samples that cannot be judged together.
+        GranulonError: samples that cannot be judged together.
         JudgeError: the run cannot go on; what was paid for is in the store.
     """
     tasks = sorted({sample.task for sample in samples})
     if len(tasks) != 1 or any(len(sample.images) != 1 for sample in samples):
-        raise RecipeError(
+        raise GranulonError(
             f"Answers are judged about one image each, in one task; these are of {', '.join(tasks)}, with "
             f"{sorted({len(sample.images) for sample in samples})} images."
         )

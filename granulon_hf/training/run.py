@@ -23,12 +23,13 @@ from transformers import AutoProcessor, set_seed
 
 import granulon_hf
 from granulon_hf import variants
-from granulon_hf.data import DataError, Sample, load
+from granulon_hf.data import Sample, load
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.datasets.llava import is_chat
 from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import existing
-from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments, RecipeError
+from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.feature_cache import FeatureCache
 from granulon_hf.training.stages import STAGES, load_adapter_state, parameter_table, set_stage, trainable
@@ -45,34 +46,34 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
         demo (`callable`, *optional*): makes the variant "demo": `granulon_hf.demo.build_demo`, which lies above.
 
     Raises:
-        RecipeError: an unknown variant or stage, a folder without a Granulon model, an adapter that does not fit.
+        GranulonError: an unknown variant or stage, a folder without a Granulon model, an adapter that does not fit.
     """
     if args.stage not in STAGES:
-        raise RecipeError(f"Unknown stage {args.stage!r}; the stages are {', '.join(STAGES)}.")
+        raise GranulonError(f"Unknown stage {args.stage!r}; the stages are {', '.join(STAGES)}.")
     if args.stage == "controller":
-        raise RecipeError("The controller is trained on labelled questions: python examples/train_controller.py")
+        raise GranulonError("The controller is trained on labelled questions: python examples/train_controller.py")
     fields: dict[str, Any] = {}
     if args.attn_implementation:
         fields["attn_implementation"] = args.attn_implementation
     told: dict[str, Any] = {} if args.slot_position is None else {"slot_position": args.slot_position}
     if told and args.slot_position not in ("none", "semantic", "all"):
-        raise RecipeError(f"--slot_position {args.slot_position!r}: it is none, semantic or all.")
+        raise GranulonError(f"--slot_position {args.slot_position!r}: it is none, semantic or all.")
     if told and args.variant == "demo":
-        raise RecipeError("--slot_position is for the variants and for checkpoints; the demo is as it is.")
+        raise GranulonError("--slot_position is for the variants and for checkpoints; the demo is as it is.")
     if args.variant == "demo" and demo is not None:
         try:
             model, processor = demo()
             for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
                 layer.reset_parameters()  # its controller is kept, its projector is trained anew
         except RuntimeError as error:  # MissingBackbones: its message is the command
-            raise RecipeError(f"The demo variant needs two packages with weights; run: {error}") from None
+            raise GranulonError(f"The demo variant needs two packages with weights; run: {error}") from None
     elif args.variant in variants.NAMES:
         try:
             model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **told)
         except ValueError as error:  # semantic slots of an encoder without levels
-            raise RecipeError(str(error)) from None
+            raise GranulonError(str(error)) from None
         except OSError as error:
-            raise RecipeError(
+            raise GranulonError(
                 f"The backbones of {args.variant} cannot be read ({' '.join(str(error).split())[:200]}); DINOv3 and Llama 3.2 "
                 "need a Hub account that has accepted their licences (--open_weights reads DINOv3 without)."
             ) from error
@@ -82,12 +83,12 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
             model = auto.from_pretrained(args.variant, **fields, **told)
             processor = AutoProcessor.from_pretrained(args.variant)
         except (OSError, ValueError) as error:
-            raise RecipeError(
+            raise GranulonError(
                 f"--variant {args.variant!r} is neither demo nor one of {', '.join(variants.NAMES)}, and no model can be "
                 f"read there ({' '.join(str(error).split())[:200]})."
             ) from error
         if not isinstance(model, granulon_hf.GranulonForConditionalGeneration):
-            raise RecipeError(f"{args.variant!r} is a {type(model).__name__}, not a Granulon model.")
+            raise GranulonError(f"{args.variant!r} is a {type(model).__name__}, not a Granulon model.")
     if args.attn_implementation:
         model.set_attn_implementation({"text_config": args.attn_implementation})
     model.config.pixel_loss_weight, model.config.semantic_loss_weight = args.pixel_loss_weight, args.semantic_loss_weight
@@ -95,16 +96,16 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
     if args.adapter:
         file = Path(args.adapter) / ADAPTER if os.path.isdir(args.adapter) else Path(args.adapter)
         if not file.is_file():
-            raise RecipeError(f"There is no adapter {str(file)!r}.")
+            raise GranulonError(f"There is no adapter {str(file)!r}.")
         state = load_file(file)
         own = {name.removeprefix("model.") for name, _ in model.named_parameters()}
         if unknown := sorted(state.keys() - own):
-            raise RecipeError(f"The adapter {str(file)!r} has {unknown[0]}, which {args.variant} lacks.")
+            raise GranulonError(f"The adapter {str(file)!r} has {unknown[0]}, which {args.variant} lacks.")
         current = {n.removeprefix("model."): p for n, p in trainable(model) if n.removeprefix("model.") not in state}
         try:
             load_adapter_state(model, {**{name: p.detach() for name, p in current.items()}, **state})
         except ValueError as error:
-            raise RecipeError(str(error)) from None
+            raise GranulonError(str(error)) from None
     return model, processor
 
 
@@ -112,7 +113,7 @@ def load_samples(args: DataArguments) -> Any:
     """The training samples: a sequence of [`Sample`].
 
     Raises:
-        RecipeError: the data cannot be read, or have no random access.
+        GranulonError: the data cannot be read, or have no random access.
     """
     if args.data == "shapes":
         return Shapes(args.limit or 2000, seed=args.subset_seed)
@@ -128,14 +129,14 @@ def load_samples(args: DataArguments) -> Any:
     }
     try:
         samples = load(name, on_error=args.on_error, **{k: v for k, v in options.items() if v is not None})
-    except (DataError, OSError) as error:
-        raise RecipeError(f"--data {args.data!r} cannot be used: {' '.join(str(error).split())}") from error
+    except (GranulonError, OSError) as error:
+        raise GranulonError(f"--data {args.data!r} cannot be used: {' '.join(str(error).split())}") from error
     if not len(samples):
-        raise RecipeError(f"--data {args.data!r} has no samples.")
+        raise GranulonError(f"--data {args.data!r} has no samples.")
     try:
         samples[0]
-    except DataError as error:
-        raise RecipeError(str(error)) from None
+    except GranulonError as error:
+        raise GranulonError(str(error)) from None
     return samples
 
 
@@ -156,7 +157,7 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: 
     """Refuse data of which nothing can be trained on.
 
     Raises:
-        RecipeError: none of the first samples has a token with a label or, where the projector is trained, an image.
+        GranulonError: none of the first samples has a token with a label or, where the projector is trained, an image.
     """
     for i in range(min(PROBED, len(samples))):
         encoded = collator.encode(samples[i])
@@ -164,9 +165,9 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: 
             collator.problems.clear()
             return
     if not collator.problems:
-        raise RecipeError(f"None of the first {min(PROBED, len(samples))} samples has an image: there is nothing to project.")
+        raise GranulonError(f"None of the first {min(PROBED, len(samples))} samples has an image: there is nothing to project.")
     last = collator.problems[-1]
-    raise RecipeError(
+    raise GranulonError(
         f"None of the first {min(PROBED, len(samples))} samples can be trained on; the last, {last['id']}: {last['reason']}."
     )
 
@@ -181,7 +182,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         `tuple`: the trained model and its processor.
 
     Raises:
-        RecipeError: it cannot work; before the first step.
+        GranulonError: it cannot work; before the first step.
         TrainingFailed: it cannot go on.
     """
     asked = args.resume_from_checkpoint
@@ -249,7 +250,7 @@ def fill_cache(folder: str, model: Any, processor: Any, samples: Sequence[Sample
     """The features of all images of the samples: computed now, or earlier, or by an earlier run that was stopped.
 
     Raises:
-        RecipeError: the folder or the model does not allow it.
+        GranulonError: the folder or the model does not allow it.
     """
     cache = FeatureCache(folder, model, processor)
     cache.fill((image for i in range(len(samples)) for image in samples[i].images), total=None)
@@ -260,7 +261,7 @@ def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
     """Refuse what the launcher or the device cannot do.
 
     Raises:
-        RecipeError: names it and what to do.
+        GranulonError: names it and what to do.
     """
     if args.gradient_checkpointing and stage == "projector" and not args.use_cpu:
         Console(stderr=True).print(
@@ -273,7 +274,7 @@ def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
     kept = sum(p.numel() for _, p in trainable(model)) * 4 * 4 * count
     kept += all_weights(model) * ((count if args.save_full else 0) + (args.save_full or model.config.backbones is None))
     if free < kept:
-        raise RecipeError(
+        raise GranulonError(
             f"--output_dir has {free / 2**30:.1f} GiB free, and weights and {count} checkpoints may take "
             f"{kept / 2**30:.1f} GiB; make room, or lower --save_total_limit."
         )
@@ -291,7 +292,7 @@ def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         `dict`: what `run.json` holds: settings, command, versions, and the data's manifest where there is one.
 
     Raises:
-        RecipeError: the settings changed.
+        GranulonError: the settings changed.
     """
     settings = settings_of(model_args, data_args, args, world_size=args.world_size, samples=len(samples))
     path = Path(args.output_dir or ".") / RUN

@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
-from granulon_hf.training.arguments import RecipeError
+from granulon_hf.errors import GranulonError
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
 from granulon_hf.training.stages import (
     adapter_state,
@@ -272,12 +272,12 @@ def find_liger(model_type: str) -> Any:
     """Return liger's function for the instances of a decoder.
 
     Raises:
-        RecipeError: liger-kernel does not know the decoder.
+        GranulonError: liger-kernel does not know the decoder.
     """
     from liger_kernel.transformers import monkey_patch
 
     if model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:  # liger itself would do nothing, and not say so
-        raise RecipeError(f"--use_liger_kernel does nothing for a language model of the kind {model_type}; leave it out.")
+        raise GranulonError(f"--use_liger_kernel does nothing for a language model of the kind {model_type}; leave it out.")
     return monkey_patch._apply_liger_kernel_to_instance
 
 

@@ -188,7 +188,7 @@ def test_a_missing_shard_is_named(prepared, run, tmp_path):
     assert result.exit_code == 1 and missing in result.stdout
     result = run("show", prepared, "--out", tmp_path / "sheet.html")
     assert result.exit_code == 0 and missing in result.stderr
-    with pytest.raises(granulon_hf.data.DataError, match="the shard is missing"):
+    with pytest.raises(granulon_hf.data.GranulonError, match="the shard is missing"):
         granulon_hf.data.load(prepared, on_error="raise")
     for shard in (shards[0], shards[2]):
         shard.unlink()

@@ -7,10 +7,11 @@ import datasets
 import pyarrow as pa
 import pytest
 
-from granulon_hf.data import ADAPTERS, BadRow, DataError, load, prepare
+from granulon_hf.data import ADAPTERS, BadRow, load, prepare
 from granulon_hf.data.datasets.surgvlm import PHASES
 from granulon_hf.data.granuscenes.scenes import GranuScenes, SceneSource
 from granulon_hf.data.prepared.format import to_row
+from granulon_hf.errors import GranulonError
 from tests.data import tables
 
 
@@ -165,7 +166,7 @@ def test_half_characters_are_bad_rows(tmp_path):
 
 
 def test_a_okvqa_refuses_the_split_without_answers(tmp_path):
-    with pytest.raises(DataError, match="withheld; use 'validation'"):
+    with pytest.raises(GranulonError, match="withheld; use 'validation'"):
         load("a-okvqa", split="test", source=tmp_path)
 
 
@@ -231,7 +232,7 @@ def test_llava_lines_with_one_that_is_cut_off(tmp_path):
     assert samples.problems[0].row == 3 and "not JSON" in samples.problems[0].reason
     assert samples.problems[1].row == 4 and "nested too deeply" in samples.problems[1].reason
     path.rename(tmp_path / "chat.json")
-    with pytest.raises(DataError, match="not JSON"):
+    with pytest.raises(GranulonError, match="not JSON"):
         load("llava", source=tmp_path)
 
 
@@ -286,7 +287,7 @@ def test_your_own_columns(tmp_path):
     assert list(load(tmp_path / "saved", columns=columns)) == list(samples)
     datasets.DatasetDict(train=dataset, test=dataset.select([0])).save_to_disk(str(tmp_path / "both"))
     assert len(load(tmp_path / "both", split="test", columns=columns)) == 1
-    with pytest.raises(DataError, match="no split 'validation'; it has 'train', 'test'"):
+    with pytest.raises(GranulonError, match="no split 'validation'; it has 'train', 'test'"):
         load(tmp_path / "both", split="validation", columns=columns)
     dataset.to_parquet(str(tmp_path / "own.parquet"))
     assert [sample.reference for sample in load(tmp_path / "own.parquet", columns=columns)] == ["un chat", "yes", "1"]
@@ -321,7 +322,7 @@ def test_choices_by_content_letter_and_index():
     many = own(a="ab", o=[f"c{i}" for i in range(30)])
     assert many.reference == "c27" and many.question.splitlines()[26:29] == ["Z. c25", "AA. c26", "AB. c27"]
     assert "none of the choices" in own(a="[", o=[f"c{i}" for i in range(30)])
-    with pytest.raises(DataError, match="'choices' too"):
+    with pytest.raises(GranulonError, match="'choices' too"):
         own({"index": "a"}, a=1)
 
 
@@ -349,11 +350,11 @@ def test_a_stream(tmp_path):
         lambda: iter([{"image": tables.jpeg(), "label": "x"}, {"image": None, "label": "y"}])
     )
     assert len(list(load(bare, columns=columns))) == 1
-    with pytest.raises(DataError, match="no random access"):
+    with pytest.raises(GranulonError, match="no random access"):
         samples[0]
-    with pytest.raises(DataError, match="no manifest"):
+    with pytest.raises(GranulonError, match="no manifest"):
         _ = samples.manifest
-    with pytest.raises(DataError, match="stream cannot be prepared"):
+    with pytest.raises(GranulonError, match="stream cannot be prepared"):
         prepare(stream, tmp_path / "out", columns=columns)
     table = [tables.seed_video(0), tables.seed_row(1)]
     videos = datasets.IterableDataset.from_generator(lambda: iter(table))
@@ -362,14 +363,14 @@ def test_a_stream(tmp_path):
 
 def test_wrong_columns_are_named_before_any_work(tmp_path):
     path = tables.write(tmp_path / "x.parquet", [{"picture": tables.jpeg(), "caption": "c"}])
-    with pytest.raises(DataError, match=r"lacks the columns 'id', 'image', 'caption_detail'; it has 'picture', 'caption'"):
+    with pytest.raises(GranulonError, match=r"lacks the columns 'id', 'image', 'caption_detail'; it has 'picture', 'caption'"):
         load("flux-reason", source=path)
-    with pytest.raises(DataError, match="lacks the columns 'img'; it has 'picture', 'caption'"):
+    with pytest.raises(GranulonError, match="lacks the columns 'img'; it has 'picture', 'caption'"):
         load(path, columns={"image": "img", "answer": "caption"})
-    with pytest.raises(DataError, match="'answer' is needed"):
+    with pytest.raises(GranulonError, match="'answer' is needed"):
         load(path, columns={"image": "picture"})
-    with pytest.raises(DataError, match="not 'imgae'"):
+    with pytest.raises(GranulonError, match="not 'imgae'"):
         load(path, columns={"imgae": "picture", "answer": "caption"})
     (tmp_path / "chat.json").write_text(json.dumps([{"text": "x"}]))
-    with pytest.raises(DataError, match="lacks the columns 'conversations'; it has 'text'"):
+    with pytest.raises(GranulonError, match="lacks the columns 'conversations'; it has 'text'"):
         load("llava", source=tmp_path / "chat.json")

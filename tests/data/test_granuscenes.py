@@ -14,10 +14,11 @@ import pytest
 from PIL import Image, ImageDraw
 from scipy.stats import binomtest, chisquare
 
-from granulon_hf.data import DataError, check, load, prepare
+from granulon_hf.data import check, load, prepare
 from granulon_hf.data.granuscenes import cutouts
 from granulon_hf.data.granuscenes import scenes as granuscenes
 from granulon_hf.data.granuscenes.scenes import GranuScenes, Pictures, baselines, by_type, shared
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
 
@@ -304,7 +305,7 @@ def test_tux_paints_names():
 
 def test_bad_input(tmp_path, drawn):
     def refused(match, function, *args, **kwargs):
-        with pytest.raises(DataError, match=match):
+        with pytest.raises(GranulonError, match=match):
             function(*args, **kwargs)
 
     refused("no split 'testing'", GranuScenes, "testing", 3, drawn)
@@ -354,7 +355,7 @@ def test_load(tmp_path):
     again = load(manifest=samples.manifest)
     assert [s.to_dict() for s in again] == [s.to_dict() for s in samples]
     (tmp_path / "backgrounds" / "place_d.jpg").unlink()
-    with pytest.raises(DataError, match="has changed"):
+    with pytest.raises(GranulonError, match="has changed"):
         load(manifest=samples.manifest)
     assert len(load("granuscenes", source="drawn?scenes=3", limit=5)) == 5
     assert load("granuscenes").source.location.startswith("drawn?")
@@ -377,12 +378,12 @@ def test_hold_outs_go_by_scene():
     ],
 )
 def test_bad_sources(source, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(GranulonError, match=message):
         load("granuscenes", source=source)
 
 
 def test_unknown_split():
-    with pytest.raises(DataError, match="no split 'testing'; it has 'train'"):
+    with pytest.raises(GranulonError, match="no split 'testing'; it has 'train'"):
         load("granuscenes", "testing")
 
 

@@ -12,7 +12,8 @@ from tests.hub_server import HubServer
 REPO = ("dataset", "LucasFang/FLUX-Reason-6M")
 SCRIPT = """
 import json, sys
-from granulon_hf.data import DataError, load
+from granulon_hf.errors import GranulonError
+from granulon_hf.data import load
 samples = load("flux-reason", limit=4, max_files=3, holdout=0)
 found = list(samples)
 manifest = samples.manifest
@@ -20,11 +21,11 @@ result = {"manifest": manifest, "ids": [sample.id for sample in found], "bytes":
 result["again"] = [sample.id for sample in load(manifest=manifest)]
 try:
     samples[0]
-except DataError as error:
+except GranulonError as error:
     result["index"] = str(error)
 try:
     load("recap")
-except DataError as error:
+except GranulonError as error:
     result["missing"] = str(error)
 json.dump(result, open(sys.argv[1], "w"))
 """

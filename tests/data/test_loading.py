@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from granulon_hf.data import ADAPTERS, DataError, load
+from granulon_hf.data import ADAPTERS, load
 from granulon_hf.data.readers import ParquetSource, split_of
 from granulon_hf.data.sampling import file_order
+from granulon_hf.errors import GranulonError
 from tests.data import tables
 
 
@@ -39,7 +40,7 @@ def test_images_of_every_kind(tmp_path):
     assert "20000 x 20 pixels" in found[names.index("thread")].reason and "truncated" in found[names.index("truncated")].reason
     assert str(found[names.index("missing")]) == "x.parquet, row 9: the image is missing"
 
-    with pytest.raises(DataError, match=r"x\.parquet, row 4: the image cannot be used"):
+    with pytest.raises(GranulonError, match=r"x\.parquet, row 4: the image cannot be used"):
         list(load("flux-reason", source=path, on_error="raise"))
     header = load("flux-reason", source=path, verify="header")
     assert [sample.meta["row"] for sample in header] == [*good, names.index("truncated")]
@@ -82,13 +83,13 @@ def test_train_and_holdout_are_disjoint_whatever_their_limits(flux):
             train = load("flux-reason", "train", flux, holdout=17, seed=seed, limit=30, max_files=max_files)
             assert len(train) == 30 and set(ids(train)) <= set(ids(rest))
         assert set(ids(load("flux-reason", "holdout", flux, holdout=17, limit=5, seed=seed))) <= set(ids(held))
-    with pytest.raises(DataError, match="no hold-out by default"):
+    with pytest.raises(GranulonError, match="no hold-out by default"):
         load("flux-reason", "holdout", flux)
-    with pytest.raises(DataError, match="has 120 rows, too few to hold out 120"):
+    with pytest.raises(GranulonError, match="has 120 rows, too few to hold out 120"):
         load("flux-reason", "holdout", flux, holdout=120)
-    with pytest.raises(DataError, match="hold-out has 17 rows, not 20"):
+    with pytest.raises(GranulonError, match="hold-out has 17 rows, not 20"):
         load("flux-reason", "holdout", flux, holdout=17, limit=20)
-    with pytest.raises(DataError, match="no split 'test'; .* 'train', 'holdout'"):
+    with pytest.raises(GranulonError, match="no split 'test'; .* 'train', 'holdout'"):
         load("flux-reason", "test", flux)
 
 
@@ -148,7 +149,7 @@ def test_the_holdout_shares_no_image_with_training(tmp_path, form):
 
 def test_a_holdout_without_groups_enough(tmp_path):
     rows = [{"id": str(i), "image": "a.jpg", "conversations": tables.turn("<image>", "x")} for i in range(20)]
-    with pytest.raises(DataError, match="20 rows, but too few that share no video or image with others, to hold out 5"):
+    with pytest.raises(GranulonError, match="20 rows, but too few that share no video or image with others, to hold out 5"):
         load("surgvlm", source=tables.chat(tmp_path, rows), holdout=5)
 
 
@@ -192,9 +193,9 @@ def test_the_papers_subsets(flux, tmp_path):
     assert (len(names[0]), len(names[1])) == (50_000, 1_000) and not names[0] & names[1]
     with pytest.warns(UserWarning, match="200000 rows were asked for, but .* only 120"):
         assert len(load("flux-reason", source=flux, preset="paper")) == 120
-    with pytest.raises(DataError, match="no preset 'big'"):
+    with pytest.raises(GranulonError, match="no preset 'big'"):
         load("flux-reason", source=flux, preset="big")
-    with pytest.raises(DataError, match="no subset of a-okvqa's split 'train', only of validation"):
+    with pytest.raises(GranulonError, match="no subset of a-okvqa's split 'train', only of validation"):
         load("a-okvqa", "train", flux, preset="paper")
 
 
@@ -209,25 +210,25 @@ def test_a_manifest_gives_the_very_same_rows(tmp_path):
     again = load(manifest=tmp_path / "manifest.json")
     assert list(again) == list(samples) and again.manifest == manifest and again.split == "train"
     moved = root.rename(tmp_path / "moved")
-    with pytest.raises(DataError, match="no file or folder"):
+    with pytest.raises(GranulonError, match="no file or folder"):
         load(manifest=manifest)
     assert ids(load(manifest=manifest, source=moved)) == ids(samples)
 
     part = next(iter(manifest["files"]))
     rows = [row | {"id": f"new-{row['id']}"} for row in pq.read_table(moved / part).to_pylist()]
     tables.write(moved / part, rows, tables.FLUX)
-    with pytest.raises(DataError, match=f"{Path(part).name}' .* has changed since the manifest was written: its content"):
+    with pytest.raises(GranulonError, match=f"{Path(part).name}' .* has changed since the manifest was written: its content"):
         load(manifest=manifest, source=moved)
     manifest["files"][part]["fingerprint"] = None
-    with pytest.raises(DataError, match="its rows have other ids"):
+    with pytest.raises(GranulonError, match="its rows have other ids"):
         load(manifest=manifest, source=moved)
     tables.write(moved / part, rows[:5], tables.FLUX)
-    with pytest.raises(DataError, match="5 rows instead of 10"):
+    with pytest.raises(GranulonError, match="5 rows instead of 10"):
         load(manifest=manifest, source=moved)
     (moved / part).unlink()
-    with pytest.raises(DataError, match="it is gone"):
+    with pytest.raises(GranulonError, match="it is gone"):
         load(manifest=manifest, source=moved)
-    with pytest.raises(DataError, match="says which rows"):
+    with pytest.raises(GranulonError, match="says which rows"):
         load(manifest=manifest, limit=3)
 
 
@@ -252,7 +253,7 @@ def test_splits_by_file_name(tmp_path):
         tables.write(tmp_path / name, [tables.okvqa_row(len(name))], tables.OKVQA)
     assert len(load("a-okvqa", source=tmp_path)) == 1 and len(load("a-okvqa", "train", tmp_path)) == 2
     tables.write(tmp_path / "x.parquet", [tables.seed_row(1)], tables.SEED)
-    with pytest.raises(DataError, match="no split 'test'; it has 'train', 'validation'"):
+    with pytest.raises(GranulonError, match="no split 'test'; it has 'train', 'validation'"):
         load("seed-bench", source=tmp_path)
     assert split_of("Text/fluxdb-text-00000-of-00143.parquet") is None and split_of("latest/contest.parquet") is None
 
@@ -266,7 +267,7 @@ def test_folders_of_lines_name_the_split(tmp_path):
     for split in ("train", "test"):
         (sample,) = load("surgvlm", split, tmp_path)
         assert sample.reference == split and sample.images[0]["path"] == str(tmp_path / split / "video1" / "0.jpg")
-    with pytest.raises(DataError, match="no split 'validation'; it has 'test', 'train'"):
+    with pytest.raises(GranulonError, match="no split 'validation'; it has 'test', 'train'"):
         load("surgvlm", "validation", tmp_path)
 
 
@@ -297,7 +298,7 @@ def test_ids_that_cannot_be_read(tmp_path):
     samples = load("flux-reason", source=tmp_path)
     assert ids(samples) == ["ab", "cd", "ef", "p", "q", "r", "s"] and samples.ids["a.parquet"] == ["ab", "", "cd", "ef"]
     assert [(problem.file, problem.row) for problem in samples.problems] == [("a.parquet", 1)]
-    with pytest.raises(DataError, match="a.parquet, row 1: the row cannot be read"):
+    with pytest.raises(GranulonError, match="a.parquet, row 1: the row cannot be read"):
         list(load("flux-reason", source=tmp_path, on_error="raise"))
 
     path = tmp_path / "b.parquet"
@@ -321,17 +322,17 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     assert all(problem.row is None and "cannot be read as Parquet" in str(problem) for problem in samples.problems)
     assert not set(ids(samples)) & set(ids(load("flux-reason", "holdout", root, holdout=3)))
     assert load(manifest=samples.manifest).problems == samples.problems
-    with pytest.raises(DataError, match=f"{first.name}' .* cannot be read as Parquet"):
+    with pytest.raises(GranulonError, match=f"{first.name}' .* cannot be read as Parquet"):
         load("flux-reason", source=root, on_error="raise")
     for path in (root / "Text").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="Not one of 4 files can be read: .*cannot be read as Parquet"):
+    with pytest.raises(GranulonError, match="Not one of 4 files can be read: .*cannot be read as Parquet"):
         load("flux-reason", source=root)
 
 
 def test_an_empty_file_is_said(tmp_path):
     tables.write(tmp_path / "x.parquet", [], tables.FLUX)
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(GranulonError, match="empty"):
         load("flux-reason", source=tmp_path)
 
 
@@ -349,7 +350,7 @@ def test_an_empty_file_is_said(tmp_path):
 def test_a_manifest_that_is_not_whole(flux, change, message):
     manifest = json.loads(json.dumps(load("flux-reason", source=flux, limit=9).manifest))
     change(manifest)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(GranulonError, match=message):
         load(manifest=manifest)
 
 
@@ -375,7 +376,7 @@ def test_a_damaged_file_is_named(tmp_path):
     found = list(samples)  # no crash, whatever Parquet makes of it
     assert len(found) >= 4 and len(found) + len(samples.problems) == 8
     path.write_bytes(data[:-100])
-    with pytest.raises(DataError, match=r"'x\.parquet' .* cannot be read as Parquet"):
+    with pytest.raises(GranulonError, match=r"'x\.parquet' .* cannot be read as Parquet"):
         load("flux-reason", source=path)
 
 
@@ -395,12 +396,12 @@ def test_a_damaged_file_is_named(tmp_path):
     ],
 )
 def test_one_clear_sentence(arguments, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(GranulonError, match=message):
         load(**arguments)
 
 
 def test_an_empty_folder(tmp_path):
-    with pytest.raises(DataError, match="holds no Parquet, JSON"):
+    with pytest.raises(GranulonError, match="holds no Parquet, JSON"):
         load("llava", source=tmp_path)
 
 
@@ -408,7 +409,7 @@ def test_the_only_split_that_there_is(tmp_path):
     tables.write(tmp_path / "own" / "train.parquet", [tables.seed_row(1)], tables.SEED)
     assert load("seed-bench", source=tmp_path / "own").split == "train"
     path = tables.write(tmp_path / "test-00000-of-00001.parquet", [tables.okvqa_row(1)], tables.OKVQA)
-    with pytest.raises(DataError, match="withheld; use 'validation'"):
+    with pytest.raises(GranulonError, match="withheld; use 'validation'"):
         load("a-okvqa", source=path)
 
 
@@ -464,7 +465,7 @@ def test_what_a_source_without_splits_can_be_called(kind, tmp_path):
         samples = load(source, split, columns=COLUMNS)
         assert len(list(samples)) == 1 and samples.split == name
     for split in ("trian", "", "mini", "TEST", "a/b"):
-        with pytest.raises(DataError, match=r"'train', 'validation', 'test', 'holdout'"):
+        with pytest.raises(GranulonError, match=r"'train', 'validation', 'test', 'holdout'"):
             load(source, split, columns=COLUMNS)
 
 
@@ -474,7 +475,7 @@ def test_splits_that_are_named_are_the_choices(kind, tmp_path):
     for split, answer in (("train", "of train"), ("val", "of val"), ("validation", "of val"), ("mini", "of mini")):
         assert [sample.reference for sample in load(source, split, columns=COLUMNS)] == [answer]
     for split in ("trian", "test", ""):
-        with pytest.raises(DataError, match=f"no split {split!r}; it has .*'mini'"):
+        with pytest.raises(GranulonError, match=f"no split {split!r}; it has .*'mini'"):
             load(source, split, columns=COLUMNS)
 
 
@@ -493,7 +494,7 @@ def test_a_split_of_any_name_is_prepared_and_loaded(split, tmp_path):
     assert check(tmp_path / "out").samples == {split: 1}
     for asked in (None, split):
         assert load(tmp_path / "out", asked).split == split
-    with pytest.raises(DataError, match=f"it has '{split}'"):
+    with pytest.raises(GranulonError, match=f"it has '{split}'"):
         load(tmp_path / "out", "train")
 
 
@@ -506,5 +507,5 @@ def test_an_empty_file_among_others_is_no_error(tmp_path):
 def test_an_empty_stream():
     import datasets
 
-    with pytest.raises(DataError, match="empty"):
+    with pytest.raises(GranulonError, match="empty"):
         load(datasets.IterableDataset.from_generator(lambda: iter([])), columns=COLUMNS)

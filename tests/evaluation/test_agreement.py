@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.agreement import agreement, alpha, read_scores
-from granulon_hf.evaluation.judging import PredictionsError
 
 
 def scores(values):
@@ -64,11 +64,11 @@ def test_perfect_and_opposite():
 def test_bad_files_are_named(tmp_path, rows, message):
     path = tmp_path / "labels.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(PredictionsError, match=message) as error:
+    with pytest.raises(GranulonError, match=message) as error:
         read_scores(path)
     assert "labels.jsonl" in str(error.value)
 
 
 def test_nothing_in_common():
-    with pytest.raises(PredictionsError, match="0 in common"):
+    with pytest.raises(GranulonError, match="0 in common"):
         agreement(scores([1, 2]), {"x": {"accuracy": 1}, "y": {"accuracy": 2}})

@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from granulon_hf.cli.gallery import gallery
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation import gallery as work
 from tests.conftest import make_picture
 
@@ -254,7 +255,7 @@ def test_overlays(runs, tmp_path, build):
 
 def test_a_model_without_clusters_is_refused(runs, build):
     model, processor = build("dinov3-qwen2.5")
-    with pytest.raises(work.GalleryError, match="no clusters to draw"):
+    with pytest.raises(GranulonError, match="no clusters to draw"):
         work.cluster_drawer(model, processor)
 
 

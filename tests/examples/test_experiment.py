@@ -37,9 +37,9 @@ from examples.experiment.language_model import (
     true_cells,
 )
 from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau, unreadable
-from granulon_hf.cli.common import BadInput
 from granulon_hf.data.granuscenes.scenes import GranuScenes, Pictures
 from granulon_hf.demo_model import MissingBackbones, packaged_file
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.aggregation_granulon import grid_positions
 
 ROOT = Path(__file__).parents[2]
@@ -414,7 +414,7 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path, changed, line, m
     settings = changed.pop("settings", {})
     config["settings"] = {**config["settings"], **settings} if isinstance(settings, dict) else settings
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(config | changed))
-    with pytest.raises((BadInput, ValueError), match=re.escape(message)):
+    with pytest.raises((GranulonError, ValueError), match=re.escape(message)):
         command.main([str(tmp_path / "own.yaml"), "--out", str(tmp_path / "study"), *line])
     assert not (tmp_path / "study").exists()
 
@@ -422,7 +422,7 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path, changed, line, m
 def test_a_damaged_file_of_a_study_is_named(study_folder, tmp_path):
     shutil.copytree(study_folder, tmp_path / "study", ignore=shutil.ignore_patterns("features", "checkpoint-*"))
     (tmp_path / "study/settings.json").write_text("{")
-    with pytest.raises(BadInput, match=r"settings\.json' cannot be read .*; remove '[^']*settings\.json'"):
+    with pytest.raises(GranulonError, match=r"settings\.json' cannot be read .*; remove '[^']*settings\.json'"):
         command.main([str(ROOT / CONFIG), "--out", str(tmp_path / "study")])
 
 
@@ -512,32 +512,34 @@ def test_runs_are_queued_once():
     args = command.arguments([CONFIG, "--out", "x", "--arms", "pixel", "--seeds", "0,0,1"])
     assert command.jobs_of({}, args) == [("pixel", 0), ("pixel", 1)]
     args = command.arguments([CONFIG, "--out", "x"])
-    with pytest.raises(command.BadInput, match="more_seeds: there is no arm 'pixels'"):
+    with pytest.raises(command.GranulonError, match="more_seeds: there is no arm 'pixels'"):
         command.jobs_of({"arms": ["pixel"], "seeds": [0], "more_seeds": {"pixels": [1]}}, args)
 
 
 def test_bad_input_is_one_sentence(tmp_path):
-    with pytest.raises(command.BadInput, match="no arm 'pixels'"):
+    with pytest.raises(command.GranulonError, match="no arm 'pixels'"):
         command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), "--arms", "pixels"]))
     for option, message in (
         ("--arms=", "no arm ''"),
         ("--seeds=-1", "--seeds must be a list of whole numbers"),
         ("--seeds=", "whole numbers"),
     ):
-        with pytest.raises(command.BadInput, match=message):
+        with pytest.raises(command.GranulonError, match=message):
             command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), option]))
-    with pytest.raises(command.BadInput, match="cannot be made: Not a directory"):
+    with pytest.raises(command.GranulonError, match="cannot be made: Not a directory"):
         command.main([str(ROOT / CONFIG), "--out", "/dev/null/x"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("settings: {step: 3}")
-    with pytest.raises(command.BadInput, match="unknown setting 'step'"):
+    with pytest.raises(command.GranulonError, match="unknown setting 'step'"):
         command.read_config(bad)
 
 
 def test_a_folder_of_another_study_is_left_alone(study_folder, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text((ROOT / CONFIG).read_text().replace("max_steps: 4\n", "max_steps: 6\n"))
-    with pytest.raises(command.BadInput, match=r"another study: settings.max_steps \(4 and 6\) differ; name another --out"):
+    with pytest.raises(
+        command.GranulonError, match=r"another study: settings.max_steps \(4 and 6\) differ; name another --out"
+    ):
         command.main([str(config), "--out", str(study_folder)])
 
 
@@ -547,7 +549,7 @@ def test_an_archive_is_continued_only_with_its_own_pictures_and_settings(study_f
     manifest = json.loads((study_folder / run / "manifest.json").read_text())
     manifest["settings"]["pictures"] = "5a1c935135b51ebd"
     (tmp_path / run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(command.BadInput, match=r"another study: pictures \(\"5a1c935135b51ebd\" and .*Pillow"):
+    with pytest.raises(command.GranulonError, match=r"another study: pictures \(\"5a1c935135b51ebd\" and .*Pillow"):
         command.main([str(ROOT / CONFIG), "--out", str(tmp_path)])
     assert not (tmp_path / "settings.json").exists() and not (tmp_path / "features").exists()
 

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from granulon_hf import variants
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.datasets.shapes import Shapes
-from granulon_hf.training import RecipeError
+from granulon_hf.errors import GranulonError
 from granulon_hf.training.preferences import prefer, read_lines
 from tests.judge.server import Reply, Server, prediction_of
 
@@ -164,11 +164,11 @@ def test_dpo(tmp_path):
 def test_bad_input_is_refused_before_anything_is_sampled(tmp_path):
     dpo = example("dpo_trl")
     arguments = [*TINY, "--limit", "2", "--output_dir", str(tmp_path)]
-    with pytest.raises(RecipeError, match="max_cost needs prices"):
+    with pytest.raises(GranulonError, match="max_cost needs prices"):
         dpo.main([*arguments, "--model", "local", "--max_cost", "1"])
     assert not list(tmp_path.iterdir())
     (tmp_path / "pairs.jsonl").write_text('{"id": "elsewhere"}\n')
-    with pytest.raises(RecipeError, match="of other samples"):
+    with pytest.raises(GranulonError, match="of other samples"):
         dpo.main(arguments)
 
 

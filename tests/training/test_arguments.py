@@ -6,8 +6,9 @@ import pytest
 import torch
 import yaml
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.comparison import check
-from granulon_hf.training import RecipeError, arguments, parse
+from granulon_hf.training import arguments, parse
 from granulon_hf.training.arguments import ModelArguments
 from granulon_hf.training.run import build_model
 from granulon_hf.variants import NAMES
@@ -53,11 +54,11 @@ def test_the_line_wins_over_the_file(tmp_path):
 def test_bad_recipes(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(GranulonError, match=message):
         parse([str(path)])
-    with pytest.raises(RecipeError, match="no YAML file of a recipe"):
+    with pytest.raises(GranulonError, match="no YAML file of a recipe"):
         parse([str(tmp_path / "none.yaml")])
-    with pytest.raises(RecipeError, match="Unknown batching"):
+    with pytest.raises(GranulonError, match="Unknown batching"):
         parse(["--batching", "stacked", "--use_cpu", "true"])
 
 
@@ -78,7 +79,7 @@ def test_slot_position_reaches_the_model():
     ],
 )
 def test_wrong_slot_positions(options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(GranulonError, match=message):
         build_model(ModelArguments(tiny=True, **options))
 
 
@@ -150,7 +151,7 @@ def test_a_recipe_that_is_named_takes_the_place_of_the_default():
 )
 @pytest.mark.parametrize("default", [None, DEMO])
 def test_options_that_cannot_be_used_are_one_sentence(line, default, capsys):
-    with pytest.raises(RecipeError) as error:
+    with pytest.raises(GranulonError) as error:
         parse([*line, "--use_cpu", "true"] if len(line) > 1 or line == ["--no_such"] else line, default=default)
     assert "\n" not in str(error.value) and "HfArgumentParser" not in str(error.value)
     assert capsys.readouterr().err == ""
@@ -159,12 +160,12 @@ def test_options_that_cannot_be_used_are_one_sentence(line, default, capsys):
 def test_liger_is_refused_where_it_cannot_run(monkeypatch):
     line = ["--use_liger_kernel", "true"]
     monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda: False)
-    with pytest.raises(RecipeError, match="pip install liger-kernel"):
+    with pytest.raises(GranulonError, match="pip install liger-kernel"):
         parse([*line, "--use_cpu", "true"])
     monkeypatch.setattr(arguments, "is_liger_kernel_available", lambda: True)
-    with pytest.raises(RecipeError, match="GPU"):
+    with pytest.raises(GranulonError, match="GPU"):
         parse([*line, "--use_cpu", "true"])
     monkeypatch.setattr(arguments.RecipeArguments, "device", torch.device("cuda"))
     assert parse([*line, "--use_cpu", "true"])[2].use_liger_kernel
-    with pytest.raises(RecipeError, match="fused_linear_cross_entropy"):
+    with pytest.raises(GranulonError, match="fused_linear_cross_entropy"):
         parse([*line, "--liger_kernel_config", '{"fused_linear_cross_entropy": true}', "--use_cpu", "true"])

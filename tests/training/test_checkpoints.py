@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from granulon_hf.training import RecipeError
+from granulon_hf.errors import GranulonError
 from granulon_hf.training.checkpoints import check_settings, find_resume, last_checkpoint, remove_unfinished, settings_of
 
 
@@ -38,9 +38,9 @@ def test_what_to_go_on_from(tmp_path):
     assert find_resume("last", str(tmp_path)) is None
     path = checkpoint(tmp_path, 3)
     assert find_resume("last", str(tmp_path)) == find_resume(str(path), str(tmp_path)) == str(path)
-    with pytest.raises(RecipeError, match="already holds a run; say --resume_from_checkpoint last"):
+    with pytest.raises(GranulonError, match="already holds a run; say --resume_from_checkpoint last"):
         find_resume(None, str(tmp_path))
-    with pytest.raises(RecipeError, match="no whole checkpoint"):
+    with pytest.raises(GranulonError, match="no whole checkpoint"):
         find_resume(str(tmp_path / "none"), str(tmp_path))
 
 
@@ -49,7 +49,7 @@ def test_damaged_checkpoints_are_not_the_same_as_none(tmp_path, resume):
     assert find_resume(resume, str(tmp_path / "new")) is None
     for step in (2, 4):
         checkpoint(tmp_path, step, whole=False)
-    with pytest.raises(RecipeError, match="checkpoint-4, checkpoint-2"):
+    with pytest.raises(GranulonError, match="checkpoint-4, checkpoint-2"):
         find_resume(resume, str(tmp_path))
 
 
@@ -57,7 +57,7 @@ def test_damaged_checkpoints_are_not_the_same_as_none(tmp_path, resume):
 @pytest.mark.parametrize("resume", [None, "last"])
 def test_weights_without_a_checkpoint_are_not_overwritten(tmp_path, name, resume):
     (tmp_path / name).touch()
-    with pytest.raises(RecipeError, match=name):
+    with pytest.raises(GranulonError, match=name):
         find_resume(resume, str(tmp_path))
 
 
@@ -65,7 +65,7 @@ def test_places_that_are_no_folder(tmp_path):
     file = tmp_path / "file"
     file.touch()
     for place in (file, file / "run", file / "a" / "b"):
-        with pytest.raises(RecipeError, match="is a file"):
+        with pytest.raises(GranulonError, match="is a file"):
             find_resume(None, str(place))
 
 
@@ -90,7 +90,7 @@ def test_changed_settings_are_named(tmp_path):
     check_settings(path, {**settings, "logging_steps": 50, "save_full": True})
     path.write_text(json.dumps({"settings": settings, "data": {"rows": [1, 2]}}))
     check_settings(path, settings, {"rows": (1, 2)})
-    with pytest.raises(RecipeError, match="not the same files or rows"):
+    with pytest.raises(GranulonError, match="not the same files or rows"):
         check_settings(path, settings, {"rows": [2, 1]})
-    with pytest.raises(RecipeError, match=r"learning_rate was 0.0001 and is 0.1; world_size was 2 and is 4"):
+    with pytest.raises(GranulonError, match=r"learning_rate was 0.0001 and is 0.1; world_size was 2 and is 4"):
         check_settings(path, {**settings, "learning_rate": 0.1, "world_size": 4})

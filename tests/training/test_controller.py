@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from granulon_hf.training import RecipeError, controller
+from granulon_hf.errors import GranulonError
+from granulon_hf.training import controller
 from granulon_hf.training.controller import (
     CORPUS,
     ControllerArguments,
@@ -88,13 +89,13 @@ def test_the_corpus_that_ships():
     ],
 )
 def test_bad_labels_are_one_sentence(tmp_path, rows, sentence):
-    with pytest.raises(RecipeError, match=re.escape(sentence)) as error:
+    with pytest.raises(GranulonError, match=re.escape(sentence)) as error:
         read_labels(write(tmp_path / "labels.jsonl", rows))
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_file_names_the_command(tmp_path):
-    with pytest.raises(RecipeError, match="granulon controller label"):
+    with pytest.raises(GranulonError, match="granulon controller label"):
         read_labels(tmp_path / "none.jsonl")
 
 
@@ -108,15 +109,15 @@ def test_a_hold_out_is_drawn_by_text(tmp_path):
 
 def test_levels_must_be_the_models():
     questions = [Question("a", {"coarse": 0.5, "tiny": 0.5}, False)]
-    with pytest.raises(RecipeError, match=r"levels coarse, tiny, and m has coarse, fine; .*--level"):
+    with pytest.raises(GranulonError, match=r"levels coarse, tiny, and m has coarse, fine; .*--level"):
         check_levels(questions, ["coarse", "fine"], "m")
-    with pytest.raises(RecipeError, match="m has no granularity levels"):
+    with pytest.raises(GranulonError, match="m has no granularity levels"):
         check_levels(questions, [], "m")
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size", "learning_rate", "holdout"])
 def test_arguments_are_checked(name):
-    with pytest.raises(RecipeError, match=f"--{name}"):
+    with pytest.raises(GranulonError, match=f"--{name}"):
         ControllerArguments(**{name: 0})
 
 
@@ -184,7 +185,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(build):
     model, processor = build()
     with torch.no_grad():
         model.model.controller.fc1.weight.fill_(float("nan"))
-    with pytest.raises(RecipeError, match="not finite at step 0"):
+    with pytest.raises(GranulonError, match="not finite at step 0"):
         train_controller(model, processor, questions_of(SMALL), arguments(), show=False)
 
 
@@ -271,7 +272,7 @@ def test_a_run_refuses_before_any_time_is_spent(tmp_path):
         ({"variant": "granulon-qwen2.5", "tiny": True, "output_dir": str(file / "x")}, "is a file"),
         ({"variant": str(tmp_path / "nowhere")}, "no model can be read there"),
     ):
-        with pytest.raises(RecipeError, match=sentence):
+        with pytest.raises(GranulonError, match=sentence):
             run_controller(ControllerArguments(**{"output_dir": str(tmp_path / "run"), **options}))
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
 
@@ -279,13 +280,13 @@ def test_a_run_refuses_before_any_time_is_spent(tmp_path):
 @pytest.mark.parametrize("name", ["adapter.safetensors", "model.safetensors", "checkpoint-3"])
 def test_what_an_earlier_run_left_is_not_overwritten(tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.raises(RecipeError, match=name):
+    with pytest.raises(GranulonError, match=name):
         run_controller(ControllerArguments(variant="granulon-qwen2.5", tiny=True, output_dir=str(tmp_path / "run")))
 
 
 @pytest.mark.parametrize("line", [["--steps", "many"], ["--step", "3"], ["--steps", "0"]])
 def test_options_that_cannot_be_used_are_one_sentence(line):
-    with pytest.raises(RecipeError, match="--step") as error:
+    with pytest.raises(GranulonError, match="--step") as error:
         controller.parse(line)
     assert "\n" not in str(error.value)
 

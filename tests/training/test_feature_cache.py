@@ -7,7 +7,8 @@ import torch
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.datasets.shapes import Shapes
-from granulon_hf.training import RecipeError, set_stage
+from granulon_hf.errors import GranulonError
+from granulon_hf.training import set_stage
 from granulon_hf.training.feature_cache import INDEX, VALUES, FeatureCache
 
 SAMPLES = Shapes(10)
@@ -59,7 +60,7 @@ def test_features_that_lost_their_end_are_refused(tmp_path, parts):
     filled(tmp_path, parts)
     path = tmp_path / VALUES
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(RecipeError, match="has lost its end; remove the folder"):
+    with pytest.raises(GranulonError, match="has lost its end; remove the folder"):
         FeatureCache(str(tmp_path), *parts)
 
 
@@ -78,16 +79,16 @@ def test_what_cannot_be_cached(tmp_path, parts, build):
     with torch.no_grad():
         next(other.model.vision_tower.parameters()).add_(1)
     set_stage(other, "projector")
-    with pytest.raises(RecipeError, match="another tower"):
+    with pytest.raises(GranulonError, match="another tower"):
         FeatureCache(str(tmp_path), other, processor)
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    with pytest.raises(RecipeError, match="another preprocessing"):
+    with pytest.raises(GranulonError, match="another preprocessing"):
         FeatureCache(str(tmp_path), parts[0], processor)
     set_stage(other, "full")
-    with pytest.raises(RecipeError, match="frozen vision tower"):
+    with pytest.raises(GranulonError, match="frozen vision tower"):
         FeatureCache(str(tmp_path / "new"), other, processor)
     attention, processor = build(relation="attention")
     set_stage(attention, "projector")
-    with pytest.raises(RecipeError, match="keeps no attention"):
+    with pytest.raises(GranulonError, match="keeps no attention"):
         FeatureCache(str(tmp_path / "new"), attention, processor)
     assert json.loads((tmp_path / "cache.json").read_text())["shape"]

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from granulon_hf import GranulonForConditionalGeneration, hub
 from granulon_hf.cli import app
-from granulon_hf.training import RecipeError, parse
+from granulon_hf.errors import GranulonError
+from granulon_hf.training import parse
 from granulon_hf.training.checkpoints import ADAPTER
 from granulon_hf.training.run import train
 
@@ -59,14 +60,14 @@ def test_a_finished_run_goes_on_with_and_without_all_weights(tmp_path, photo, ca
         run(folder, "--resume_from_checkpoint", "last", "--save_full", full)
         assert ask(folder, photo).exit_code == 0
     assert "Nothing to resume" not in capfd.readouterr().err
-    with pytest.raises(RecipeError, match="learning_rate"):
+    with pytest.raises(GranulonError, match="learning_rate"):
         run(folder, "--resume_from_checkpoint", "last", "--learning_rate", "1")
 
 
 def test_a_run_without_checkpoints_is_not_overwritten(tmp_path):
     run(tmp_path, "--save_strategy", "no")
     for more in ((), ("--resume_from_checkpoint", "last")):
-        with pytest.raises(RecipeError, match=ADAPTER):
+        with pytest.raises(GranulonError, match=ADAPTER):
             run(tmp_path, *more)
 
 

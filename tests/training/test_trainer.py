@@ -15,8 +15,9 @@ from transformers import AutoProcessor
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling import modeling_granulon
-from granulon_hf.training import GranulonTrainer, RecipeArguments, RecipeError, TrainingFailed, set_stage
+from granulon_hf.training import GranulonTrainer, RecipeArguments, TrainingFailed, set_stage
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
 from granulon_hf.training.run import SampleDataset
 from granulon_hf.training.stages import trainable
@@ -323,7 +324,7 @@ def test_liger_is_applied_to_the_language_model_or_refused(make, monkeypatch):
     assert one[0] is trainer.model.model.language_model
     assert one[1] == {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
     liger.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
-    with pytest.raises(RecipeError, match="qwen2"):
+    with pytest.raises(GranulonError, match="qwen2"):
         make(use_liger_kernel=True)
 
 

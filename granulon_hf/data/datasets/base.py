@@ -13,16 +13,13 @@ from typing import Any
 from PIL import Image
 
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 
 Row = Mapping[str, Any]
 Levels = Sequence[Sequence[str]]
 
 
-class DataError(ValueError):
-    """What was asked of a data set cannot be done; the message is one sentence that says what is wrong and what to do."""
-
-
-class NoHoldout(DataError):
+class NoHoldout(GranulonError):
     """A hold-out was asked of a set that is too small to have one by default."""
 
 

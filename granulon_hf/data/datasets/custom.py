@@ -8,7 +8,6 @@ from typing import Any
 from granulon_hf.data.datasets.base import (
     Adapter,
     BadRow,
-    DataError,
     Levels,
     Row,
     by_image,
@@ -25,6 +24,7 @@ from granulon_hf.data.datasets.base import (
 )
 from granulon_hf.data.datasets.recap import INSTRUCTIONS
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 
 NAMES = ("image", "question", "answer", "index", "choices", "id", "group")
 
@@ -85,17 +85,17 @@ def make_adapter(columns: Mapping[str, str]) -> Adapter:
     """The adapter of a table with the named columns.
 
     Raises:
-        DataError: no column is named as the answer, or for something else.
+        GranulonError: no column is named as the answer, or for something else.
     """
     columns = dict(columns)
     unknown = sorted(set(columns) - set(NAMES))
     if unknown or ("answer" in columns) == ("index" in columns):
         wrong = f"not {', '.join(map(repr, unknown))}" if unknown else "and 'answer' is needed, or 'index' instead"
-        raise DataError(f"`columns` may name {', '.join(map(repr, NAMES))}, {wrong}.")
+        raise GranulonError(f"`columns` may name {', '.join(map(repr, NAMES))}, {wrong}.")
     if "choices" in columns and re.search(r"(^|_)(idx|index)$", columns.get("answer", "")):
         columns["index"] = columns.pop("answer")  # its name says that it counts
     if "index" in columns and "choices" not in columns:
-        raise DataError("An 'index' counts choices from 0: name the column of the 'choices' too.")
+        raise GranulonError("An 'index' counts choices from 0: name the column of the 'choices' too.")
     group: tuple[str, Callable[[Any], Levels]] | None = (columns["image"], by_image) if "image" in columns else None
     if "group" in columns:
         group = (columns["group"], by_group)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from granulon_hf.data.datasets.base import DataError
 from granulon_hf.data.readers import IMAGE_ENDINGS
+from granulon_hf.errors import GranulonError
 
 VERSION = 2  # of cut-outs and scenes: other scenes for the same seed are another version
 
@@ -193,7 +193,7 @@ class Pictures:
         digest (`str`): of all pictures that are used: the same pictures give the same scenes.
 
     Raises:
-        DataError: a folder is missing or holds too few usable pictures, or one cannot be read.
+        GranulonError: a folder is missing or holds too few usable pictures, or one cannot be read.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class Pictures:
     ):
         if folder is not None:
             if objects is not None or backgrounds is not None:
-                raise DataError("Give objects= and backgrounds=, or the folder= that holds both.")
+                raise GranulonError("Give objects= and backgrounds=, or the folder= that holds both.")
             objects, backgrounds = Path(folder).expanduser() / "objects", Path(folder).expanduser() / "backgrounds"
         self.objects_folder = None if objects is None else existing(objects)
         self.backgrounds_folder = None if backgrounds is None else existing(backgrounds)
@@ -237,7 +237,7 @@ class Pictures:
         held_scenery = hold_out(picture.group for picture in scenery)
         place = self.objects_folder or DRAWN
         if len(self.categories) < 3:
-            raise DataError(
+            raise GranulonError(
                 f"{str(place)!r} has cut-outs of {len(self.categories)} categories, and a scene needs at least 3: "
                 "put them into one folder for each."
             )
@@ -253,24 +253,24 @@ class Pictures:
             self.scenery[heldout] = [picture for picture in scenery if (picture.group in held_scenery) == heldout]
 
     def check(self, heldout: bool) -> None:
-        """Raises DataError where scenes cannot be made of the pictures that are held out, or of the others."""
+        """Raises GranulonError where scenes cannot be made of the pictures that are held out, or of the others."""
         which = "held-out" if heldout else "seen"
         place, pool = str(self.objects_folder or DRAWN), self.pools[heldout]
         few = [category for category in self.categories if len(pool[category]) < 2]
         if len(few) > 1 or any(not pool[category] for category in few):
-            raise DataError(
+            raise GranulonError(
                 f"The {which} cut-outs of {place!r} show too few different things of {' and '.join(map(repr, few))}: every "
                 "category needs 2 (one of them may have 1), each in at least 2 pictures with different captions; add some, or "
                 "take a category away."
             )
         if not self.scenery[heldout]:
-            raise DataError(f"There are no {which} backgrounds in {str(self.backgrounds_folder)!r}: it needs at least 2.")
+            raise GranulonError(f"There are no {which} backgrounds in {str(self.backgrounds_folder)!r}: it needs at least 2.")
 
     def cutout(self, picture: Picture, width: int, height: int) -> Image.Image:
         """A cut-out in RGBA and in a size; resized ones are kept.
 
         Raises:
-            DataError: its file cannot be read any more.
+            GranulonError: its file cannot be read any more.
         """
         key = (picture.path, width, height)
         if key not in self._sizes:
@@ -279,7 +279,7 @@ class Pictures:
             if picture.path not in self._masters:
                 master = draw_thing(picture) if self.objects_folder is None else open_cutout(self.objects_folder / picture.path)
                 if master is None:
-                    raise DataError(f"The picture {picture.path!r} of {str(self.objects_folder)!r} is no cut-out any more.")
+                    raise GranulonError(f"The picture {picture.path!r} of {str(self.objects_folder)!r} is no cut-out any more.")
                 master.thumbnail((MASTER, MASTER), Image.Resampling.LANCZOS)
                 self._masters[picture.path] = master
             self._sizes[key] = self._masters[picture.path].resize((width, height), Image.Resampling.BICUBIC)
@@ -289,7 +289,7 @@ class Pictures:
         """A square of a background in RGB.
 
         Raises:
-            DataError: its file cannot be read any more.
+            GranulonError: its file cannot be read any more.
         """
         if picture.path not in self._scenery:
             if self.backgrounds_folder is None:
@@ -310,10 +310,10 @@ class Pictures:
 
 
 def existing(folder: str | Path) -> Path:
-    """Raises DataError where there is no such folder."""
+    """Raises GranulonError where there is no such folder."""
     path = Path(folder).expanduser().resolve()
     if not path.is_dir():
-        raise DataError(
+        raise GranulonError(
             f"There is no folder {str(folder)!r}: a source of granuscenes has objects/ and backgrounds/ "
             "(examples/fetch_pictures.sh makes one), or is left out for drawn scenes."
         )
@@ -326,13 +326,13 @@ def hold_out(groups: Iterable[str]) -> set[str]:
     return set(ranked[: max(1, round(len(ranked) / 4))]) if len(ranked) > 1 else set()
 
 
-def unreadable(path: Path, error: Exception) -> DataError:
+def unreadable(path: Path, error: Exception) -> GranulonError:
     reason = " ".join(str(error).split())
-    return DataError(f"The picture {str(path)!r} cannot be read ({reason}): mend it, or take it away.")
+    return GranulonError(f"The picture {str(path)!r} cannot be read ({reason}): mend it, or take it away.")
 
 
 def digest_of(path: Path) -> str:
-    """Raises DataError that names a file which cannot be read."""
+    """Raises GranulonError that names a file which cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
     except OSError as error:
@@ -340,7 +340,7 @@ def digest_of(path: Path) -> str:
 
 
 def opened(path: Path, mode: str) -> Image.Image:
-    """Raises DataError that names a picture which cannot be read."""
+    """Raises GranulonError that names a picture which cannot be read."""
     try:
         with Image.open(path) as image:
             return image.convert(mode)
@@ -378,7 +378,7 @@ def find_cutouts(folder: Path) -> list[Picture]:
     """The usable cut-outs of a folder, sorted; see [`Pictures`].
 
     Raises:
-        DataError: there are none, or one cannot be read.
+        GranulonError: there are none, or one cannot be read.
     """
     paths = [path for path in listed(folder, (".png", ".webp")) if "/" in path]
     known = tuxpaint_names(path.rpartition(".")[0] for path in paths)
@@ -409,7 +409,7 @@ def find_cutouts(folder: Path) -> list[Picture]:
             found = [Picture(**asdict(p) | {"group": group}) if p.group in known_groups else p for p in found]
         found.append(Picture(path, (width, height), name, category, group, digest, find_ends(image)))
     if not found:
-        raise DataError(
+        raise GranulonError(
             f"{str(folder)!r} holds no cut-outs: they are PNG files with transparency, at least {MIN_LENGTH} pixels long, in a "
             "folder for each category."
         )
@@ -445,7 +445,7 @@ def find_backgrounds(folder: Path) -> list[Picture]:
     """The usable backgrounds of a folder, sorted; see [`Pictures`].
 
     Raises:
-        DataError: there are none, or one cannot be read.
+        GranulonError: there are none, or one cannot be read.
     """
     found, digests = [], set()
     paths = listed(folder, (".jpg", ".jpeg")) or listed(folder, IMAGE_ENDINGS)
@@ -461,7 +461,7 @@ def find_backgrounds(folder: Path) -> list[Picture]:
             group = re.sub(r"[-_ ]*\d+(x\d+)?$", "", Path(path).stem.lower()) or path
             found.append(Picture(path, size, group=group, digest=digest))
     if not found:
-        raise DataError(f"{str(folder)!r} holds no backgrounds: pictures of at least 256 pixels.")
+        raise GranulonError(f"{str(folder)!r} holds no backgrounds: pictures of at least 256 pixels.")
     return found
 
 

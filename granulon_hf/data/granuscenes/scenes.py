@@ -19,11 +19,12 @@ from urllib.parse import parse_qsl, urlencode
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from granulon_hf.data.datasets.base import Adapter, DataError, Row, encoded, single_turn
+from granulon_hf.data.datasets.base import Adapter, Row, encoded, single_turn
 from granulon_hf.data.datasets.custom import by_group
 from granulon_hf.data.granuscenes.cutouts import ALIKE, DRAWN, VERSION, Picture, Pictures
 from granulon_hf.data.readers import Source
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 
 SIDE = 192  # pixels; lengths below are in pixels of such a scene, and scale with others
 SCENES = 2000
@@ -254,7 +255,7 @@ class GranuScenes(Sequence[Scene]):
         side (`int`): of the square image, pixels. The scenes are the same for all.
 
     Raises:
-        DataError: there is no such split, a number is too small, or the pictures are too few.
+        GranulonError: there is no such split, a number is too small, or the pictures are too few.
     """
 
     def __init__(
@@ -267,10 +268,10 @@ class GranuScenes(Sequence[Scene]):
         side: int = SIDE,
     ):
         if split not in SPLITS:
-            raise DataError(f"granuscenes has no split {split!r}; it has {', '.join(map(repr, SPLITS))}.")
+            raise GranulonError(f"granuscenes has no split {split!r}; it has {', '.join(map(repr, SPLITS))}.")
         for value, what, least in ((scenes, "scenes", 1), (seed, "seed", 0), (side, "side", 96)):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise DataError(f"{what} must be a whole number of at least {least}; got {value!r}.")
+                raise GranulonError(f"{what} must be a whole number of at least {least}; got {value!r}.")
         if not isinstance(pictures, Pictures):
             pictures = Pictures() if pictures is None or str(pictures) == DRAWN else Pictures(folder=pictures)
         self.split, self.scenes, self.seed, self.side, self.pictures = split, int(scenes), int(seed), int(side), pictures
@@ -322,10 +323,10 @@ class GranuScenes(Sequence[Scene]):
         """Scene number `index`, also beyond the length; nothing is rendered.
 
         Raises:
-            DataError: a negative number.
+            GranulonError: a negative number.
         """
         if index < 0:
-            raise DataError(f"Scenes count from 0; there is no scene {index}.")
+            raise GranulonError(f"Scenes count from 0; there is no scene {index}.")
         rng = np.random.default_rng([VERSION, self.seed, SPLITS.index(self.split), index])
         dice = Dice(rng)
         amount = dice.pick(tuple(AMOUNTS))
@@ -371,7 +372,7 @@ class GranuScenes(Sequence[Scene]):
             if nameable([name for chosen in names.values() for name, _ in chosen]):
                 break
         else:
-            raise DataError(
+            raise GranulonError(
                 f"The cut-outs of {str(self.pictures.objects_folder or DRAWN)!r} show too few different things: add pictures."
             )
         chosen = []
@@ -473,7 +474,7 @@ class GranuScenes(Sequence[Scene]):
         """The scene's picture, RGB, `side` × `side` pixels.
 
         Raises:
-            DataError: a picture's file cannot be read any more.
+            GranulonError: a picture's file cannot be read any more.
         """
         image = self.pictures.background(scene.background, scene.crop, scene.flip, self.side).copy()
         for thing in scene.things:
@@ -633,7 +634,7 @@ def granuscenes(
         `datasets.Dataset`, or `datasets.IterableDataset` when streaming (in shards of 100 scenes, for several workers).
 
     Raises:
-        DataError: as [`GranuScenes`].
+        GranulonError: as [`GranuScenes`].
     """
     from datasets import Dataset, IterableDataset
 
@@ -719,24 +720,26 @@ def open_scenes(source: Any, split: str) -> SceneSource:
         split (`str`): one of `SPLITS`; of "holdout" the scenes are those of train.
 
     Raises:
-        DataError: a setting is not known, the scenes are another version's, or as [`GranuScenes`].
+        GranulonError: a setting is not known, the scenes are another version's, or as [`GranuScenes`].
     """
     split = "train" if split == "holdout" else split
     if isinstance(source, GranuScenes):
         if source.split != split:
-            raise DataError(f"These scenes are of split {source.split!r}, not {split!r}.")
+            raise GranulonError(f"These scenes are of split {source.split!r}, not {split!r}.")
         return SceneSource(source)
     place, _, query = str(source or "").partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
     numbers, folders = ("scenes", "seed", "side", "version"), ("objects", "backgrounds")
     for name, value in given.items():
         if name not in numbers + folders or (name in numbers and not value.isdecimal()):
-            raise DataError(f"{str(source)!r}: {name}={value} is no setting; there are {', '.join(numbers)} (whole numbers).")
+            raise GranulonError(
+                f"{str(source)!r}: {name}={value} is no setting; there are {', '.join(numbers)} (whole numbers)."
+            )
     if (version := int(given.pop("version", VERSION))) != VERSION:
-        raise DataError(f"These scenes were made by version {version} of granuscenes; this is version {VERSION}.")
+        raise GranulonError(f"These scenes were made by version {version} of granuscenes; this is version {VERSION}.")
     parts = {name: given.pop(name) for name in folders if name in given}
     if place and parts:
-        raise DataError(f"{str(source)!r}: give a folder, or objects= and backgrounds=.")
+        raise GranulonError(f"{str(source)!r}: give a folder, or objects= and backgrounds=.")
     pictures: Pictures | str = place or DRAWN
     if parts:
         pictures = Pictures(**{name: None if value == DRAWN else value for name, value in parts.items()})
@@ -780,19 +783,19 @@ def baselines(train: Iterable[Scene], test: Iterable[Scene]) -> dict[str, dict[s
         `shuffled` (the right answer to the next scene's question of that type: what perfect sight of a wrong image gives).
 
     Raises:
-        DataError: scikit-learn is missing, or there is a type without questions.
+        GranulonError: scikit-learn is missing, or there is a type without questions.
     """
     try:
         from sklearn.feature_extraction.text import CountVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
     except ModuleNotFoundError:
-        raise DataError("The blind baseline needs scikit-learn: pip install scikit-learn.") from None
+        raise GranulonError("The blind baseline needs scikit-learn: pip install scikit-learn.") from None
     seen, asked = by_type(train), by_type(test)
     result = {}
     for kind in PHRASINGS:
         if not seen.get(kind) or len(asked.get(kind, ())) < 2:
-            raise DataError(f"There are no questions of type {kind!r}: take more scenes.")
+            raise GranulonError(f"There are no questions of type {kind!r}: take more scenes.")
         texts, answers = [q.text for q in asked[kind]], np.array([q.answer for q in asked[kind]])
         known = [q.answer for q in seen[kind]]
         blind = make_pipeline(CountVectorizer(ngram_range=(1, 2), token_pattern=r"[\w-]+"), LogisticRegression(max_iter=200))

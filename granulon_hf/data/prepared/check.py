@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.datasets.base import DataError
 from granulon_hf.data.loading import Problem, Samples, load, none_usable
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.readers import open_source, splits_of
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
 ELSEWHERE = "the other folder"
@@ -56,10 +56,10 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     """Every split of a prepared folder, unverified.
 
     Raises:
-        DataError: it is none.
+        GranulonError: it is none.
     """
     if not Path(folder).expanduser().is_dir():
-        raise DataError(f"There is no folder {str(folder)!r}.")
+        raise GranulonError(f"There is no folder {str(folder)!r}.")
     prepared.missing_shards(Path(folder).expanduser())
     splits: list[str | None] = [*splits_of(open_source(folder))]
     for split in splits or [None]:
@@ -86,7 +86,7 @@ def check(
         progress (`Callable`, *optional*): called with samples done and samples in all.
 
     Raises:
-        DataError: this is no prepared folder, or nothing in it can be used.
+        GranulonError: this is no prepared folder, or nothing in it can be used.
     """
     report = Report(unit="tokens" if tokenizer is not None else "words")
 

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, DataError, Row, encoded
+from granulon_hf.data.datasets.base import Adapter, BadRow, Row, encoded
 from granulon_hf.data.sample import TASKS, Sample
+from granulon_hf.errors import GranulonError
 
 COLUMNS = ("id", "images", "messages", "reference", "task", "choices", "meta")
 
@@ -21,7 +22,7 @@ def missing_shards(folder: Path) -> list[str]:
     """What the manifest of a finished folder promises and is not there.
 
     Raises:
-        DataError: nothing is there.
+        GranulonError: nothing is there.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -32,7 +33,7 @@ def missing_shards(folder: Path) -> list[str]:
     missing = [name for i in range(count) if not (folder / (name := shard_name(split, i, count))).is_file()]
     if not any(folder.rglob("*.parquet")):
         reason = f"{missing[0]} is missing" if missing else "its preparation was interrupted"
-        raise DataError(f"{str(folder)!r} has no shards: {reason}; run granulon data prepare again.")
+        raise GranulonError(f"{str(folder)!r} has no shards: {reason}; run granulon data prepare again.")
     return missing
 
 

@@ -54,7 +54,7 @@ def contact_sheet(samples: Samples, limit: int) -> str:
     """The first `limit` samples as HTML; whatever they say is shown as text.
 
     Raises:
-        DataError: there are none.
+        GranulonError: there are none.
     """
     cards = [card(sample) for sample in islice(samples, min(limit, len(samples)))]
     if not cards:

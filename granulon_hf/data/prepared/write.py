@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from granulon_hf.data import pictures
-from granulon_hf.data.datasets.base import DataError
 from granulon_hf.data.loading import Problem, Samples, load, none_usable
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.readers import StreamSource
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
 SHARD_ROWS = 1000
@@ -55,11 +55,11 @@ def prepare(
         `dict`: the manifest: that of [`load`] with `prepared`: samples, bad and renamed rows, and whether it is complete.
 
     Raises:
-        DataError: the folder holds something else, another call is writing it, no row can be used, or as [`load`].
+        GranulonError: the folder holds something else, another call is writing it, no row can be used, or as [`load`].
     """
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{str(folder)!r} is a file; --out takes a folder.")
+        raise GranulonError(f"{str(folder)!r} is a file; --out takes a folder.")
     with locked(folder):
         return write(name, folder, overwrite, shard_rows, progress, options)
 
@@ -69,7 +69,7 @@ def locked(folder: Path) -> Iterator[None]:
     """The folder, for one process at a time; one that was made for nothing is taken away again.
 
     Raises:
-        DataError: another process has it.
+        GranulonError: another process has it.
     """
     new, path = not folder.exists(), folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ def locked(folder: Path) -> Iterator[None]:
             if not path.exists() or os.fstat(file.fileno()).st_ino != path.stat().st_ino:
                 raise BlockingIOError  # a call that ended in this moment took its file away
         except BlockingIOError:
-            raise DataError(
+            raise GranulonError(
                 f"Another granulon data prepare is writing to {str(folder)!r}; wait for it, or take another folder."
             ) from None
         except OSError:
@@ -168,16 +168,16 @@ def start(folder: Path, name: Any, settings: dict[str, Any], options: dict[str, 
             earlier = json.loads(manifest_path.read_text(encoding="utf-8"))
             before, complete = earlier["prepared"]["settings"], earlier["prepared"]["complete"]
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{str(manifest_path)!r} is none of granulon's manifests; choose another folder.") from None
+            raise GranulonError(f"{str(manifest_path)!r} is none of granulon's manifests; choose another folder.") from None
         if before != settings and not overwrite:
             differing = sorted(key for key in before.keys() | settings.keys() if before.get(key) != settings.get(key))
-            raise DataError(
+            raise GranulonError(
                 f"{str(folder)!r} was prepared with another {' and '.join(differing)}; take another folder, or --overwrite it."
             )
         if overwrite and (before != settings or complete):
             earlier = None
     elif any(path.name != LOCK for path in folder.iterdir()):
-        raise DataError(f"{str(folder)!r} is not empty and holds no prepared subset; choose another folder.")
+        raise GranulonError(f"{str(folder)!r} is not empty and holds no prepared subset; choose another folder.")
     if earlier is not None:
         kept = {key: options[key] for key in ("source", "columns", "on_error", "verify") if options.get(key) is not None}
         if options.get("columns") is not None and options.get("source") is None:
@@ -185,12 +185,14 @@ def start(folder: Path, name: Any, settings: dict[str, Any], options: dict[str, 
         kept.setdefault("verify", "decode")
         try:
             return load(manifest={k: v for k, v in earlier.items() if k != "prepared"}, **kept)
-        except DataError:
+        except GranulonError:
             if not overwrite:
                 raise
     samples = load(name, **({"verify": "decode"} | {key: value for key, value in options.items() if value is not None}))
     if isinstance(samples.source, StreamSource):
-        raise DataError("A stream cannot be prepared: its rows cannot be counted. Give it as files or as a datasets.Dataset.")
+        raise GranulonError(
+            "A stream cannot be prepared: its rows cannot be counted. Give it as files or as a datasets.Dataset."
+        )
     if overwrite and manifest_path.is_file():
         shutil.rmtree(folder / "data", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
