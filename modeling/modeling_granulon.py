@@ -120,10 +120,15 @@ class GranulonImageFeatures(BaseModelOutputWithPooling):
         hidden_states, attentions (`tuple`, *optional*): of the vision tower.
         slot_mask (`torch.LongTensor`, *optional*): 1 on filled slots, shape [I x S]; `None` without levels.
         aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps; `None` without levels.
+        granularity_probs (`torch.Tensor`, *optional*): what the controller prefers, shape [B x n]; `None` where no question
+            was read.
+        granularity (`torch.Tensor`, *optional*): index of the level that each sample is shown at, shape [B].
     """
 
     slot_mask: torch.Tensor | None = None
     aggregation: GranulonAggregation | None = None
+    granularity_probs: torch.Tensor | None = None
+    granularity: torch.Tensor | None = None
 
 
 class GranulonMultiModalProjector(nn.Module):
@@ -355,22 +360,22 @@ class GranulonModel(GranulonPreTrainedModel):
     def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
         if len(self.config.granularity_levels) == 1:  # nothing to choose: the question need not be read
             return inputs_embeds.new_zeros(count_samples(inputs_embeds, sample), 1, dtype=torch.float32)
-        if question_mask is None:
-            question_mask = ~image_mask
-            if attention_mask is not None and attention_mask.ndim == 2:
-                question_mask = question_mask & attention_mask[:, -image_mask.shape[1] :].bool()
-        elif question_mask.shape != image_mask.shape:
-            # TRL's collators put answers behind the prompts and leave the prompts' mask as it was.
-            raise ValueError(
-                f"question_mask {tuple(question_mask.shape)} must have the shape of the tokens, {tuple(image_mask.shape)}; "
-                "with TRL pass data_collator=GranulonCollator(processor), to DPOTrainer GranulonPreferenceCollator(processor)."
-            )
-        else:
-            question_mask = question_mask.bool() & ~image_mask
+        # By default the question is all text that is attended to.
+        question = ~image_mask
+        if attention_mask is not None and attention_mask.ndim == 2:
+            question = question & attention_mask[:, -image_mask.shape[1] :].bool()
+        if question_mask is not None:
+            if question_mask.shape != image_mask.shape:
+                # TRL's collators put answers behind the prompts and leave the prompts' mask as it was.
+                raise ValueError(
+                    f"question_mask {tuple(question_mask.shape)} must have the shape of the tokens, {tuple(image_mask.shape)}; "
+                    "with TRL pass data_collator=GranulonCollator(processor), and GranulonPreferenceCollator to DPOTrainer."
+                )
+            question = question & question_mask.bool()
         if sample is not None:
             count = count_samples(inputs_embeds, sample)
-            inputs_embeds, question_mask = unpack_questions(inputs_embeds, question_mask, sample, count)
-        return self.controller(first_block_states(self.language_model, inputs_embeds, question_mask), question_mask)
+            inputs_embeds, question = unpack_questions(inputs_embeds, question, sample, count)
+        return self.controller(first_block_states(self.language_model, inputs_embeds, question), question)
 
     def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
         """Index of each sample's forced level, -1 where the controller decides. Shape [B]."""
@@ -537,7 +542,7 @@ class GranulonModel(GranulonPreTrainedModel):
         granularity: Granularity = None,
         sample: torch.Tensor | None = None,
         **kwargs,
-    ) -> tuple[GranulonImageFeatures, torch.Tensor | None, torch.Tensor | None]:
+    ) -> GranulonImageFeatures:
         """Let the question choose each sample's level, and encode all images at the level of their sample.
 
         Args:
@@ -549,13 +554,12 @@ class GranulonModel(GranulonPreTrainedModel):
                 then as many probabilities and levels as samples, instead of B.
 
         Returns:
-            `tuple`: [`GranulonImageFeatures`], probabilities [B x n], level of each sample [B]; the last two are `None`
-            without levels.
+            [`GranulonImageFeatures`]: with `granularity_probs` [B x n] and `granularity` [B] where the model has levels.
         """
         batch = count_samples(image_mask, sample)
         forced = self._level_index(granularity, batch, image_mask.device)
         if not self.config.granularity_levels:
-            return self.get_image_features(pixel_values, return_dict=True, **kwargs), None, None
+            return self.get_image_features(pixel_values, return_dict=True, **kwargs)
         logits = self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask, sample)
         level = torch.where(forced < 0, logits.argmax(-1), forced)
         # An image belongs to the sample that holds its first slot.
@@ -563,32 +567,40 @@ class GranulonModel(GranulonPreTrainedModel):
         first_slot = torch.arange(pixel_values.shape[0], device=slots.device) * slots[-1] // pixel_values.shape[0]
         sample = torch.searchsorted(slots, first_slot, right=True).clamp(max=slots.shape[0] - 1)
         images = self.get_image_features(pixel_values, granularity=level[sample], return_dict=True, **kwargs)
-        return images, logits.softmax(-1), level
+        images["granularity_probs"], images["granularity"] = logits.softmax(-1), level
+        return images
 
-    def hide_empty_slots(
-        self,
-        image_mask: torch.Tensor,
-        slot_mask: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_length: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mask image slots from attention and skip them in the position ids, as if they were not there.
+    def find_empty_slots(
+        self, images: GranulonImageFeatures, image_mask: torch.Tensor, visual_stream: str | None = None
+    ) -> torch.Tensor | None:
+        """The slots that nobody is to see: those that a level leaves empty, and those of the other visual stream.
 
         Args:
+            images ([`GranulonImageFeatures`]): what fills the slots.
             image_mask (`torch.Tensor`): true on image slots, shape [B x L].
-            slot_mask (`torch.Tensor`): 1 on the slots to keep, shape [I x S].
-            attention_mask (`torch.Tensor`, *optional*): shape [B x past + L].
-            position_ids (`torch.LongTensor`, *optional*): shape [B x L], counted with the empty slots.
-            past_length (`int`): tokens in the cache.
+            visual_stream (`str`, *optional*): as in [`GranulonModel.forward`].
 
         Returns:
-            `tuple`: attention mask [B x past + L] and position ids [B x L].
+            `torch.Tensor`: true on these slots, shape [B x L]; `None` where all are filled.
+
+        Raises:
+            ValueError: there are more or fewer slots than the images fill.
         """
-        hidden = torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
-        if attention_mask is None:
-            attention_mask = torch.ones(len(hidden), past_length + hidden.shape[1], dtype=torch.long, device=hidden.device)
-        return hide(hidden, attention_mask, position_ids)
+        count, size = len(images.pooler_output), len(images.pooler_output[0])
+        torch_compilable_check(
+            image_mask.sum() == count * size,
+            lambda: (
+                f"The images need {count} x {size} image slots, but the text has {image_mask.sum()} "
+                "image tokens; make the inputs with the model's processor, and do not truncate them."
+            ),
+        )
+        slot_mask = images.get("slot_mask")
+        if visual_stream is not None:
+            if slot_mask is None or visual_stream not in ("pixel", "semantic"):
+                raise ValueError(f"visual_stream must be 'pixel' or 'semantic', of a model with levels; got {visual_stream!r}.")
+            pixels = torch.arange(size, device=slot_mask.device) < size - self.config.num_semantic_slots
+            slot_mask = slot_mask * (pixels if visual_stream == "pixel" else ~pixels)
+        return None if slot_mask is None else torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
@@ -645,7 +657,7 @@ class GranulonModel(GranulonPreTrainedModel):
             raise ValueError("You cannot specify both pixel_values and mm_encoder_outputs at the same time")
 
         images = (mm_encoder_outputs or {}).get("image")
-        probs = level = sample = None
+        sample = None
         tokens = input_ids if input_ids is not None else inputs_embeds
         if seq_idx is not None:
             if cache is not None:
@@ -665,7 +677,7 @@ class GranulonModel(GranulonPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
-            images, probs, level = self.encode_images(
+            images = self.encode_images(
                 pixel_values,
                 inputs_embeds,
                 image_mask,
@@ -677,21 +689,18 @@ class GranulonModel(GranulonPreTrainedModel):
                 vision_feature_select_strategy=vision_feature_select_strategy,
             )
         if images is not None:
+            hidden = self.find_empty_slots(images, image_mask, visual_stream)
             slots = torch.stack(list(images.pooler_output))
-            self._check_placeholders(image_mask, slots)
             inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), slots.to(inputs_embeds))
-            slot_mask = images.get("slot_mask")
-            if visual_stream is not None:
-                slot_mask = self._stream_mask(visual_stream, slot_mask)
-            if slot_mask is not None:
-                if attention_mask is not None and (not torch.is_tensor(attention_mask) or attention_mask.ndim != 2):
+            if hidden is not None:
+                if attention_mask is None:
+                    past_length = cache.get_seq_length() if cache is not None else 0
+                    attention_mask = hidden.new_ones(len(hidden), past_length + hidden.shape[1], dtype=torch.long)
+                elif not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
                     raise ValueError(
                         "Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it."
                     )
-                past_length = cache.get_seq_length() if cache is not None else 0
-                attention_mask, position_ids = self.hide_empty_slots(
-                    image_mask, slot_mask, attention_mask, position_ids, past_length
-                )
+                attention_mask, position_ids = hide(hidden, attention_mask, position_ids)
 
         if sample is not None:
             outputs = self._decode_packed(inputs_embeds, attention_mask.bool(), sample, **kwargs)
@@ -706,16 +715,15 @@ class GranulonModel(GranulonPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 **kwargs,
             )
+        seen = {} if images is None else images
         return GranulonModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_outputs=images,
-            granularity_probs=probs,
-            granularity=level,
-            attention_mask=attention_mask if level is not None else None,
-            aggregation=images.get("aggregation") if images is not None else None,
+            attention_mask=attention_mask if seen.get("slot_mask") is not None else None,
+            **{name: seen.get(name) for name in ("granularity_probs", "granularity", "aggregation")},
         )
 
     def _decode_packed(self, inputs_embeds, visible, sample, **kwargs):
@@ -744,21 +752,6 @@ class GranulonModel(GranulonPreTrainedModel):
         if outputs.hidden_states is not None:
             outputs.hidden_states = tuple(spread(states) for states in outputs.hidden_states)
         return outputs
-
-    def _check_placeholders(self, image_mask, slots):
-        torch_compilable_check(
-            image_mask.sum() == slots.shape[0] * slots.shape[1],
-            lambda: (
-                f"The images need {slots.shape[0]} x {slots.shape[1]} image slots, but the text has {image_mask.sum()} "
-                "image tokens; make the inputs with the model's processor, and do not truncate them."
-            ),
-        )
-
-    def _stream_mask(self, visual_stream, slot_mask):
-        if slot_mask is None or visual_stream not in ("pixel", "semantic"):
-            raise ValueError(f"visual_stream must be 'pixel' or 'semantic', of a model with levels; got {visual_stream!r}.")
-        pixels = torch.arange(slot_mask.shape[1], device=slot_mask.device) < slot_mask.shape[1] - self.config.num_semantic_slots
-        return slot_mask * (pixels if visual_stream == "pixel" else ~pixels)
 
 
 class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin):
@@ -873,6 +866,23 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """See [`GranulonModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        question_mask: torch.Tensor | None = None,
+        granularity: Granularity = None,
+    ) -> GranulonImageFeatures:
+        """Let the question choose the level and encode the images, once for all that follows.
+
+        `generate` and `forward` take the result as `mm_encoder_outputs={"image": …}` instead of `pixel_values`.
+
+        Args: those of [`GranulonModel.forward`].
+        """
+        embeds, image_mask = self.get_input_embeddings()(input_ids), self.model._image_mask(input_ids, None)
+        return self.model.encode_images(pixel_values, embeds, image_mask, attention_mask, question_mask, granularity)
+
     def aggregate(self, pixel_values: torch.Tensor, granularity: Granularity = None) -> GranulonAggregation:
         """See [`GranulonModel.aggregate`]."""
         return self.model.aggregate(pixel_values, granularity)
@@ -915,8 +925,6 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """
         if question_mask is None and labels is not None and self.config.granularity_levels:
             question_mask = labels == -100  # the answer must never choose its own level
-            if attention_mask is not None and attention_mask.ndim == 2:
-                question_mask = question_mask & attention_mask[:, -labels.shape[1] :].bool()
         if labels is not None and seq_idx is not None:
             labels = labels.masked_fill(sample_starts(seq_idx), -100)  # no sample predicts the first token of the next
         inputs = dict(
@@ -1010,8 +1018,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
             )
-        pixel_values, stream = (model_kwargs.pop(name, None) for name in ("pixel_values", "visual_stream"))
-        layer, strategy = (model_kwargs.pop(name, None) for name in ("vision_feature_layer", "vision_feature_select_strategy"))
+        names = ("pixel_values", "visual_stream", "vision_feature_layer", "vision_feature_select_strategy")
+        pixel_values, stream, layer, strategy = (model_kwargs.pop(name, None) for name in names)
         cache = model_kwargs.get("cache")
         past = int(cache.get_seq_length()) if cache is not None else 0
         length = inputs_tensor.shape[1]
@@ -1022,30 +1030,34 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         earlier = getattr(cache, "hidden_slots", None)
         if past and earlier is not None:
             hidden[:, : earlier.shape[1]] = earlier
-        if pixel_values is not None:
-            if model_kwargs.get("mm_encoder_outputs"):
-                raise ValueError("You cannot pass both: raw pixels and pre-computed embeddings for input image")
-            embeds_given = model_input_name == "inputs_embeds"
-            inputs_embeds = inputs_tensor if embeds_given else self.get_input_embeddings()(inputs_tensor)
-            image_mask = self.model._image_mask(None if embeds_given else inputs_tensor, inputs_embeds)
-            if question_mask is None:
-                question_mask = ~image_mask & attention_mask[:, -length:].bool()
-            question_mask = nn.functional.pad(question_mask, (length - question_mask.shape[1], 0))
+        images = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if pixel_values is not None and images is not None:
+            raise ValueError("You cannot pass both: raw pixels and pre-computed embeddings for input image")
+        # Images without a slot mask are what this method has made before: what is empty is hidden already.
+        if pixel_values is not None or (images is not None and images.get("slot_mask") is not None):
+            given = model_input_name == "inputs_embeds"
+            inputs_embeds = inputs_tensor if given else self.get_input_embeddings()(inputs_tensor)
+            image_mask = self.model._image_mask(None if given else inputs_tensor, inputs_embeds)
+            if question_mask is not None:
+                question_mask = nn.functional.pad(question_mask, (length - question_mask.shape[1], 0))
             if attention_mask.shape[1] == length:  # the whole conversation was given: its first part is in the cache
+                question_mask = ~image_mask if question_mask is None else question_mask  # earlier slots are no words
                 image_mask = image_mask & (torch.arange(length, device=image_mask.device) >= past)
-            images, _, _ = self.model.encode_images(
-                pixel_values,
-                inputs_embeds,
-                image_mask,
-                None,
-                question_mask,
-                granularity,
-                vision_feature_layer=layer,
-                vision_feature_select_strategy=strategy,
-            )
-            self.model._check_placeholders(image_mask, torch.stack(images.pooler_output))
-            slot_mask = images.slot_mask if stream is None else self.model._stream_mask(stream, images.slot_mask)
-            hidden[:, -length:] |= torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
+            if images is None:
+                images = self.model.encode_images(
+                    pixel_values,
+                    inputs_embeds,
+                    image_mask,
+                    attention_mask,
+                    question_mask,
+                    granularity,
+                    vision_feature_layer=layer,
+                    vision_feature_select_strategy=strategy,
+                )
+            empty = self.model.find_empty_slots(images, image_mask, stream)
+            if empty is not None:
+                hidden[:, -length:] |= empty
+            # Without what is empty: it is hidden from here on.
             model_kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
         if hidden.any():
             model_kwargs["attention_mask"], model_kwargs["position_ids"] = hide(

@@ -21,7 +21,6 @@ from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.sample import Sample
 from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
-from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.training.feature_cache import fingerprint
 
 
@@ -48,9 +47,54 @@ class Generation:
         return {name: value for name, value in vars(self).items() if name != "batch_size"}
 
 
+@dataclass
+class View:
+    """How a model looks at conversations before it answers: vision tower and controller have run, once.
+
+    Args:
+        inputs (`dict`): arguments of `generate`.
+        levels (`list[str | None]`): the level of each conversation; `None` where the model has none or nothing is shown.
+        probs (`list[dict[str, float] | None]`): what the controller prefers, by level.
+        images ([`GranulonImageFeatures`], *optional*): with the clusters; `None` without levels or images.
+        pixel_values (`torch.Tensor`, *optional*): of all images.
+    """
+
+    inputs: dict[str, Any]
+    levels: list[str | None]
+    probs: list[dict[str, float] | None]
+    images: Any = None
+    pixel_values: Any = None
+
+
+@torch.inference_mode()
+def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: str | None = None) -> View:
+    """Encode conversations with their images, and let each question choose its level.
+
+    Args:
+        model ([`GranulonForConditionalGeneration`]): in eval mode.
+        processor ([`GranulonProcessor`]): its processor.
+        conversations (`list`): messages with their images, without the answer.
+        granularity (`str`, *optional*): forces a level.
+
+    Raises:
+        ValueError: an image that cannot be used, or an unknown level.
+    """
+    inputs = encode_prompts(processor, conversations).to(model.device)
+    pixels, nothing = inputs.get("pixel_values"), [None] * len(conversations)
+    if pixels is None or not model.config.granularity_levels:
+        return View(dict(inputs), [*nothing], [*nothing], pixel_values=pixels)
+    images, names = model.encode_images(**inputs, granularity=granularity), model.config.level_names
+    shown = [bool(row.any()) for row in inputs["input_ids"] == model.config.image_token_id]
+    levels = [names[index] if seen else None for index, seen in zip(images.granularity.tolist(), shown, strict=True)]
+    rows = images.granularity_probs.tolist()
+    probs = [dict(zip(names, row, strict=True)) if seen else None for row, seen in zip(rows, shown, strict=True)]
+    arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return View({**arguments, "mm_encoder_outputs": {"image": images}}, levels, probs, images, pixels)
+
+
 @torch.inference_mode()
 def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generation: Generation) -> list[dict[str, Any]]:
-    """Answers to a batch of samples.
+    """Answer a batch of samples.
 
     Args:
         model ([`GranulonForConditionalGeneration`]): in eval mode.
@@ -64,35 +108,27 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
     Raises:
         ValueError: an image that cannot be used.
     """
-    conversations = [conversation(sample.prompt, [open_rgb(image) for image in sample.images]) for sample in samples]
-    inputs = encode_prompts(processor, conversations).to(model.device)
-    has_levels, has_images = bool(model.config.granularity_levels), "pixel_values" in inputs
-    probs: list[Any] = [None] * len(samples)
-    levels: list[Any] = [None] * len(samples)
-    arguments: dict[str, Any] = {}
-    if has_levels and has_images:
-        names = model.config.level_names
-        found = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])
-        probs = [dict(zip(names, (round(p, 6) for p in row), strict=True)) for row in found.tolist()]
-        levels = [generation.granularity or names[index] for index in found.argmax(-1).tolist()]
-        arguments["granularity"] = levels
-    if generation.visual_stream is not None:
-        arguments["visual_stream"] = generation.visual_stream
+    seen = look(model, processor, [conversation(sample.prompt, sample.images) for sample in samples], generation.granularity)
+    arguments = {} if generation.visual_stream is None else {"visual_stream": generation.visual_stream}
     options = {"max_new_tokens": generation.max_new_tokens, "do_sample": False, **generation.extra}
-    output = model.generate(**inputs, **arguments, **options)
-    length, pad, ends = inputs["input_ids"].shape[1], processor.tokenizer.pad_token_id, model.generation_config.eos_token_id
+    output = model.generate(**seen.inputs, **arguments, **options)
+    length, pad, ends = (
+        seen.inputs["input_ids"].shape[1],
+        processor.tokenizer.pad_token_id,
+        model.generation_config.eos_token_id,
+    )
     stop = set(ends if isinstance(ends, list) else [ends]) | {pad}
     results = []
     for i, tokens in enumerate(output[:, length:].tolist()):
         count = next((n for n, token in enumerate(tokens) if token in stop), len(tokens))
         text = processor.decode(tokens[:count], skip_special_tokens=True).strip()
-        shown = levels[i] if sample_has_image(samples[i]) else None
+        probs = seen.probs[i]
         results.append(
             {
                 "prediction": text,
-                "granularity": shown,
-                "granularity_probs": probs[i] if shown is not None else None,
-                "prompt_tokens": int(inputs["attention_mask"][i].sum()),
+                "granularity": seen.levels[i],
+                "granularity_probs": probs and {name: round(value, 6) for name, value in probs.items()},
+                "prompt_tokens": int(seen.inputs["attention_mask"][i].sum()),
                 "new_tokens": count,
             }
         )
@@ -156,10 +192,6 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
         "cache": cache,
         "mm_encoder_outputs": {"image": semantic},
     }
-
-
-def sample_has_image(sample: Sample) -> bool:
-    return bool(sample.images)
 
 
 def describe_model(source: str, model: Any) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from granulon_hf.data.collator import encode_prompts
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.answer import PredictionRun, read_description
+from granulon_hf.evaluation.answer import PredictionRun, look, read_description
 from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
 from granulon_hf.io import write_text
 from granulon_hf.modeling.images_granulon import open_rgb
@@ -390,19 +389,18 @@ def cluster_drawer(
     @torch.inference_mode()
     def draw(case: Case, images: list[Image.Image]) -> tuple[list[Image.Image], str]:
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": case.question}]
-        inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(model.device)
-        level = (levels or {}).get(case.id, "")
-        if level not in model.config.level_names:
-            probs = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])[0]
-            level = model.config.level_names[int(probs.argmax())]
-        aggregation = model.aggregate(inputs["pixel_values"], level)
+        level = (levels or {}).get(case.id)
+        forced = level if level in model.config.level_names else None
+        seen = look(model, processor, [[{"role": "user", "content": content}]], forced)
+        aggregation = seen.images.aggregation
         views = [
             overlay.model_view(processor.image_processor, image, pixels, SIDE)
-            for image, pixels in zip(images, inputs["pixel_values"], strict=True)
+            for image, pixels in zip(images, seen.pixel_values, strict=True)
         ]
         drawn = [overlay.draw_clusters(view, aggregation, i, size=2 * SIDE) for i, view in enumerate(views)]
         # Whole pixels per patch changed the proportions a little: on the page the picture would jump.
-        return [one.resize(view.size, Image.Resampling.LANCZOS) for one, view in zip(drawn, views, strict=True)], level
+        resized = [one.resize(view.size, Image.Resampling.LANCZOS) for one, view in zip(drawn, views, strict=True)]
+        return resized, str(seen.levels[0])
 
     return draw
 

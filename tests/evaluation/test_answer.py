@@ -230,3 +230,17 @@ def test_parquet_holds_what_the_journal_holds(talker, tmp_path):
         assert {**settings, "extra": json.loads(settings["extra"])} == generation.settings()
         assert {key: value for key, value in row.items() if value is not None or key in old} == old
     assert sum(back[3]["granularity_probs"].values()) == pytest.approx(1, abs=1e-5) and back[5]["error"]
+
+
+def test_tower_and_controller_run_once(build):
+    """What is seen is encoded once for the level, the answer and the overlay."""
+    model, processor = build()
+    calls = {"tower": 0, "controller": 0}
+
+    def count(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    model.model.vision_tower.register_forward_hook(count("tower"))
+    model.model.controller.register_forward_hook(count("controller"))
+    answer_batch(model, processor, SAMPLES[:2], Generation(max_new_tokens=3))
+    assert calls == {"tower": 1, "controller": 1}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoProcessor, BitsAndBytesConfig, DynamicCache, pipeline
+from transformers import AutoProcessor, DynamicCache, pipeline
 
 from granulon_hf import AutoModelForVision2Seq
 from tests.conftest import make_conversation, make_inputs, make_picture
@@ -179,13 +179,6 @@ def test_device_map_auto(build, conversations, tmp_path):
     inputs = make_inputs(processor, conversations).to(loaded.device)
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits.cpu(), model(**inputs.to("cpu")).logits)
-
-
-def test_quantised_loading_is_left_to_transformers(build, tmp_path):
-    model, _ = build()
-    model.save_pretrained(tmp_path)
-    with pytest.raises((ImportError, RuntimeError, ValueError), match=r"(?i)bitsandbytes"):
-        AutoModelForVision2Seq.from_pretrained(tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(build, conversations):
