@@ -22,8 +22,8 @@ value. All arms must give the same mean loss over all labelled tokens (to 1e-5 i
 
 `--ablation` adds the released style with one of its habits taken away at a time.
 
-TRL's collator has no question mask, so that its controller would read the answers: the controller here is untrained and always
-says "middle". It also puts a label on the line break behind the end-of-turn token, which is taken off before the clock starts.
+TRL's collator keeps the question mask of the prompts alone, which fits nothing and is dropped, so that its controller would read
+the answers: the controller here is untrained and always says "middle". It also puts a label on the line break behind the end-of-turn token, which is taken off before the clock starts.
 
 Samples: one drawn picture (216 slots) and random words; the answer has a log-normal number of words (median 130, sigma 1.2, at
 most 1,300). `padding` is cells by tokens: 1.00 is none. tokens/s counts real tokens, image slots included.
@@ -203,10 +203,11 @@ def for_trl(samples: list[Sample]) -> Dataset:
     return Dataset.from_list(rows).cast_column("images", ListOf(Image()))
 
 
-def drop_labels_behind_the_answer(batch: dict[str, Any], end: int) -> dict[str, Any]:
+def like_ours(batch: dict[str, Any], end: int) -> dict[str, Any]:
+    """A batch of TRL's with our labels, and without a question mask of another shape."""
     ended = batch["labels"] == end
     batch["labels"] = batch["labels"].masked_fill(ended.cumsum(1) > ended.int(), -100)
-    return dict(batch)
+    return {name: value for name, value in batch.items() if name != "question_mask"}
 
 
 def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namespace, folder: str) -> tuple[list[Arm], int]:
@@ -239,7 +240,7 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
 
     def collate_trl(indices):
         end = processor.tokenizer.eos_token_id
-        return [drop_labels_behind_the_answer(trl.data_collator([rows[i] for i in batch]), end) for batch in indices]
+        return [like_ours(trl.data_collator([rows[i] for i in batch]), end) for batch in indices]
 
     def full(batch):
         return model(**batch, use_cache=False).loss
