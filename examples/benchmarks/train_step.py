@@ -203,11 +203,10 @@ def for_trl(samples: list[Sample]) -> Dataset:
     return Dataset.from_list(rows).cast_column("images", ListOf(Image()))
 
 
-def like_ours(batch: dict[str, Any], end: int) -> dict[str, Any]:
-    """A batch of TRL's with our labels, and without a question mask of another shape."""
+def drop_labels_behind_the_answer(batch: dict[str, Any], end: int) -> dict[str, Any]:
     ended = batch["labels"] == end
     batch["labels"] = batch["labels"].masked_fill(ended.cumsum(1) > ended.int(), -100)
-    return {name: value for name, value in batch.items() if name != "question_mask"}
+    return dict(batch)
 
 
 def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namespace, folder: str) -> tuple[list[Arm], int]:
@@ -240,7 +239,8 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
 
     def collate_trl(indices):
         end = processor.tokenizer.eos_token_id
-        return [like_ours(trl.data_collator([rows[i] for i in batch]), end) for batch in indices]
+        made = [drop_labels_behind_the_answer(trl.data_collator([rows[i] for i in batch]), end) for batch in indices]
+        return [{name: value for name, value in batch.items() if name != "question_mask"} for batch in made]
 
     def full(batch):
         return model(**batch, use_cache=False).loss

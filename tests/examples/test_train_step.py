@@ -40,7 +40,7 @@ def test_all_arms_compute_the_same_loss(benchmark, options, capsys):
 
 
 def test_another_loss_is_an_error(benchmark, options, monkeypatch):
-    monkeypatch.setattr(benchmark, "like_ours", lambda batch, end: dict(batch))
+    monkeypatch.setattr(benchmark, "drop_labels_behind_the_answer", lambda batch, end: dict(batch))
     with pytest.raises(SystemExit, match="same loss"):
         benchmark.measure(options)
 
