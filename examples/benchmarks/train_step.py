@@ -22,8 +22,9 @@ value. All arms must give the same mean loss over all labelled tokens (to 1e-5 i
 
 `--ablation` adds the released style with one of its habits taken away at a time.
 
-TRL's collator keeps the question mask of the prompts alone, which fits nothing and is dropped, so that its controller would read
-the answers: the controller here is untrained and always says "middle". It also puts a label on the line break behind the end-of-turn token, which is taken off before the clock starts.
+TRL's collator keeps the question mask of the prompts alone, which fits nothing and is dropped: its controller would read the
+answers, but the controller here is untrained and always says "middle". It also puts a label on the line break behind the
+end-of-turn token, which is taken off before the clock starts.
 
 Samples: one drawn picture (216 slots) and random words; the answer has a log-normal number of words (median 130, sigma 1.2, at
 most 1,300). `padding` is cells by tokens: 1.00 is none. tokens/s counts real tokens, image slots included.
