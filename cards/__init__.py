@@ -183,7 +183,7 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
     """Rows of the evaluation's table for one model, one for each data set and metric, and the command."""
     try:
         from granulon_hf.evaluation.benchmark import PERCENT
-        from granulon_hf.evaluation.metrics import bootstrap_mean
+        from granulon_hf.stats import bootstrap_mean
     except ImportError as error:
         raise ImportError(f'{error}; a card with results needs: pip install "granulon-hf[eval]"') from None
     rows: list[dict[str, Any]] = []

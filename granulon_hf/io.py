@@ -1,29 +1,85 @@
-"""Small things about files and sequences that several parts need."""
+"""Files that are whole or not there, and journals that survive `kill -9`."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a path to write to, which takes the place of `path` at the end: what was there stays until then.
+
+    Args:
+        path (`str`): the file to write.
+    """
+    part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Journal:
+    """A JSONL file to which rows are added as they come, each of them whole on the disk before the next is made.
+
+    What a killed process was writing is a torn line: it is no row, and whoever goes on begins a new line behind it.
+
+    Args:
+        path (`str`): the file, which need not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are there, one at a time; lines that are torn or damaged are left out."""
+        if not self.path.exists():
+            return
+        with open(self.path, "rb") as file:
+            for line in file:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict) and "id" in row:
+                    yield row
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows, each with an `id`, and wait until the disk has them."""
+        with open(self.path, "a+b") as file:
+            if file.tell() and not self._ends_whole(file):
+                file.write(b"\n")
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    @staticmethod
+    def _ends_whole(file: Any) -> bool:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Write a file whole or not at all.
 
     Args:
-        errors (`str`): what to do with half characters, as in `str.encode`.
+        errors (`str`): what to do with lone surrogates, as in `str.encode`.
     """
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8", errors=errors)
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8", errors=errors)
 
 
 def existing(path: Path) -> Path:
-    """The path or, where there is none yet, the nearest folder above that exists."""
+    """Return the path or, where there is none yet, the nearest folder above that exists."""
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """`size` items at a time, and at last what is left."""
+    """Yield `size` items at a time, and at last what is left."""
     batch: list[Any] = []
     for item in items:
         batch.append(item)

@@ -6,12 +6,26 @@ import re
 from typing import Any
 
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, resolve_revision
 
 ADAPTER_WEIGHTS = "adapter.safetensors"
 LORA_SCALE = "lora_scale"  # in the file's metadata: what the product of the two low-rank factors is multiplied with
+# Fields of a backbone's config that change what weights of the same names and shapes compute.
+MEANING = (
+    "model_type",
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "sliding_window",
+    "patch_size",
+    "architecture",
+)
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "token")
 
 
@@ -65,25 +79,41 @@ def load_whole(load, name: str | os.PathLike, *args, ignore_mismatched_sizes: bo
     """
     model, info = load(name, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
 
-    def kind(key: str) -> str:  # all layers are alike
-        return re.sub(r"\.\d+(?=\.|$)", ".#", key)
-
-    modules = {kind(key) for key, _ in model.named_modules() if key}
+    # A weight that is left out belongs to the model if the part that it stands in does: a layer, an attention …
+    parts = {name.partition(".")[0] for name, _ in model.named_modules() if name}
     unused = re.compile(r"(^|\.)(pooler|head)\b|multi_modal_projector\.position$")
-    buffers = re.compile(r"(^|\.)(position_ids|inv_freq)$")
-    left_out = [key for key in info["unexpected_keys"] if kind(key).rpartition(".")[0] in modules and not buffers.search(key)]
-    for problem, found in (
-        ("lacks", info["missing_keys"]),
-        ("has another shape of", [key for key, *_ in info["mismatched_keys"] if not ignore_mismatched_sizes]),
-        ("has more than the model:", left_out),
+    spare = re.compile(rf"{unused.pattern}|(^|\.)(position_ids|inv_freq)$|(^|\.)controller\.")  # or levels that are taken away
+    for problem, found, accepted in (
+        ("lacks", info["missing_keys"], unused),
+        ("has another shape of", [key for key, *_ in info["mismatched_keys"] if not ignore_mismatched_sizes], unused),
+        ("has more than the model:", [key for key in info["unexpected_keys"] if key.partition(".")[0] in parts], spare),
     ):
-        if keys := sorted(key for key in found if not unused.search(key)):
+        if keys := sorted(key for key in found if not accepted.search(key)):
             others = f" and {len(keys) - 1} more weights" if len(keys) > 1 else ""
             raise ValueError(
                 f"{name} does not fit {type(model).__name__}: it {problem} {keys[0]}{others}. Give the weights that belong to "
                 "this config; nothing is filled with random numbers."
             )
     return model
+
+
+def check_config(name: str, own, expected) -> None:
+    """Refuse a backbone of which the same weights would mean something else than those that an adapter was trained with.
+
+    Args:
+        name (`str`): where the backbone is.
+        own, expected (`PreTrainedConfig`): its config, and the one that the adapter holds.
+
+    Raises:
+        ValueError: names the first field that differs.
+    """
+    own, expected = own.to_dict(), expected.to_dict()
+    for field in MEANING:
+        if own.get(field) != expected.get(field):
+            raise ValueError(
+                f"{name} is not the backbone that the adapter was trained with: its {field} is {own.get(field)!r}, not "
+                f"{expected.get(field)!r}."
+            )
 
 
 def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **options):
@@ -110,6 +140,8 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
     ):
         source = dict(config.backbones[part])
         name = source.pop("name")
+        own = AutoConfig.from_pretrained(name, **source, **options)
+        check_config(name, getattr(own, "vision_config", own) if part == "vision" else own, sub_config)
         model = load_whole(
             auto.from_pretrained, name, config=sub_config, dtype=dtype, use_safetensors=use_safetensors, **source, **options
         )

@@ -9,6 +9,7 @@ import re
 import urllib.request
 import warnings
 from typing import Any
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -70,6 +71,8 @@ def find_source(image: Any) -> Any:
         return io.BytesIO(image)
     if not image:
         raise ValueError("it has neither bytes nor a path")
+    if isinstance(image, str) and image.startswith("file://"):
+        image = url2pathname(image.removeprefix("file://"))
     if not isinstance(image, str) or os.path.exists(image):
         return image
     if image.startswith(("http://", "https://")):

@@ -193,8 +193,10 @@ class GranulonProcessor(ProcessorMixin):
         conversations = [map_text(one, remove_marks) for one in conversations]
         pattern = self._control_pattern(template)
         marked = [mark_conversation(one, pattern) for one in conversations]
-        text_only = {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
-        prompts = [Prompt.read(one) for one in super().apply_chat_template(marked, template, **{**kwargs, **text_only})]
+        # Tools, documents and other variables of the template are text, too.
+        others = {name: map_text(value, functools.partial(mark_typed, control=pattern)) for name, value in kwargs.items()}
+        others |= {"tokenize": False, "return_dict": False, "return_assistant_tokens_mask": False}
+        prompts = [Prompt.read(one) for one in super().apply_chat_template(marked, template, **others)]
         if not kwargs.get("tokenize"):
             return prompts if batched else prompts[0]
         kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "prompts": prompts}
@@ -285,20 +287,34 @@ class GranulonProcessor(ProcessorMixin):
 
     def _find_user_turn(self, text: str) -> Span:
         """The characters of the last user turn in a text that looks as the chat template writes it, or all of them."""
-        roles = {FIRST: "user", ANSWER: "assistant", SECOND: "user"}
-        probe = [{"role": role, "content": [{"type": "text", "text": word}]} for word, role in roles.items()]
-        rendered = str(self.apply_chat_template(probe))
-        before, to_answer, to_user, after = re.split(f"[{FIRST}{ANSWER}{SECOND}]", rendered)
-        # What begins a user's turn, whatever comes before it, down to where it differs from what begins an answer …
-        begin = common_end(before, to_user)
+
+        def written(**roles: str) -> list[str]:
+            """What the template writes around the words of these roles."""
+            turns = [{"role": role.rstrip("_"), "content": [{"type": "text", "text": word}]} for role, word in roles.items()]
+            return re.split("[" + "".join(roles.values()) + "]", str(self.apply_chat_template(turns)))
+
+        before, to_answer, to_user, after = written(user=FIRST, assistant=ANSWER, user_=SECOND)
+        control = self._control_pattern(self._resolve_chat_template(None))
+        # What begins a user's turn, whatever comes before it, but no half of a control token …
+        start = len(before) - len(common_end(before, to_user))
+        start = next(
+            (last for first, last in (found.span() for found in control.finditer(before)) if first < start < last), start
+        )
+        begin = before[start:]
+        # … down to where it differs from what begins an answer, and back to the beginning of that line or control token.
         differs = len(begin) - len(common_end(begin, to_answer)) - 1
-        marks = [found.start() for found in self._control_pattern(self._resolve_chat_template(None)).finditer(begin)]
-        # … and back to the beginning of its line or to the control token before.
-        begin = begin[max([0, begin.rfind("\n", 0, differs) + 1, *(place for place in marks if place <= differs)]) :]
+        marks = [found.start() for found in control.finditer(begin) if found.start() <= differs]
+        begin = begin[max([0, begin.rfind("\n", 0, differs) + 1, *marks]) :]
         place = text.rfind(begin) if differs >= 0 else -1
         if place < 0:
             return 0, len(text)
         start = place + len(begin)
+        try:  # some templates write the system prompt into the user's turn
+            _, between, _ = written(system=ANSWER, user=FIRST)
+        except Exception:  # this one knows no system prompt
+            between = begin
+        if not between.endswith(begin) and (found := text.find(between, start)) >= 0:
+            start = found + len(between)
         ends = [text.find(to_answer.rstrip(), start), text.find(after.rstrip(), start) if after.strip() else -1]
         return start, min((end for end in ends if end >= 0), default=len(text))
 
@@ -398,16 +414,21 @@ def to_serializable(image_processor):
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy a message, or a list of them, with every string changed but those of parts that are no text."""
+    """Copy a message, or whatever holds strings, with every string changed but those of parts that are images."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return value if value.get("type") == "image" else {key: map_text(one, change) for key, one in value.items()}
+        return value if value.get("type") == "image" else {map_text(k, change): map_text(v, change) for k, v in value.items()}
     return [map_text(one, change) for one in value] if isinstance(value, list | tuple) else value
 
 
 def remove_marks(text: str) -> str:
     return text.translate(dict.fromkeys(map(ord, ALL_MARKS)))
+
+
+def mark_typed(text: str, control: re.Pattern) -> str:
+    """A text that somebody typed, with marks around what would be control tokens."""
+    return control.sub(lambda found: found[0].join(MARKS["typed"]), remove_marks(text))
 
 
 def mark_conversation(conversation: list[dict], control: re.Pattern) -> list[dict]:
@@ -417,7 +438,7 @@ def mark_conversation(conversation: list[dict], control: re.Pattern) -> list[dic
         words = text.strip()  # `join` puts them between the two marks
         return text.replace(words, words.join(MARKS[kind])) if words else text
 
-    marked = map_text(conversation, lambda text: control.sub(lambda found: found[0].join(MARKS["typed"]), text))
+    marked = map_text(conversation, functools.partial(mark_typed, control=control))
     last = max((index for index, message in enumerate(conversation) if message.get("role") == "user"), default=None)
     for index, message in enumerate(marked):
         kind = "question" if index == last else "answers" if conversation[index].get("role") == "assistant" else None

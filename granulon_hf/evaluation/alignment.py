@@ -31,7 +31,7 @@ from torch.nn.functional import cosine_similarity
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.sample import Sample
 from granulon_hf.evaluation.answer import Generation, answer_batch, read_description
-from granulon_hf.io import write_text
+from granulon_hf.io import Journal, batches, replacing, write_text
 
 ANSWERS = ("prediction", "reference")
 TOKENS = ("content", "all")
@@ -178,7 +178,7 @@ class AlignmentRun:
 
     def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
         self.folder = Path(folder)
-        self.journal = self.folder / "cosines.jsonl"
+        self.journal = Journal(self.folder / "cosines.jsonl")
         self.description = json.loads(json.dumps(description, default=str))
         known = self.folder / "run.json"
         if known.exists():
@@ -191,19 +191,6 @@ class AlignmentRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(known, json.dumps(self.description, indent=1) + "\n")
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """What is there, one sample at a time; a torn line, of a run that was killed, is left out."""
-        if not self.journal.exists():
-            return
-        with open(self.journal, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict) and "id" in row:
-                    yield row
-
     def blocks(self, size: int = BLOCK, only: Set[str] | None = None) -> Iterator[tuple[list[str], np.ndarray]]:
         """Ids and their cosines [size x layers], in the order of the journal, without the samples that could not be used.
 
@@ -213,7 +200,7 @@ class AlignmentRun:
         """
         ids: list[str] = []
         cosines: list[list[float]] = []
-        for row in self.rows():
+        for row in self.journal:
             if "cosine" in row and (only is None or row["id"] in only):
                 ids.append(row["id"])
                 cosines.append(row["cosine"])
@@ -224,10 +211,10 @@ class AlignmentRun:
             yield ids, np.array(cosines)
 
     def usable(self) -> set[str]:
-        return {row["id"] for row in self.rows() if "cosine" in row}
+        return {row["id"] for row in self.journal if "cosine" in row}
 
     def errors(self) -> list[dict[str, str]]:
-        return [{"id": row["id"], "reason": row["error"]} for row in self.rows() if "error" in row]
+        return [{"id": row["id"], "reason": row["error"]} for row in self.journal if "error" in row]
 
     def run(
         self,
@@ -242,28 +229,19 @@ class AlignmentRun:
         Args:
             on_progress (`callable`): called with the number of samples that were found or are done since the last call.
         """
-        done = {row["id"] for row in self.rows()}
-        with open(self.journal, "ab") as file:
-            if file.tell() and not ends_with_newline(self.journal):
-                file.write(b"\n")
-            batch: list[Sample] = []
+        done = {row["id"] for row in self.journal}
 
-            def flush() -> None:
-                lines = (json.dumps(row, ensure_ascii=False) for row in self.align(model, processor, batch, what))
-                file.write("".join(f"{line}\n" for line in lines).encode())
-                file.flush()
-                on_progress(len(batch))
-                batch.clear()
-
+        def missing() -> Iterator[Sample]:
             for sample in samples:
                 if sample.id in done:
                     on_progress(1)
-                    continue
-                batch.append(sample)
-                if len(batch) == what.generation.batch_size:
-                    flush()
-            if batch:
-                flush()
+                else:
+                    yield sample
+
+        for batch in batches(missing(), what.generation.batch_size):
+            self.journal.append(self.align(model, processor, batch, what))
+            on_progress(len(batch))
+            batch.clear()  # its images go before those of the next batch come
 
     def align(self, model: Any, processor: Any, batch: Sequence[Sample], what: Alignment) -> list[dict[str, Any]]:
         try:
@@ -272,12 +250,6 @@ class AlignmentRun:
             if len(batch) > 1:
                 return [row for sample in batch for row in self.align(model, processor, [sample], what)]
             return [{"id": batch[0].id, "error": " ".join(str(error).split())}]
-
-
-def ends_with_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
 
 
 # --- what is made of the journals -------------------------------------------------------------------------------------
@@ -297,8 +269,8 @@ def write_parquet(path: str | os.PathLike, runs: dict[str, AlignmentRun]) -> int
 
     names = pa.dictionary(pa.int32(), pa.string())
     schema = pa.schema({"model": names, "id": pa.string(), "layer": pa.int16(), "cosine": pa.float32()})
-    part, rows = Path(path).with_name(f".{Path(path).name}.part"), 0
-    with pq.ParquetWriter(part, schema) as writer:
+    rows = 0
+    with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
         for name, run in runs.items():
             for ids, cosines in run.blocks():
                 count, layers = cosines.shape
@@ -310,7 +282,6 @@ def write_parquet(path: str | os.PathLike, runs: dict[str, AlignmentRun]) -> int
                 }
                 writer.write_table(pa.table(columns, schema=schema))
                 rows += cosines.size
-    os.replace(part, path)
     return rows
 
 

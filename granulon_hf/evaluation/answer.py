@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import granulon_hf
 from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.sample import Sample
-from granulon_hf.io import batches, write_text
+from granulon_hf.io import Journal, batches, replacing, write_text
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.training.feature_cache import fingerprint
 
@@ -269,15 +269,11 @@ class PredictionRun:
         return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """What is there, by sample id; lines that are torn or damaged are left out."""
+        """Return what is there, by sample id."""
         found: dict[str, dict[str, Any]] = {}
         for part in self.parts():
-            for line in part.read_bytes().split(b"\n"):
-                try:
-                    row = json.loads(line.decode())
-                    found.setdefault(row["id"], row)
-                except (ValueError, KeyError, TypeError):
-                    continue
+            for row in Journal(part):
+                found.setdefault(row["id"], row)
         return found
 
     def run(
@@ -311,15 +307,10 @@ class PredictionRun:
         # Long prompts beside long ones: less padding. The answers do not depend on it.
         mine = sorted(missing[index::count], key=lambda sample: len(sample.question))
         on_progress((len(order) - len(missing)) // count)
-        with open(self.folder / f"part-{index:03}.jsonl", "a", encoding="utf-8") as file:
-            if file.tell() and not (self.folder / f"part-{index:03}.jsonl").read_bytes().endswith(b"\n"):
-                file.write("\n")
-            for batch in batches(mine, generation.batch_size):
-                for row in self.answer(model, processor, batch, generation):
-                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                on_progress(len(batch))
+        journal = Journal(self.folder / f"part-{index:03}.jsonl")
+        for batch in batches(mine, generation.batch_size):
+            journal.append(self.answer(model, processor, batch, generation))
+            on_progress(len(batch))
         wait()
         if index == 0:
             rows = self.rows()
@@ -362,12 +353,11 @@ class PredictionRun:
         target = self.folder / "images" / f"{digest}{suffix(data, image.get('path'))}"
         if not target.exists():
             target.parent.mkdir(exist_ok=True)
-            part = target.with_name(f".{target.name}.{os.getpid()}")
-            if data is not None:
-                part.write_bytes(data)
-            else:
-                shutil.copyfile(image["path"], part)
-            os.replace(part, target)
+            with replacing(target) as part:
+                if data is not None:
+                    part.write_bytes(data)
+                else:
+                    shutil.copyfile(image["path"], part)
         return str(target.relative_to(self.folder))
 
 
@@ -393,9 +383,8 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     settings["extra"] = json.dumps(settings["extra"], default=str)
     own = {"model": model, "data": data, "generation": settings}
     full = [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows]
-    part = path.with_name(f".{path.name}.part")
-    pq.write_table(pa.Table.from_pylist(full, schema=pa.schema(columns)), part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        pq.write_table(pa.Table.from_pylist(full, schema=pa.schema(columns)), part)
 
 
 def suffix(data: bytes | None, path: str | None) -> str:

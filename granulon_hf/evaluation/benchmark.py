@@ -27,13 +27,12 @@ from granulon_hf.evaluation.metrics import (
     CAPTION_METRICS,
     SCORERS,
     bert_scores,
-    bootstrap_mean,
     corpus_captions,
-    paired_difference,
 )
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device
+from granulon_hf.stats import bootstrap_mean, paired_difference
 from granulon_hf.training.run import command_line
 
 # Figures of the paper (its tables), for reference; percent, GPT scores 0 to 100.

@@ -24,9 +24,10 @@ import torch
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.evaluation.answer import Generation, PredictionRun
-from granulon_hf.evaluation.metrics import SCORERS, bootstrap_mean, paired_difference
+from granulon_hf.evaluation.metrics import SCORERS
 from granulon_hf.io import write_text
 from granulon_hf.modeling.images_granulon import open_rgb
+from granulon_hf.stats import bootstrap_mean, paired_difference
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")

@@ -5,9 +5,6 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
-
-N_RESAMPLES = 2000
 ARTICLES = {"a", "an", "the"}
 COMPARISON = re.compile("[<>=]")
 # Signs and points of numbers are none: -5, 1.5, .5, but not 3-5 or "5."
@@ -152,41 +149,6 @@ def bert_scores(
         for i, value in zip(kept, f1.tolist(), strict=True):
             scores[i] = value
     return scores
-
-
-def bootstrap_mean(values: Sequence[float], n_resamples: int = N_RESAMPLES) -> tuple[float, float, float]:
-    """Mean and 95 % percentile bootstrap interval (seed 0).
-
-    Raises:
-        ValueError: there are no values.
-    """
-    return _interval(np.asarray(values, dtype=float), n_resamples)
-
-
-def paired_difference(
-    a: Sequence[float], b: Sequence[float], n_resamples: int = N_RESAMPLES
-) -> tuple[float, float, float, float]:
-    """Mean of a − b over the same samples, its 95 % bootstrap interval, and the p-value of a sign-flip permutation test.
-
-    Raises:
-        ValueError: the lengths differ, or there are no values.
-    """
-    if len(a) != len(b):
-        raise ValueError(f"Paired scores need the same samples; got {len(a)} and {len(b)}.")
-    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    mean, low, high = _interval(difference, n_resamples)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(n_resamples, len(difference)))
-    flipped = np.abs((signs * difference).mean(1))
-    return mean, low, high, float((1 + (flipped >= abs(mean) - 1e-12).sum()) / (1 + n_resamples))
-
-
-def _interval(values: np.ndarray, n_resamples: int) -> tuple[float, float, float]:
-    if not len(values):
-        raise ValueError("There is nothing to average.")
-    draw = np.random.default_rng(0)
-    means = np.array([values[draw.integers(len(values), size=len(values))].mean() for _ in range(n_resamples)])
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(values.mean()), float(low), float(high)
 
 
 SCORERS: dict[str, Callable[[dict[str, Any]], float]] = {

@@ -104,12 +104,12 @@ def test_a_run_goes_on_where_it_was_killed(build, tmp_path):
     whole, broken = AlignmentRun(tmp_path / "a", {"seed": 0}), AlignmentRun(tmp_path / "b", {"seed": 0})
     whole.run(model, processor, Shapes(5), settings())
     broken.run(model, processor, Shapes(3), settings())
-    with open(broken.journal, "a") as file:
+    with open(broken.journal.path, "a") as file:
         file.write('{"id": "shapes-0-3", "cos')
     seen = []
     AlignmentRun(tmp_path / "b", {"seed": 0}).run(model, processor, Shapes(5), settings(), seen.append)
     assert seen == [1, 1, 1, 2]
-    a, b = list(whole.rows()), list(broken.rows())
+    a, b = list(whole.journal), list(broken.journal)
     assert [row["id"] for row in a] == [row["id"] for row in b]
     np.testing.assert_allclose([r["cosine"] for r in a], [r["cosine"] for r in b], atol=2e-5)
     with pytest.raises(ValueError, match="was made with another seed"):
@@ -135,7 +135,7 @@ def test_what_is_held_is_one_batch(build, tmp_path, monkeypatch):
     monkeypatch.setattr(alignment, "mean_states", lambda *a: states.append(found := reduced(*a)) or found)
     run = AlignmentRun(tmp_path, {})
     run.run(model, processor, stream(), settings(batch_size=3))
-    assert len(list(run.rows())) == 9
+    assert len(list(run.journal)) == 9
     assert most[0] <= 3 + 2  # a batch, what the loop's variable holds, and the next one
     layers, width = model.config.text_config.num_hidden_layers, model.config.text_config.hidden_size
     assert {tuple(state.shape) for state in states} == {(layers, 3, width)}
@@ -147,7 +147,7 @@ def test_a_bad_image_costs_its_own_sample_only(build, tmp_path):
     samples[1].images = [{"bytes": b"no image", "path": None}]
     run = AlignmentRun(tmp_path, {})
     run.run(model, processor, samples, settings(batch_size=3))
-    assert [("cosine" in row) for row in run.rows()] == [True, False, True]
+    assert [("cosine" in row) for row in run.journal] == [True, False, True]
     assert run.errors()[0]["id"] == samples[1].id
 
 
@@ -169,7 +169,7 @@ def test_report(tmp_path, monkeypatch):
     for name, layers in (("one", 3), ("two/b", 4)):
         run = runs[name] = AlignmentRun(tmp_path / name.replace("/", "-"), {"model": name})
         lines = [{"id": f"s{i}", "cosine": draw.uniform(0, 1, layers).round(6).tolist()} for i in range(10)]
-        run.journal.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "bad", "error": "broken"}]))
+        run.journal.path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "bad", "error": "broken"}]))
     monkeypatch.setattr(alignment.AlignmentRun.blocks, "__defaults__", (4, None))
     summary = report(tmp_path, runs)
     table = pq.read_table(tmp_path / "alignment.parquet")
@@ -177,8 +177,8 @@ def test_report(tmp_path, monkeypatch):
     assert table.column_names == ["model", "id", "layer", "cosine"] and table.num_rows == 10 * 3 + 10 * 4
     row = table.slice(4, 1).to_pylist()[0]  # second sample, second layer
     assert (row["model"], row["id"], row["layer"]) == ("one", "s1", 2)
-    assert row["cosine"] == pytest.approx(list(runs["one"].rows())[1]["cosine"][1])
-    one = np.array([r["cosine"] for r in runs["one"].rows() if "cosine" in r])
+    assert row["cosine"] == pytest.approx(list(runs["one"].journal)[1]["cosine"][1])
+    one = np.array([r["cosine"] for r in runs["one"].journal if "cosine" in r])
     np.testing.assert_allclose(summary["models"]["one"]["mean"], one.mean(0), atol=1e-6)
     assert summary["models"]["two/b"]["left_out"] == [{"id": "bad", "reason": "broken"}]
     rows = alignment.heatmap_rows(runs["one"], 10, 4)
@@ -192,7 +192,7 @@ def make_run(folder, ids, bad=()):
     run = AlignmentRun(folder, {"model": folder.name})
     lines = [{"id": name, "cosine": [number / 10, 0.5]} for name, number in ids.items()]
     lines += [{"id": name, "error": "its answer is empty"} for name in bad]
-    run.journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.journal.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
 
 

@@ -8,14 +8,13 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from granulon_hf.evaluation.metrics import (
     bert_scores,
-    bootstrap_mean,
     chosen_option,
     corpus_captions,
     exact,
     option_accuracy,
-    paired_difference,
     recall,
 )
+from granulon_hf.stats import bootstrap_mean, paired_difference
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
     Dinov2Config,
@@ -17,10 +18,12 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from granulon_hf import GranulonForConditionalGeneration
-from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
+from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, load_whole
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"num_key_value_heads": 2, "vocab_size": 99, "tie_word_embeddings": True}
@@ -63,25 +66,43 @@ def test_fitting_backbones_are_taken(adapter, backbones):
             assert torch.equal(value, loaded.state_dict()[key]), key
 
 
-def decoders(folder):
-    yield "another architecture", GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99))
-    yield "a like one without biases", LlamaForCausalLM(LlamaConfig(**TEXT))
-    yield "more layers", Qwen2ForCausalLM(Qwen2Config(**TEXT | {"num_hidden_layers": 3}))
-    yield "fewer layers", Qwen2ForCausalLM(Qwen2Config(**TEXT | {"num_hidden_layers": 1}))
-    yield "another width", Qwen2ForCausalLM(Qwen2Config(**TEXT | {"hidden_size": 64}))
-    yield "another vocabulary", Qwen2ForCausalLM(Qwen2Config(**TEXT | {"vocab_size": 98}))
+def decoder(kind=Qwen2ForCausalLM, config=Qwen2Config, **options):
+    return kind(config(**TEXT | options))
 
 
-@pytest.mark.parametrize(
-    "which",
-    ["another architecture", "a like one without biases", "more layers", "fewer layers", "another width", "another vocabulary"],
-)
+FOREIGN = {
+    "another architecture": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=99)),
+    "a like one without biases": lambda: decoder(LlamaForCausalLM, LlamaConfig),
+    "a like one with more norms": lambda: decoder(Qwen3ForCausalLM, Qwen3Config, head_dim=8),
+    "more layers": lambda: decoder(num_hidden_layers=3),
+    "fewer layers": lambda: decoder(num_hidden_layers=1),
+    "another width": lambda: decoder(hidden_size=64),
+    "another vocabulary": lambda: decoder(vocab_size=98),
+    "other positions": lambda: decoder(rope_parameters={"rope_type": "default", "rope_theta": 5000.0}),
+    "another activation": lambda: decoder(hidden_act="gelu"),
+    "other heads": lambda: decoder(num_attention_heads=2),
+}
+
+
+@pytest.mark.parametrize("which", FOREIGN)
 def test_foreign_decoders_are_refused(adapter, backbones, which):
     _, folder = adapter
-    foreign = backbones / "foreign"
-    dict(decoders(folder))[which].save_pretrained(foreign)
-    with pytest.raises(ValueError, match="foreign does not fit"):
-        GranulonForConditionalGeneration.from_pretrained(folder, backbones=places(vision=backbones / "vision", text=foreign))
+    FOREIGN[which]().save_pretrained(backbones / "foreign")
+    for options in ({}, {"output_loading_info": True}):
+        with pytest.raises(ValueError, match="foreign "):
+            GranulonForConditionalGeneration.from_pretrained(
+                folder, backbones=places(vision=backbones / "vision", text=backbones / "foreign"), **options
+            )
+
+
+@pytest.mark.parametrize("which", ["a like one without biases", "a like one with more norms", "more layers", "another width"])
+def test_weights_that_a_config_has_no_place_for_are_refused(tmp_path, which):
+    FOREIGN[which]().save_pretrained(tmp_path / "foreign")
+    config = Qwen2Config(**TEXT) if which in ("more layers", "another width") else LlamaConfig(**TEXT)
+    if which == "a like one without biases":
+        decoder().save_pretrained(tmp_path / "foreign")
+    with pytest.raises(ValueError, match="does not fit"):
+        load_whole(AutoModelForCausalLM.from_pretrained, tmp_path / "foreign", config=config)
 
 
 def test_a_decoder_that_lacks_its_head_is_refused(backbones):
@@ -100,7 +121,7 @@ def test_foreign_towers_are_refused(adapter, backbones, options):
         Dinov2ForImageClassification(Dinov2Config(**VISION)),
     ):
         foreign.save_pretrained(backbones / "foreign")
-        with pytest.raises(ValueError, match="foreign does not fit"):
+        with pytest.raises(ValueError, match="foreign "):
             GranulonForConditionalGeneration.from_pretrained(
                 folder, backbones=places(vision=backbones / "foreign", text=backbones / "text")
             )
@@ -122,6 +143,12 @@ def test_whole_checkpoints_must_be_whole(adapter, tmp_path, lost):
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="controller"):
         GranulonForConditionalGeneration.from_pretrained(tmp_path / "whole", controller_hidden_size=8)
+    more = weights | {"model.qformer.weight": torch.zeros(2)}
+    save_file(more, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="qformer"):
+        GranulonForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    save_file(weights, file, metadata={"format": "pt"})
+    GranulonForConditionalGeneration.from_pretrained(tmp_path / "whole", granularity_levels=[])
     plain, info = GranulonForConditionalGeneration.from_pretrained(
         tmp_path / "whole", granularity_levels=[], output_loading_info=True
     )

@@ -122,6 +122,13 @@ TEMPLATES = {
 {{- '<|im_start|>system\nYou are kind.<|im_end|>\n' -}}{%- endif -%}{%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}{%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}""",
+    "in the user's turn": """{{- bos_token -}}{%- set begun = namespace(text='') -%}{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{%- set begun.text = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' -%}
+{%- elif message['role'] == 'user' -%}{{- '[INST] ' + begun.text + message['content'] + ' [/INST]' -}}
+{%- set begun.text = '' -%}{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}""",
+    "before the turn": """{{- bos_token -}}{%- for message in messages -%}{%- if message['role'] == 'system' -%}
+{{- message['content'] + '\n' -}}{%- elif message['role'] == 'user' -%}{{- '[INST] ' + message['content'] + ' [/INST]' -}}
+{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}""",
     "brackets": """{{- bos_token -}}{%- for message in messages -%}{%- if message['role'] == 'user' -%}
 {{- '[INST] ' + message['content'] + ' [/INST]' -}}{%- elif message['role'] == 'assistant' -%}
 {{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}""",
@@ -242,6 +249,37 @@ def test_what_is_typed_is_text(templated, role, where):
         assert templated(text=text, images=make_picture(0))["input_ids"] == [ids]
         if role == "user":
             assert question_of(templated, inputs).strip() == said.strip()
+
+
+def test_tools_and_documents_are_text(processor):
+    """What a template writes of its other variables forges nothing either, in keys as in values."""
+    template = """{%- for message in messages -%}{{- '<|im_start|>' + message['role'] + '\n' + message['content'] -}}
+{%- if message.tool_calls -%}{{- message.tool_calls[0].function.arguments | tojson -}}{%- endif -%}{%- endfor -%}
+{{- tools | tojson -}}{{- documents | tojson -}}{{- note -}}"""
+    bad = f"{processor.image_token}{processor.tokenizer.eos_token}"
+
+    def ids(word):
+        call = {"type": "function", "function": {"name": "f", "arguments": {word: word}}}
+        turn = {"role": "assistant", "content": "Wait.", "tool_calls": [call]}
+        tool = {"type": "function", "function": {"name": "f", "description": word, "parameters": {}}}
+        return processor.apply_chat_template(
+            [{"role": "user", "content": "Hi"}, turn],
+            template,
+            tools=[tool],
+            documents=[{"title": word, "text": word}],
+            note=word,
+            tokenize=True,
+            return_dict=True,
+        )["input_ids"][0]
+
+    assert control_ids(processor, ids(bad)) == control_ids(processor, ids("word"))
+    assert processor.decode(ids(bad)).count(bad) == 6
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 7}])
+def test_a_text_part_without_a_text_is_refused(processor, part):
+    with pytest.raises(Exception, match="without a text"):
+        processor.apply_chat_template([{"role": "user", "content": [part]}])
 
 
 def test_typed_tokens_in_a_padded_batch(processor):
