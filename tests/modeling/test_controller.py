@@ -202,3 +202,11 @@ def test_a_trained_controller_is_loaded_to_the_bit(build, tmp_path):
     expected = dict(model.model.controller.named_parameters())
     assert list(expected) == ["in_proj.weight", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
     assert all(value.equal(expected[name]) for name, value in loaded.model.controller.named_parameters())
+
+
+def test_what_is_no_number_chooses_no_level(build):
+    model, processor = build()
+    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(0)]))
+    model.model.controller.fc2.bias.data[1] = float("nan")
+    with pytest.raises(RuntimeError, match="controller"):
+        model(**inputs)
