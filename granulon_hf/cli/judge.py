@@ -67,7 +67,7 @@ def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None
         GranulonError: they are no amounts, or are not known where --max-cost needs them.
     """
     if price is None:
-        if max_cost is not None and judging().judge_module.price_of(model, None, "chat") is None:
+        if max_cost is not None and judging().judge.price_of(model, None, "chat") is None:
             raise GranulonError(f"--max-cost needs to know what {model!r} costs; say --price PROMPT COMPLETION.")
         return None
     try:
@@ -154,10 +154,10 @@ def run(
         "max_tokens": max_tokens,
         "prices": read_price(price, model, max_cost),
     }
-    judge = work.judge_module.Judge()
+    judge = work.judge.Judge()
     try:
-        chosen = work.judge_module.Options(**options)
-        units = work.judge_module.units_of(work.judge_module.columns_of(**inputs), chosen)
+        chosen = work.judge.Options(**options)
+        units = work.judge.units_of(work.judge_module.columns_of(**inputs), chosen)
         warn_of_lengths(console, chosen, units, [sample.id for sample in samples])
         if dry_run:
             show_estimate(console, judge.estimate(**inputs, **options), model)
@@ -174,7 +174,7 @@ def run(
             result = judge.compute(**inputs, **options, on_result=on_result)
     except ValueError as error:  # of Options and columns: one sentence each
         raise GranulonError(as_option(error)) from None
-    except work.judge_module.JudgeError as error:
+    except work.judge.JudgeError as error:
         raise GranulonError(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")

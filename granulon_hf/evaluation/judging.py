@@ -1,11 +1,9 @@
 """Predictions from a file to the judge and back: reading, the table of samples, the HTML report, evaluate's offline cache."""
 
 import base64
-import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ import jinja2
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
-from granulon_hf.judge import judge as judge_module
+from granulon_hf.judge import judge
+from granulon_hf.judge.judge import encode_image, open_image, to_rgb
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
 THUMBNAIL = 320  # pixels
@@ -180,7 +179,7 @@ def badness(row: dict[str, Any]) -> tuple[int, float]:
 def thumbnail(image: Any) -> str | None:
     """Data URL of a small JPEG, or None where the image cannot be read."""
     try:
-        small = judge_module.to_rgb(judge_module.open_image(judge_module.encode_image(image)))
+        small = to_rgb(open_image(encode_image(image)))
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=80)
@@ -214,17 +213,9 @@ def install() -> Path:
     Returns:
         `Path`: the installed file.
     """
-    from evaluate.loading import init_dynamic_modules
+    from datasets import DownloadMode
+    from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
 
-    source = Path(judge_module.__file__)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    metrics = Path(init_dynamic_modules()) / "metrics"
-    folder = metrics / "granulon--judge" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    for package in (metrics, folder.parent, folder):
-        (package / "__init__.py").touch()
-    target = folder / "judge.py"
-    part = folder / ".judge.py.part"
-    shutil.copyfile(source, part)  # with today's time: evaluate takes the newest
-    os.replace(part, target)
-    return target
+    factory = LocalEvaluationModuleFactory(judge.__file__, download_mode=DownloadMode.FORCE_REDOWNLOAD)  # replaces another one
+    factory.name = "granulon/judge"
+    return Path(init_dynamic_modules()).joinpath(*factory.get_module().module_path.split(".")[1:]).with_suffix(".py")

@@ -4,11 +4,9 @@ The paper says that GPT-4o labels a text-to-granularity corpus with n preference
 prompt. The prompt, the parser and the descriptions of the levels are ours. Requests, store, repair and budget are the judge's.
 """
 
-import hashlib
 import json
 import math
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -18,14 +16,14 @@ import pydantic
 from granulon_hf.judge.judge import (
     NoBoolean,
     Options,
-    Run,
-    Store,
     Unit,
+    ask,
+    digest_of,
     fence,
     foresee,
     read_answer,
     read_object,
-    run_blocking,
+    response_formats,
 )
 
 # The default levels, as the corpus that ships understands them.
@@ -86,6 +84,7 @@ class LabelOptions(Options):
     tasks: ClassVar[tuple[str, ...]] = ("granularity",)
 
     task: str = "granularity"
+    hardened: bool = field(default=True, init=False)  # there is no printed prompt to compare with
     levels: Mapping[str, str] = field(default_factory=lambda: dict(LEVELS))
 
     def __post_init__(self):
@@ -105,15 +104,8 @@ class LabelOptions(Options):
 
     @property
     def formats(self) -> dict[str, dict | None]:
-        """As the judge's, with the schema of the weights."""
-        schema = {
-            "type": "object",
-            "properties": {name: {"type": "number"} for name in self.levels},
-            "required": list(self.levels),
-            "additionalProperties": False,
-        }
-        strict = {"type": "json_schema", "json_schema": {"name": "weights", "strict": True, "schema": schema}}
-        return {"json_schema": strict, "json_object": {"type": "json_object"}, "none": None}
+        """The judge's, with the schema of the weights."""
+        return response_formats("weights", dict.fromkeys(self.levels, "number"))
 
     def prepare(self, unit: Unit) -> tuple[str, str, int]:
         """There is no image."""
@@ -125,29 +117,17 @@ class LabelOptions(Options):
         weights, reason, repairable = parsed
         return {"weights": weights, "reason": reason}, repairable
 
-    def prompt(self, question: str, mark: str) -> tuple[str, str]:
-        """System message and text of a request; the question stands between fence lines, so that it is not obeyed."""
+    def prompt(self, unit: Unit, mark: str | None) -> tuple[str | None, str]:
+        """Return system message and text of a request; the question stands between fence lines, so that it is not obeyed."""
+        mark = mark or ""
         levels = "\n".join(f"- {name}: {meaning}" for name, meaning in self.levels.items())
-        values = {"levels": levels, "question": fence(question, mark), "reply": self.reply}
+        values = {"levels": levels, "question": fence(unit.question, mark), "reply": self.reply}
         return SYSTEM.replace("{mark}", mark), re.sub(r"\{(levels|question|reply)\}", lambda match: values[match[1]], PROMPT)
 
     def key(self, image_digest: str, unit: Unit) -> str:
-        """Of the store: what the model is shown, and how."""
+        """Return the key of the store: what the model is shown, and how."""
         parameters = [self.temperature, self.max_tokens, self.seed, self.response_format]
-        parts = [self.task, *self.prompt(unit.question, ""), self.model, parameters]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:48]
-
-    def messages(self, unit: Unit, image_url: str, bad: str | None) -> list[dict]:
-        """The conversation; with the `bad` answer it is a repair."""
-        system, text = self.prompt(unit.question, secrets.token_hex(16))
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        if bad is not None:
-            messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
-        return messages
-
-    def tokens(self, unit: Unit, image: int) -> int:
-        """Prompt tokens, estimated as the judge does."""
-        return math.ceil(len("".join(self.prompt(unit.question, "0" * 32)).encode()) / 4) + 60
+        return digest_of([self.task, *self.prompt(unit, ""), self.model, parameters])
 
 
 def units_of(questions: Sequence[str]) -> list[Unit]:
@@ -177,13 +157,7 @@ def label(questions: Sequence[str], **options: Any) -> dict:
         JudgeError: the run cannot go on (key, quota, model, network); what was paid for is in the store.
         ValueError: an option that cannot be.
     """
-    chosen = LabelOptions(**options)
-    store = Store(chosen.store)
-    try:
-        run = Run(chosen, units_of(questions), store)
-        run_blocking(run.run)
-    finally:
-        store.close()
+    run = ask(units_of(questions), LabelOptions(**options))
     results: list[dict] = [result or {"weights": None, "reason": None, "rows": []} for result in run.results]
     return {
         "weights": [result["weights"] for result in results],
