@@ -29,7 +29,7 @@ class Log:
         self.fd = -1
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
         self.lock = FileLock(f"{path}.lock")
         self.refresh()
 
