@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 
 from granulon_hf.cli.common import check_out, reports_bad_input
-from granulon_hf.cli.judge import Price, judge_errors, judging, pairs, progress, read_price, show_estimate, show_reasons, spent
+from granulon_hf.cli.judge import (
+    Price,
+    judge_errors,
+    judge_options,
+    judging,
+    pairs,
+    progress,
+    read_price,
+    show_estimate,
+    show_reasons,
+    spent,
+)
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
@@ -49,6 +60,7 @@ def label(
 ) -> None:
     """Ask a model how far each question wants each level. A run that was stopped goes on with the same command, and pays for
     nothing twice."""
+    given = dict(locals())
     judging()  # says what to install
     from granulon_hf.training import labelling
 
@@ -67,20 +79,8 @@ def label(
     store = out.with_suffix(".answers.jsonl")
     if out.exists() and (not store.exists() or out.samefile(questions)):
         raise GranulonError(f"--out {str(out)!r} exists and was not written by this command; name another file.")
-    options: dict[str, Any] = {
-        "levels": levels,
-        "model": model,
-        "store": str(store),
-        "backend": backend,
-        "max_cost": max_cost,
-        "prices": read_price(price, model, max_cost),
-        "retry_unscored": retry_unlabelled,
-        "base_url": base_url,
-        "concurrency": concurrency,
-        "rpm": rpm,
-        "tpm": tpm,
-        "poll_seconds": poll_seconds,
-    }
+    changed = {"levels": levels, "store": str(store), "prices": read_price(price, model, max_cost)}
+    options = {**judge_options(given), **changed, "retry_unscored": retry_unlabelled}
     texts = [row["text"] for row in rows]
     with judge_errors(console, store):
         foreseen = labelling.estimate(texts, **options)

@@ -84,16 +84,19 @@ def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None
     return {model: amounts}
 
 
+def judge_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments of a command that are options of the judge by the same name."""
+    return {field.name: given[field.name] for field in dataclasses.fields(judging().judge.Options) if field.name in given}
+
+
 @contextmanager
 def judge_errors(console: Console, store: Path) -> Iterator[None]:
     """Turn what the judge says of its arguments, and why it stops, into the command's sentences."""
-    from granulon_hf.judge.judge import JudgeError
-
     try:
         yield
     except ValueError as error:
         raise GranulonError(str(error)) from None
-    except JudgeError as error:
+    except judging().judge.JudgeError as error:
         raise GranulonError(f"{one_line(error)} What was paid for is in {str(store)!r}; the same command goes on.") from None
     except KeyboardInterrupt:
         console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
@@ -151,6 +154,7 @@ def run(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Score predictions. A run that was killed is started again with the same command, and pays for nothing twice."""
+    given = dict(locals())
     work = judging()
     console = Console(highlight=False)
     samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
@@ -170,24 +174,8 @@ def run(
         "references": [sample.reference for sample in samples],
         "questions": [sample.question for sample in samples],
     }
-    options: dict[str, Any] = {
-        "task": task or tasks[0],
-        "model": model,
-        "store": str(store),
-        "hardened": hardened,
-        "segments": segments,
-        "backend": backend,
-        "detail": detail,
-        "max_tokens": max_tokens,
-        "max_cost": max_cost,
-        "prices": read_price(price, model, max_cost),
-        "retry_unscored": retry_unscored,
-        "base_url": base_url,
-        "concurrency": concurrency,
-        "rpm": rpm,
-        "tpm": tpm,
-        "poll_seconds": poll_seconds,
-    }
+    changed = {"task": task or tasks[0], "store": str(store), "prices": read_price(price, model, max_cost)}
+    options = {**judge_options(given), **changed}
     with judge_errors(console, store):
         chosen = work.judge.Options(**options)
         units = work.judge.units_of(work.judge.columns_of(**inputs), chosen)

@@ -52,8 +52,8 @@ def connect(options: Options) -> openai.AsyncOpenAI:
     }
     try:
         if azure:
-            where = {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
-            return openai.AsyncAzureOpenAI(**common, **where)
+            common |= {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
+            return openai.AsyncAzureOpenAI(**common)
         if local and not keyed:
             common["api_key"] = "none"  # a server of one's own
         return openai.AsyncOpenAI(base_url=options.base_url, **common)

@@ -57,8 +57,7 @@ WEIGHTS = pydantic.TypeAdapter(dict[str, Annotated[float, pydantic.Field(ge=0, l
 
 
 def parse_weights(content: str, levels: Sequence[str]) -> list[float]:
-    """Weights of the levels, in their order, as the judge reads objects; a sum that misses 1 by rounding (`SUM_TOLERANCE`) is
-    divided out.
+    """Read the weights of the levels, in their order; a sum that misses 1 by rounding (`SUM_TOLERANCE`) is divided out.
 
     Raises:
         ValueError: with what is wrong.
@@ -72,7 +71,7 @@ def parse_weights(content: str, levels: Sequence[str]) -> list[float]:
 
 @dataclass
 class LabelOptions(Options):
-    """What a labelling run is told: the judge's options, with levels in place of images.
+    """Options of a labelling run: the judge's, with levels in place of images.
 
     Args:
         levels (`dict[str, str]`): name and meaning of each level; the judge is told both.
@@ -94,12 +93,12 @@ class LabelOptions(Options):
 
     @property
     def reply(self) -> str:
-        """What the answer has to look like."""
+        """The form of the answer."""
         return REPLY.replace("{form}", "{" + ", ".join(f"{json.dumps(name)}: number" for name in self.levels) + "}")
 
     @property
     def repair(self) -> str:
-        """What follows an answer that cannot be read."""
+        """The user's turn after an answer that cannot be read."""
         return f"That was not the JSON object asked for, with numbers from 0 to 1 that sum to 1. {self.reply}"
 
     @property
@@ -108,11 +107,11 @@ class LabelOptions(Options):
         return response_formats("weights", dict.fromkeys(self.levels, "number"))
 
     def prepare(self, unit: Unit) -> tuple[str, str, int]:
-        """There is no image."""
+        """Return the image's part of a request: there is none."""
         return "", "", 0
 
     def outcome(self, row: dict | None) -> tuple[dict, bool]:
-        """The weights of the levels, or the reason why there are none."""
+        """Return the weights of the levels, or the reason why there are none."""
         parsed = read_answer(row, lambda content: parse_weights(content, list(self.levels))) if row else (None, None, False)
         weights, reason, repairable = parsed
         return {"weights": weights, "reason": reason}, repairable
@@ -131,17 +130,17 @@ class LabelOptions(Options):
 
 
 def units_of(questions: Sequence[str]) -> list[Unit]:
-    """Questions as units of the judge's transport."""
+    """Turn questions into units of the judge's transport."""
     return [Unit(i, None, "", {}, text.encode("utf-8", "replace").decode(), "") for i, text in enumerate(questions)]
 
 
 def estimate(questions: Sequence[str], **options: Any) -> dict:
-    """What [`label`] with these arguments would ask and cost; sends nothing, and writes nothing. See the judge's `foresee`."""
+    """Count what [`label`] with these arguments would ask and cost; send and write nothing. See the judge's `foresee`."""
     return {"n": len(questions), **foresee(units_of(questions), LabelOptions(**options))}
 
 
 def label(questions: Sequence[str], **options: Any) -> dict:
-    """Preference weights for questions.
+    """Ask for the preference weights of questions.
 
     Args:
         questions (`Sequence[str]`): each is judged by its wording alone.
