@@ -49,13 +49,13 @@ def label(
     max_cost: Annotated[float | None, typer.Option(help="USD that this run may spend; then it stops cleanly.", min=0)] = None,
     retry_unlabelled: Annotated[bool, typer.Option("--retry-unlabelled", help="Ask again what got no label.")] = False,
     backend: Annotated[str, typer.Option(help="chat, or batch: half the price, up to a day.")] = "chat",
+    poll_seconds: Annotated[float, typer.Option(help="Between two looks at a batch.")] = 30.0,
     column: Annotated[list[str] | None, typer.Option(help="question=COLUMN where it is neither question nor text.")] = None,
     price: Price = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; by default OPENAI_BASE_URL.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.", min=1)] = 64,
     rpm: Annotated[float | None, typer.Option(help="Requests a minute; by default what the server allows.")] = None,
     tpm: Annotated[float | None, typer.Option(help="Tokens a minute; by default what the server allows.")] = None,
-    poll_seconds: Annotated[float, typer.Option(help="Between two looks at a batch.")] = 30.0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Ask a model how far each question wants each level. A run that was stopped goes on with the same command, and pays for

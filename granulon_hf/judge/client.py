@@ -268,16 +268,16 @@ class Run:
         """
         async with contextlib.AsyncExitStack() as stack:
             if not self.proven:
-                await self.probe.acquire()
+                await stack.enter_async_context(self.probe)
                 if self.proven:
-                    self.probe.release()
-                else:
-                    stack.callback(self.probe.release)
+                    await stack.aclose()
             self.refuse_if_stopped()
             tokens += len((bad + self.options.repair).encode()) // 4 if bad is not None else 0
             cost = self.reserve(tokens)
-            stack.callback(lambda: setattr(self, "reserved", self.reserved - cost))
-            await self.ask_until(key, attempt, unit, url, tokens, cost, bad)
+            try:
+                await self.ask_until(key, attempt, unit, url, tokens, cost, bad)
+            finally:
+                self.reserved -= cost
 
     async def ask_until(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, cost: float, bad: str | None) -> None:
         tries, waited = 0, 0.0
