@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
-import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import check_out, one_line, reports_bad_input
+from granulon_hf.cli.common import check_out, in_options, one_line, reports_bad_input
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
@@ -23,7 +25,7 @@ app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-com
 
 
 def judging() -> Any:
-    """The module that needs the packages of the extra `judge`.
+    """Import the module that needs the packages of the extra `judge`.
 
     Raises:
         GranulonError: they are not installed.
@@ -38,7 +40,7 @@ def judging() -> Any:
 def pairs(
     options: list[str] | None, name: str, form: str = "FIELD=COLUMN, such as --column prediction=answer"
 ) -> dict[str, str]:
-    """`["a=b"]` as `{"a": "b"}`.
+    """Read `["a=b"]` as `{"a": "b"}`.
 
     Raises:
         GranulonError: one of them has another form.
@@ -61,13 +63,13 @@ Price = Annotated[
 
 
 def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None) -> dict[str, tuple[float, float]] | None:
-    """Prices as the judge takes them.
+    """Return prices as the judge takes them.
 
     Raises:
         GranulonError: they are no amounts, or are not known where --max-cost needs them.
     """
     if price is None:
-        if max_cost is not None and judging().judge_module.price_of(model, None, "chat") is None:
+        if max_cost is not None and judging().judge.price_of(model, None, "chat") is None:
             raise GranulonError(f"--max-cost needs to know what {model!r} costs; say --price PROMPT COMPLETION.")
         return None
     try:
@@ -82,10 +84,37 @@ def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None
     return {model: amounts}
 
 
-def as_option(error: Exception) -> str:
-    """One line of what the judge says of its arguments, by the names of the command's options."""
-    named = r"^[a-z_]+(?= (?:is|must) )|\b(?:model|base_url)=(?= )"
-    return re.sub(named, lambda match: "--" + match[0].rstrip("=").replace("_", "-"), one_line(error))
+def judge_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments of a command that are options of the judge by the same name."""
+    return {field.name: given[field.name] for field in dataclasses.fields(judging().judge.Options) if field.name in given}
+
+
+@contextmanager
+def judge_errors(console: Console, store: Path) -> Iterator[None]:
+    """Turn what the judge says of its arguments, and why it stops, into the command's sentences."""
+    try:
+        yield
+    except ValueError as error:
+        raise GranulonError(str(error)) from None
+    except judging().judge.JudgeError as error:
+        raise GranulonError(f"{one_line(error)} What was paid for is in {str(store)!r}; the same command goes on.") from None
+    except KeyboardInterrupt:
+        console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def progress(console: Console, what: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a bar; what is yielded is the judge's `on_result`."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[cost]}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), *columns, console=console) as bar:
+        task = bar.add_task(what, total=None, cost="")
+
+        def on_result(event: dict[str, Any]) -> None:
+            spent = "" if event["spent_usd"] is None else f"{event['spent_usd']:.4f} USD"
+            bar.update(task, completed=event["done"], total=event["total"], cost=spent)
+
+        yield on_result
 
 
 @app.command()
@@ -125,12 +154,10 @@ def run(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Score predictions. A run that was killed is started again with the same command, and pays for nothing twice."""
+    given = dict(locals())
     work = judging()
     console = Console(highlight=False)
-    try:
-        samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
-    except GranulonError as error:
-        raise GranulonError(one_line(error)) from None
+    samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
     tasks = sorted({sample.task or "reasoning" for sample in samples})
     if task is None and len(tasks) > 1:
         raise GranulonError(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
@@ -147,38 +174,19 @@ def run(
         "references": [sample.reference for sample in samples],
         "questions": [sample.question for sample in samples],
     }
-    options: dict[str, Any] = {
-        **{"task": task or tasks[0], "model": model, "store": str(store), "hardened": hardened, "segments": segments},
-        **{"backend": backend, "detail": detail, "max_cost": max_cost, "retry_unscored": retry_unscored, "rpm": rpm},
-        **{"tpm": tpm, "base_url": base_url, "concurrency": concurrency, "poll_seconds": poll_seconds},
-        "max_tokens": max_tokens,
-        "prices": read_price(price, model, max_cost),
-    }
-    judge = work.judge_module.Judge()
-    try:
-        chosen = work.judge_module.Options(**options)
-        units = work.judge_module.units_of(work.judge_module.columns_of(**inputs), chosen)
+    changed = {"task": task or tasks[0], "store": str(store), "prices": read_price(price, model, max_cost)}
+    options = {**judge_options(given), **changed}
+    with judge_errors(console, store):
+        chosen = work.judge.Options(**options)
+        units = work.judge.units_of(work.judge.columns_of(**inputs), chosen)
         warn_of_lengths(console, chosen, units, [sample.id for sample in samples])
         if dry_run:
-            show_estimate(console, judge.estimate(**inputs, **options), model)
+            show_estimate(console, work.judge.estimate(**inputs, **options), model)
             return
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
-        with progress_bar(console) as bar:
-            bar_task = bar.add_task("judging", total=None, cost="")
-
-            def on_result(event: dict[str, Any]) -> None:
-                spent = "" if event["spent_usd"] is None else f"{event['spent_usd']:.4f} USD"
-                bar.update(bar_task, completed=event["done"], total=event["total"], cost=spent)
-
-            result = judge.compute(**inputs, **options, on_result=on_result)
-    except ValueError as error:  # of Options and columns: one sentence each
-        raise GranulonError(as_option(error)) from None
-    except work.judge_module.JudgeError as error:
-        raise GranulonError(f"{as_option(error)} What was paid for is in {store}; the same command goes on.") from None
-    except KeyboardInterrupt:
-        console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
-        raise typer.Exit(130) from None
+        with progress(console, "judging") as on_result:
+            result = work.judge.Judge().compute(**inputs, **options, on_result=on_result)
     rows = work.judged(samples, result)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "samples.jsonl", lines, errors="replace")
@@ -203,11 +211,6 @@ def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[
     console.print(escape(note), style="yellow", soft_wrap=True)
 
 
-def progress_bar(console: Console) -> Progress:
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[cost]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=console)
-
-
 def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: str = "predictions") -> None:
     table = Table.grid(padding=(0, 2))
     table.add_row(what, str(estimate["n"]))
@@ -227,6 +230,15 @@ def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: 
     console.print("Nothing was sent.", style="dim")
 
 
+def show_reasons(console: Console, reasons: list[str | None]) -> None:
+    for reason, count in Counter(filter(None, reasons)).most_common(5):
+        console.print(f"  {count} × {escape(in_options(reason, ['max_cost']))}", style="yellow", soft_wrap=True)
+
+
+def spent(result: dict[str, Any]) -> str:
+    return "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD in this run"
+
+
 def show_result(console: Console, result: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
     table = Table("", "mean", "95 % interval", box=None, padding=(0, 2, 0, 0))
     for name in ("accuracy", "hallucination"):
@@ -236,17 +248,9 @@ def show_result(console: Console, result: dict[str, Any], rows: list[dict[str, A
         if result["n_empty"] and result[f"{name}_nonempty"] is not None:
             table.add_row(f"{name}, without empty answers", f"{result[f'{name}_nonempty']:.1f}", "", style="dim")
     console.print(table)
-    cost = (
-        "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD in this run, {result['cost_usd']:.4f} in all"
-    )
-    console.print(f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty{cost}")
-    reasons: dict[str, int] = {}
-    for row in rows:
-        if row["reason"]:
-            reason = row["reason"].replace("max_cost", "--max-cost")
-            reasons[reason] = reasons.get(reason, 0) + 1
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1])[:5]:
-        console.print(f"  {count} × {escape(reason)}", style="yellow", soft_wrap=True)
+    counts = f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty"
+    console.print(counts + (f"{spent(result)}, {result['cost_usd']:.4f} in all" if spent(result) else ""))
+    show_reasons(console, [row["reason"] for row in rows])
     console.print(f"Report: {escape(str(folder / 'report.html'))}", style="dim", soft_wrap=True)
 
 
@@ -263,11 +267,8 @@ def agree(
     judging()  # says what to install where something is missing
     from granulon_hf.evaluation import agreement
 
-    try:
-        a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
-        found = agreement.agreement(a, b)
-    except GranulonError as error:
-        raise GranulonError(one_line(error)) from None
+    a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
+    found = agreement.agreement(a, b)
     if as_json:
         typer.echo(json.dumps({result.score: dataclasses.asdict(result) for result in found}))
         return

@@ -18,7 +18,7 @@ SCORES = ("accuracy", "hallucination")
 
 @dataclass
 class Agreement:
-    """Of one score: coefficients with 95 % percentile bootstrap intervals over samples; None where undefined."""
+    """Agreement on one score: coefficients with 95 % percentile bootstrap intervals over samples; None where undefined."""
 
     score: str
     n: int
@@ -30,7 +30,7 @@ class Agreement:
 
 
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
-    """Scores by id, of a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination".
+    """Read scores by id from a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination".
 
     Raises:
         GranulonError: a column is missing, an id is there twice, or a score is no number from 0 to 100.
@@ -55,14 +55,14 @@ def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, 
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation; NaN where one side is constant."""
+    """Return Spearman's rank correlation; NaN where one side is constant."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
     return float(stats.spearmanr(a, b).statistic)
 
 
 def alpha(a: np.ndarray, b: np.ndarray) -> float:
-    """Krippendorff's α of two raters on an interval scale; NaN where all values are the same.
+    """Return Krippendorff's α of two raters on an interval scale; NaN where all values are the same.
 
     Resamples use this form that it has for two raters without gaps, 1 − mean((a − b)²) / (2 var(a and b)), since it is fast; a
     test holds it against the krippendorff package, which gives the coefficient itself.
@@ -72,7 +72,7 @@ def alpha(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
-    """Agreement on every score that both sides have, over the ids that both scored.
+    """Compare every score that both sides have, over the ids that both scored.
 
     Raises:
         GranulonError: fewer than two ids were scored by both.
@@ -98,7 +98,7 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
 
 
 def interval(function: Any, x: np.ndarray, y: np.ndarray, n_resamples: int) -> tuple[float, float] | None:
-    """95 % percentile bootstrap over samples, seed 0; None where a resample has no coefficient."""
+    """Return the 95 % percentile bootstrap over samples, seed 0; None where a resample has no coefficient."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of scipy, about resamples without variation
         found = stats.bootstrap(

@@ -1,11 +1,9 @@
 """Predictions from a file to the judge and back: reading, the table of samples, the HTML report, evaluate's offline cache."""
 
 import base64
-import hashlib
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +13,8 @@ import jinja2
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
-from granulon_hf.judge import judge as judge_module
+from granulon_hf.judge import judge
+from granulon_hf.judge.judge import encode_image, open_image, to_rgb
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
 THUMBNAIL = 320  # pixels
@@ -34,12 +33,15 @@ class Prediction:
 
 
 def as_json(value: Any) -> str:
-    """A value of a file as the file has it, cut for a message."""
+    """Return a value as a file has it, cut for a message."""
     return json.dumps(value, ensure_ascii=False, default=str)[:60]
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place (for messages) and content of each row of a JSONL or Parquet file, or of a folder of `datasets`' `save_to_disk`.
+    """Read a JSONL or Parquet file, or a folder of `datasets`' `save_to_disk`.
+
+    Yields:
+        `tuple`: place of a row, for messages, and its content.
 
     Raises:
         GranulonError: no such file, another kind of file, or a line that is no JSON object.
@@ -50,10 +52,11 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             loaded = datasets.load_from_disk(str(path))
         except Exception as error:
-            raise GranulonError(f"{str(path)!r} is no folder that datasets' save_to_disk wrote ({error}).") from error
+            reason = " ".join(str(error).split())
+            raise GranulonError(f"{str(path)!r} is no folder that datasets' save_to_disk wrote ({reason}).") from error
         if isinstance(loaded, dict):
             raise GranulonError(f"{str(path)!r} holds the splits {', '.join(loaded)}; name one of its folders.")
-        for name, feature in (loaded.features or {}).items():
+        for name, feature in loaded.features.items():
             if isinstance(feature, datasets.Image):
                 loaded = loaded.cast_column(name, datasets.Image(decode=False))
         yield from ((f"row {i}", dict(row)) for i, row in enumerate(loaded))
@@ -63,37 +66,44 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow.parquet as parquet
 
         try:
-            i = 0
-            for batch in parquet.ParquetFile(path).iter_batches(64):
-                for row in batch.to_pylist():
-                    yield f"row {i}", row
-                    i += 1
+            batches = parquet.ParquetFile(path).iter_batches(64)
+            yield from ((f"row {i}", row) for i, row in enumerate(row for batch in batches for row in batch.to_pylist()))
         except Exception as error:
-            raise GranulonError(f"{str(path)!r} is no readable Parquet file ({error}).") from error
+            raise GranulonError(f"{str(path)!r} is no readable Parquet file ({' '.join(str(error).split())}).") from error
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         try:
-            file = open(path, encoding="utf-8-sig")  # noqa: SIM115
-        except OSError as error:
-            raise GranulonError(f"{path} cannot be read: {error.strerror}.") from None
-        with file:
-            try:
-                for i, line in enumerate(file, 1):
-                    if line.strip():
-                        try:
-                            row = json.loads(line)
-                        except (ValueError, RecursionError) as error:
-                            raise GranulonError(f"{path}, line {i} is no JSON ({error}); one object a line.") from None
-                        if not isinstance(row, dict):
-                            raise GranulonError(f"{path}, line {i} is no JSON object: {line.strip()[:60]!r}.")
-                        yield f"line {i}", row
-            except UnicodeDecodeError:
-                raise GranulonError(f"{path} is no UTF-8 text; save it as UTF-8.") from None
+            with open(path, encoding="utf-8-sig") as file:
+                yield from ((f"line {i}", read_object(path, i, line)) for i, line in enumerate(file, 1) if line.strip())
+        except UnicodeDecodeError:
+            raise GranulonError(f"{str(path)!r} is no UTF-8 text; save it as UTF-8.") from None
     else:
         raise GranulonError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
 
 
+def read_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise GranulonError(f"{path}, line {number} is no JSON ({error}); one object a line.") from None
+    if not isinstance(row, dict):
+        raise GranulonError(f"{path}, line {number} is no JSON object: {line.strip()[:60]!r}.")
+    return row
+
+
+def image_of(value: Any, root: Path) -> Any:
+    """Return a row's image as the judge takes it, relative paths below `root`; None for what is no image."""
+    if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
+        return str(root / value["path"])
+    if isinstance(value, str):
+        value = value.encode("utf-8", "replace").decode()  # lone surrogates name no file
+        return str(root / os.path.expanduser(value))
+    if value is None or isinstance(value, bytes):  # without an image: one unscored sample
+        return {"bytes": value or b"", "path": None}
+    return value if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) else None
+
+
 def read_predictions(path: Path, columns: dict[str, str] | None = None, image_root: Path | None = None) -> list[Prediction]:
-    """All predictions of a file.
+    """Read all predictions of a file.
 
     Args:
         path (`Path`): a JSONL or Parquet file with the columns "prediction" and "image" (or "images" with one image), and
@@ -114,39 +124,29 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
     for place, row in rows_of(path):
         if named["image"] not in row and "images" in row and "image" not in (columns or {}):
             images = row["images"]
-            if images == []:  # a question without an image: one unscored sample
-                images = [None]
-            if not isinstance(images, list) or len(images) != 1:
+            if not isinstance(images, list) or len(images) > 1:
                 raise GranulonError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
-            row["image"] = images[0]
+            row["image"] = images[0] if images else None
         for field in ("prediction", "image"):
             if named[field] not in row:
                 raise GranulonError(
                     f"{path}, {place} has no column {named[field]!r} (it has {', '.join(map(repr, row))}); name the column "
                     f"with --column {field}=NAME."
                 )
-        values: dict[str, Any] = {field: row.get(named[field]) for field in FIELDS}
-        for field in ("prediction", "question", "reference", "task"):
-            values[field] = "" if values[field] is None and field != "task" else values[field]
-            if not isinstance(values[field], str | (type(None) if field == "task" else str)):
-                raise GranulonError(f"{path}, {place}: {named[field]} is {as_json(values[field])}, not a text.")
-        image = values["image"]
-        if image is None:  # one unscored sample
-            image = {"bytes": b"", "path": None}
-        elif isinstance(image, bytes):
-            image = {"bytes": image, "path": None}
-        elif isinstance(image, str):
-            image = image.encode("utf-8", "replace").decode()  # half characters name no file
-            image = str(root / os.path.expanduser(image))
-        elif isinstance(image, dict) and image.get("bytes") is None and isinstance(image.get("path"), str):
-            image = str(root / image["path"])
-        elif not (isinstance(image, dict) and isinstance(image.get("bytes"), bytes)):
-            raise GranulonError(f"{path}, {place}: the image is {as_json(image)}, not a path or encoded bytes.")
-        values |= {"image": image, "id": f"#{len(found)}" if values["id"] is None else str(values["id"])}
-        if values["id"] in seen:
-            raise GranulonError(f"{path}, {place} has the id {values['id']!r}, as has {seen[values['id']]}.")
-        seen[values["id"]] = place
-        found.append(Prediction(**values))
+        texts = {field: row.get(named[field]) for field in ("prediction", "question", "reference", "task")}
+        for field, text in texts.items():
+            if not isinstance(text, str | None):
+                raise GranulonError(f"{path}, {place}: {named[field]} is {as_json(text)}, not a text.")
+        name = row.get(named["id"])
+        name = f"#{len(found)}" if name is None else str(name)
+        if name in seen:
+            raise GranulonError(f"{path}, {place} has the id {name!r}, as has {seen[name]}.")
+        seen[name] = place
+        image = image_of(row[named["image"]], root)
+        if image is None:
+            raise GranulonError(f"{path}, {place}: the image is {as_json(row[named['image']])}, not a path or encoded bytes.")
+        task = texts.pop("task")
+        found.append(Prediction(id=name, image=image, task=task, **{field: text or "" for field, text in texts.items()}))
     if not found:
         raise GranulonError(f"{path} holds no predictions.")
     paths = [sample.image for sample in found if isinstance(sample.image, str)]
@@ -156,7 +156,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
 
 
 def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores."""
+    """Return one row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores."""
     rows = []
     for i, sample in enumerate(samples):
         row = asdict(sample)
@@ -171,16 +171,16 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
 
 
 def badness(row: dict[str, Any]) -> tuple[int, float]:
-    """Sort key, worst first: hallucination minus accuracy; the unscored come first, since somebody has to look at them."""
+    """Return a sort key, worst first: hallucination minus accuracy. The unscored lead, since somebody has to look at them."""
     if row["accuracy"] is None:
         return 0, 0.0
     return 1, row["accuracy"] - row["hallucination"]
 
 
 def thumbnail(image: Any) -> str | None:
-    """Data URL of a small JPEG, or None where the image cannot be read."""
+    """Return the data URL of a small JPEG, or None where the image cannot be read."""
     try:
-        small = judge_module.to_rgb(judge_module.open_image(judge_module.encode_image(image)))
+        small = to_rgb(open_image(encode_image(image)))
         small.thumbnail((THUMBNAIL, THUMBNAIL))
         buffer = io.BytesIO()
         small.save(buffer, "JPEG", quality=80)
@@ -190,7 +190,7 @@ def thumbnail(image: Any) -> str | None:
 
 
 def write_report(path: Path, title: str, samples: list[Prediction], result: dict[str, Any], show: int = 200) -> None:
-    """A self-contained HTML page: the summary, a histogram of both scores, and the `show` worst samples with their images.
+    """Write a self-contained HTML page: the summary, a histogram of both scores, the `show` worst samples with their images.
 
     Everything that comes from data is escaped.
     """
@@ -214,17 +214,9 @@ def install() -> Path:
     Returns:
         `Path`: the installed file.
     """
-    from evaluate.loading import init_dynamic_modules
+    from datasets import DownloadMode
+    from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
 
-    source = Path(judge_module.__file__)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    metrics = Path(init_dynamic_modules()) / "metrics"
-    folder = metrics / "granulon--judge" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    for package in (metrics, folder.parent, folder):
-        (package / "__init__.py").touch()
-    target = folder / "judge.py"
-    part = folder / ".judge.py.part"
-    shutil.copyfile(source, part)  # with today's time: evaluate takes the newest
-    os.replace(part, target)
-    return target
+    factory = LocalEvaluationModuleFactory(judge.__file__, download_mode=DownloadMode.FORCE_REDOWNLOAD)  # replaces another one
+    factory.name = "granulon/judge"
+    return Path(init_dynamic_modules()).joinpath(*factory.get_module().module_path.split(".")[1:]).with_suffix(".py")

@@ -4,11 +4,9 @@ The paper says that GPT-4o labels a text-to-granularity corpus with n preference
 prompt. The prompt, the parser and the descriptions of the levels are ours. Requests, store, repair and budget are the judge's.
 """
 
-import hashlib
 import json
 import math
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
@@ -18,14 +16,14 @@ import pydantic
 from granulon_hf.judge.judge import (
     NoBoolean,
     Options,
-    Run,
-    Store,
     Unit,
+    ask,
+    digest_of,
     fence,
     foresee,
     read_answer,
     read_object,
-    run_blocking,
+    response_formats,
 )
 
 # The default levels, as the corpus that ships understands them.
@@ -59,8 +57,7 @@ WEIGHTS = pydantic.TypeAdapter(dict[str, Annotated[float, pydantic.Field(ge=0, l
 
 
 def parse_weights(content: str, levels: Sequence[str]) -> list[float]:
-    """Weights of the levels, in their order, as the judge reads objects; a sum that misses 1 by rounding (`SUM_TOLERANCE`) is
-    divided out.
+    """Read the weights of the levels, in their order; a sum that misses 1 by rounding (`SUM_TOLERANCE`) is divided out.
 
     Raises:
         ValueError: with what is wrong.
@@ -74,7 +71,7 @@ def parse_weights(content: str, levels: Sequence[str]) -> list[float]:
 
 @dataclass
 class LabelOptions(Options):
-    """What a labelling run is told: the judge's options, with levels in place of images.
+    """Options of a labelling run: the judge's, with levels in place of images.
 
     Args:
         levels (`dict[str, str]`): name and meaning of each level; the judge is told both.
@@ -86,6 +83,7 @@ class LabelOptions(Options):
     tasks: ClassVar[tuple[str, ...]] = ("granularity",)
 
     task: str = "granularity"
+    hardened: bool = field(default=True, init=False)  # there is no printed prompt to compare with
     levels: Mapping[str, str] = field(default_factory=lambda: dict(LEVELS))
 
     def __post_init__(self):
@@ -95,73 +93,54 @@ class LabelOptions(Options):
 
     @property
     def reply(self) -> str:
-        """What the answer has to look like."""
+        """The form of the answer."""
         return REPLY.replace("{form}", "{" + ", ".join(f"{json.dumps(name)}: number" for name in self.levels) + "}")
 
     @property
     def repair(self) -> str:
-        """What follows an answer that cannot be read."""
+        """The user's turn after an answer that cannot be read."""
         return f"That was not the JSON object asked for, with numbers from 0 to 1 that sum to 1. {self.reply}"
 
     @property
     def formats(self) -> dict[str, dict | None]:
-        """As the judge's, with the schema of the weights."""
-        schema = {
-            "type": "object",
-            "properties": {name: {"type": "number"} for name in self.levels},
-            "required": list(self.levels),
-            "additionalProperties": False,
-        }
-        strict = {"type": "json_schema", "json_schema": {"name": "weights", "strict": True, "schema": schema}}
-        return {"json_schema": strict, "json_object": {"type": "json_object"}, "none": None}
+        """The judge's, with the schema of the weights."""
+        return response_formats("weights", dict.fromkeys(self.levels, "number"))
 
     def prepare(self, unit: Unit) -> tuple[str, str, int]:
-        """There is no image."""
+        """Return the image's part of a request: there is none."""
         return "", "", 0
 
     def outcome(self, row: dict | None) -> tuple[dict, bool]:
-        """The weights of the levels, or the reason why there are none."""
+        """Return the weights of the levels, or the reason why there are none."""
         parsed = read_answer(row, lambda content: parse_weights(content, list(self.levels))) if row else (None, None, False)
         weights, reason, repairable = parsed
         return {"weights": weights, "reason": reason}, repairable
 
-    def prompt(self, question: str, mark: str) -> tuple[str, str]:
-        """System message and text of a request; the question stands between fence lines, so that it is not obeyed."""
+    def prompt(self, unit: Unit, mark: str | None) -> tuple[str | None, str]:
+        """Return system message and text of a request; the question stands between fence lines, so that it is not obeyed."""
+        mark = mark or ""
         levels = "\n".join(f"- {name}: {meaning}" for name, meaning in self.levels.items())
-        values = {"levels": levels, "question": fence(question, mark), "reply": self.reply}
+        values = {"levels": levels, "question": fence(unit.question, mark), "reply": self.reply}
         return SYSTEM.replace("{mark}", mark), re.sub(r"\{(levels|question|reply)\}", lambda match: values[match[1]], PROMPT)
 
     def key(self, image_digest: str, unit: Unit) -> str:
-        """Of the store: what the model is shown, and how."""
+        """Return the key of the store: what the model is shown, and how."""
         parameters = [self.temperature, self.max_tokens, self.seed, self.response_format]
-        parts = [self.task, *self.prompt(unit.question, ""), self.model, parameters]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:48]
-
-    def messages(self, unit: Unit, image_url: str, bad: str | None) -> list[dict]:
-        """The conversation; with the `bad` answer it is a repair."""
-        system, text = self.prompt(unit.question, secrets.token_hex(16))
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
-        if bad is not None:
-            messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
-        return messages
-
-    def tokens(self, unit: Unit, image: int) -> int:
-        """Prompt tokens, estimated as the judge does."""
-        return math.ceil(len("".join(self.prompt(unit.question, "0" * 32)).encode()) / 4) + 60
+        return digest_of([self.task, *self.prompt(unit, ""), self.model, parameters])
 
 
 def units_of(questions: Sequence[str]) -> list[Unit]:
-    """Questions as units of the judge's transport."""
+    """Turn questions into units of the judge's transport."""
     return [Unit(i, None, "", {}, text.encode("utf-8", "replace").decode(), "") for i, text in enumerate(questions)]
 
 
 def estimate(questions: Sequence[str], **options: Any) -> dict:
-    """What [`label`] with these arguments would ask and cost; sends nothing, and writes nothing. See the judge's `foresee`."""
+    """Count what [`label`] with these arguments would ask and cost; send and write nothing. See the judge's `foresee`."""
     return {"n": len(questions), **foresee(units_of(questions), LabelOptions(**options))}
 
 
 def label(questions: Sequence[str], **options: Any) -> dict:
-    """Preference weights for questions.
+    """Ask for the preference weights of questions.
 
     Args:
         questions (`Sequence[str]`): each is judged by its wording alone.
@@ -177,13 +156,7 @@ def label(questions: Sequence[str], **options: Any) -> dict:
         JudgeError: the run cannot go on (key, quota, model, network); what was paid for is in the store.
         ValueError: an option that cannot be.
     """
-    chosen = LabelOptions(**options)
-    store = Store(chosen.store)
-    try:
-        run = Run(chosen, units_of(questions), store)
-        run_blocking(run.run)
-    finally:
-        store.close()
+    run = ask(units_of(questions), LabelOptions(**options))
     results: list[dict] = [result or {"weights": None, "reason": None, "rows": []} for result in run.results]
     return {
         "weights": [result["weights"] for result in results],

@@ -1,7 +1,6 @@
 """Preference pairs from the judge: of two sampled answers to a question, the less hallucinated is preferred (ours)."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +10,14 @@ import torch
 from granulon_hf.data import Sample
 from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.errors import GranulonError
+from granulon_hf.io import write_text
 from granulon_hf.judge.judge import Judge, estimate
 from granulon_hf.modeling.images_granulon import open_rgb
 
 
 @torch.no_grad()
 def sample_answers(model: Any, processor: Any, sample: Sample, **generation: Any) -> list[str]:
-    """Two sampled answers to the last question of a sample.
+    """Sample two answers to the last question of a sample.
 
     Args:
         model ([`GranulonForConditionalGeneration`]): in eval mode.
@@ -32,7 +32,7 @@ def sample_answers(model: Any, processor: Any, sample: Sample, **generation: Any
 
 
 def sampled(path: Path, model: Any, processor: Any, samples: Sequence[Sample], **generation: Any) -> list[list[str]]:
-    """[`sample_answers`] of all samples [N x 2], written to a JSONL file one by one: what a stopped run has is used again."""
+    """Sample answers to all samples [N x 2] into a JSONL file, one by one: what a stopped run has is used again."""
     found = {row["id"]: row["answers"] for row in read_lines(path)}
     write_lines(path, ({"id": name, "answers": answers} for name, answers in found.items()))  # without a line that was cut off
     with path.open("a", encoding="utf-8") as file:
@@ -45,7 +45,7 @@ def sampled(path: Path, model: Any, processor: Any, samples: Sequence[Sample], *
 
 
 def judged(samples: Sequence[Sample], answers: Sequence[Sequence[str]], *, dry_run: bool = False, **options: Any) -> Any:
-    """Hallucination scores of two answers to each sample [N x 2], 0-100 or `None`; or, for a dry run, what they would cost.
+    """Score the hallucination of two answers to each sample [N x 2], 0-100 or `None`; or, for a dry run, say what that costs.
 
     Args:
         samples (`list[Sample]`): with one image each, all of one task.
@@ -78,7 +78,7 @@ def judged(samples: Sequence[Sample], answers: Sequence[Sequence[str]], *, dry_r
 def prefer(
     samples: Sequence[Sample], answers: Sequence[Sequence[str]], hallucination: Sequence[Sequence[int | None]]
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Pairs in the form of TRL's `DPOTrainer`, the answer with the lower hallucination score chosen.
+    """Make pairs in the form of TRL's `DPOTrainer`, the answer with the lower hallucination score chosen.
 
     Args:
         samples (`list[Sample]`): N samples.
@@ -114,14 +114,12 @@ def turn(words: str) -> list[dict[str, Any]]:
 
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A JSONL file that is there as a whole or not at all."""
+    """Write a JSONL file that is there as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file, none where there is no file; a last line that was cut off is left out."""
+    """Read the rows of a JSONL file, none where there is no file; a last line that was cut off is left out."""
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     return [json.loads(line) for line in lines[:-1]]

@@ -154,6 +154,7 @@ def test_errors_name_the_option(arguments, option):
     assert done.exit_code == 2 and done.output.startswith(f"Error: {option} ") and done.output.count("\n") == 1
 
 
+@pytest.mark.slow  # the judge waits before it says that nobody answers
 @pytest.mark.parametrize("model", ["gpt-4o", "unknown"])
 def test_no_error_of_a_run_speaks_python(model, monkeypatch):
     write([{"prediction": "number 1"}])
@@ -266,6 +267,7 @@ def test_a_wrong_key_stops_at_once_and_says_what_to_do():
     assert done.exit_code == 2 and "set OPENAI_API_KEY" in done.output and "the same command goes on" in done.output
 
 
+@pytest.mark.slow
 def test_kill_9_in_a_run_and_the_same_command_goes_on():
     write([{"prediction": f"number {i}"} for i in range(30)])
     with Server(lambda server, body: Reply(delay=0.05, content=by_words(server, body).content)) as server:

@@ -1,0 +1,405 @@
+"""Requests to the judge: all of one run, with retries, one repair each, a budget, and a store that other processes share."""
+
+import asyncio
+import contextlib
+import functools
+import json
+import os
+import random
+import time
+from typing import Any, NoReturn
+
+import openai
+
+from .options import Options, Unit
+from .prices import cost_of, price_of
+from .rate import Limiter, seconds
+from .replies import to_row
+from .store import Ledger, Store
+
+NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+FATAL = {
+    401: "The API key is not accepted; set OPENAI_API_KEY to one that is",
+    402: "The account has no quota left; check plan and billing, then run again to go on",
+    403: "The API key may not use this model or server; check its project and region",
+    404: "The server does not know the model or address; check model= and base_url=",
+}
+
+
+class JudgeError(RuntimeError):
+    """The run cannot go on: one sentence says why and what to do. What was paid for is in the store."""
+
+
+class Stopped(Exception):
+    """A unit is not sent because the run stops; the message is the reason."""
+
+
+def connect(options: Options) -> openai.AsyncOpenAI:
+    """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say.
+
+    Raises:
+        JudgeError: there is no key.
+    """
+    env = os.environ.get
+    local = options.base_url or env("OPENAI_BASE_URL")
+    keyed = options.api_key or env("OPENAI_API_KEY")
+    azure = options.azure_endpoint or (env("AZURE_OPENAI_ENDPOINT") and not (local or keyed))
+    common: dict[str, Any] = {
+        "api_key": options.api_key,
+        "organization": options.organization,
+        "max_retries": 0,
+        "timeout": options.timeout,
+    }
+    try:
+        if azure:
+            common |= {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
+            return openai.AsyncAzureOpenAI(**common)
+        if local and not keyed:
+            common["api_key"] = "none"  # a server of one's own
+        return openai.AsyncOpenAI(base_url=options.base_url, **common)
+    except (openai.OpenAIError, ValueError) as error:
+        known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"
+        raise JudgeError(f"No judge to talk to: set {known}, or base_url= for a server of your own.") from error
+
+
+def triage(error: Exception) -> tuple[str, str]:
+    """Return what to do about an error, and its message.
+
+    Returns:
+        "fatal" (stop the run), "limit" (wait and ask again), "retry" (try again) or "bad" (give this unit up).
+    """
+    if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
+        return "retry", "timeout: the server did not answer in time"
+    if isinstance(error, openai.APIConnectionError):
+        return "retry", f"connection: {error.__cause__ or error}"
+    if not isinstance(error, openai.APIStatusError):
+        return "retry", f"reply: {error}"
+    status, said = error.status_code, str(error.message).lower()
+    text = f"{status}: {' '.join(str(error.message).split())[:300]}"
+    no_quota = "exceeded your current quota" in said and status == 429 and not error.code
+    if {str(error.code), str(error.type)} & NO_QUOTA or no_quota:
+        status = 402
+    if status in FATAL:
+        return "fatal", f"{FATAL[status]} ({text})."
+    if status == 429:
+        return ("bad" if said.startswith("request too large") else "limit"), text
+    return ("retry" if status in (408, 409) or status >= 500 else "bad"), text
+
+
+class Run:
+    """All requests of one `compute`: `results` has one dict per unit, in order."""
+
+    def __init__(self, options: Options, units: list[Unit], store: Store):
+        self.options = options
+        self.units = units
+        self.store = store
+        self.results: list[dict | None] = [None] * len(units)
+        self.asked: dict[str, asyncio.Future] = {}
+        # Why a request is not sent: it is in a batch that was not collected, or a batch had no answer to it.
+        self.pending: dict[str, str] = {}
+        self.limiter = Limiter(options.rpm, options.tpm)
+        self.formats = list(options.formats) if options.response_format == "auto" else [options.response_format]
+        self.extras: dict = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
+        self.price = price_of(options.model, options.prices, options.backend)
+        # Until a first request has succeeded, they go out one at a time.
+        self.probe = asyncio.Lock()
+        self.proven = False
+        self.proven_before = False
+        # Real prompt tokens over estimated ones, the largest so far.
+        self.excess = 1.0
+        # Why no more is sent, and what `run` will raise.
+        self.stop = ""
+        self.error: Exception | None = None
+        self.failures = 0
+        self.done = 0
+        self.n_requests = 0
+        self.spent = 0.0
+        self.reserved = 0.0
+
+    @functools.cached_property
+    def client(self) -> openai.AsyncOpenAI:
+        """Made when the first request is: a run that finds all answers in the store needs no key."""
+        return connect(self.options)
+
+    def fail(self, error: Exception) -> None:
+        """Send nothing more; what is under way is still awaited and stored."""
+        self.error = self.error or error
+        self.stop = self.stop or str(error)
+
+    def refuse_if_stopped(self) -> None:
+        if self.stop:
+            raise Stopped(f"not sent: {self.stop}")
+
+    async def prepare(self) -> None:
+        """Find out what is in batches under way, which is not to be paid for again."""
+        ledger = Ledger(self.options.store, create=False)
+        for intent in ledger.unfinished():
+            reason = f"it is in the unfinished batch {intent['batch']}; collect it with the batch backend"
+            self.pending |= {name[:-2]: reason for name in intent["names"]}
+        ledger.close()
+
+    async def run(self) -> None:
+        """Fill `results`.
+
+        Raises:
+            JudgeError: as soon as what is under way is stored.
+        """
+        work = iter(range(len(self.units)))
+
+        async def worker() -> None:
+            for index in work:
+                try:
+                    self.refuse_if_stopped()
+                    await self.one(index)
+                except Stopped as error:
+                    self.finish(index, reason=str(error))
+                except Exception as error:  # the hook's, the disk's
+                    self.fail(error)
+
+        try:
+            await self.prepare()
+            tasks = [asyncio.ensure_future(worker()) for _ in range(self.options.concurrency)]
+            try:
+                await asyncio.wait(tasks)  # unlike gather it leaves them alone when it is cancelled itself
+            except asyncio.CancelledError:  # Ctrl-C: what is under way is paid for
+                self.stop = "interrupted"
+                await asyncio.wait(tasks, timeout=self.options.timeout)
+                raise
+        finally:
+            if "client" in self.__dict__:
+                await self.client.close()
+        if self.error is not None:
+            raise self.error
+
+    def finish(self, index: int, rows: list[dict] | None = None, reason: str | None = None, **more: Any) -> None:
+        outcome, repairable = self.options.outcome(rows[-1] if rows else None)
+        reason = outcome["reason"] or reason
+        if repairable:
+            reason = f"{reason} (after one repair request)"
+        unit = self.units[index]
+        result = {**outcome, "reason": reason, "rows": rows or [], "cached": False, "key": None, **more}
+        self.results[index] = result
+        self.done += 1
+        if self.options.on_result is not None:
+            progress = {"sample": unit.sample, "segment": unit.segment, "done": self.done, "total": len(self.units)}
+            self.options.on_result({**progress, **result, "spent_usd": self.spent if self.price else None})
+
+    async def one(self, index: int) -> None:
+        unit = self.units[index]
+        try:
+            digest, url, tokens = await asyncio.to_thread(self.options.prepare, unit)
+        except Exception as error:  # Pillow raises what its many decoders raise
+            self.finish(index, reason=f"image: {' '.join(str(error).split()) or type(error).__name__}")
+            return
+        key = self.options.key(digest, unit)
+        first = key not in self.asked
+        if first:
+            self.asked[key] = asyncio.get_running_loop().create_future()
+            outcome: dict = {"reason": "stopped"}
+            try:
+                outcome = await self.resolve(key, unit, url, self.options.tokens(unit, tokens))
+            except Stopped as error:
+                outcome = {"reason": str(error)}
+            finally:
+                self.asked[key].set_result(outcome)
+        outcome = await self.asked[key]
+        self.finish(index, **(outcome if first else {**outcome, "cached": True}), key=key)
+
+    async def resolve(self, key: str, unit: Unit, url: str, tokens: int) -> dict:
+        """Return the rows of a key, from the store or the judge.
+
+        Raises:
+            Stopped: it was not to be had.
+        """
+        self.store.refresh()
+        rows = self.store.answers(key)
+        if self.options.settled(rows):
+            self.proven_before = True
+            return {"rows": rows, "cached": True}
+        if key in self.pending:
+            raise Stopped(self.pending[key])
+        while not self.store.claim(key):  # another process is asking
+            await asyncio.sleep(0.1)
+            self.refuse_if_stopped()
+        try:
+            self.store.refresh()
+            rows = self.store.answers(key)
+            if self.options.settled(rows):
+                return {"rows": rows, "cached": True}
+            rows = [] if self.options.is_final(rows) else rows  # final but to be asked again
+            while not self.options.is_final(rows):
+                bad = (rows[0].get("content") or "") if rows else None
+                await self.ask(key, len(rows), unit, url, tokens, bad)
+                rows = self.store.answers(key)
+            return {"rows": rows}
+        finally:
+            self.store.release(key)
+
+    def request(self, unit: Unit, url: str, bad: str | None, attempt: int, form: str, extras: dict) -> dict:
+        """Return the arguments of a chat completion, in one of the `formats`."""
+        body = {"model": self.options.model, "messages": self.options.messages(unit, url, bad), **extras}
+        if body["seed"] is not None:
+            body["seed"] += attempt
+        body["response_format"] = self.options.formats[form]
+        return {name: value for name, value in body.items() if value is not None}
+
+    def reserve(self, tokens: int) -> float:
+        """Take a request's estimated cost off the budget, and return it.
+
+        Raises:
+            Stopped: it would exceed max_cost, or the judge's context.
+        """
+        if reason := self.options.too_long(tokens):
+            raise Stopped(reason)
+        if self.price is None:
+            return 0.0
+        cost = self.price[0] * tokens * self.excess + self.price[1] * self.options.max_tokens
+        if self.options.max_cost is not None and self.spent + self.reserved + cost > self.options.max_cost:
+            self.stop = self.stop or f"max_cost of {self.options.max_cost} USD reached"
+            self.refuse_if_stopped()
+        self.reserved += cost
+        return cost
+
+    async def ask(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, bad: str | None) -> None:
+        """Put one answer into the store.
+
+        Raises:
+            Stopped: none was to be had.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            if not self.proven:
+                await stack.enter_async_context(self.probe)
+                if self.proven:
+                    await stack.aclose()
+            self.refuse_if_stopped()
+            tokens += len((bad + self.options.repair).encode()) // 4 if bad is not None else 0
+            cost = self.reserve(tokens)
+            try:
+                await self.ask_until(key, attempt, unit, url, tokens, cost, bad)
+            finally:
+                self.reserved -= cost
+
+    async def ask_until(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, cost: float, bad: str | None) -> None:
+        tries, waited = 0, 0.0
+        trial: tuple[list, dict] | None = None  # simpler requests: for the whole run once one of them has worked
+        while True:
+            ticket = await self.limiter.take(tokens, lambda: self.stop)
+            headers: Any = {}
+            formats, extras = trial or (self.formats, self.extras)
+            try:
+                self.refuse_if_stopped()
+                self.n_requests += 1
+                request = self.request(unit, url, bad, attempt, formats[0], extras)
+                # The client's own timeout is for each read: a server that sends a byte now and then would never meet it.
+                reply = self.client.chat.completions.with_raw_response.create(**request)
+                raw = await asyncio.wait_for(reply, self.options.timeout)
+                headers = raw.headers
+                row = self.keep(json.loads(raw.content), tokens, key=key, attempt=attempt, response_format=formats[0])
+                self.proven = True
+                self.failures = 0
+                self.excess = max(self.excess, row["prompt_tokens"] / max(1, tokens))
+                if trial is not None:
+                    self.formats, self.extras = trial
+                return
+            except JudgeError as error:
+                self.give_up(str(error), fatal=True)
+            except (openai.OpenAIError, ValueError, RecursionError, asyncio.TimeoutError) as error:
+                response = getattr(error, "response", None)
+                headers = getattr(response, "headers", None) or headers
+                kind, message = triage(error)
+                if kind == "bad" and trial is None and (formats, extras) != (self.formats, self.extras):
+                    continue  # another request has found out meanwhile
+                if kind == "bad" and (simpler := self.simplify(error, formats, extras)) is not None:
+                    trial = simpler
+                    continue
+                if kind in ("fatal", "bad"):
+                    self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
+                if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
+                    self.reserved += cost  # the server may have done the work, and charge for it
+                delay = self.delay(headers, tries, kind)
+                if kind == "limit":
+                    self.limiter.pause(delay)
+                    waited += delay
+                if max(waited, delay) > self.options.max_wait:
+                    self.give_up(f"The server makes requests wait for too long; run again later ({message}).", True)
+                if kind != "limit":
+                    nobody = not isinstance(error, openai.APIStatusError | openai.APITimeoutError)
+                    if nobody and not self.proven and tries >= 3:
+                        unreachable = isinstance(error, openai.APIConnectionError)
+                        problem = "The judge's server cannot be reached" if unreachable else "This is no judge's server"
+                        self.give_up(f"{problem}; check base_url= and the network ({message}).", fatal=True)
+                    if tries >= self.options.max_retries:
+                        self.give_up(f"{message} (after {tries} retries)")
+                tries += 1
+            finally:
+                self.limiter.learn(ticket, headers)
+            await self.sleep(delay)
+
+    def keep(self, body: Any, estimated: int = 0, **fields: Any) -> dict:
+        """Put a chat completion into the store, with how it came about and what it says, and count what it cost.
+
+        Raises:
+            ValueError: the body is no chat completion.
+        """
+        told = {name: getattr(self.options, name) for name in ("task", "hardened", "backend")}
+        row = to_row(body, estimated, **fields, **told)
+        row |= self.options.outcome(row)[0]
+        self.store.append(row)
+        self.spent += cost_of([row], self.options.model, self.options.prices) or 0.0
+        return row
+
+    def give_up(self, message: str, fatal: bool = False, refused: bool = False) -> NoReturn:
+        """Raise Stopped; what is fatal, and many failures in a row, stop the whole run."""
+        if fatal:
+            self.fail(JudgeError(message))
+            raise Stopped(f"not sent: {message}")
+        works = self.proven or self.proven_before
+        self.failures += not (refused and works)  # what one request is refused for says nothing about the next
+        if self.failures >= (max(10, 2 * self.options.concurrency) if works else 10 if refused else 3):
+            self.fail(JudgeError(f"{self.failures} requests failed in a row, the last with {message}; run again to go on."))
+        raise Stopped(message)
+
+    async def sleep(self, delay: float) -> None:
+        end = time.monotonic() + delay
+        while not self.stop and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, 0.5))
+
+    def delay(self, headers: Any, tries: int, kind: str) -> float:
+        """Return the seconds to wait: what the server says, else exponential with jitter, at most 30."""
+        milliseconds = seconds(headers.get("retry-after-ms"))
+        asked = milliseconds / 1000 if milliseconds is not None else seconds(headers.get("retry-after"))
+        if asked is None and kind == "limit":
+            resets = [
+                seconds(headers.get(f"x-ratelimit-reset-{name}"))
+                for name in ("requests", "tokens")
+                if headers.get(f"x-ratelimit-remaining-{name}") in ("0", None)
+            ]
+            asked = max((reset for reset in resets if reset is not None), default=None)
+        backoff = min(30.0, 0.5 * 2**tries) * random.uniform(0.5, 1)
+        return asked + random.uniform(0, 0.05) if asked else backoff
+
+    def simplify(self, error: Exception, formats: list, extras: dict) -> tuple[list, dict] | None:
+        """Return formats and parameters to try after a 400, without what the server does not take; None if nothing is left.
+
+        A server that says nothing of use is tried without response_format only while nothing has worked yet. The limit of the
+        answer's length may get its other name, but is never left out.
+        """
+        if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 415, 422):
+            return None
+        clue = f"{error.param} {error.message}".lower()
+        told = any(
+            word in clue for word in ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
+        )
+        for parameter, value in extras.items():
+            if value is None or parameter == "max_completion_tokens" or not (error.param == parameter or parameter in clue):
+                continue
+            if not told and "use 'max_completion_tokens'" not in clue and error.param != parameter:
+                continue
+            if parameter == "max_tokens" and "context length" in clue:
+                return None
+            new = {"max_completion_tokens": value} if parameter == "max_tokens" else {}
+            return formats, {**extras, parameter: None, **new}
+        about = any(word in clue for word in ("response_format", "json_schema", "json_object", "structured", "guided"))
+        if len(formats) > 1 and (about or not (self.proven or self.proven_before)) and "image" not in clue:
+            return formats[1:], extras
+        return None

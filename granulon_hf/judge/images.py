@@ -1,0 +1,95 @@
+"""Images as they are sent: upright, RGB, shrunk to what the server would shrink them to."""
+
+import base64
+import contextlib
+import hashlib
+import io
+import math
+import os
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
+
+
+def open_image(image: dict) -> Image.Image:
+    """Open the image of a `{"bytes", "path"}` dict without decoding it.
+
+    Raises:
+        ValueError: it is unreasonably large when unpacked. Pillow's own errors where it is broken.
+    """
+    opened = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ValueError(f"{opened.width}x{opened.height} pixels are unreasonably many")
+    return opened
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to upright RGB: transparency goes over white, 16 bits and floats are scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode.startswith(("I", "F")):
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if values.max(initial=0) > 255 else 255 if values.max(initial=0) > 1 else 1
+        image = Image.fromarray((np.clip(values / top, 0, 1) * 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit(width: int, height: int, detail: str) -> tuple[int, int]:
+    """Return width and height at a detail level, as OpenAI's servers would shrink them; an image is never enlarged.
+
+    "low" fits 512 x 512; "high" fits 2048 x 2048, then its short side is at most 768.
+    """
+    scale = min(1, 512 / max(width, height)) if detail == "low" else min(1, 2048 / max(width, height))
+    if detail == "high":
+        scale = min(scale, 768 / min(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def image_tokens(width: int, height: int, detail: str, model: str) -> int:
+    """Return the prompt tokens of an image as OpenAI documents them.
+
+    For GPT-4o and GPT-4.1 they are a base and, with detail "high", a price per 512-pixel tile; for the small GPT-4.1 models a
+    price per 32-pixel patch.
+    """
+    width, height = fit(width, height, detail)
+    for name, factor in (("gpt-4.1-mini", 1.62), ("gpt-4.1-nano", 2.46)):
+        if model.startswith(name):
+            return math.ceil(min(1536, math.ceil(width / 32) * math.ceil(height / 32)) * factor)
+    base, tile = (2833, 5667) if model.startswith("gpt-4o-mini") else (85, 170)
+    return base + (tile * math.ceil(width / 512) * math.ceil(height / 512) if detail == "high" else 0)
+
+
+def prepare_image(image: dict, detail: str, model: str) -> tuple[str, str, int]:
+    """Return the digest of the pixels before resizing (the same for a path and its bytes), data URL as sent, and tokens."""
+    rgb = to_rgb(open_image(image))
+    digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+    tokens = image_tokens(*rgb.size, detail, model)
+    size = fit(*rgb.size, detail)
+    buffer = io.BytesIO()
+    (rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)).save(buffer, "JPEG", quality=90)
+    return digest, "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), tokens
+
+
+def encode_image(image: Any) -> dict:
+    """Turn a path, PIL image, array or `{"bytes", "path"}` into such a dict.
+
+    Where it cannot be read, the sample will say so later, and the run goes on.
+    """
+    if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
+        return {"bytes": b"", "path": None}
+    if isinstance(image, dict):
+        return {"bytes": image.get("bytes"), "path": image.get("path")}
+    if isinstance(image, str | os.PathLike):
+        return {"bytes": None, "path": os.path.abspath(os.path.expanduser(os.fspath(image)))}
+    buffer = io.BytesIO()
+    with contextlib.suppress(Exception):  # a file that Pillow opened lazily, and that is cut off
+        opened = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
+        to_rgb(opened).save(buffer, "PNG", compress_level=1)
+    return {"bytes": buffer.getvalue(), "path": None}

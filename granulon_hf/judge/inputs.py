@@ -1,0 +1,106 @@
+"""Inputs of the judge as units to be scored, and what scoring them would cost."""
+
+import os
+from typing import Any
+
+from .images import encode_image
+from .options import Options, Unit
+from .prices import PRICES_DATE, price_of
+from .prompts import segments_of
+from .store import Store
+
+
+def columns_of(predictions: Any, images: Any, references: Any, questions: Any) -> dict[str, list]:
+    """Return the inputs as columns of one length, "" for what is not given.
+
+    Raises:
+        ValueError: before anything is sent.
+    """
+    if predictions is None or images is None:
+        raise ValueError("Give predictions= and images=, one image for every prediction.")
+    columns = {"predictions": list(predictions), "images": [encode_image(image) for image in images]}
+    for name, column in (("references", references), ("questions", questions)):
+        columns[name] = [""] * len(columns["predictions"]) if column is None else ["" if x is None else x for x in column]
+    for name, column in columns.items():
+        if len(column) != len(columns["predictions"]):
+            raise ValueError(f"There are {len(columns['predictions'])} predictions but {len(column)} {name}.")
+        if name != "images":
+            for i, text in enumerate(column):
+                if not isinstance(text, str):
+                    raise ValueError(f"{name}[{i}] is {text!r}, not a text (an empty answer is '').")
+                column[i] = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+    return columns
+
+
+def units_of(columns: dict[str, list], options: Options) -> list[Unit]:
+    """Return what has to be scored: every prediction that is not empty and, with `segments`, its segments that are not.
+
+    Raises:
+        ValueError: task "vqa" with neither question nor reference.
+    """
+    units = []
+    for i, (prediction, image, reference, question) in enumerate(
+        zip(columns["predictions"], columns["images"], columns["references"], columns["questions"], strict=True)
+    ):
+        if options.task == "vqa" and not (question.strip() or reference.strip()):
+            raise ValueError(f"Task 'vqa' needs a question or a reference; sample {i} has neither.")
+        if prediction.strip():
+            texts = [(None, prediction), *enumerate(segments_of(prediction, options.segments) if options.segments else [])]
+            units += [Unit(i, j, text, image, question, reference) for j, text in texts if text.strip()]
+    return units
+
+
+def foresee(units: list[Unit], options: Options) -> dict:
+    """Count what a run would ask and cost; send nothing, and write nothing.
+
+    Returns:
+        n_unreadable (images), n_stored (units that the store already has), too_long (samples with a text beyond the judge's
+        context, which is not sent), n_requests, prompt_tokens, completion_tokens (20 a request), cost_usd (None for an
+        unknown model), prices_date (None where `prices=` tells them). Repairs are not foreseen.
+    """
+    exists = options.store is not None and os.path.exists(options.store)
+    store = Store(options.store if exists else None)
+    keys, counts, images_seen = set(), {"n_unreadable": 0, "n_stored": 0}, {}
+    prompts: list[int] = []
+    too_long: list[int] = []
+    for unit in units:
+        try:
+            if unit.segment is None:
+                images_seen = {unit.sample: options.prepare(unit)}
+            digest, _, image_cost = images_seen[unit.sample]
+        except Exception:
+            counts["n_unreadable"] += unit.segment is None
+            continue
+        key = options.key(digest, unit)
+        if key not in keys:
+            keys.add(key)
+            tokens = options.tokens(unit, image_cost)
+            if options.settled(store.answers(key)):
+                counts["n_stored"] += 1
+            elif options.too_long(tokens):
+                too_long.append(unit.sample)
+            else:
+                prompts.append(tokens)
+    store.close()
+    price = price_of(options.model, options.prices, options.backend)
+    return {
+        **counts,
+        "too_long": sorted(set(too_long)),
+        "n_requests": len(prompts),
+        "prompt_tokens": sum(prompts),
+        "completion_tokens": 20 * len(prompts),
+        "cost_usd": price and price[0] * sum(prompts) + price[1] * 20 * len(prompts),
+        "prices_date": None if options.model in (options.prices or {}) else PRICES_DATE,
+    }
+
+
+def estimate(predictions: Any, images: Any, references: Any = None, questions: Any = None, **options: Any) -> dict:
+    """Count what `compute` with these arguments would ask and cost; send nothing, and write nothing.
+
+    Returns:
+        n, n_empty, and what `foresee` says.
+    """
+    chosen = Options(**options)
+    columns = columns_of(predictions, images, references, questions)
+    n_empty = sum(not text.strip() for text in columns["predictions"])
+    return {"n": len(columns["predictions"]), "n_empty": n_empty, **foresee(units_of(columns, chosen), chosen)}

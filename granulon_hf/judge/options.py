@@ -1,0 +1,165 @@
+"""What a run is told: the options of the judge, and the texts that it scores.
+
+A *sample* is one prediction about one image; a *unit* is one text to be scored: a sample, or a segment of one.
+"""
+
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from .images import prepare_image
+from .prices import price_of
+from .prompts import PROMPTS, REPAIR, RESPONSE_FORMATS, render
+from .replies import read_answer
+
+# Tokens that a judge takes, prompt and answer together; those of another model are not known.
+CONTEXTS = {"gpt-4o": 128_000, "gpt-4.1": 1_047_576}
+
+
+@dataclass
+class Unit:
+    """One text to be scored; `segment` is None for a whole prediction."""
+
+    sample: int
+    segment: int | None
+    prediction: str
+    image: dict
+    question: str
+    reference: str
+
+
+@dataclass
+class Options:
+    """The arguments of `Judge.compute`, which explains them.
+
+    `Run` and `foresee` know units only through the methods below: a subclass that overrides them asks something else on the
+    same transport, store and budget.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = tuple(PROMPTS)
+
+    task: str = "reasoning"
+    model: str = "gpt-4o"
+    store: str | os.PathLike | None = "scores.jsonl"
+    hardened: bool = True
+    segments: int | None = None
+    backend: str = "chat"
+    detail: str = "high"
+    max_tokens: int = 100
+    temperature: float = 0.0
+    seed: int | None = 0
+    response_format: str = "auto"
+    base_url: str | None = None
+    api_key: str | None = None
+    organization: str | None = None
+    azure_endpoint: str | None = None
+    api_version: str | None = None
+    concurrency: int = 64
+    rpm: float | None = None
+    tpm: float | None = None
+    timeout: float = 120.0
+    max_retries: int = 6
+    max_wait: float = 600.0
+    max_cost: float | None = None
+    prices: dict | None = None
+    retry_unscored: bool = False
+    poll_seconds: float = 30.0
+    n_resamples: int = 2000
+    on_result: Callable[[dict], None] | None = None
+
+    def __post_init__(self):
+        choices = {
+            "task": self.tasks,
+            "backend": ("chat", "batch"),
+            "detail": ("low", "high"),
+            "response_format": ("auto", *self.formats),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, allowed))}.")
+        for name in ("concurrency", "rpm", "tpm", "timeout", "max_tokens", "segments", "poll_seconds", "n_resamples"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}.")
+        if self.backend == "batch" and self.store is None:
+            raise ValueError("The batch backend needs a store=, which remembers what was submitted.")
+        if self.max_cost is not None and not 0 <= self.max_cost < math.inf:
+            raise ValueError(f"max_cost must be an amount in USD, not {self.max_cost!r}.")
+        if self.max_cost is not None and price_of(self.model, self.prices, self.backend) is None:
+            raise ValueError(f"max_cost needs prices={{{self.model!r}: (USD per million prompt tokens, completion tokens)}}.")
+
+    @property
+    def formats(self) -> dict[str, dict | None]:
+        """Values of `response_format` by name, in the order in which they are tried."""
+        return RESPONSE_FORMATS
+
+    @property
+    def repair(self) -> str:
+        """The user's turn after an answer that cannot be read."""
+        return REPAIR
+
+    def prepare(self, unit: Unit) -> tuple[str, str, int]:
+        """Return digest, data URL and prompt tokens of a unit's image. Any exception means that the unit cannot be sent."""
+        return prepare_image(unit.image, self.detail, self.model)
+
+    def prompt(self, unit: Unit, mark: str | None) -> tuple[str | None, str]:
+        """Return system message (None without hardening) and text; `mark` is that of the fence, None without hardening."""
+        return render(self.task, unit.prediction, unit.question, unit.reference, mark)
+
+    def outcome(self, row: dict | None) -> tuple[dict, bool]:
+        """Return what an answer says (None: there is none), with the "reason" where it says nothing, and whether a repair
+        request is worth it."""
+        scores, reason, repairable = read_answer(row) if row else (None, None, False)
+        accuracy, hallucination = scores or (None, None)
+        return {"accuracy": accuracy, "hallucination": hallucination, "reason": reason}, repairable
+
+    def key(self, image_digest: str, unit: Unit) -> str:
+        """Return the key of the store: what the judge is shown, and how; not the fence's mark, the server or the API key."""
+        parameters = [self.temperature, self.max_tokens, self.seed, self.detail, self.response_format]
+        prompt = self.prompt(unit, "" if self.hardened else None)
+        return digest_of([image_digest, *prompt, unit.prediction, self.model, parameters, self.hardened])
+
+    def is_final(self, rows: list[dict]) -> bool:
+        """Return whether the answers to a unit decide it: the first does unless it is worth a repair, the second does."""
+        return len(rows) == 2 or (len(rows) == 1 and not self.outcome(rows[0])[1])
+
+    def settled(self, rows: list[dict]) -> bool:
+        """Return whether stored answers are to be used as they are."""
+        return self.is_final(rows) and not (self.retry_unscored and self.outcome(rows[-1])[0]["reason"] is not None)
+
+    def messages(self, unit: Unit, image_url: str, bad: str | None) -> list[dict]:
+        """Return the conversation; with the `bad` answer it is a repair. Without hardening that is the printed prompt again."""
+        system, text = self.prompt(unit, secrets.token_hex(16) if self.hardened else None)
+        picture = {"type": "image_url", "image_url": {"url": image_url, "detail": self.detail}}
+        content: Any = [{"type": "text", "text": text}, picture] if image_url else text
+        if system is None:
+            return [{"role": "user", "content": content}]
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
+        if bad is not None:
+            messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
+        return messages
+
+    def tokens(self, unit: Unit, image: int) -> int:
+        """Estimate prompt tokens: four bytes of UTF-8 each (rather too many for English), and the image's."""
+        system, text = self.prompt(unit, "0" * 32 if self.hardened else None)
+        return image + math.ceil(len(((system or "") + text).encode()) / 4) + 60  # the schema and the chat's frame
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model takes, None where that is not known."""
+        return next((tokens for family, tokens in CONTEXTS.items() if self.model.startswith(family)), None)
+
+    def too_long(self, tokens: int) -> str | None:
+        """Return why a request with so many prompt tokens is not sent, None where it is."""
+        if self.context is None or tokens + self.max_tokens <= self.context:
+            return None
+        return f"too long: about {tokens:,} prompt tokens; {self.model} takes {self.context:,}, its answer included"
+
+
+def digest_of(parts: list) -> str:
+    """Return a key of the store for all that a request depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:48]
