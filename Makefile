@@ -11,7 +11,12 @@ IMAGE ?= examples/images/chelsea.jpg
 QUESTION ?= What is in the picture?
 OVERLAY ?= overlay.png
 
-.PHONY: demo test lint types format dist clean help
+# The pages of the API reference: all modules but the command line, and what only a Space or lmms-eval imports.
+DOCS ?= build/docs
+MODULES = $(shell find -L granulon_hf -name '*.py' ! -name __main__.py ! -path '*/cli/*' ! -path '*/judge/app.py' \
+	| sed 's|/__init__||; s|\.py$$||; s|/|.|g' | sort) !granulon_hf.cli !granulon_hf.evaluation.lmms
+
+.PHONY: demo test lint types format docs dist clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -47,6 +52,15 @@ types: $(VENV)/.dev  ## mypy
 format: $(VENV)/.dev  ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(PIP) install --quiet --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs  ## build the API reference into build/docs
+	$(BIN)/python -W "ignore:Couldn't import granulon_hf.evaluation.lmms" -m pdoc --docformat google --no-show-source \
+		--output-directory $(DOCS) $(MODULES:%='%')
+	@echo "Open $(DOCS)/index.html"
 
 $(VENV)/.release: $(VENV)/.dev
 	$(PIP) install --quiet --editable '.[release]'
