@@ -11,12 +11,7 @@ IMAGE ?= examples/images/chelsea.jpg
 QUESTION ?= What is in the picture?
 OVERLAY ?= overlay.png
 
-# The pages of the API reference: all modules but the command line, and what only a Space or lmms-eval imports.
-DOCS ?= build/docs
-MODULES = $(shell find -L granulon_hf -name '*.py' ! -name __main__.py ! -path '*/cli/*' ! -path '*/judge/app.py' \
-	| sed 's|/__init__||; s|\.py$$||; s|/|.|g' | sort) !granulon_hf.cli !granulon_hf.evaluation.lmms
-
-.PHONY: demo test lint types format docs dist clean help
+.PHONY: demo test lint types format dist clean help
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -52,6 +47,13 @@ types: $(VENV)/.dev  ## mypy
 format: $(VENV)/.dev  ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The pages of the API reference: all modules but the command line, and what only a Space or lmms-eval imports.
+DOCS ?= build/docs
+MODULES = $(shell find -L granulon_hf -name '*.py' ! -name __main__.py ! -path '*/cli/*' ! -path '*/judge/app.py' \
+	| sed 's|/__init__||; s|\.py$$||; s|/|.|g' | sort) !granulon_hf.cli !granulon_hf.evaluation.lmms
+
+.PHONY: docs
 
 $(VENV)/.docs: $(VENV)/.demo
 	$(PIP) install --quiet --editable '.[docs]'
