@@ -26,7 +26,6 @@ from granulon_hf import variants
 from granulon_hf.cli import app
 from granulon_hf.errors import GranulonError
 from tests.conftest import make_picture
-from tests.data.test_granuscenes import write_pictures
 from tests.judge.server import Server
 
 tomllib = pytest.importorskip("tomllib")  # Python 3.11
@@ -42,8 +41,9 @@ RUN_ELSEWHERE = {
     "examples/hub_and_serving.md": "tests/examples/test_serving.py",
     "examples/quantization.md": "tests/modeling/test_quantization.py",
 }
-# Numbers in guides, and those with which they run in a second.
+# Numbers and pictures in guides, and those with which they run in a second.
 SMALLER = {"scenes=2000": "scenes=4", "scenes=7000": "scenes=3", "scenes=500": "scenes=4", "split, 3000,": "split, 60,"}
+SMALLER |= {'folder="pictures"': "", '"pictures': '"drawn'}
 SMALLER |= {"max_new_tokens=20": "max_new_tokens=3", "max_new_tokens=8": "max_new_tokens=3"}
 # Programs of others, whose options are theirs.
 FOREIGN = {".", "apt-get", "cd", "dpkg", "export", "for", "done", "lmms-eval", "mkdir", "tar", "transformers"}
@@ -96,7 +96,6 @@ def workplace(toy_folder, tmp_path, monkeypatch):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "granulon").mkdir()
     (tmp_path / "granulon/judge").symlink_to(ROOT / "granulon_hf/judge")
-    write_pictures(tmp_path / "pictures")
     make_picture(0).save(tmp_path / "cat.jpg")
     (tmp_path / "chat/images").mkdir(parents=True)
     make_picture(1).save(tmp_path / "chat/images/1.jpg")
