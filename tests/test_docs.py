@@ -137,7 +137,8 @@ def test_make_docs(tmp_path):
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     for module in ("granulon_hf", "granulon_hf/variants", "granulon_hf/data/collator", "granulon_hf/judge/judge"):
         assert (tmp_path / f"docs/{module}.html").is_file()
-    assert "<strong>num_semantic_tokens (" in (tmp_path / "docs/granulon_hf.html").read_text()  # the arguments are a list
+    page = tmp_path / "docs/granulon_hf/modeling/configuration_granulon.html"
+    assert "<strong>num_semantic_tokens (" in page.read_text()  # arguments are a list
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------
