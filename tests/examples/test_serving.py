@@ -186,8 +186,9 @@ def test_bad_requests_are_errors_and_the_server_lives(talker, server, picture):
 
 
 def test_the_example_runs(server, monkeypatch, capsys):
-    """The Python of `serving.md`, with this server's address and model."""
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "examples" / "serving.md").read_text(), re.DOTALL)
+    """The client of `hub_and_serving.md`, with this server's address and model."""
+    guide = (ROOT / "examples" / "hub_and_serving.md").read_text()
+    (code,) = (code for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "OpenAI(" in code)
     assert code.count("http://localhost:8000") == code.count('"FOLDER"') == 1
     monkeypatch.chdir(ROOT)
     exec(code.replace("http://localhost:8000", server[0]).replace('"FOLDER"', repr(server[1])), {})
