@@ -5,13 +5,13 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import logging
 
 pytest.importorskip("timm")
 
@@ -53,17 +54,19 @@ except MissingBackbones:
 
 @pytest.fixture(scope="module")
 def study_folder(tmp_path_factory):
-    """A study of one arm, made by the command."""
-    out = tmp_path_factory.mktemp("experiment") / "study"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        command.main([CONFIG, "--out", str(out), "--arms", "pixel,pixel+adaptive", "--workers", "2"])
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
+    """A study of two arms, made by the command; what it has processes for is done in this one, one after the other."""
+    out, threads, verbosity = tmp_path_factory.mktemp("experiment") / "study", torch.get_num_threads(), logging.get_verbosity()
+    line = [str(ROOT / CONFIG), "--out", str(out), "--arms", "pixel,pixel+adaptive"]
+
+    def start(args, run, log):
+        command.main([*line, "--run", run])
+        return Mock(returncode=0, poll=lambda: 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "start", start)
+        command.main(line)
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
     return out
 
 
@@ -172,25 +175,28 @@ def test_the_controller_sees_levels_as_often_as_they_are_asked(study_folder):
     assert results["n_train"] == 8 * 7 and results["n_test"] == 4 * 7
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
-    """Killed behind its first validation, the run ends as the one that was not killed."""
-    for name in ("features", "clusters", "controller", "language_model", "experiment.json", "settings.json"):
-        os.symlink(study_folder / name, tmp_path / name)
-    line = [sys.executable, "-m", "examples.experiment.run", CONFIG, "--out", str(tmp_path), "--run", "pixel/0"]
+    """Killed behind its first validation, the run ends as the one that was not; the command begins it again, in processes."""
+    for name in ("features", "clusters", "controller", "language_model"):
+        shutil.copytree(study_folder / name, tmp_path / name)
+    line = [sys.executable, "-m", "examples.experiment.run", CONFIG, "--out", str(tmp_path), "--arms", "pixel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "runs/pixel/0"
-    process = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (folder / "checkpoint-2").exists() and process.poll() is None and time.time() < deadline:
+    process = subprocess.Popen([*line, "--run", "pixel/0"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    assert (folder / "checkpoint-2").exists()
-    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert not (folder / "done.json").exists()
+    subprocess.run([*line, "--workers", "2"], cwd=ROOT, env=environment, check=True, capture_output=True)
     again, before = (rows_of(path / "history.jsonl") for path in (folder, study_folder / "runs/pixel/0"))
     assert [row["validation"] for row in again] == [row["validation"] for row in before]
     predictions = [(path / "predictions.jsonl").read_text() for path in (folder, study_folder / "runs/pixel/0")]
     assert predictions[0] == predictions[1]
+    assert set(json.loads((tmp_path / "timing.json").read_text())) == {"pixel"}
 
 
 def test_what_is_tested_is_the_mean_of_the_last_weights(study):
@@ -422,7 +428,7 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path, changed, line, m
 def test_a_damaged_file_of_a_study_is_named(study_folder, tmp_path):
     shutil.copytree(study_folder, tmp_path / "study", ignore=shutil.ignore_patterns("features", "checkpoint-*"))
     (tmp_path / "study/settings.json").write_text("{")
-    with pytest.raises(GranulonError, match=r"settings\.json' cannot be read .*; remove '[^']*settings\.json'"):
+    with pytest.raises(GranulonError, match=r"remove '[^']*settings\.json'"):
         command.main([str(ROOT / CONFIG), "--out", str(tmp_path / "study")])
 
 
@@ -512,12 +518,12 @@ def test_runs_are_queued_once():
     args = command.arguments([CONFIG, "--out", "x", "--arms", "pixel", "--seeds", "0,0,1"])
     assert command.jobs_of({}, args) == [("pixel", 0), ("pixel", 1)]
     args = command.arguments([CONFIG, "--out", "x"])
-    with pytest.raises(command.GranulonError, match="more_seeds: there is no arm 'pixels'"):
+    with pytest.raises(command.GranulonError, match="more_seeds.* 'pixels'"):
         command.jobs_of({"arms": ["pixel"], "seeds": [0], "more_seeds": {"pixels": [1]}}, args)
 
 
 def test_bad_input_is_one_sentence(tmp_path):
-    with pytest.raises(command.GranulonError, match="no arm 'pixels'"):
+    with pytest.raises(command.GranulonError, match="'pixels'"):
         command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), "--arms", "pixels"]))
     for option, message in (
         ("--arms=", "no arm ''"),
@@ -526,20 +532,18 @@ def test_bad_input_is_one_sentence(tmp_path):
     ):
         with pytest.raises(command.GranulonError, match=message):
             command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), option]))
-    with pytest.raises(command.GranulonError, match="cannot be made: Not a directory"):
+    with pytest.raises(command.GranulonError, match="/dev/null/x"):
         command.main([str(ROOT / CONFIG), "--out", "/dev/null/x"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("settings: {step: 3}")
-    with pytest.raises(command.GranulonError, match="unknown setting 'step'"):
+    with pytest.raises(command.GranulonError, match="'step'"):
         command.read_config(bad)
 
 
 def test_a_folder_of_another_study_is_left_alone(study_folder, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text((ROOT / CONFIG).read_text().replace("max_steps: 4\n", "max_steps: 6\n"))
-    with pytest.raises(
-        command.GranulonError, match=r"another study: settings.max_steps \(4 and 6\) differ; name another --out"
-    ):
+    with pytest.raises(command.GranulonError, match=r"settings.max_steps \(4 and 6\) .*--out"):
         command.main([str(config), "--out", str(study_folder)])
 
 
@@ -549,7 +553,7 @@ def test_an_archive_is_continued_only_with_its_own_pictures_and_settings(study_f
     manifest = json.loads((study_folder / run / "manifest.json").read_text())
     manifest["settings"]["pictures"] = "5a1c935135b51ebd"
     (tmp_path / run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(command.GranulonError, match=r"another study: pictures \(\"5a1c935135b51ebd\" and .*Pillow"):
+    with pytest.raises(command.GranulonError, match="5a1c935135b51ebd.* Pillow"):
         command.main([str(ROOT / CONFIG), "--out", str(tmp_path)])
     assert not (tmp_path / "settings.json").exists() and not (tmp_path / "features").exists()
 

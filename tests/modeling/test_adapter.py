@@ -80,7 +80,7 @@ def test_foreign_decoders_are_refused(adapter, backbones, which):
     _, folder = adapter
     foreign = backbones / "foreign"
     dict(decoders(folder))[which].save_pretrained(foreign)
-    with pytest.raises(ValueError, match="foreign does not fit"):
+    with pytest.raises(ValueError, match="foreign"):
         GranulonForConditionalGeneration.from_pretrained(folder, backbones=places(vision=backbones / "vision", text=foreign))
 
 
@@ -100,7 +100,7 @@ def test_foreign_towers_are_refused(adapter, backbones, options):
         Dinov2ForImageClassification(Dinov2Config(**VISION)),
     ):
         foreign.save_pretrained(backbones / "foreign")
-        with pytest.raises(ValueError, match="foreign does not fit"):
+        with pytest.raises(ValueError, match="foreign"):
             GranulonForConditionalGeneration.from_pretrained(
                 folder, backbones=places(vision=backbones / "foreign", text=backbones / "text")
             )

@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -109,9 +109,9 @@ def test_a_hold_out_is_drawn_by_text(tmp_path):
 
 def test_levels_must_be_the_models():
     questions = [Question("a", {"coarse": 0.5, "tiny": 0.5}, False)]
-    with pytest.raises(GranulonError, match=r"levels coarse, tiny, and m has coarse, fine; .*--level"):
+    with pytest.raises(GranulonError, match=r"coarse, tiny.* coarse, fine.*--level"):
         check_levels(questions, ["coarse", "fine"], "m")
-    with pytest.raises(GranulonError, match="m has no granularity levels"):
+    with pytest.raises(GranulonError, match="granularity"):
         check_levels(questions, [], "m")
 
 
@@ -185,7 +185,7 @@ def test_a_loss_that_is_not_finite_ends_the_training(build):
     model, processor = build()
     with torch.no_grad():
         model.model.controller.fc1.weight.fill_(float("nan"))
-    with pytest.raises(GranulonError, match="not finite at step 0"):
+    with pytest.raises(GranulonError, match="step 0"):
         train_controller(model, processor, questions_of(SMALL), arguments(), show=False)
 
 
@@ -226,21 +226,28 @@ def test_perfect_probabilities():
 # --- the script -------------------------------------------------------------------------------------------------------
 
 
-def script(*options):
-    command = [sys.executable, str(ROOT / "examples" / "train_controller.py"), *map(str, options)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+@pytest.fixture
+def script(monkeypatch):
+    """Run the script in this process, as `python` would."""
+
+    def script(*options):
+        path = str(ROOT / "examples" / "train_controller.py")
+        monkeypatch.setattr(sys, "argv", [path, *map(str, options)])
+        runpy.run_path(path, run_name="__main__")
+
+    return script
 
 
-def test_the_script_end_to_end(tmp_path, build):
+def test_the_script_end_to_end(tmp_path, build, script, capsys):
     labels = write(tmp_path / "labels.jsonl", SMALL)
     out = tmp_path / "run"
     model, processor = build()
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     options = ("--variant", tmp_path / "model", "--steps", 400, "--learning_rate", 0.01)
-    done = script(*options, "--labels", labels, "--output_dir", out, "--save_full")
-    assert done.returncode == 0, done.stderr
-    assert "calibration error, to right or wrong" in done.stdout and "labelled \\ chosen" in done.stdout
+    script(*options, "--labels", labels, "--output_dir", out, "--save_full")
+    printed = capsys.readouterr().out
+    assert "calibration error, to right or wrong" in printed and "labelled \\ chosen" in printed
     results = json.loads((out / "results.json").read_text())
     assert results["accuracy"] > 0.9 and results["n_test"] == 9 and results["seconds"] > 0 and "torch" in results["versions"]
     assert str(tmp_path) not in json.dumps(results["settings"]["labels"])
@@ -291,7 +298,7 @@ def test_options_that_cannot_be_used_are_one_sentence(line):
     assert "\n" not in str(error.value)
 
 
-def test_the_script_says_one_sentence(tmp_path):
-    done = script("--output_dir", tmp_path / "run", "--labels", tmp_path / "none.jsonl")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("Error: There is no file of labels")
-    assert "Traceback" not in done.stderr
+def test_the_script_says_one_sentence(tmp_path, script):
+    with pytest.raises(SystemExit) as refused:
+        script("--output_dir", tmp_path / "run", "--labels", tmp_path / "none.jsonl")
+    assert refused.value.code.startswith("Error: ") and "none.jsonl" in refused.value.code and "\n" not in refused.value.code
