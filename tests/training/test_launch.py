@@ -1,4 +1,4 @@
-"""Real launches of examples/train.py: kills, resumes, DeepSpeed on two CPU processes. test_run.py has what one process shows."""
+"""Real launches of examples/train.py: kills, resumes, DeepSpeed on two CPU processes. See test_run.py for one process."""
 
 import json
 import os
