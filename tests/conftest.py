@@ -1,5 +1,8 @@
 """Shared fixtures: toy models with the real architectures, and pictures that need no download."""
 
+import copy
+import functools
+import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import set_seed
 
 from granulon_hf import variants
 
@@ -39,12 +43,25 @@ def picture():
     return make_picture(0)
 
 
+@functools.cache
+def _build_once(name: str, options: str, parts: str):
+    return variants.build(name, tiny=True, **json.loads(options))
+
+
+def build_tiny(name="granulon-qwen2.5", **options):
+    """`variants.build(name, tiny=True)`, a copy of what is built once: to learn the tower's grid takes longer than all else."""
+    parts = repr(variants.parse(name))  # a test may have changed the table
+    model, processor = copy.deepcopy(_build_once(name, json.dumps(options, sort_keys=True), parts))
+    set_seed(options.get("seed", 0))  # as building it does
+    return model, processor
+
+
 @pytest.fixture
 def build():
     """A toy variant with a controller that does not always say the same."""
 
     def build(name="granulon-qwen2.5", *, trained=True, **kwargs):
-        model, processor = variants.build(name, tiny=True, **kwargs)
+        model, processor = build_tiny(name, **kwargs)
         if trained and model.config.granularity_levels:
             controller, random = model.model.controller, torch.Generator().manual_seed(3)
             with torch.no_grad():

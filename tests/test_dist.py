@@ -65,6 +65,7 @@ def dist(tmp_path_factory):
     return build("wheel", checkout, folder / "one"), sdist, build("wheel", unpacked, folder / "two")
 
 
+@pytest.mark.slow
 def test_the_wheel_has_every_file_of_the_package(dist):
     wheel = {name for name in contents(dist[0]) if ".dist-info/" not in name}
     expected = {str(path) for path in tracked() if path.parts[0] == "granulon_hf"}
@@ -74,10 +75,12 @@ def test_the_wheel_has_every_file_of_the_package(dist):
         assert f"granulon_hf/{name}" in wheel
 
 
+@pytest.mark.slow
 def test_the_source_distribution_builds_the_same_wheel(dist):
     assert contents(dist[0]) == contents(dist[2])
 
 
+@pytest.mark.slow
 def test_the_source_distribution_can_run_the_tests(dist):
     with tarfile.open(dist[1]) as archive:
         members = archive.getmembers()
@@ -89,6 +92,7 @@ def test_the_source_distribution_can_run_the_tests(dist):
     assert not [name for name in names if name.startswith(tuple(f"granulon_hf/{name}/" for name in LINKED))]
 
 
+@pytest.mark.slow
 def test_the_metadata(dist):
     with zipfile.ZipFile(dist[0]) as archive:
         text = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()

@@ -46,7 +46,7 @@ def test_options_reach_the_config():
 
 @pytest.mark.parametrize("name", ["granulon", "blip-qwen2.5", "clip-gpt2", ""])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ValueError, match="Unknown variant .* granulon-llama3.2"):
+    with pytest.raises(ValueError, match="granulon-llama3.2"):
         variants.build(name, tiny=True)
 
 

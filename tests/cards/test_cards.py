@@ -19,6 +19,7 @@ import granulon_hf.cards
 from granulon_hf import variants
 from granulon_hf.cards import card_data, model_card
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
+from tests.conftest import build_tiny
 from tests.hub_server import HubServer
 
 FOLDER = Path(granulon_hf.cards.__file__).parent
@@ -57,7 +58,7 @@ def prose_of(card: ModelCard) -> str:
 
 def test_every_variant_has_a_data_file_and_every_data_file_a_variant():
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(variants.NAMES)
-    with pytest.raises(ValueError, match=r"Unknown variant 'blip'; .*granulon-llama3\.2"):
+    with pytest.raises(ValueError, match="blip.* granulon-llama3"):
         card_data("blip")
 
 
@@ -233,7 +234,7 @@ def test_a_model_without_a_name_gets_only_what_its_config_tells():
 
 @pytest.mark.parametrize("name", variants.NAMES)
 def test_a_toy_is_not_taken_for_the_variant(name):
-    model, _ = variants.build(name, tiny=True)
+    model, _ = build_tiny(name)
     card = model_card(model.config, name=name, repo_id="org/toy")
     assert f"`{name}` at another size: its language model is 32 wide, not {WIDTH[name.partition('-')[2]]}" in card.text
     assert card.data.license == "unknown"
@@ -244,7 +245,7 @@ def test_a_toy_is_not_taken_for_the_variant(name):
 
 def test_the_licence_asks_for_a_name():
     config = full_size("clip-llama3.2")
-    with pytest.warns(UserWarning, match="begins with 'Llama'; 'clip' does not"):
+    with pytest.warns(UserWarning, match="'Llama'.* 'clip'"):
         model_card(config, name="clip-llama3.2", repo_id="org/clip")
 
 

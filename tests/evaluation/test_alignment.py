@@ -112,7 +112,7 @@ def test_a_run_goes_on_where_it_was_killed(build, tmp_path):
     a, b = list(whole.journal), list(broken.journal)
     assert [row["id"] for row in a] == [row["id"] for row in b]
     np.testing.assert_allclose([r["cosine"] for r in a], [r["cosine"] for r in b], atol=2e-5)
-    with pytest.raises(ValueError, match="was made with another seed"):
+    with pytest.raises(ValueError, match="seed"):
         AlignmentRun(tmp_path / "b", {"seed": 1})
 
 
@@ -217,19 +217,19 @@ def test_a_model_without_a_sample_costs_only_its_own_figures(tmp_path):
     summary = report(tmp_path, {"mute": mute, "one": one})
     assert summary["failed"] == {"mute": "its answer is empty"} and list(summary["models"]) == ["one"]
     assert (tmp_path / "curves.png").exists() and (tmp_path / "alignment.json").exists()
-    with pytest.raises(ValueError, match=r"No sample could be compared: mute \(its answer is empty\)"):
+    with pytest.raises(ValueError, match="mute"):
         report(tmp_path, {"mute": mute})
 
 
 def test_a_damaged_description_is_named(tmp_path):
     AlignmentRun(tmp_path / "a", {})
     (tmp_path / "a" / "run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"a/run.json' is damaged .* remove the folder '.*a', so"):
+    with pytest.raises(ValueError, match="a/run.json' .* '.*a'"):
         AlignmentRun(tmp_path / "a", {})
 
 
 def test_wrong_settings():
-    with pytest.raises(ValueError, match="`answer` must be one of prediction, reference; got 'both'"):
+    with pytest.raises(ValueError, match="prediction, reference.* 'both'"):
         Alignment(answer="both")
-    with pytest.raises(ValueError, match="`tokens` must be one of"):
+    with pytest.raises(ValueError, match="tokens"):
         Alignment(tokens="some")

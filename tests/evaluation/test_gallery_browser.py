@@ -26,6 +26,8 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402
 from selenium.webdriver.support.ui import Select  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 # A policy would stop these as well: they set the title, so that a hit is seen whoever lets it through.
 EVIL = (
     "</p></article></script><script>document.title='hit'</script><img src=x onerror=\"document.title='hit'\">"

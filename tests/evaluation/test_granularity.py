@@ -136,7 +136,7 @@ def test_sweep_cells():
     assert sweep_cells([]) == []
     with pytest.raises(ValueError, match="at least 1"):
         sweep_cells([0])
-    with pytest.raises(ValueError, match="above every"):
+    with pytest.raises(ValueError, match="above"):
         sweep_cells([5], [6])
 
 
@@ -145,11 +145,11 @@ def test_scores_fit_the_sample():
     assert work.auto_score(row) == 1.0
     assert work.auto_score({**row, "reference": "red dog runs fast", "task": "caption"}) == 0.25
     assert work.auto_score({**row, "choices": ["blue cat", "red dog"]}) == 1.0
-    with pytest.raises(ValueError, match="Unknown score 'bleu'; the choices are auto"):
+    with pytest.raises(ValueError, match="bleu.* auto"):
         work.find_scorer("bleu")
 
 
 def test_what_cannot_be_analysed(build, tmp_path):
     model, processor = build("clip-qwen2.5")
-    with pytest.raises(ValueError, match="no granularity levels"):
+    with pytest.raises(ValueError, match="granularity"):
         GranularityAnalysis(model, processor, list(Shapes(1)), tmp_path, {})

@@ -148,6 +148,7 @@ def strip_images(conversation):
     return {**turn, "content": parts}
 
 
+@pytest.mark.slow
 def test_chat_answers_are_those_of_answer_batch(saved):
     model, processor, path = saved
     rows = lmms_eval(path.parent, "toy_answers", "--batch_size", "3")["toy_answers"]
@@ -156,6 +157,7 @@ def test_chat_answers_are_those_of_answer_batch(saved):
     assert len(set(want)) > 2 and all(want)
 
 
+@pytest.mark.slow
 def test_simple_answers_and_choices(saved):
     """Choices against the model's own training loss on the whole conversation, one answer at a time."""
     model, processor, path = saved
@@ -210,13 +212,13 @@ def test_a_level_is_forced(saved):
 
 def test_what_is_not_supported_is_refused(saved):
     lm = Granulon(str(saved[2]), device="cpu")
-    with pytest.raises(ValueError, match="'toy' asks about video; Granulon reads images and text only"):
+    with pytest.raises(ValueError, match="video"):
         ask(lm, lambda doc: ["clip.mp4"])
-    with pytest.raises(NotImplementedError, match="'toy' has several rounds"):
+    with pytest.raises(NotImplementedError, match="toy"):
         lm.generate_until_multi_round(make_requests(lm, QUESTIONS))
-    with pytest.raises(ValueError, match="--batch_size auto is not supported"):
+    with pytest.raises(ValueError, match="--batch_size auto"):
         Granulon(str(saved[2]), device="cpu", batch_size="auto")
-    with pytest.raises(ValueError, match="granularity='huge' is no level of this model"):
+    with pytest.raises(ValueError, match="huge"):
         Granulon(str(saved[2]), device="cpu", granularity="huge")
 
 

@@ -18,7 +18,7 @@ def test_drawn_scenes_are_held_out():
     assert trained.isdisjoint(sample.images[0]["bytes"] for sample in found)
     assert [sample.id for sample in open_samples("shapes", drawn=40, limit=2)] == [sample.id for sample in found[:2]]
     assert found[0].id != open_samples("shapes", drawn=1, seed=1)[0].id
-    with pytest.raises(ValueError, match="seed must be 0 or more"):
+    with pytest.raises(ValueError, match="seed"):
         open_samples("shapes", drawn=1, seed=-1000)
 
 
@@ -61,7 +61,7 @@ def test_own_conversations_by_file_or_folder(tmp_path, name):
     for source in [folder / name] + [folder] * (name == "chat.json"):
         (sample,) = open_samples(str(source), drawn=1)
         assert (sample.id, sample.reference) == ("7", "This.")
-    with pytest.raises(ValueError, match="cannot be used"):
+    with pytest.raises(ValueError, match="gone.json"):
         open_samples(str(tmp_path / "gone.json"), drawn=1)
 
 

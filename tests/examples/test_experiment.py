@@ -5,13 +5,13 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,6 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import logging
 
 pytest.importorskip("timm")
 
@@ -53,17 +54,19 @@ except MissingBackbones:
 
 @pytest.fixture(scope="module")
 def study_folder(tmp_path_factory):
-    """A study of one arm, made by the command."""
-    out = tmp_path_factory.mktemp("experiment") / "study"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        command.main([CONFIG, "--out", str(out), "--arms", "pixel,pixel+adaptive", "--workers", "2"])
-    finally:
-        os.chdir(before)
-        torch.set_num_threads(threads)
+    """A study of two arms, made by the command; what it has processes for is done in this one, one after the other."""
+    out, threads, verbosity = tmp_path_factory.mktemp("experiment") / "study", torch.get_num_threads(), logging.get_verbosity()
+    line = [str(ROOT / CONFIG), "--out", str(out), "--arms", "pixel,pixel+adaptive"]
+
+    def start(args, run, log):
+        command.main([*line, "--run", run])
+        return Mock(returncode=0, poll=lambda: 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "start", start)
+        command.main(line)
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
     return out
 
 
@@ -172,25 +175,28 @@ def test_the_controller_sees_levels_as_often_as_they_are_asked(study_folder):
     assert results["n_train"] == 8 * 7 and results["n_test"] == 4 * 7
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
-    """Killed behind its first validation, the run ends as the one that was not killed."""
-    for name in ("features", "clusters", "controller", "language_model", "experiment.json", "settings.json"):
-        os.symlink(study_folder / name, tmp_path / name)
-    line = [sys.executable, "-m", "examples.experiment.run", CONFIG, "--out", str(tmp_path), "--run", "pixel/0"]
+    """Killed behind its first validation, the run ends as the one that was not; the command begins it again, in processes."""
+    for name in ("features", "clusters", "controller", "language_model"):
+        shutil.copytree(study_folder / name, tmp_path / name)
+    line = [sys.executable, "-m", "examples.experiment.run", CONFIG, "--out", str(tmp_path), "--arms", "pixel"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "runs/pixel/0"
-    process = subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (folder / "checkpoint-2").exists() and process.poll() is None and time.time() < deadline:
+    process = subprocess.Popen([*line, "--run", "pixel/0"], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoint-2").exists():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
-    assert (folder / "checkpoint-2").exists()
-    subprocess.run(line, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert not (folder / "done.json").exists()
+    subprocess.run([*line, "--workers", "2"], cwd=ROOT, env=environment, check=True, capture_output=True)
     again, before = (rows_of(path / "history.jsonl") for path in (folder, study_folder / "runs/pixel/0"))
     assert [row["validation"] for row in again] == [row["validation"] for row in before]
     predictions = [(path / "predictions.jsonl").read_text() for path in (folder, study_folder / "runs/pixel/0")]
     assert predictions[0] == predictions[1]
+    assert set(json.loads((tmp_path / "timing.json").read_text())) == {"pixel"}
 
 
 def test_what_is_tested_is_the_mean_of_the_last_weights(study):
@@ -384,28 +390,28 @@ def test_a_longer_study_differs_in_its_steps_alone():
 @pytest.mark.parametrize(
     ("changed", "line", "message"),
     [
-        ({"arms": 3}, [], "arms must be a list of arms; got 3"),
-        ({"arms": []}, [], "arms must be a list of arms"),
-        ({"arms": ["pixel", "pixle"]}, [], "there is no arm 'pixle'"),
-        ({}, ["--arms", "pixle"], "there is no arm 'pixle'"),
-        ({"seeds": []}, [], "seeds must be a list of whole numbers"),
-        ({"seeds": "12"}, [], "seeds must be a list of whole numbers"),
-        ({"seeds": [0.5]}, [], "seeds must be a list of whole numbers"),
-        ({"seeds": [True]}, [], "seeds must be a list of whole numbers"),
-        ({}, ["--seeds", "0,-1"], "--seeds must be a list of whole numbers"),
-        ({"more_seeds": {"pixel": [1.5]}}, [], "more_seeds of pixel must be a list of whole numbers"),
-        ({"more_seeds": {"pixle": [1]}}, [], "there is no arm 'pixle'"),
-        ({"more_seeds": ["pixel"]}, [], "a list of seeds for each of its arms"),
-        ({"settings": 3}, [], "the settings 3"),
-        ({"settings": {1: 2, "foo": 3}}, [], "unknown setting '1'"),
-        ({"settings": {"scenes": 5}}, [], "The setting scenes is 5"),
-        ({"settings": {"learning_rate": 0}}, [], "learning_rate is 0; it takes a number above 0"),
+        ({"arms": 3}, [], "arms"),
+        ({"arms": []}, [], "arms"),
+        ({"arms": ["pixel", "pixle"]}, [], "'pixle'"),
+        ({}, ["--arms", "pixle"], "'pixle'"),
+        ({"seeds": []}, [], "seeds"),
+        ({"seeds": "12"}, [], "seeds"),
+        ({"seeds": [0.5]}, [], "seeds"),
+        ({"seeds": [True]}, [], "seeds"),
+        ({}, ["--seeds", "0,-1"], "--seeds"),
+        ({"more_seeds": {"pixel": [1.5]}}, [], "more_seeds of pixel"),
+        ({"more_seeds": {"pixle": [1]}}, [], "'pixle'"),
+        ({"more_seeds": ["pixel"]}, [], "more_seeds"),
+        ({"settings": 3}, [], "settings"),
+        ({"settings": {1: 2, "foo": 3}}, [], "'1'"),
+        ({"settings": {"scenes": 5}}, [], "scenes"),
+        ({"settings": {"learning_rate": 0}}, [], "learning_rate is 0"),
         ({"settings": {"min_gain": float("inf")}}, [], "min_gain is inf"),
-        ({"settings": {"language_model": "tiny"}}, [], "The setting language_model is 'tiny'"),
-        ({"settings": {"language_model": {"heads": 0}}}, [], "language_model.heads is 0; it takes a whole number from 1"),
-        ({"settings": {"language_model": {"heads": 5}}}, [], "no multiple of 2 · 5 heads"),
+        ({"settings": {"language_model": "tiny"}}, [], "language_model is 'tiny'"),
+        ({"settings": {"language_model": {"heads": 0}}}, [], "language_model.heads is 0"),
+        ({"settings": {"language_model": {"heads": 5}}}, [], "2 · 5"),
         ({"settings": {"language_model": {"max_steps": -3}}}, [], "language_model.max_steps is -3"),
-        ({}, ["--pictures", ""], "--pictures is empty"),
+        ({}, ["--pictures", ""], "--pictures"),
         ({}, ["--workers", "0"], "--workers 0"),
     ],
 )
@@ -422,7 +428,7 @@ def test_bad_input_is_refused_before_anything_is_made(tmp_path, changed, line, m
 def test_a_damaged_file_of_a_study_is_named(study_folder, tmp_path):
     shutil.copytree(study_folder, tmp_path / "study", ignore=shutil.ignore_patterns("features", "checkpoint-*"))
     (tmp_path / "study/settings.json").write_text("{")
-    with pytest.raises(GranulonError, match=r"settings\.json' cannot be read .*; remove '[^']*settings\.json'"):
+    with pytest.raises(GranulonError, match=r"remove '[^']*settings\.json'"):
         command.main([str(ROOT / CONFIG), "--out", str(tmp_path / "study")])
 
 
@@ -489,18 +495,18 @@ def test_questions_are_drawn_evenly_from_the_types():
     ("given", "message"),
     [
         ({"scenes": {"train": 10}}, "scenes.validation is None"),
-        ({"learning_rate": "3e-4"}, "learning_rate is '3e-4'; it takes a number"),
-        ({"validate_every": 0}, "validate_every is 0; it takes a whole number from 1"),
-        ({"control_scenes": 1}, "control_scenes is 1; it takes a whole number from 2"),
+        ({"learning_rate": "3e-4"}, "learning_rate is '3e-4'"),
+        ({"validate_every": 0}, "validate_every is 0"),
+        ({"control_scenes": 1}, "control_scenes is 1"),
         ({"batch_size": True}, "batch_size is True"),
         ({"precision": "half"}, "precision is 'half'"),
         ({"language_model": {"widht": 9}}, "widht"),
-        ({"language_model": {"name": "smollm"}}, "no language model 'smollm'"),
-        ({"language_model": {"name": "smollm2"}}, "set alignment_epochs: 0"),
-        ({"min_steps": 500, "max_steps": 400}, "must not be above max_steps, 400"),
-        ({"validate_every": 500, "max_steps": 400, "min_steps": 0}, "must not be above max_steps, 400"),
-        ({"scenes": {"train": 1, "validation": 1, "test": 2, "test_heldout": 1, 5: 1}}, "has train, .*, 5; it takes train"),
-        ({"scene_seed": 1_000_003}, "those that the language model learns from"),
+        ({"language_model": {"name": "smollm"}}, "'smollm'"),
+        ({"language_model": {"name": "smollm2"}}, "alignment_epochs: 0"),
+        ({"min_steps": 500, "max_steps": 400}, "max_steps, 400"),
+        ({"validate_every": 500, "max_steps": 400, "min_steps": 0}, "max_steps, 400"),
+        ({"scenes": {"train": 1, "validation": 1, "test": 2, "test_heldout": 1, 5: 1}}, "train, .*, 5"),
+        ({"scene_seed": 1_000_003}, "language model"),
     ],
 )
 def test_settings_that_cannot_be_used(given, message):
@@ -512,34 +518,32 @@ def test_runs_are_queued_once():
     args = command.arguments([CONFIG, "--out", "x", "--arms", "pixel", "--seeds", "0,0,1"])
     assert command.jobs_of({}, args) == [("pixel", 0), ("pixel", 1)]
     args = command.arguments([CONFIG, "--out", "x"])
-    with pytest.raises(command.GranulonError, match="more_seeds: there is no arm 'pixels'"):
+    with pytest.raises(command.GranulonError, match="more_seeds.* 'pixels'"):
         command.jobs_of({"arms": ["pixel"], "seeds": [0], "more_seeds": {"pixels": [1]}}, args)
 
 
 def test_bad_input_is_one_sentence(tmp_path):
-    with pytest.raises(command.GranulonError, match="no arm 'pixels'"):
+    with pytest.raises(command.GranulonError, match="'pixels'"):
         command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), "--arms", "pixels"]))
     for option, message in (
-        ("--arms=", "no arm ''"),
-        ("--seeds=-1", "--seeds must be a list of whole numbers"),
-        ("--seeds=", "whole numbers"),
+        ("--arms=", "''"),
+        ("--seeds=-1", "--seeds"),
+        ("--seeds=", "--seeds"),
     ):
         with pytest.raises(command.GranulonError, match=message):
             command.jobs_of({"seeds": [0]}, command.arguments([CONFIG, "--out", str(tmp_path), option]))
-    with pytest.raises(command.GranulonError, match="cannot be made: Not a directory"):
+    with pytest.raises(command.GranulonError, match="/dev/null/x"):
         command.main([str(ROOT / CONFIG), "--out", "/dev/null/x"])
     bad = tmp_path / "bad.yaml"
     bad.write_text("settings: {step: 3}")
-    with pytest.raises(command.GranulonError, match="unknown setting 'step'"):
+    with pytest.raises(command.GranulonError, match="'step'"):
         command.read_config(bad)
 
 
 def test_a_folder_of_another_study_is_left_alone(study_folder, tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text((ROOT / CONFIG).read_text().replace("max_steps: 4\n", "max_steps: 6\n"))
-    with pytest.raises(
-        command.GranulonError, match=r"another study: settings.max_steps \(4 and 6\) differ; name another --out"
-    ):
+    with pytest.raises(command.GranulonError, match=r"settings.max_steps \(4 and 6\) .*--out"):
         command.main([str(config), "--out", str(study_folder)])
 
 
@@ -549,7 +553,7 @@ def test_an_archive_is_continued_only_with_its_own_pictures_and_settings(study_f
     manifest = json.loads((study_folder / run / "manifest.json").read_text())
     manifest["settings"]["pictures"] = "5a1c935135b51ebd"
     (tmp_path / run / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(command.GranulonError, match=r"another study: pictures \(\"5a1c935135b51ebd\" and .*Pillow"):
+    with pytest.raises(command.GranulonError, match="5a1c935135b51ebd.* Pillow"):
         command.main([str(ROOT / CONFIG), "--out", str(tmp_path)])
     assert not (tmp_path / "settings.json").exists() and not (tmp_path / "features").exists()
 

@@ -26,9 +26,9 @@ import openai
 from PIL import Image
 from typer.testing import CliRunner
 
-from granulon_hf import hub, variants
+from granulon_hf import hub
 from granulon_hf.cli import app
-from tests.conftest import make_conversation, make_inputs, make_picture
+from tests.conftest import build_tiny, make_conversation, make_inputs, make_picture
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = (
@@ -43,7 +43,7 @@ MAX_NEW_TOKENS = 8
 @pytest.fixture(scope="module")
 def talker():
     """A toy model that says something, and not the same at every level, with a controller that is not of one mind."""
-    model, processor = variants.build("granulon-qwen2.5", tiny=True)
+    model, processor = build_tiny()
     parts, controller = (model.model.language_model.layers, model.model.multi_modal_projector), model.model.controller
     random, table = torch.Generator().manual_seed(14), model.get_input_embeddings().weight
     with torch.no_grad():
@@ -132,6 +132,7 @@ def expected(talker, conversation, **options) -> str:
     return processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_every_question_gets_its_own_visual_tokens(talker, server, picture):
     """One picture, questions of different levels, one after the other: no answer is made of another question's tokens."""
     model, processor = talker
@@ -144,12 +145,14 @@ def test_every_question_gets_its_own_visual_tokens(talker, server, picture):
     assert [ask(server, user(question, data_url(picture))) for question in QUESTIONS] == want
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_same_answer(talker, server, picture):
     chunks = ask(server, user(QUESTIONS[0], data_url(picture)), stream=True)
     parts = [part for chunk in chunks if (part := chunk.choices[0].delta.content)]
     assert "".join(parts) == expected(talker, make_conversation(QUESTIONS[0], [picture])) and len(parts) > 1
 
 
+@pytest.mark.slow
 def test_responses_rounds_and_several_pictures(talker, server, picture):
     other = make_picture(1)
     part = [{"type": "input_image", "image_url": data_url(picture)}, {"type": "input_text", "text": QUESTIONS[1]}]
@@ -167,6 +170,7 @@ def test_responses_rounds_and_several_pictures(talker, server, picture):
     assert ask(server, *messages, user(QUESTIONS[2])) == expected(talker, rounds)
 
 
+@pytest.mark.slow
 def test_bad_requests_are_errors_and_the_server_lives(talker, server, picture):
     question, url = QUESTIONS[0], data_url(picture)
     for broken in (url[:-400], "data:image/png;base64,AAAA"):
@@ -185,6 +189,7 @@ def test_bad_requests_are_errors_and_the_server_lives(talker, server, picture):
     assert ask(server, user(question, url)) == expected(talker, make_conversation(question, [picture]))
 
 
+@pytest.mark.slow
 def test_the_example_runs(server, monkeypatch, capsys):
     """The client of `hub_and_serving.md`, with this server's address and model."""
     guide = (ROOT / "examples" / "hub_and_serving.md").read_text()

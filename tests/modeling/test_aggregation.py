@@ -116,13 +116,15 @@ def test_inertia_is_close_to_scikit_learns_best_of_ten(weight):
     features = blobs(12, 14, 14, dim=32, centres=12, noise=0.8)
     relation = cosine_relation(features)
     kernel = relation * (1 + weight / 2)
+    points = []
+    for one in kernel.numpy():
+        values, vectors = np.linalg.eigh(one)
+        points.append((vectors * np.sqrt(values.clip(0)))[:, -32:])  # its rank; of the others the values are 0
     ratios = []
     for beta in (5, 10, 20):
         labels = kernel_kmeans(kernel, torch.ones(12, 196, dtype=torch.bool), torch.full((12,), beta), beta, 10)
         for image in range(12):
-            values, vectors = np.linalg.eigh(kernel[image].numpy())
-            points = vectors * np.sqrt(values.clip(0))
-            best = KMeans(beta, n_init=10, random_state=0).fit(points).inertia_
+            best = KMeans(beta, n_init=10, random_state=0).fit(points[image]).inertia_
             ratios.append(inertia(kernel[image].numpy(), labels[image].numpy()) / best)
     assert np.mean(ratios) <= 1.05, np.mean(ratios)
 
@@ -233,7 +235,7 @@ def test_relation_and_its_rows():
 
 
 def test_wrong_grid_is_refused():
-    with pytest.raises(ValueError, match="35 patch tokens do not fill a grid of 6 x 6"):
+    with pytest.raises(ValueError, match="35 .* 6 x 6"):
         aggregate(torch.zeros(1, 35, 4), (6, 6), *levels((1, 2)), **OPTIONS)
 
 

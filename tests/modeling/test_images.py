@@ -10,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from granulon_hf import variants
 from granulon_hf.modeling.images_granulon import open_images, open_rgb
-from tests.conftest import make_picture
+from tests.conftest import build_tiny, make_picture
 
 PICTURE = np.array(make_picture(0, (12, 8)))
 
@@ -209,7 +208,7 @@ def forms(path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "I;16"])
 def test_the_processor_opens_every_form_alike(mode, tmp_path):
-    processor = variants.build("granulon-qwen2.5", tiny=True)[1]
+    processor = build_tiny()[1]
     path = tmp_path / "picture.png"
     picture = Image.fromarray(np.full((16, 16), 30000, np.uint16)) if mode == "I;16" else disc(mode)
     picture.save(path, **({"transparency": 0} if mode == "P" else {}))

@@ -72,7 +72,7 @@ def test_generate_takes_a_forced_level(build, conversations):
     for level in ("coarse", ["fine", "coarse"], None):
         first = model.generate(**inputs, granularity=level, **common).logits[0]
         torch.testing.assert_close(first, model(**inputs, granularity=level).logits[:, -1], atol=1e-5, rtol=0)
-    with pytest.raises(ValueError, match="Unknown granularity 'huge'"):
+    with pytest.raises(ValueError, match="huge"):
         model.generate(**inputs, granularity="huge", **common)
 
 

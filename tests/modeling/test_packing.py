@@ -195,13 +195,13 @@ def test_what_is_refused(build):
     model, processor = build()
     packed = pack(make_batch(processor))
     del packed["labels"]
-    with pytest.raises(ValueError, match="names 2 levels for a batch of 4 samples"):
+    with pytest.raises(ValueError, match="2 levels .* 4"):
         model(**packed, granularity=["fine", "coarse"])
-    with pytest.raises(ValueError, match="must have the shape of"):
+    with pytest.raises(ValueError, match="shape"):
         model(**{**packed, "seq_idx": packed["seq_idx"][:, 1:]})
-    with pytest.raises(ValueError, match="must have the shape of"):
+    with pytest.raises(ValueError, match="shape"):
         model(**packed, attention_mask=torch.ones(1, 1, 9, 9))
-    with pytest.raises(ValueError, match="are for training"):
+    with pytest.raises(ValueError, match="training"):
         model.generate(**packed, max_new_tokens=2)
 
 

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPModel,
 from granulon_hf import GranulonConfig, GranulonForConditionalGeneration, GranulonModel, GranulonProcessor, variants
 from granulon_hf.modeling.processing_granulon import find_image_token
 from granulon_hf.modeling.vision_granulon import probe_vision_tower, to_patch_tokens
+from tests.conftest import build_tiny
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"model_type": "llama", "vocab_size": 64, **VIT, "num_key_value_heads": 2}
@@ -89,7 +90,7 @@ UNSUPPORTED = {
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_towers_without_patch_features_are_refused(name):
-    with pytest.raises(ValueError, match="no patch features that Granulon can use") as error:
+    with pytest.raises(ValueError, match="patch features") as error:
         probe_vision_tower(UNSUPPORTED[name])
     assert "\n" not in str(error.value)
 
@@ -130,14 +131,14 @@ def test_attention_relation_of_timm():
 
 def test_attention_relation_needs_attention():
     config, _, _ = TOWERS["timm resnet"]
-    with pytest.raises(ValueError, match=r"\(resnet18\) has no self-attention .* relation='cosine'"):
+    with pytest.raises(ValueError, match="resnet18.*relation='cosine'"):
         GranulonModel(GranulonConfig(vision_config=config, text_config=dict(TEXT), image_token_id=1, relation="attention"))
 
 
 def test_states_that_do_not_fit_the_patches():
     config, _, _ = TOWERS["clip"]
     tower = AutoModel.from_config(config)
-    with pytest.raises(ValueError, match="not one feature for each of 4 x 4 patches"):
+    with pytest.raises(ValueError, match="4 x 4"):
         to_patch_tokens(torch.zeros(1, 9, 32), tower, torch.zeros(1, 3, 56, 56))
 
 
@@ -155,7 +156,7 @@ def checkpoints(tmp_path):
     tokenizer.save_pretrained(tmp_path / "text")
     clip = AutoConfig.for_model("clip", vision_config=TOWERS["clip"][0].to_dict(), text_config=dict(VIT, vocab_size=50))
     CLIPModel(clip).save_pretrained(tmp_path / "vision")
-    variants.build("clip-qwen2.5", tiny=True)[1].image_processor.save_pretrained(tmp_path / "vision")
+    build_tiny("clip-qwen2.5")[1].image_processor.save_pretrained(tmp_path / "vision")
     return str(tmp_path / "vision"), str(tmp_path / "text")
 
 
@@ -208,18 +209,18 @@ def test_assembled_models_survive_saving(checkpoints, tmp_path):
 def test_a_tower_whose_weights_are_missing_is_refused(checkpoints, tmp_path):
     TOWERS["clip"][0].save_pretrained(tmp_path)
     save_file({"something.else": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks"):
+    with pytest.raises(ValueError, match="vision tower"):
         GranulonForConditionalGeneration.from_vision_text_pretrained(str(tmp_path), checkpoints[1])
 
 
 def test_an_unsupported_tower_is_refused_before_the_language_model_is_read(checkpoints, tmp_path, monkeypatch):
     UNSUPPORTED["pixtral"].save_pretrained(tmp_path / "pixtral")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: pytest.fail("read the language model"))
-    with pytest.raises(ValueError, match="no patch features"):
+    with pytest.raises(ValueError, match="patch features"):
         GranulonForConditionalGeneration.from_vision_text_pretrained(str(tmp_path / "pixtral"), checkpoints[1])
 
 
 def test_a_tokenizer_without_a_spare_token():
     tokenizer = variants.tiny_tokenizer(variants.Decoder("x", {}, ("<s>", "</s>")))
-    with pytest.raises(ValueError, match="none of the tokens .*image_token='…'"):
+    with pytest.raises(ValueError, match="image_token="):
         find_image_token(tokenizer)

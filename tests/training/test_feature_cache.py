@@ -60,7 +60,7 @@ def test_features_that_lost_their_end_are_refused(tmp_path, parts):
     filled(tmp_path, parts)
     path = tmp_path / VALUES
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(GranulonError, match="has lost its end; remove the folder"):
+    with pytest.raises(GranulonError, match="remove the folder"):
         FeatureCache(str(tmp_path), *parts)
 
 
@@ -69,7 +69,7 @@ def test_the_same_picture_is_kept_once_and_broken_ones_are_named(tmp_path, parts
     assert len(cache.rows) == 1
     with pytest.raises(ValueError, match="unusable image"):
         cache({"bytes": b"broken", "path": None})
-    with pytest.raises(ValueError, match="not in the feature cache"):
+    with pytest.raises(ValueError, match="feature cache"):
         cache(IMAGES[5])
 
 
@@ -79,16 +79,16 @@ def test_what_cannot_be_cached(tmp_path, parts, build):
     with torch.no_grad():
         next(other.model.vision_tower.parameters()).add_(1)
     set_stage(other, "projector")
-    with pytest.raises(GranulonError, match="another tower"):
+    with pytest.raises(GranulonError, match="tower"):
         FeatureCache(str(tmp_path), other, processor)
     processor.image_processor.image_mean = [0.1, 0.2, 0.3]
-    with pytest.raises(GranulonError, match="another preprocessing"):
+    with pytest.raises(GranulonError, match="preprocessing"):
         FeatureCache(str(tmp_path), parts[0], processor)
     set_stage(other, "full")
-    with pytest.raises(GranulonError, match="frozen vision tower"):
+    with pytest.raises(GranulonError, match="frozen"):
         FeatureCache(str(tmp_path / "new"), other, processor)
     attention, processor = build(relation="attention")
     set_stage(attention, "projector")
-    with pytest.raises(GranulonError, match="keeps no attention"):
+    with pytest.raises(GranulonError, match="attention"):
         FeatureCache(str(tmp_path / "new"), attention, processor)
     assert json.loads((tmp_path / "cache.json").read_text())["shape"]

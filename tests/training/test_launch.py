@@ -1,4 +1,4 @@
-"""Real launches of examples/train.py: kills, resumes, DeepSpeed on two CPU processes, bad input."""
+"""Real launches of examples/train.py: kills, resumes, DeepSpeed on two CPU processes. See test_run.py for one process."""
 
 import json
 import os
@@ -12,10 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.errors import GranulonError
 from granulon_hf.loading import load_model
 from granulon_hf.modeling.adapter_granulon import find_adapter
+from granulon_hf.training import parse
+from granulon_hf.training.run import train
 from tests.test_demo_model import needs_backbones
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -76,10 +80,10 @@ def test_killed_and_resumed_it_is_the_same_run(tmp_path):
     process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut)
     wait_for(cut / "checkpoint-4", process)
     kill(process, cut)
-    refused = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut))
-    assert "already holds a run; say --resume_from_checkpoint last" in refused
-    changed = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last", "--seed", "3"))
-    assert "seed was 42 and is 3" in changed
+    resume = ["--resume_from_checkpoint", "last"]
+    for more, word in (([], "--resume_from_checkpoint last"), ([*resume, "--seed", "3"], "seed .*42.* 3")):
+        with pytest.raises(GranulonError, match=word):
+            train(*parse([*TINY, *SHORT, *BATCH, "--output_dir", str(cut), *more]))
     output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last"))
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
 
@@ -135,48 +139,9 @@ def test_zero2_with_two_processes_killed_and_resumed(tmp_path):
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
 
 
-def test_a_folder_in_the_llava_form(tmp_path):
-    data = tmp_path / "chat"
-    (data / "images").mkdir(parents=True)
-    records = []
-    for i in range(12):
-        sample = Shapes(12)[i]
-        (data / "images" / f"{i}.png").write_bytes(sample.images[0]["bytes"])
-        turns = [{"from": "human", "value": f"{sample.question}\n<image>"}, {"from": "gpt", "value": sample.reference}]
-        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
-    (data / "chat.json").write_text(json.dumps(records))
-    out = tmp_path / "out"
-    (data / "images" / "3.png").write_bytes(b"broken")
-    arguments = ["--max_steps", "2", "--save_steps", "2", "--data", data / "chat.json", "--output_dir", out, *BATCH]
-    output = finish(start(*TINY, *arguments))
-    assert (out / "checkpoint-2").is_dir(), output[-3000:]
-    assert "1 rows cannot be used, the first: chat.json" in " ".join(output.split())
-    (problem,) = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
-    assert problem["row"] == 3 and "image" in problem["reason"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--variant", "granulon-gpt5"], "neither demo nor one of clip-qwen2.5"),
-        (["--stage", "everything"], "the stages are projector"),
-        (["--stage", "controller"], "examples/train_controller.py"),
-        (["--data", "no-such-set"], "--data 'no-such-set'"),
-        (["--max_length", "10"], "None of the first"),
-        (["--adapter", "nowhere"], "There is no adapter"),
-        (["--learning_rat", "1"], "The options cannot be used"),
-        (["--label_smoothing_factor", "0.1"], "Label smoothing would replace"),
-        (["--eval_strategy", "steps"], "does not evaluate while it trains"),
-        (["--split", "train"], "The drawn shapes have no split"),
-        (["--batching", "packed", "--pad_to_multiple_of", "8"], "Packed batches have no padding"),
-        (["--use_liger_kernel", "true"], "--use_liger_kernel needs a"),
-        (["--output_dir", "pyproject.toml"], "is a file; it takes a folder"),
-    ],
-)
-def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, arguments, message):
-    head = [sys.executable, "examples/train.py", *TINY, "--output_dir", str(tmp_path / "out"), *arguments]
-    done = subprocess.run(
-        head, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
-    assert "Traceback" not in done.stderr and not list(tmp_path.glob("out/checkpoint-*"))
+def test_an_error_is_one_sentence_on_stderr(tmp_path):
+    command = [sys.executable, "examples/train.py", *TINY, "--output_dir", str(tmp_path / "out"), "--adapter", "nowhere"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("Error: "), done.stderr[-2000:]
+    assert "Traceback" not in done.stderr

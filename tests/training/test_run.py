@@ -1,7 +1,10 @@
 """A whole run in this process: what it prints, what it leaves, and that every command reads it."""
 
 import json
+import runpy
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +13,13 @@ from typer.testing import CliRunner
 
 from granulon_hf import GranulonForConditionalGeneration, hub
 from granulon_hf.cli import app
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
 from granulon_hf.training import parse
 from granulon_hf.training.checkpoints import ADAPTER
 from granulon_hf.training.run import train
 
+SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 LINE = """--variant granulon-qwen2.5 --tiny true --use_cpu true --limit 16 --report_to none --max_steps 1 --disable_tqdm true
     --per_device_train_batch_size 2 --gradient_accumulation_steps 1""".split()
 
@@ -33,7 +38,7 @@ def photo(picture, tmp_path):
     return tmp_path / "photo.png"
 
 
-def test_a_run_of_one_step_is_read_by_every_command(tmp_path, photo, monkeypatch, capfd):
+def test_a_run_of_one_step_is_read_by_every_command(tmp_path, photo, capfd):
     folder = tmp_path / "run"
     run(folder, "--resume_from_checkpoint", "last")  # as a batch script has it
     printed = capfd.readouterr()
@@ -43,14 +48,19 @@ def test_a_run_of_one_step_is_read_by_every_command(tmp_path, photo, monkeypatch
     assert card.count("at step 1") == 1 and "holds all weights" in card
     assert json.loads((folder / "run.json").read_text())["recipe"].startswith("the supplement's defaults")
     assert (done := ask(folder, photo)).exit_code == 0, done.output
-    monkeypatch.setattr(hub, "HfApi", None)
     elsewhere = shutil.copytree(folder, tmp_path / "another machine")
-    for command in (
-        ["eval", "run", "--model", str(elsewhere), "--data", "shapes", "--limit", "2", "--out", str(tmp_path / "scores")],
-        ["push", str(elsewhere), "org/x", "--dry-run"],  # loads it where the package is not installed, and compares
-    ):
-        done = CliRunner().invoke(app, command)
-        assert done.exit_code == 0, done.output
+    command = ["eval", "run", "--model", str(elsewhere), "--data", "shapes", "--limit", "2", "--out", str(tmp_path / "scores")]
+    assert (done := CliRunner().invoke(app, command)).exit_code == 0, done.output
+
+
+@pytest.mark.slow
+def test_a_run_of_one_step_can_be_published(tmp_path, monkeypatch):
+    """The command loads the copy in a process where the package is not installed, and compares."""
+    run(tmp_path / "run")
+    monkeypatch.setattr(hub, "HfApi", None)
+    elsewhere = shutil.copytree(tmp_path / "run", tmp_path / "another machine")
+    done = CliRunner().invoke(app, ["push", str(elsewhere), "org/x", "--dry-run"])
+    assert done.exit_code == 0, done.output
 
 
 def test_a_finished_run_goes_on_with_and_without_all_weights(tmp_path, photo, capfd):
@@ -106,3 +116,48 @@ def test_merged_factors_are_not_lost_when_another_run_begins_with_them(build, tm
     loaded = GranulonForConditionalGeneration.from_pretrained(tmp_path / "after")
     for (name, a), b in zip(trained.state_dict().items(), loaded.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_folder_in_the_llava_form(tmp_path, capfd):
+    data, out = tmp_path / "chat", tmp_path / "out"
+    (data / "images").mkdir(parents=True)
+    records = []
+    for i in range(12):
+        sample = Shapes(12)[i]
+        (data / "images" / f"{i}.png").write_bytes(sample.images[0]["bytes"] if i != 3 else b"broken")
+        turns = [{"from": "human", "value": f"{sample.question}\n<image>"}, {"from": "gpt", "value": sample.reference}]
+        records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (data / "chat.json").write_text(json.dumps(records))
+    run(out, "--max_steps", "2", "--save_steps", "2", "--data", str(data / "chat.json"))
+    assert (out / "checkpoint-2").is_dir()
+    assert "1 rows cannot be used" in capfd.readouterr().err
+    (problem,) = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
+    assert problem["row"] == 3 and "image" in problem["reason"]
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("--variant granulon-gpt5", "clip-qwen2.5"),
+        ("--stage everything", "projector"),
+        ("--stage controller", "examples/train_controller.py"),
+        ("--data no-such-set", "--data 'no-such-set'"),
+        ("--max_length 10", "None of the first"),
+        ("--adapter nowhere", "'nowhere'"),
+        ("--learning_rat 1", "--learning_rat"),
+        ("--label_smoothing_factor 0.1", "--label_smoothing_factor"),
+        ("--eval_strategy steps", "--eval_strategy"),
+        ("--split train", "--split"),
+        ("--batching packed --pad_to_multiple_of 8", "--pad_to_multiple_of"),
+        ("--use_liger_kernel true", "--use_liger_kernel"),
+        (f"--output_dir {SCRIPT}", str(SCRIPT)),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, monkeypatch, line, word):
+    """By the script, which says one sentence and ends with exit code 1 (that of a `SystemExit` with words)."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *LINE, "--output_dir", str(tmp_path / "out"), *line.split()])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    sentence = refused.value.code
+    assert sentence.startswith("Error: ") and word in sentence and "\n" not in sentence
+    assert not list(tmp_path.glob("out/checkpoint-*"))

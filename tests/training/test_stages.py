@@ -47,10 +47,10 @@ def test_trained_weights_are_kept_in_float32(build):
 
 def test_bad_stages(build):
     model, _ = build()
-    with pytest.raises(ValueError, match="the stages are projector, controller"):
+    with pytest.raises(ValueError, match="projector, controller"):
         set_stage(model, "everything")
     plain, _ = build("clip-qwen2.5")
-    with pytest.raises(ValueError, match="no controller to train"):
+    with pytest.raises(ValueError, match="controller"):
         set_stage(plain, "controller")
 
 
@@ -92,11 +92,11 @@ def test_adapters_that_do_not_fit(build):
     model, _ = build()
     set_stage(model, "projector")
     state = adapter_state(model)
-    with pytest.raises(ValueError, match=r"lacks multi_modal_projector"):
+    with pytest.raises(ValueError, match="multi_modal_projector"):
         load_adapter_state(model, {name: value for name, value in state.items() if "controller" in name})
-    with pytest.raises(ValueError, match="the model lacks"):
+    with pytest.raises(ValueError, match="lacks"):
         load_adapter_state(model, {**state, "language_model.layers.9.x": torch.zeros(1)})
-    with pytest.raises(ValueError, match="other backbones"):
+    with pytest.raises(ValueError, match="backbones"):
         load_adapter_state(model, {**state, "multi_modal_projector.linear_1.bias": torch.zeros(3)})
 
 
