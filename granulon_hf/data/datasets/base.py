@@ -51,6 +51,7 @@ class Adapter:
         license (`str`, *optional*): of the images and texts, for the card.
         opener (`Callable`, *optional*): of a set that is made, not read: (what the user calls its source or `None`, split) to
             a [`~granulon_hf.data.readers.Source`].
+        verify (`str`): how far images are checked by default: see [`~granulon_hf.data.load`].
     """
 
     name: str
@@ -69,6 +70,7 @@ class Adapter:
     withheld: dict[str, str] = field(default_factory=dict)
     license: str | None = None
     opener: Callable[[Any, str], Any] | None = None
+    verify: str = "decode"
 
 
 def plain(value: Any, what: str) -> str:
@@ -86,8 +88,8 @@ def plain(value: Any, what: str) -> str:
         return ""
     if not isinstance(value, str | Number):
         raise BadRow(f"the {what} is {kind_of(value)}, not text")
-    if broken_text(words := str(value)):
-        raise BadRow(f"the {what} holds half a character (a lone surrogate)")
+    if has_lone_surrogate(words := str(value)):
+        raise BadRow(f"the {what} holds a lone surrogate")
     return words
 
 
@@ -99,8 +101,13 @@ def kind_of(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
-def broken_text(words: str) -> bool:
-    """Whether it has a lone surrogate, which no file can hold: JSON can, as half of an escaped pair."""
+def one_line(error: Exception) -> str:
+    """Return what an error says on one line, or its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def has_lone_surrogate(words: str) -> bool:
+    """Tell whether a text has a lone surrogate, which no file can hold: JSON can, as half of an escaped pair."""
     return re.search("[\ud800-\udfff]", words) is not None
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.loading import Problem, Samples, load, none_usable
+from granulon_hf.data.loading import load
+from granulon_hf.data.opening import open_source
 from granulon_hf.data.prepared import format as prepared
-from granulon_hf.data.readers import open_source, splits_of
 from granulon_hf.data.sample import Sample
+from granulon_hf.data.samples import Problem, Samples, none_usable
+from granulon_hf.data.splits import splits_of
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 

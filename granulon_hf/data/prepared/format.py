@@ -93,4 +93,5 @@ def to_sample(row: Row) -> Sample:
     )
 
 
-ADAPTER = Adapter(name="prepared", to_sample=to_sample, columns=COLUMNS)
+# The images were decoded when they were written.
+ADAPTER = Adapter(name="prepared", to_sample=to_sample, columns=COLUMNS, verify="header")

@@ -6,8 +6,8 @@ import json
 from html import escape
 from itertools import islice
 
-from granulon_hf.data.loading import Samples, none_usable
 from granulon_hf.data.sample import Sample
+from granulon_hf.data.samples import Samples, none_usable
 from granulon_hf.modeling.images_granulon import open_rgb
 
 THUMBNAIL = 256  # longer side, pixels

@@ -20,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from granulon_hf.data import pictures
-from granulon_hf.data.loading import Problem, Samples, load, none_usable
+from granulon_hf.data.loading import load
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.readers import StreamSource
 from granulon_hf.data.sample import Sample
+from granulon_hf.data.samples import Problem, Samples, none_usable
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 

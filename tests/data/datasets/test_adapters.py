@@ -9,7 +9,8 @@ import pytest
 
 from granulon_hf.data import ADAPTERS, BadRow, load, prepare
 from granulon_hf.data.datasets.surgvlm import PHASES
-from granulon_hf.data.granuscenes.scenes import GranuScenes, SceneSource
+from granulon_hf.data.granuscenes import GranuScenes
+from granulon_hf.data.granuscenes.dataset import SceneSource
 from granulon_hf.data.prepared.format import to_row
 from granulon_hf.errors import GranulonError
 from tests.data import tables
