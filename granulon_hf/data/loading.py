@@ -151,28 +151,23 @@ def load(
 
 
 def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> tuple[Adapter, Any]:
-    """Find the adapter that a name means, and where its data are.
-
-    Raises:
-        GranulonError: there is no such set, or it needs a source.
-    """
+    """Find the adapter that a name means, and where its data are."""
     if columns is not None:
-        adapter, place = make_adapter(columns), name if source is None else source
-    elif isinstance(name, str) and name in ADAPTERS:
-        adapter = ADAPTERS[name]
-        place = adapter.repo if source is None else source
-    elif source is None and isinstance(name, str | Path) and name and Path(name).expanduser().is_dir():
-        adapter, place = prepared.ADAPTER, Path(name).expanduser()
-        prepared.missing_shards(place)
-    elif not isinstance(name, str | Path):
+        return make_adapter(columns), name if source is None else source
+    if not isinstance(name, str | Path):
         raise GranulonError("Say which columns are image, question and answer: columns=….")
-    else:
-        raise GranulonError(
-            f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
-        )
-    if place is None and adapter.opener is None:
-        raise GranulonError(f"{adapter.name!r} is in no repository: say where its files are with source=….")
-    return adapter, place
+    if name in ADAPTERS:
+        adapter = ADAPTERS[str(name)]
+        place = adapter.repo if source is None else source
+        if place is None and adapter.opener is None:
+            raise GranulonError(f"{name!r} is in no repository: say where its files are with source=….")
+        return adapter, place
+    if source is None and name and (folder := Path(name).expanduser()).is_dir():
+        prepared.missing_shards(folder)
+        return prepared.ADAPTER, folder
+    raise GranulonError(
+        f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
+    )
 
 
 def note_missing(adapter: Adapter, source: Source, split: str) -> None:

@@ -96,4 +96,5 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
 
 
 def changed(source: Source, part: str, what: str) -> GranulonError:
+    """Return the error for a file that is no longer what the manifest describes."""
     return GranulonError(f"{part!r} of {source.location!r} has changed since the manifest was written: {what}.")

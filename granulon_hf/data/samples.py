@@ -4,10 +4,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -23,8 +22,7 @@ NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repeti
 REASONS = 3  # that are told of many
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """Something wrong with a row: its file, its number (from 0; `None` for the whole file) and the reason."""
 
     file: str

@@ -17,7 +17,7 @@ from scipy.stats import binomtest, chisquare
 from granulon_hf.data import check, load, prepare
 from granulon_hf.data.granuscenes import GranuScenes, Pictures, baselines, cutouts, granuscenes, shared
 from granulon_hf.data.granuscenes.cutouts import VERSION
-from granulon_hf.data.granuscenes.dataset import by_type
+from granulon_hf.data.granuscenes.dataset import by_type, open_scenes
 from granulon_hf.data.granuscenes.questions import ASKED, COLOURS, LETTERS, LEVELS, PHRASINGS, QUESTIONS
 from granulon_hf.data.granuscenes.scenes import SIDE, TAG, draw_tag
 from granulon_hf.errors import GranulonError
@@ -72,6 +72,7 @@ def encode(scenes):
     return [hashlib.sha256(scenes.encode(scenes[i])).hexdigest() for i in range(3)]
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_pixels(drawn):
     scenes = GranuScenes("test", 3, drawn)
     before = pickle.dumps(scenes)
@@ -361,6 +362,23 @@ def test_load(tmp_path):
         load(manifest=samples.manifest)
     assert len(load("granuscenes", source="drawn?scenes=3", limit=5)) == 5
     assert load("granuscenes").source.location.startswith("drawn?")
+
+
+@pytest.mark.parametrize("kind", ["drawn", "folder", "objects alone", "apart"])
+def test_a_location_gives_the_same_scenes(tmp_path, kind):
+    if kind != "drawn":
+        write_pictures(tmp_path / "one")
+    if kind == "apart":
+        (tmp_path / "one" / "backgrounds").rename(tmp_path / "other")
+    pictures = {
+        "drawn": lambda: Pictures(),
+        "folder": lambda: Pictures(folder=tmp_path / "one"),
+        "objects alone": lambda: Pictures(tmp_path / "one" / "objects"),
+        "apart": lambda: Pictures(tmp_path / "one" / "objects", tmp_path / "other"),
+    }[kind]()
+    made = GranuScenes("test", 2, pictures, seed=3, side=128)
+    again = open_scenes(made.location, "test").scenes
+    assert again.location == made.location and again.encode(again[1]) == made.encode(made[1])
 
 
 def test_hold_outs_go_by_scene():
