@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from granulon_hf.data.granuscenes.scenes import COLOURS, LETTERS
+from granulon_hf.data.granuscenes.questions import COLOURS, LETTERS
 from granulon_hf.io import write_text
 
 from .language_model import GRID, meanings, true_cells

@@ -29,16 +29,9 @@ from rich.progress import Progress
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from granulon_hf.data.granuscenes.scenes import (
-    COLOURS,
-    LETTERS,
-    PHRASINGS,
-    QUARTERS,
-    GranuScenes,
-    Pictures,
-    Scene,
-    nameable,
-)
+from granulon_hf.data.granuscenes import GranuScenes, Pictures
+from granulon_hf.data.granuscenes.questions import COLOURS, LETTERS, PHRASINGS, QUARTERS, nameable
+from granulon_hf.data.granuscenes.scenes import Scene
 from granulon_hf.io import write_text
 
 GRID = 14

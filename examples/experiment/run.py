@@ -27,8 +27,8 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from granulon_hf.data.granuscenes.scenes import LEVELS as QUESTION_LEVELS
-from granulon_hf.data.granuscenes.scenes import VERSION
+from granulon_hf.data.granuscenes.cutouts import VERSION
+from granulon_hf.data.granuscenes.questions import LEVELS as QUESTION_LEVELS
 from granulon_hf.demo_model import MissingBackbones
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text

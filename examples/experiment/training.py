@@ -24,8 +24,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from transformers.utils import logging
 
 from granulon_hf.data.collator import GranulonCollator, encode_prompts
-from granulon_hf.data.granuscenes.scenes import LEVELS as QUESTION_LEVELS
-from granulon_hf.data.granuscenes.scenes import VERSION, GranuScenes, Pictures, Scene
+from granulon_hf.data.granuscenes import GranuScenes, Pictures
+from granulon_hf.data.granuscenes.cutouts import VERSION
+from granulon_hf.data.granuscenes.questions import LEVELS as QUESTION_LEVELS
+from granulon_hf.data.granuscenes.scenes import Scene
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo_model import load_image_processor, load_language_model, load_vision_tower
 from granulon_hf.errors import GranulonError

@@ -11,9 +11,11 @@ from granulon_hf.data.sample import TASKS, Sample
 from granulon_hf.errors import GranulonError
 
 if TYPE_CHECKING:
-    from granulon_hf.data.loading import ADAPTERS, Problem, Samples, load
+    from granulon_hf.data.datasets.registry import ADAPTERS
+    from granulon_hf.data.loading import load
     from granulon_hf.data.prepared.check import check
     from granulon_hf.data.prepared.write import prepare
+    from granulon_hf.data.samples import Problem, Samples
 
 __all__ = [
     "ADAPTERS",
@@ -29,8 +31,14 @@ __all__ = [
     "prepare",
 ]
 
-_LAZY = {"ADAPTERS": "loading", "Problem": "loading", "Samples": "loading", "load": "loading"}
-_LAZY |= {"check": "prepared.check", "prepare": "prepared.write"}
+_LAZY = {
+    "ADAPTERS": "datasets.registry",
+    "Problem": "samples",
+    "Samples": "samples",
+    "check": "prepared.check",
+    "load": "loading",
+    "prepare": "prepared.write",
+}
 
 
 def __getattr__(name: str):

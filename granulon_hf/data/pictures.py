@@ -7,12 +7,14 @@ from typing import Any
 
 from PIL import Image
 
-from granulon_hf.data.datasets.base import BadRow
+from granulon_hf.data.datasets.base import BadRow, one_line
 from granulon_hf.modeling.images_granulon import checked, open_rgb
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def locate(image: dict[str, Any], roots: list[Path]) -> dict[str, Any]:
-    """An image that is only a path, with the path of the file that it is.
+    """Find the file of an image that is only a path.
 
     Args:
         roots (`list[Path]`): folders that the path may be relative to; none for a remote set.
@@ -29,11 +31,12 @@ def locate(image: dict[str, Any], roots: list[Path]) -> dict[str, Any]:
 
 
 def read(image: dict[str, Any]) -> bytes:
+    """Return the encoded image."""
     return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 def verify(image: dict[str, Any], decode: bool) -> None:
-    """Raises BadRow for an image that cannot be opened, is too large or thin, or (with `decode`) is damaged or cut off."""
+    """Refuse an image ([`BadRow`]) that cannot be opened, is too large or thin, or (with `decode`) is damaged or cut off."""
     try:
         if decode:
             open_rgb(image, at_least=1)  # of a JPEG all bytes are read, but few pixels made
@@ -43,5 +46,5 @@ def verify(image: dict[str, Any], decode: bool) -> None:
             with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
                 checked(opened)
     except Exception as error:  # Pillow raises what its many decoders raise
-        reason = " ".join(str(error).split()).split(" <_io")[0].removeprefix("unusable image: ")
-        raise BadRow(f"the image cannot be used: {reason or type(error).__name__}") from None
+        reason = one_line(error).split(" <_io")[0].removeprefix("unusable image: ")
+        raise BadRow(f"the image cannot be used: {reason}") from None

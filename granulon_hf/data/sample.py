@@ -32,7 +32,7 @@ class Sample:
 
     @property
     def question(self) -> str:
-        """Text of the last user turn."""
+        """The text of the last user turn."""
         turn = next(message for message in reversed(self.messages) if message["role"] == "user")
         return "\n".join(part["text"] for part in turn["content"] if part["type"] == "text")
 
@@ -42,5 +42,5 @@ class Sample:
         return self.messages[:-1] if self.messages[-1]["role"] == "assistant" else self.messages
 
     def to_dict(self) -> dict[str, Any]:
-        """A plain dictionary of the fields: a row for `datasets.Dataset.from_list`."""
+        """Return a plain dictionary of the fields: a row for `datasets.Dataset.from_list`."""
         return asdict(self)

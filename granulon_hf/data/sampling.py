@@ -20,7 +20,7 @@ Taken = tuple[int, frozenset[str]]  # a level, and the names on it that are held
 
 @dataclass
 class Choice:
-    """Chosen rows by part, ascending; how many are held out; and what was no part of the set, by reason."""
+    """Chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason."""
 
     rows: dict[str, np.ndarray]
     holdout: int
@@ -28,7 +28,7 @@ class Choice:
 
 
 def file_order(parts: Iterable[str], seed: int) -> list[str]:
-    """Parts in a seeded order of which every beginning holds each folder in proportion (sets are ordered by category)."""
+    """Put parts in a seeded order of which every beginning holds each folder in proportion (sets are ordered by category)."""
     folders: dict[str, list[str]] = {}
     for part in sorted(parts):
         folders.setdefault(str(PurePosixPath(part).parent), []).append(part)
@@ -45,12 +45,15 @@ class Population:
     """The eligible rows of parts, and what they share, found when they are needed."""
 
     def __init__(self, source: Source, adapter: Adapter):
-        self.source, self.unwanted, self.group = source, adapter.unwanted, adapter.group
+        self.source = source
+        self.unwanted = adapter.unwanted
+        self.group: Any = adapter.group
         self.rows: dict[str, np.ndarray] = {}
         self.filtered: Counter[str] = Counter()
         self._names: dict[str, list[Levels]] = {}
 
     def find(self, parts: list[str]) -> None:
+        """Look at parts: which of their rows are eligible."""
         parts = [part for part in parts if part not in self.rows]
         self.source.prepare(parts)
         self.rows |= {part: np.arange(self.source.count(part) if self.source.readable(part) else 0) for part in parts}
@@ -63,7 +66,7 @@ class Population:
                 self.rows[part] = self.rows[part][[reason is None for reason in reasons]]
 
     def prefix(self, order: list[str], files: int, rows: int) -> tuple[list[str], int]:
-        """The first parts, at least `files` and with at least `rows` rows, or all; and their rows."""
+        """Take the first parts, at least `files` and with at least `rows` rows, or all; return them and their row count."""
         taken, total = 0, 0
         while taken < len(order) and (taken < files or total < rows):
             batch = order[taken : max(files, taken + 1)]
@@ -73,16 +76,15 @@ class Population:
         return order[:taken], total
 
     def names(self, part: str) -> list[Levels]:
-        """What each row shares with others, level by level."""
+        """Return what each row shares with others, level by level."""
         if part not in self._names:
-            assert self.group is not None
             column, name = self.group
             every = list(self.source.cells(part, column)) or [None] * self.source.count(part)
             self._names[part] = [name(every[row]) for row in self.rows[part]]
         return self._names[part]
 
     def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> tuple[dict[str, np.ndarray], Taken] | None:
-        """`count` rows, and what no other row may then share with them; `None` where that is too much.
+        """Draw `count` rows and say what no other row may then share with them; `None` if too few rows would be left.
 
         Rows are taken by whole groups: of the coarsest level (videos) that leaves half of the rows, or else of the finest
         (images). Of the last group only so many as are wanted: its other rows are on neither side.
@@ -107,7 +109,7 @@ class Population:
         return None
 
     def without(self, part: str, held: np.ndarray | None, taken: Taken) -> np.ndarray:
-        """The rows of a part that are not held out and share nothing with those that are."""
+        """Return the rows of a part that are not held out and share nothing with those that are."""
         level, shared = taken
         rows = self.rows[part]
         if shared:
@@ -178,16 +180,15 @@ def choose(
 
 
 def trim(rows: dict[str, np.ndarray], count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
-    """`count` of the rows, uniformly."""
+    """Draw `count` of the rows, uniformly."""
     return share_out(rows, np.sort(random.permutation(sum(map(len, rows.values())))[:count]))
 
 
 def share_out(rows: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
-    """The rows at positions, ascending, that count through all parts."""
+    """Return the rows at positions, ascending, that count through all parts."""
     ends = np.cumsum([len(numbers) for numbers in rows.values()])
-    where = np.searchsorted(kept, ends)
-    starts, result = 0, {}
-    for (part, numbers), end, first in zip(rows.items(), where, ends - [len(n) for n in rows.values()], strict=True):
-        result[part] = numbers[kept[starts:end] - first]
-        starts = end
-    return result
+    pieces = np.split(kept, np.searchsorted(kept, ends))
+    return {
+        part: numbers[piece - end + len(numbers)]
+        for (part, numbers), end, piece in zip(rows.items(), ends, pieces, strict=False)
+    }

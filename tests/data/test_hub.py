@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections import Counter
 
+import pytest
+
 from tests.data import tables
 from tests.hub_server import HubServer
 
@@ -31,6 +33,7 @@ json.dump(result, open(sys.argv[1], "w"))
 """
 
 
+@pytest.mark.slow
 def test_a_few_ranges_of_a_few_files_are_fetched(tmp_path):
     root = tables.flux_folder(tmp_path / "flux", [("Aesthetics-Part01", 6), ("Text", 6)], rows=12)
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*.parquet")}

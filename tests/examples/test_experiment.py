@@ -38,7 +38,7 @@ from examples.experiment.language_model import (
     true_cells,
 )
 from examples.experiment.training import CONTROLS, Conversations, Run, Settings, Study, Validation, on_plateau, unreadable
-from granulon_hf.data.granuscenes.scenes import GranuScenes, Pictures
+from granulon_hf.data.granuscenes import GranuScenes, Pictures
 from granulon_hf.demo_model import MissingBackbones, packaged_file
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.aggregation_granulon import grid_positions

@@ -5,7 +5,7 @@ from granulon_hf.data.sample import Sample
 
 
 def to_sample(row: Row) -> Sample:
-    """The question alone; the reference is the correct choice (ours: the paper does not say whether it listed the options)."""
+    """Make a sample of the question alone, answered by the correct choice (ours: the paper may have listed the options)."""
     given = parse_list(row["direct_answers"], "direct_answers")  # a string that holds a Python list
     direct_answers = [answer for answer in (plain(item, "direct answer") for item in given) if answer]
     choices = [text(choice, "choice") for choice in parse_list(row["choices"], "choices")]

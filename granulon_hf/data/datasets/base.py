@@ -1,10 +1,11 @@
-"""What an adapter is, and the few helpers that all of them share."""
+"""What an adapter is, and the few helpers that all of them share; they raise [`BadRow`] for what they cannot use."""
 
 import ast
 import hashlib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Number
 from pathlib import PurePosixPath
@@ -17,6 +18,7 @@ from granulon_hf.errors import GranulonError
 
 Row = Mapping[str, Any]
 Levels = Sequence[Sequence[str]]
+BYTES = (bytes, bytearray, memoryview)
 
 
 class NoHoldout(GranulonError):
@@ -51,6 +53,7 @@ class Adapter:
         license (`str`, *optional*): of the images and texts, for the card.
         opener (`Callable`, *optional*): of a set that is made, not read: (what the user calls its source or `None`, split) to
             a [`~granulon_hf.data.readers.Source`].
+        verify (`str`): how far images are checked by default: see [`~granulon_hf.data.load`].
     """
 
     name: str
@@ -69,15 +72,12 @@ class Adapter:
     withheld: dict[str, str] = field(default_factory=dict)
     license: str | None = None
     opener: Callable[[Any, str], Any] | None = None
+    verify: str = "decode"
 
 
 def plain(value: Any, what: str) -> str:
-    """A text, a number or UTF-8 bytes as a string; nothing, or NaN (how pandas writes it), as an empty one.
-
-    Raises:
-        BadRow: it is none of these, or no Unicode text.
-    """
-    if isinstance(value, bytes | bytearray | memoryview):
+    """Read a text, a number or UTF-8 bytes as a string; nothing, or NaN (how pandas writes it), as an empty one."""
+    if isinstance(value, BYTES):
         try:
             return bytes(value).decode()
         except UnicodeDecodeError:
@@ -86,30 +86,31 @@ def plain(value: Any, what: str) -> str:
         return ""
     if not isinstance(value, str | Number):
         raise BadRow(f"the {what} is {kind_of(value)}, not text")
-    if broken_text(words := str(value)):
-        raise BadRow(f"the {what} holds half a character (a lone surrogate)")
+    if has_lone_surrogate(words := str(value)):
+        raise BadRow(f"the {what} holds a lone surrogate")
     return words
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """Say what a value is, in the words of JSON."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "true or false"
     kinds = ((str, "a text"), (Number, "a number"), (Mapping, "an object"), ((list, tuple), "a list"))
     return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
-def broken_text(words: str) -> bool:
-    """Whether it has a lone surrogate, which no file can hold: JSON can, as half of an escaped pair."""
+def one_line(error: Exception) -> str:
+    """Return what an error says on one line, or its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def has_lone_surrogate(words: str) -> bool:
+    """Tell whether a text has a lone surrogate, which no file can hold: JSON can, as half of an escaped pair."""
     return re.search("[\ud800-\udfff]", words) is not None
 
 
 def text(value: Any, what: str) -> str:
-    """A non-empty string, stripped.
-
-    Raises:
-        BadRow: there is nothing in it, or it is no text.
-    """
+    """Read a text that must not be empty; strip it."""
     words = plain(value, what).strip()
     if not words:
         raise BadRow(f"the {what} is empty")
@@ -117,16 +118,12 @@ def text(value: Any, what: str) -> str:
 
 
 def row_id(row: Row, column: str) -> str:
-    """The row's name, or an empty string: then file and row name it."""
+    """Return the row's name, or an empty string: then file and row name it."""
     return plain(row.get(column), "id")
 
 
 def parse_list(value: Any, what: str) -> list[Any]:
-    """A list, or a string that holds a Python list, which is parsed as a literal and never run; nothing is an empty list.
-
-    Raises:
-        BadRow: it is no list.
-    """
+    """Read a list, or a string that holds a Python list, as a literal that is never run; nothing is an empty list."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value.strip()) if value.strip() else []
@@ -138,11 +135,7 @@ def parse_list(value: Any, what: str) -> list[Any]:
 
 
 def pick(choices: Sequence[str], index: Any, what: str) -> str:
-    """The choice with an index from 0; integral floats are how pandas writes integers beside missing ones.
-
-    Raises:
-        BadRow: there is no such choice.
-    """
+    """Return the choice with an index from 0; integral floats are how pandas writes integers beside missing ones."""
     number = int(index) if isinstance(index, Number) and index == index and int(index) == index else -1  # type: ignore[call-overload]
     if not 0 <= number < len(choices):
         raise BadRow(f"{what} is {index}, but there are {len(choices)} choices")
@@ -150,38 +143,31 @@ def pick(choices: Sequence[str], index: Any, what: str) -> str:
 
 
 def image_names(images: Any) -> list[str]:
-    """What tells the images of a cell from others: a digest of the bytes, or the path; none for what is no image."""
-    try:
+    """Return what tells the images of a cell from others: a digest of the bytes, or the path; none if it has no image."""
+    with suppress(BadRow):
         found = encoded_list(images)
-    except BadRow:
-        return []
-    return [hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else image["path"] for image in found]
+        return [hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else image["path"] for image in found]
+    return []
 
 
 def by_image(images: Any) -> Levels:
+    """Group rows by image."""
     return [image_names(images)]
 
 
 def by_video(images: Any) -> Levels:
-    """By folder and file name without the frame's number (`video1/25.jpg`, `images/video1_25.jpg`); and by image."""
-    try:
-        found = encoded_list(images)
-    except BadRow:
-        return [[], []]
-    names = image_names(images)
-    paths = [PurePosixPath(image["path"] or "") for image in found]
-    stems = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
-    videos = [stem for stem in stems if stem != "."]
+    """Group rows by folder and file name without the frame's number (`video1/25.jpg`, `images/video1_25.jpg`); and by image."""
+    names, videos = image_names(images), []
+    with suppress(BadRow):
+        paths = [PurePosixPath(image["path"] or "") for image in encoded_list(images)]
+        stems = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
+        videos = [stem for stem in stems if stem != "."]
     return [[*videos, *names], names]
 
 
 def encoded(image: Any) -> dict[str, Any]:
-    """An image as `{"bytes", "path"}`, from raw bytes, such a struct, a path, or a Pillow image (stored as PNG).
-
-    Raises:
-        BadRow: there is none.
-    """
-    if isinstance(image, bytes | bytearray | memoryview):
+    """Read an image as `{"bytes", "path"}`, from raw bytes, such a struct, a path, or a Pillow image (stored as PNG)."""
+    if isinstance(image, BYTES):
         image = {"bytes": bytes(image)}
     elif isinstance(image, str):
         image = {"path": image}
@@ -189,20 +175,17 @@ def encoded(image: Any) -> dict[str, Any]:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         image = {"bytes": buffer.getvalue()}
-    if image is None or (isinstance(image, Mapping) and not image.get("bytes") and not image.get("path")):
-        raise BadRow("the image is missing")
-    if not isinstance(image, Mapping):
+    if not isinstance(image, Mapping | None):
         raise BadRow(f"the image is {kind_of(image)}, neither bytes nor a struct of bytes and path")
-    return {"bytes": image.get("bytes") or None, "path": image.get("path") or None}
+    found = {name: (image or {}).get(name) or None for name in ("bytes", "path")}
+    if not any(found.values()):
+        raise BadRow("the image is missing")
+    return found
 
 
 def encoded_list(images: Any) -> list[dict[str, Any]]:
-    """The images of a cell that holds one image or a list of them.
-
-    Raises:
-        BadRow: one is missing, or there are none.
-    """
-    several = isinstance(images, Sequence) and not isinstance(images, str | bytes | bytearray | memoryview)
+    """Read the images of a cell that holds one image or a list of them."""
+    several = isinstance(images, Sequence) and not isinstance(images, (str, *BYTES))
     found = [encoded(image) for image in (images if several else [images])]
     if not found:
         raise BadRow("the image is missing")
@@ -210,10 +193,12 @@ def encoded_list(images: Any) -> list[dict[str, Any]]:
 
 
 def user(question: str, images: int = 1) -> dict[str, Any]:
+    """Make a user's turn, the images first."""
     return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]}
 
 
 def assistant(answer: str) -> dict[str, Any]:
+    """Make an assistant's turn."""
     return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 
@@ -228,7 +213,7 @@ def single_turn(
     choices: list[str] | None = None,
     meta: dict[str, Any] | None = None,
 ) -> Sample:
-    """A question about images, the images first, and its answer."""
+    """Make a sample of a question about images, the images first, and its answer."""
     return Sample(
         id=row_id(row, id_column),
         images=images,
@@ -241,16 +226,16 @@ def single_turn(
 
 
 def label(index: int) -> str:
-    """A to Z, AA, AB, …: as the columns of a spreadsheet."""
+    """Return the letter of a choice: A to Z, AA, AB, …, as the columns of a spreadsheet."""
     return (label(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
 def list_options(question: str, choices: Sequence[str]) -> str:
-    """A question with its options, in the form of the released code: A–D, and a request for the option's content."""
+    """Add its options to a question, in the form of the released code: A–D, and a request for the option's content."""
     lines = [f"{label(i)}. {choice}" for i, choice in enumerate(choices)]
     return "\n".join([question, *lines, "(Answer with the option content)"])
 
 
 def draw(pool: Sequence[str], key: str) -> str:
-    """One of a pool, the same for the same key on every machine."""
+    """Draw one of a pool, the same for the same key on every machine."""
     return pool[int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % len(pool)]

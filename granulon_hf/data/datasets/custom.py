@@ -30,11 +30,7 @@ NAMES = ("image", "question", "answer", "index", "choices", "id", "group")
 
 
 def pick_choice(answer: Any, choices: list[str]) -> str:
-    """The content of the answer: one of the choices by content or, if none reads so, by letter.
-
-    Raises:
-        BadRow: it is none of them.
-    """
+    """Return the content of the answer: one of the choices by content or, if none reads so, by letter."""
     words = text(answer, "answer")
     whole = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else words
     for content in (words, whole):
@@ -49,19 +45,21 @@ def pick_choice(answer: Any, choices: list[str]) -> str:
 
 
 def by_group(value: Any) -> Levels:
+    """Group rows by name."""
     name = plain(value, "group")
     return [[name] if name else []]
 
 
 def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
-    """Without a question column the answer is a caption; a cell with an empty list of images is text alone."""
+    """Make a sample; without a question column the answer is a caption, and an empty list of images is text alone."""
     cell = {name: row.get(column) for name, column in columns.items()}
     choices = [text(choice, "choice") for choice in parse_list(cell.get("choices"), "choices")]
     if "index" in columns:
         answer = pick(choices, cell["index"], "the index")
     else:
         answer = pick_choice(cell["answer"], choices) if choices else text(cell["answer"], "answer")
-    images = encoded_list(cell["image"]) if "image" in columns and not is_empty_list(cell["image"]) else []
+    image = cell.get("image", [])
+    images = [] if isinstance(image, list | tuple) and not image else encoded_list(image)
     if "question" in columns:
         question = text(cell["question"], "question")
     else:
@@ -77,16 +75,8 @@ def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
     )
 
 
-def is_empty_list(value: Any) -> bool:
-    return isinstance(value, list | tuple) and not value
-
-
 def make_adapter(columns: Mapping[str, str]) -> Adapter:
-    """The adapter of a table with the named columns.
-
-    Raises:
-        GranulonError: no column is named as the answer, or for something else.
-    """
+    """Make the adapter of a table with the named columns."""
     columns = dict(columns)
     unknown = sorted(set(columns) - set(NAMES))
     if unknown or ("answer" in columns) == ("index" in columns):

@@ -21,6 +21,7 @@ SCORES = ("score_image_clarity", "score_image_structure")
 
 
 def to_sample(row: Row) -> Sample:
+    """Make a sample of an instruction and the detailed caption."""
     return single_turn(
         row,
         id_column="id",

@@ -12,7 +12,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 
 
 def parse_turn(turn: Any) -> dict[str, Any]:
-    """`{"from", "value"}` as a message; every `<image>` in the value becomes an image part where it stands."""
+    """Read `{"from", "value"}` as a message; every `<image>` in the value becomes an image part where it stands."""
     if not isinstance(turn, dict) or turn.get("from") not in list(ROLES):
         raise BadRow(
             f"a turn is not from {', '.join(map(repr, ROLES))}: {json.dumps(turn, ensure_ascii=False, default=str)[:60]}"
@@ -28,7 +28,7 @@ def parse_turn(turn: Any) -> dict[str, Any]:
 
 
 def to_sample(row: Row, task: str = "reasoning") -> Sample:
-    """All turns are kept; the last one, the assistant's, is the reference."""
+    """Make a sample of all turns; the last one, the assistant's, is the reference."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise BadRow("there is no conversation")
@@ -57,6 +57,6 @@ ADAPTER = Adapter(
 
 
 def is_chat(name: str | Path) -> bool:
-    """Whether a set is named by a file of LLaVA's conversations, or a folder with a `chat.json`."""
+    """Tell whether a set is named by a file of LLaVA's conversations, or a folder with a `chat.json`."""
     path = Path(name)
     return path.suffix.lower() in (".json", ".jsonl") or (path / "chat.json").is_file()

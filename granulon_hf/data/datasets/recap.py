@@ -12,9 +12,9 @@ INSTRUCTIONS = (
 
 
 def to_sample(row: Row) -> Sample:
-    """The long caption is the answer.
+    """Make a sample that asks for the long caption.
 
-    Long and short are swapped for CC12M rows (known flaw of the set): there the longer of the two is taken as the long one,
+    Long and short are swapped in CC12M rows (a known flaw of the set): there the longer of the two is taken as the long one,
     and `meta["swapped"]` says where that changed anything.
     """
     long, short = (plain(row.get(name), name).strip() for name in ("recaption", "recaption_short"))

@@ -1,4 +1,4 @@
-"""SEED-Bench: multiple choice about images; its video rows are no part of the paper's benchmark."""
+"""SEED-Bench: multiple choice about images; its video rows are filtered out, as in the paper."""
 
 from granulon_hf.data.datasets.base import Adapter, BadRow, Row, encoded_list, list_options, plain, single_turn, text
 from granulon_hf.data.sample import Sample
@@ -21,7 +21,7 @@ LETTERS = "ABCD"
 
 
 def to_sample(row: Row) -> Sample:
-    """The question, its options A–D and "(Answer with the option content)" (released code); the reference is the content."""
+    """Make a sample with options A–D and "(Answer with the option content)" (released code); the reference is the content."""
     choices = [text(row[f"choice_{letter.lower()}"], f"choice {letter}") for letter in LETTERS]
     letter = text(row["answer"], "answer").upper()
     if letter not in LETTERS or len(letter) != 1:
@@ -43,6 +43,7 @@ def to_sample(row: Row) -> Sample:
 
 
 def is_video(data_type: str | None) -> str | None:
+    """Say why a row is filtered out."""
     return "a video row" if data_type == "video" else None
 
 

@@ -9,6 +9,7 @@ import random
 
 from PIL import Image, ImageDraw
 
+from granulon_hf.data.datasets.base import encoded, single_turn
 from granulon_hf.data.sample import Sample
 
 SIDE = 224  # pixels
@@ -26,7 +27,7 @@ LEVELS = ("coarse", "middle", "fine")
 
 
 def draw_scene(seed: int) -> tuple[Image.Image, dict[str, tuple[str, str]]]:
-    """A picture and what it shows: place -> (colour, shape), one to four of them."""
+    """Draw a picture and say what it shows: place -> (colour, shape), one to four of them."""
     rng = random.Random(f"granulon shapes {seed}")
     image = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(200, 245) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -48,7 +49,7 @@ def draw_scene(seed: int) -> tuple[Image.Image, dict[str, tuple[str, str]]]:
 
 
 def question_and_answer(things: dict[str, tuple[str, str]], level: str, rng: random.Random) -> tuple[str, str]:
-    """One question of a level about a scene, and its answer."""
+    """Draw a question of a level about a scene, and its answer."""
     if level == "coarse":
         if rng.random() < 0.5:
             return "Is there one thing in the picture, or are there several?", "one" if len(things) == 1 else "several"
@@ -64,7 +65,7 @@ def question_and_answer(things: dict[str, tuple[str, str]], level: str, rng: ran
 
 
 def make_sample(index: int, seed: int = 0) -> Sample:
-    """Sample number `index`: scene, level and question depend on `index` and `seed` alone."""
+    """Make sample number `index`: scene, level and question depend on `index` and `seed` alone."""
     number = seed * 10_000_000 + index
     image, things = draw_scene(number)
     rng = random.Random(f"granulon question {number}")
@@ -72,18 +73,9 @@ def make_sample(index: int, seed: int = 0) -> Sample:
     question, answer = question_and_answer(things, level, rng)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
-    content = [{"type": "image"}, {"type": "text", "text": question}]
-    return Sample(
-        id=f"shapes-{seed}-{index}",
-        images=[{"bytes": buffer.getvalue(), "path": None}],
-        messages=[
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
-        ],
-        reference=answer,
-        task="vqa",
-        meta={"level": level},
-    )
+    row = {"id": f"shapes-{seed}-{index}"}
+    images = [encoded(buffer.getvalue())]
+    return single_turn(row, id_column="id", images=images, question=question, answer=answer, task="vqa", meta={"level": level})
 
 
 class Shapes:

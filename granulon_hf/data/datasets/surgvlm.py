@@ -22,13 +22,14 @@ TOOLS = ("Grasper", "Bipolar", "Hook", "Scissors", "Clipper", "Irrigator", "Spec
 
 
 def find_topic(answer: str) -> str | None:
-    """Whether an answer names a phase or an instrument, however spaced and cased: the paper scores the two apart."""
+    """Tell whether an answer names a phase or an instrument, however spaced and cased: the paper scores the two apart."""
     name = re.sub(r"[^a-z]", "", answer.lower())
     groups = {"phase": PHASES, "instrument": TOOLS}
     return next((topic for topic, names in groups.items() if name in map(str.lower, names)), None)
 
 
 def to_sample(row: Row) -> Sample:
+    """Make a sample of a conversation or a line."""
     if row.get("conversations") is not None:
         sample = llava.to_sample(row, task="vqa")
     else:

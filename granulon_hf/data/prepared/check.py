@@ -1,4 +1,4 @@
-"""`check`: what is wrong with a prepared folder, and how long its texts are."""
+"""`check`: find what is wrong with a prepared folder, and measure its texts."""
 
 import hashlib
 import json
@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.data.loading import Problem, Samples, load, none_usable
+from granulon_hf.data.loading import load
+from granulon_hf.data.opening import open_source
 from granulon_hf.data.prepared import format as prepared
-from granulon_hf.data.readers import open_source, splits_of
 from granulon_hf.data.sample import Sample
+from granulon_hf.data.samples import Problem, Samples, none_usable
+from granulon_hf.data.splits import splits_of
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -42,32 +44,28 @@ class Report:
 
     @property
     def statistics(self) -> dict[str, dict[str, float]]:
-        names = {"min": 0, "median": 50, "p95": 95, "max": 100}
+        """Statistics of every kind of length that was met."""
         result = {}
         for what, values in self.lengths.items():
             if values:
-                result[what] = {name: float(np.percentile(values, q)) for name, q in names.items()} | {
-                    "mean": float(np.mean(values))
-                }
+                least, median, p95, most = np.percentile(values, (0, 50, 95, 100)).tolist()
+                result[what] = {"min": least, "median": median, "mean": float(np.mean(values)), "p95": p95, "max": most}
         return result
 
 
 def open_splits(folder: str | Path) -> Iterator[Samples]:
-    """Every split of a prepared folder, unverified.
-
-    Raises:
-        GranulonError: it is none.
-    """
-    if not Path(folder).expanduser().is_dir():
+    """Load every split of a prepared folder, unverified."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
         raise GranulonError(f"There is no folder {str(folder)!r}.")
-    prepared.missing_shards(Path(folder).expanduser())
-    splits: list[str | None] = [*splits_of(open_source(folder))]
+    prepared.missing_shards(path)
+    splits: list[str | None] = [*splits_of(open_source(path))]
     for split in splits or [None]:
         yield load(folder, split=split, verify="none")
 
 
 def hash_pixels(image) -> bytes:
-    """Of the decoded RGB pixels: two files of one picture, losslessly stored in two formats, are the same."""
+    """Hash the decoded RGB pixels: two files of one picture, losslessly stored in two formats, are the same."""
     return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
 
 
@@ -89,6 +87,7 @@ def check(
         GranulonError: this is no prepared folder, or nothing in it can be used.
     """
     report = Report(unit="tokens" if tokenizer is not None else "words")
+    progress = progress or (lambda done, total: None)
 
     def measure(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer is not None else len(text.split())
@@ -102,8 +101,7 @@ def check(
         label = samples.split if mine else ELSEWHERE
         for part, row, sample in samples.walk():
             done += 1
-            if progress is not None:
-                progress(done, total)
+            progress(done, total)
             if sample is None:
                 continue
             place = Problem(part if mine else f"{against}/{part}", row, "")
@@ -132,15 +130,14 @@ def _check_sample(report: Report, sample: Sample, place: Problem, label: str, se
             picture = open_rgb(encoded)
         except ValueError as error:
             if mine:
-                report.errors.append(Problem(place.file, place.row, str(error)))
+                report.errors.append(place._replace(reason=str(error)))
             continue
         digests.append(hash_pixels(picture))
         if mine:
             report.lengths["image"].append(max(picture.size))
             if min(picture.size) < TINY:
-                report.warnings.append(
-                    Problem(place.file, place.row, f"the image is only {picture.width} x {picture.height} pixels")
-                )
+                size = f"{picture.width} x {picture.height} pixels"
+                report.warnings.append(place._replace(reason=f"the image is only {size}"))
     turns = json.dumps([[message["role"], message["content"]] for message in sample.messages]).encode()
     whole = hashlib.sha256(b"".join(digests) + turns).digest()
     here = (label, f"{place.file}, row {place.row}")
@@ -148,15 +145,16 @@ def _check_sample(report: Report, sample: Sample, place: Problem, label: str, se
         split, where = seen.setdefault(digest, here)
         if split != label:
             what = "image" if sample.images else "text"
-            report.errors.append(Problem(place.file, place.row, f"the {what} is also in {split} ({where})"))
+            report.errors.append(place._replace(reason=f"the {what} is also in {split} ({where})"))
     if mine and len(digests) == len(sample.images):
         first = seen.setdefault(label.encode() + whole, here)
         if first != here:
             reason = f"it is a duplicate: {first[1]}, has the same images, questions and answers"
-            report.errors.append(Problem(place.file, place.row, reason))
+            report.errors.append(place._replace(reason=reason))
 
 
 def _check_manifest(report: Report, folder: Path, rows: int) -> None:
+    """Compare the manifest with what is there."""
     try:
         done = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["prepared"]
         complete, samples = done["complete"], done["samples"] if done["complete"] else None

@@ -9,21 +9,16 @@ from granulon_hf.data.sample import TASKS, Sample
 from granulon_hf.errors import GranulonError
 
 COLUMNS = ("id", "images", "messages", "reference", "task", "choices", "meta")
-
-
 MISSING = "the shard is missing; run granulon data prepare again"
 
 
 def shard_name(split: str, number: int, count: int) -> str:
+    """Return the path of a shard below its folder."""
     return f"data/{split}-{number:05d}-of-{count:05d}.parquet"
 
 
 def missing_shards(folder: Path) -> list[str]:
-    """What the manifest of a finished folder promises and is not there.
-
-    Raises:
-        GranulonError: nothing is there.
-    """
+    """List the shards that the manifest of a finished folder promises and that are missing; refuse a folder without any."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         done, split = manifest["prepared"], manifest["split"]
@@ -38,7 +33,7 @@ def missing_shards(folder: Path) -> list[str]:
 
 
 def features():
-    """The columns as `datasets` knows them; images are decoded when they are looked at, `meta` is JSON."""
+    """Return the columns as `datasets` knows them; images are decoded when they are looked at, `meta` is JSON."""
     from datasets import Features, Image, List, Value
 
     string = Value("string")
@@ -56,10 +51,12 @@ def features():
 
 
 def to_row(sample: Sample) -> dict[str, Any]:
+    """Make a sample into a row of a prepared folder."""
     return sample.to_dict() | {"meta": json.dumps(sample.meta, ensure_ascii=False, default=str)}
 
 
 def to_sample(row: Row) -> Sample:
+    """Make a row of a prepared folder into the sample that it was."""
     messages = [
         {
             "role": message["role"],
@@ -93,4 +90,5 @@ def to_sample(row: Row) -> Sample:
     )
 
 
-ADAPTER = Adapter(name="prepared", to_sample=to_sample, columns=COLUMNS)
+# The images were decoded when they were written.
+ADAPTER = Adapter(name="prepared", to_sample=to_sample, columns=COLUMNS, verify="header")

@@ -1,4 +1,4 @@
-"""`contact_sheet`: samples at a glance, as one HTML file that needs nothing else."""
+"""`contact_sheet`: show samples at a glance, as one HTML file that needs nothing else."""
 
 import base64
 import io
@@ -6,8 +6,8 @@ import json
 from html import escape
 from itertools import islice
 
-from granulon_hf.data.loading import Samples, none_usable
 from granulon_hf.data.sample import Sample
+from granulon_hf.data.samples import Samples, none_usable
 from granulon_hf.modeling.images_granulon import open_rgb
 
 THUMBNAIL = 256  # longer side, pixels
@@ -25,7 +25,7 @@ p { margin: .4rem 0; white-space: pre-wrap; }
 
 
 def thumbnail(image: dict) -> str:
-    """An `<img>` with the picture in it, or a note that it is broken."""
+    """Make an `<img>` with the picture in it, or a note that it is broken."""
     try:
         picture = open_rgb(image)
     except ValueError as error:
@@ -39,6 +39,7 @@ def thumbnail(image: dict) -> str:
 
 
 def card(sample: Sample) -> str:
+    """Render one sample; whatever it says is shown as text."""
     turns = []
     for message in sample.messages:
         words = "\n".join(part["text"] if part["type"] == "text" else "🖼" for part in message["content"])
@@ -51,11 +52,7 @@ def card(sample: Sample) -> str:
 
 
 def contact_sheet(samples: Samples, limit: int) -> str:
-    """The first `limit` samples as HTML; whatever they say is shown as text.
-
-    Raises:
-        GranulonError: there are none.
-    """
+    """Render the first `limit` samples as an HTML page."""
     cards = [card(sample) for sample in islice(samples, min(limit, len(samples)))]
     if not cards:
         raise none_usable(samples.source.location, len(samples), (problem.reason for problem in samples.problems))

@@ -2,14 +2,18 @@
 
 import ast
 import json
+from importlib import import_module
+from pkgutil import iter_modules
 
 import datasets
 import pyarrow as pa
 import pytest
 
+import granulon_hf.data.datasets as datasets_package
 from granulon_hf.data import ADAPTERS, BadRow, load, prepare
 from granulon_hf.data.datasets.surgvlm import PHASES
-from granulon_hf.data.granuscenes.scenes import GranuScenes, SceneSource
+from granulon_hf.data.granuscenes import GranuScenes
+from granulon_hf.data.granuscenes.dataset import SceneSource
 from granulon_hf.data.prepared.format import to_row
 from granulon_hf.errors import GranulonError
 from tests.data import tables
@@ -42,6 +46,12 @@ def test_every_adapter_is_data_and_refuses_what_it_cannot_use():
         missing = "images" if name == "prepared" else "image"
         with pytest.raises(BadRow):
             to_sample(row | {missing: [None] if name == "prepared" else None})
+
+
+def test_every_module_with_an_adapter_is_registered():
+    found = [import_module(f"{datasets_package.__name__}.{module.name}") for module in iter_modules(datasets_package.__path__)]
+    adapters = [module.ADAPTER for module in found if hasattr(module, "ADAPTER")]
+    assert len(adapters) == 6 and all(ADAPTERS[adapter.name] is adapter for adapter in adapters)
 
 
 def test_flux(tmp_path):
@@ -139,7 +149,7 @@ def test_what_is_no_text_is_no_answer(value, message):
     assert to_sample(tables.flux_row(0, caption_detail="é".encode(), id=b"name")).reference == "é"
 
 
-def test_half_characters_are_bad_rows(tmp_path):
+def test_lone_surrogates_are_bad_rows(tmp_path):
     half = "yo \ud83d"
     for row in (tables.flux_row(0, caption_detail=half), tables.flux_row(0, id=half)):
         with pytest.raises(BadRow, match="lone surrogate"):
@@ -359,6 +369,15 @@ def test_a_stream(tmp_path):
     table = [tables.seed_video(0), tables.seed_row(1)]
     videos = datasets.IterableDataset.from_generator(lambda: iter(table))
     assert [sample.reference for sample in load("seed-bench", source=videos)] == ["b of 1"]
+
+
+def test_a_negative_label_is_no_answer():
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    rows = {"image": [tables.jpeg(i) for i in range(3)], "label": [1, -1, None]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    for source in (table, table.to_iterable_dataset()):
+        samples = load(source, columns={"image": "image", "answer": "label"})
+        assert [sample.reference for sample in samples] == ["dog"] and set(reasons(samples)) == {1, 2}
 
 
 def test_wrong_columns_are_named_before_any_work(tmp_path):

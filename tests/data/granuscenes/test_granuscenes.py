@@ -15,9 +15,11 @@ from PIL import Image, ImageDraw
 from scipy.stats import binomtest, chisquare
 
 from granulon_hf.data import check, load, prepare
-from granulon_hf.data.granuscenes import cutouts
-from granulon_hf.data.granuscenes import scenes as granuscenes
-from granulon_hf.data.granuscenes.scenes import GranuScenes, Pictures, baselines, by_type, shared
+from granulon_hf.data.granuscenes import GranuScenes, Pictures, baselines, cutouts, granuscenes, shared
+from granulon_hf.data.granuscenes.cutouts import VERSION
+from granulon_hf.data.granuscenes.dataset import by_type, open_scenes
+from granulon_hf.data.granuscenes.questions import ASKED, COLOURS, LETTERS, LEVELS, PHRASINGS, QUESTIONS
+from granulon_hf.data.granuscenes.scenes import SIDE, TAG, draw_tag
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -70,6 +72,7 @@ def encode(scenes):
     return [hashlib.sha256(scenes.encode(scenes[i])).hexdigest() for i in range(3)]
 
 
+@pytest.mark.slow
 def test_another_process_makes_the_same_pixels(drawn):
     scenes = GranuScenes("test", 3, drawn)
     before = pickle.dumps(scenes)
@@ -83,28 +86,28 @@ def test_version(drawn):
     """Where this fails, other scenes are made of the same seed: raise VERSION."""
     scenes = GranuScenes("train", 50, drawn)
     text = repr([[(q.text, q.answer) for q in scene.questions] for scene in scenes])
-    assert (granuscenes.VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == (2, "92245ddd185404c4")
+    assert (VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == (2, "92245ddd185404c4")
 
 
 def test_geometry(drawn):
     visible, counts = [], Counter()
-    down, across = np.mgrid[0 : granuscenes.SIDE, 0 : granuscenes.SIDE] + 0.5
+    down, across = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     for scene in GranuScenes("train", 200, drawn):
         counts[len(scene.things)] += 1
         tags = [tag.centre for thing in scene.things for tag in thing.tags]
         apart = [math.dist(a, b) for i, a in enumerate(tags) for b in tags[:i]]
-        assert min(apart) >= granuscenes.TAG
-        radius = granuscenes.TAG / 2
-        assert all(radius - 0.1 <= value <= granuscenes.SIDE - radius + 0.1 for centre in tags for value in centre)
+        assert min(apart) >= TAG
+        radius = TAG / 2
+        assert all(radius - 0.1 <= value <= SIDE - radius + 0.1 for centre in tags for value in centre)
         covered = np.zeros_like(down, dtype=bool)
         for x, y in tags:
             covered |= np.hypot(across - x, down - y) <= radius
         areas = []
         for thing in scene.things:
             left, top, right, bottom = thing.box
-            assert 0 <= left < right <= granuscenes.SIDE and 0 <= top < bottom <= granuscenes.SIDE
+            assert 0 <= left < right <= SIDE and 0 <= top < bottom <= SIDE
             assert 20 <= max(right - left, bottom - top) <= 90
-            assert all(abs(value - granuscenes.SIDE / 2) > 4 for value in thing.centre)
+            assert all(abs(value - SIDE / 2) > 4 for value in thing.centre)
             mask = np.asarray(drawn.cutout(thing.picture, right - left, bottom - top).getchannel("A")) > 128
             visible.append((mask & ~covered[top:bottom, left:right]).sum() / mask.sum())
             areas.append((right - left) * (bottom - top))
@@ -119,12 +122,12 @@ def test_geometry(drawn):
 def test_every_tag_can_be_read(drawn, side):
     """Of all letters and colours, the right ones are nearest to what is seen, at the size towers squash pictures to."""
     scenes, big = GranuScenes("test_heldout", 12, drawn, side=side), 448
-    diameter = round(granuscenes.TAG * side / granuscenes.SIDE)
+    diameter = round(TAG * side / SIDE)
     scaled = round(diameter * big / side)
     sprites = {
-        (letter, colour): granuscenes.draw_tag(letter, colour, 4 * diameter).resize((scaled, scaled))
-        for letter in granuscenes.LETTERS
-        for colour in granuscenes.COLOURS
+        (letter, colour): draw_tag(letter, colour, 4 * diameter).resize((scaled, scaled))
+        for letter in LETTERS
+        for colour in COLOURS
     }
     inside = np.asarray(next(iter(sprites.values())).getchannel("A")) > 250
     templates = {key: np.asarray(sprite.convert("RGB"), float)[inside] for key, sprite in sprites.items()}
@@ -143,12 +146,12 @@ def test_every_tag_can_be_read(drawn, side):
 def parse(question):
     """The words that were put into the question's phrasing."""
     kind, number = question.phrasing.split("/")
-    template = granuscenes.PHRASINGS[kind][int(number)]
+    template = PHRASINGS[kind][int(number)]
     pattern = re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+?)", re.escape(template))
     return re.fullmatch(pattern, question.text).groupdict()
 
 
-def solve(scene, question, side=granuscenes.SIDE):
+def solve(scene, question, side=SIDE):
     """The answers that the scene allows, from its boxes and tags: one, or the question is no good."""
     words, things = parse(question), scene.things
     kinds = Counter(thing.category for thing in things).most_common()
@@ -188,16 +191,16 @@ def marks(thing, words):
 def test_answers_are_right_and_the_only_ones(drawn, split):
     asked = Counter()
     for scene in GranuScenes(split, 300, drawn, seed=2):
-        assert Counter(q.level for q in scene.questions) == granuscenes.ASKED
-        assert len({q.type for q in scene.questions}) == granuscenes.QUESTIONS == 7
+        assert Counter(q.level for q in scene.questions) == ASKED
+        assert len({q.type for q in scene.questions}) == QUESTIONS == 7
         for question in scene.questions:
             assert solve(scene, question) == {question.answer}, question
             assert question.answer in question.choices and "{" not in question.text
-            assert question.type in granuscenes.LEVELS[question.level]
+            assert question.type in LEVELS[question.level]
             asked[question.type] += 1
         bearers = [parse(q) for q in scene.questions if q.type == "bearer"]
         assert all(sum(marks(thing, words) for thing in scene.things) == 1 for words in bearers)
-    assert set(asked) == set(granuscenes.PHRASINGS) and min(asked.values()) > 150
+    assert set(asked) == set(PHRASINGS) and min(asked.values()) > 150
 
 
 def test_answers_are_balanced(thousands):
@@ -223,7 +226,7 @@ def test_a_leak_is_seen(thousands):
             yield replace(
                 scene,
                 questions=tuple(
-                    replace(q, answer=granuscenes.LETTERS[list(granuscenes.COLOURS).index(parse(q)["colour"])])
+                    replace(q, answer=LETTERS[list(COLOURS).index(parse(q)["colour"])])
                     if q.type == "letter" and number % 2
                     else q
                     for q in scene.questions
@@ -235,9 +238,9 @@ def test_a_leak_is_seen(thousands):
 
 
 def test_phrasings():
-    every = [text for texts in granuscenes.PHRASINGS.values() for text in texts]
-    assert len(set(every)) == len(every) and all(len(texts) >= 6 for texts in granuscenes.PHRASINGS.values())
-    assert set(granuscenes.PHRASINGS) == {kind for kinds in granuscenes.LEVELS.values() for kind in kinds}
+    every = [text for texts in PHRASINGS.values() for text in texts]
+    assert len(set(every)) == len(every) and all(len(texts) >= 6 for texts in PHRASINGS.values())
+    assert set(PHRASINGS) == {kind for kinds in LEVELS.values() for kind in kinds}
 
 
 # --- pictures and splits ------------------------------------------------------------------------------------------------
@@ -348,7 +351,7 @@ def test_load(tmp_path):
     scenes = GranuScenes("test", 12, tmp_path, seed=4, side=128)
     assert len(samples) == 12 * 7
     assert samples[10].to_dict() | {"meta": {}} == scenes.samples(1)[3].to_dict() | {"meta": {}}
-    assert samples[10].id == "test-4-1-3" and samples[10].meta["level"] in granuscenes.LEVELS
+    assert samples[10].id == "test-4-1-3" and samples[10].meta["level"] in LEVELS
     assert samples[10].question == scenes[1].questions[3].text and samples[10].reference in samples[10].choices
     assert open_rgb(samples[10].images[0]).size == (128, 128)
     assert samples[7].images == samples[13].images != samples[14].images
@@ -359,6 +362,23 @@ def test_load(tmp_path):
         load(manifest=samples.manifest)
     assert len(load("granuscenes", source="drawn?scenes=3", limit=5)) == 5
     assert load("granuscenes").source.location.startswith("drawn?")
+
+
+@pytest.mark.parametrize("kind", ["drawn", "folder", "objects alone", "apart"])
+def test_a_location_gives_the_same_scenes(tmp_path, kind):
+    if kind != "drawn":
+        write_pictures(tmp_path / "one")
+    if kind == "apart":
+        (tmp_path / "one" / "backgrounds").rename(tmp_path / "other")
+    pictures = {
+        "drawn": lambda: Pictures(),
+        "folder": lambda: Pictures(folder=tmp_path / "one"),
+        "objects alone": lambda: Pictures(tmp_path / "one" / "objects"),
+        "apart": lambda: Pictures(tmp_path / "one" / "objects", tmp_path / "other"),
+    }[kind]()
+    made = GranuScenes("test", 2, pictures, seed=3, side=128)
+    again = open_scenes(made.location, "test").scenes
+    assert again.location == made.location and again.encode(again[1]) == made.encode(made[1])
 
 
 def test_hold_outs_go_by_scene():
@@ -390,7 +410,7 @@ def test_unknown_split():
 @pytest.mark.parametrize("split", ["train", "test_heldout"])
 def test_prepare_and_check(tmp_path, split):
     manifest = prepare("granuscenes", tmp_path / "out", source="drawn?scenes=6", split=split)
-    assert manifest["prepared"]["samples"] == 42 and f"version={granuscenes.VERSION}" in manifest["source"]
+    assert manifest["prepared"]["samples"] == 42 and f"version={VERSION}" in manifest["source"]
     report = check(tmp_path / "out")
     assert not report.errors
     expected = [sample.reference for sample in load("granuscenes", split, source="drawn?scenes=6")]
@@ -400,12 +420,12 @@ def test_prepare_and_check(tmp_path, split):
 
 def test_the_datasets_have_the_same_rows(tmp_path, monkeypatch, drawn):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    made = granuscenes.granuscenes("validation", 5, drawn, side=128)
+    made = granuscenes("validation", 5, drawn, side=128)
     assert len(made) == 5 and len(made[0]["questions"]) == 7 and made[0]["image"].size == (128, 128)
     scenes = GranuScenes("validation", 5, drawn, side=128)
     assert [q["answer"] for q in made[3]["questions"]] == [q.answer for q in scenes[3].questions]
     assert made[3]["objects"][0]["tags"][1]["letter"] == scenes[3].things[0].tags[1].letter
-    streamed = list(granuscenes.granuscenes("validation", 5, drawn, side=128, streaming=True))
+    streamed = list(granuscenes("validation", 5, drawn, side=128, streaming=True))
     assert [row["questions"] for row in streamed] == list(made["questions"])
     assert streamed[2]["image"].tobytes() == made[2]["image"].tobytes() == scenes.render(scenes[2]).tobytes()
 
@@ -413,7 +433,7 @@ def test_the_datasets_have_the_same_rows(tmp_path, monkeypatch, drawn):
 def test_the_card_says_what_the_set_is():
     from huggingface_hub import DatasetCard
 
-    card = DatasetCard.load(Path(__file__).parents[2] / "cards" / "granuscenes.md")
+    card = DatasetCard.load(Path(__file__).parents[3] / "cards" / "granuscenes.md")
     assert card.data.task_categories == ["visual-question-answering"] and card.data.license
-    for kind in granuscenes.PHRASINGS:
+    for kind in PHRASINGS:
         assert f"`{kind}`" in card.text

@@ -1,0 +1,179 @@
+"""The ten types of questions about a scene, at three levels: their words, their answers and how they are chosen."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from granulon_hf.data.datasets.base import Row, encoded, single_turn
+from granulon_hf.data.granuscenes.cutouts import ALIKE
+from granulon_hf.data.granuscenes.tables import read_table
+from granulon_hf.data.sample import Sample
+
+if TYPE_CHECKING:
+    from granulon_hf.data.granuscenes.scenes import Dice, Thing
+
+AMOUNTS = {"few": (3, 4), "some": (5, 7), "many": (8, 10)}  # least and most objects
+LETTERS = tuple("ACEHLSTX")  # that a small picture keeps apart
+COLOURS = {
+    "red": (214, 30, 36),
+    "orange": (255, 138, 0),
+    "yellow": (255, 228, 30),
+    "green": (22, 140, 50),
+    "blue": (30, 80, 220),
+    "purple": (142, 50, 190),
+    "white": (250, 250, 250),
+    "black": (16, 16, 16),
+}
+QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
+
+LEVELS = {
+    "coarse": ("amount", "majority", "presence"),
+    "middle": ("where", "relation", "largest"),
+    "fine": ("letter", "colour", "bearer", "largest_letter"),
+}
+ASKED = {"coarse": 2, "middle": 2, "fine": 3}
+QUESTIONS = sum(ASKED.values())
+PHRASINGS: dict[str, list[str]] = read_table("phrasings.yaml")
+HELD_PHRASINGS = 2  # the last two of a type are asked in test_heldout alone
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a scene.
+
+    Args:
+        text, answer (`str`): the answer is one of `choices`.
+        type (`str`): one of the ten of `LEVELS`.
+        level (`str`): "coarse", "middle" or "fine".
+        phrasing (`str`): which of the type's `PHRASINGS`, as "type/number".
+        choices (`tuple[str, ...]`): all answers of the type; each is equally likely, whatever the question's words.
+    """
+
+    text: str
+    answer: str
+    type: str
+    level: str
+    phrasing: str
+    choices: tuple[str, ...]
+
+    @property
+    def chance(self) -> float:
+        return 1 / len(self.choices)
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the question's fields as columns of a data set."""
+        fields = asdict(self)
+        return {"question": fields.pop("text"), **fields, "choices": list(self.choices)}
+
+
+def to_sample(row: Row) -> Sample:
+    """Make a sample of one question. Its choices are not listed: every answer is one word (or letter) of a small set."""
+    return single_turn(
+        row,
+        id_column="id",
+        images=[encoded(row["image"])],
+        question=row["question"],
+        answer=row["answer"],
+        task="vqa",
+        choices=row["choices"],
+        meta={name: row[name] for name in ("level", "type", "phrasing", "scene")},
+    )
+
+
+def numbers_of(kind: str, heldout: bool) -> range:
+    """Return which phrasings of a type are asked: the held-out ones, or the others."""
+    seen = len(PHRASINGS[kind]) - HELD_PHRASINGS
+    return range(seen, seen + HELD_PHRASINGS) if heldout else range(seen)
+
+
+def list_choices(kind: str, categories: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the answers that questions of a type can have."""
+    if kind in ("majority", "largest", "bearer"):
+        return categories
+    fixed: dict[str, tuple[str, ...]] = {
+        "amount": tuple(AMOUNTS),
+        "presence": ("yes", "no"),
+        "where": QUARTERS,
+        "relation": ("left", "right"),
+        "colour": tuple(COLOURS),
+    }
+    return fixed.get(kind, LETTERS)
+
+
+def ask(dice: "Dice", things: Sequence["Thing"], categories: tuple[str, ...], side: int, heldout: bool) -> tuple[Question, ...]:
+    """Draw the questions of a scene.
+
+    Args:
+        things (`Sequence[Thing]`): the largest first.
+        categories (`tuple[str, ...]`): all there are, in the scene or not.
+        side (`int`): of the scene, pixels.
+        heldout (`bool`): whether to take the held-out phrasings.
+    """
+    questions = []
+    named = [things[i] for i in nameable([thing.name for thing in things])]
+    for level, kinds in LEVELS.items():
+        left = ASKED[level]
+        for kind in dice.take(kinds):
+            if left and (found := find_answer(dice, kind, things, named, categories, side)):
+                answer, words = found
+                number = dice.pick(numbers_of(kind, heldout))
+                text = PHRASINGS[kind][number].format(**words)
+                questions.append(Question(text, answer, kind, level, f"{kind}/{number}", list_choices(kind, categories)))
+                left -= 1
+    return tuple(questions)
+
+
+def find_answer(
+    dice: "Dice", kind: str, things: Sequence["Thing"], named: list["Thing"], categories: tuple[str, ...], side: int
+) -> tuple[str, dict[str, str]] | None:
+    """Draw an answer and the words that its question needs; `None` if the scene does not allow such a question."""
+    if kind == "amount":
+        return next(name for name, (_, most) in AMOUNTS.items() if len(things) <= most), {}
+    if kind == "majority":
+        return Counter(thing.category for thing in things).most_common(1)[0][0], {}
+    if kind == "presence":
+        there = {thing.category for thing in things}
+        answer = dice.pick(("yes", "no"))
+        asked = dice.pick([name for name in categories if (name in there) == (answer == "yes")])
+        return answer, {"category": asked, "a_category": with_article(asked)}
+    if kind == "where":
+        thing = dice.pick(named)
+        x, y = thing.centre
+        return QUARTERS[2 * (y > side / 2) + (x > side / 2)], {"name": thing.name}
+    if kind == "relation":
+        pairs = [(a, b) for a in named for b in named if abs(a.centre[0] - b.centre[0]) >= 0.12 * side]
+        if not pairs:
+            return None
+        thing, other = dice.pick(pairs)
+        return "left" if thing.centre[0] < other.centre[0] else "right", {"name": thing.name, "other": other.name}
+    if kind == "largest":
+        return things[0].category, {}
+    if kind == "bearer":
+        marks = Counter((tag.letter, tag.colour) for thing in things for tag in thing.tags)
+        unique = [(t, tag) for t in things for tag in t.tags if marks[tag.letter, tag.colour] == 1]
+        if not unique:
+            return None
+        thing, tag = dice.pick(unique)
+        return thing.category, {"letter": tag.letter, "colour": tag.colour}
+    thing = things[0] if kind == "largest_letter" else dice.pick(named)
+    tag = dice.pick(thing.tags)
+    words = {"name": thing.name, "letter": tag.letter, "colour": tag.colour}
+    return tag.colour if kind == "colour" else tag.letter, words
+
+
+def nameable(names: Sequence[str]) -> list[int]:
+    """Return which of the things can be told from all others by name."""
+    counts = Counter(names)
+    return [
+        i
+        for i, name in enumerate(names)
+        if counts[name] == 1 and not any(name in alike and sum(counts[other] for other in alike) > 1 for alike in ALIKE)
+    ]
+
+
+def with_article(noun: str) -> str:
+    """Put "a" or "an" before a noun that takes one."""
+    if noun in ("food", "clothing"):
+        return noun
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
