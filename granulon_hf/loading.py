@@ -57,11 +57,12 @@ def read_model(source: str, dtype: str = "auto", **options: Any) -> tuple[Any, A
         GranulonError: something cannot be read, or weights are missing.
     """
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    auto: Any = AutoModelForImageTextToText
+    model: Any
     if source.startswith(TINY):
         model, processor = variants.build(source.removeprefix(TINY), tiny=True)
         return model if dtype == "auto" else model.to(kind), processor, source
     place = find_source(source)
-    auto: Any = AutoModelForImageTextToText
     try:
         processor = AutoProcessor.from_pretrained(place)
         model = auto.from_pretrained(place, dtype=kind, **options)
@@ -98,12 +99,10 @@ def read_config(source: str) -> GranulonConfig:
         # First as a plain dictionary: another model's config may want to run code of its own, and ask on stdout whether it may.
         model_type = PreTrainedConfig.get_config_dict(place)[0].get("model_type")
     except Exception as error:
-        reason = first_sentence(error)
+        what = f"Cannot find the model {source!r}: neither a folder nor reachable on the Hub"
         if os.path.isdir(place):
-            raise GranulonError(f"The config.json of {source!r} cannot be read ({reason}).") from error
-        raise GranulonError(
-            f"Cannot find the model {source!r}: neither a folder nor reachable on the Hub ({reason})."
-        ) from error
+            what = f"The config.json of {source!r} cannot be read"
+        raise GranulonError(f"{what} ({first_sentence(error)}).") from error
     if model_type != GranulonConfig.model_type:
         raise GranulonError(f"{source!r} is a {model_type or 'nameless'} model, not a Granulon model.")
     try:

@@ -29,7 +29,7 @@ def serve_options() -> inspect.Signature:
     path = Path(str(package and package.origin)).with_name("cli") / "serve.py"
     names: dict[str, Any] = {"__name__": __name__}
     try:
-        statements = [
+        statements: list[ast.stmt] = [
             node
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Import | ast.ClassDef)
