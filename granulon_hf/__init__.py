@@ -64,8 +64,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__, "__version__"})
 
 
-def _register() -> None:
-    """Make the model family known to transformers' Auto classes."""
+def _check_version() -> None:
     import transformers
     from packaging.version import Version
 
@@ -74,6 +73,13 @@ def _register() -> None:
             f"granulon_hf needs transformers >= {MINIMUM_TRANSFORMERS} and found {transformers.__version__}: "
             f"pip install -U 'transformers>={MINIMUM_TRANSFORMERS}'"
         )
+
+
+def _register() -> None:
+    """Make the model family known to transformers' Auto classes."""
+    import transformers
+
+    _check_version()
     classes = {name: getattr(import_module(home), name) for name, home in _HOMES.items()}
     config, model = classes["GranulonConfig"], classes["GranulonForConditionalGeneration"]
     transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -105,6 +111,8 @@ class _RegisterWithAuto:
         return spec
 
 
+if "transformers" in sys.modules:
+    _check_version()
 if _AUTO in sys.modules:
     _register()
 else:

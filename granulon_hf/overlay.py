@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # Easy to tell apart, best ranks first; gray is kept free for what was not kept.
-COLORS = (
+COLOURS = (
     "#e6194b #3cb44b #ffe119 #4363d8 #f58231 #46f0f0 #f032e6 #bcf60c #9a6324 #fabebe "
     "#008080 #911eb4 #ffd8b1 #800000 #aaffc3 #808000 #e6beff #000075 #fffac8 #00a2ff"
 ).split()
@@ -17,10 +17,10 @@ FILL = 0.5  # opacity of a cluster's color
 INK, PAPER = (20, 22, 26), (245, 245, 245)
 
 
-def color(rank: int) -> tuple[int, int, int]:
+def colour(rank: int) -> tuple[int, int, int]:
     """Return the RGB of the cluster with this rank (0 = best); beyond the table, hues a golden angle apart."""
-    if rank < len(COLORS):
-        red, green, blue = bytes.fromhex(COLORS[rank][1:])
+    if rank < len(COLOURS):
+        red, green, blue = bytes.fromhex(COLOURS[rank][1:])
     else:
         hue = int(rank * 0.618034 % 1 * 256)
         red, green, blue = np.asarray(Image.merge("HSV", [Image.new("L", (1, 1), v) for v in (hue, 170, 230)]).convert("RGB"))[
@@ -67,7 +67,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
     gray = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
 
     big = rank.repeat(cell_height, 0).repeat(cell_width, 1)
-    palette = np.array([color(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
+    palette = np.array([colour(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
     kept, paint = (big >= 0)[..., None], palette[big]
     # Half of the photograph's own colors are taken away, so that those of the clusters can be told.
     out = np.where(kept, (1 - FILL) * (pixels + gray) / 2 + FILL * paint, 0.3 * gray + 25)
@@ -79,7 +79,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
 
     for slot in range(rank.max() + 1):
         row, column = _label_cell(rank == slot)
-        badge = _badge(str(slot + 1), color(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
+        badge = _badge(str(slot + 1), colour(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
         corner = (int((column + 0.5) * cell_width - badge.width / 2), int((row + 0.5) * cell_height - badge.height / 2))
         picture.paste(badge, corner, badge)
     if title is None:

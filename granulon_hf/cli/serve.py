@@ -4,14 +4,16 @@ import ast
 import inspect
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from granulon_hf.cli.common import reports_bad_input
 from granulon_hf.errors import GranulonError
 
 
 @reports_bad_input(extra="serve")
-def check(force_model: str | None = None) -> None:
+def check(force_model: Annotated[str | None, typer.Argument()] = None) -> None:
     """Raise GranulonError where no server could be started, before weights are read."""
     from transformers.utils.import_utils import is_serve_available
 

@@ -189,8 +189,8 @@ def broken(tmp_path, photo):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("truncated.jpg", "damaged"),
-        ("truncated.png", "damaged"),
+        ("truncated.jpg", "truncated"),
+        ("truncated.png", "truncated"),
         ("text.jpg", "damaged"),
         ("empty.png", "damaged"),
         ("folder.png", "is a folder"),
@@ -208,7 +208,7 @@ def test_a_decompression_bomb(run, photo, monkeypatch):
 
 def test_an_image_too_thin_to_be_resized(run, tmp_path):
     Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
-    assert_refused(run(tmp_path / "thin.png", QUESTION), "1 x 5000 pixels, too long and thin")
+    assert_refused(run(tmp_path / "thin.png", QUESTION), "1 x 5000 pixels are too long and thin")
 
 
 def test_an_overlay_never_replaces_the_image(run, photo):
