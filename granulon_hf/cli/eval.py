@@ -32,7 +32,7 @@ def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
         raise GranulonError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
         what = f"has the unknown name {unknown[0]!r}" if isinstance(values, dict) else "must map names to values"
-        raise GranulonError(f"{str(path)!r} {what}; the names are {', '.join(sorted(known))}.")
+        raise GranulonError(f"{str(path)!r} {what}; the names are {', '.join(map(repr, sorted(known)))}.")
     return values
 
 
