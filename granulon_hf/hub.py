@@ -17,13 +17,13 @@ import numpy as np
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 import granulon_hf
 from granulon_hf import cards, modeling
 from granulon_hf import export_check as probe
-from granulon_hf.errors import GranulonError
-from granulon_hf.loading import check_config, read_model
+from granulon_hf.errors import GranulonError, one_line
+from granulon_hf.loading import find_source, read_config, read_model
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_adapter, name_backbone
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.training.stages import save_adapter
@@ -81,20 +81,16 @@ def export(
         GranulonError: the source cannot be read, its backbones are not known or not the ones named, the folder is not empty, or
             the exported model says something else than the source.
     """
-    source, folder = os.fspath(source), Path(folder)
+    source, folder = find_source(os.fspath(source)), Path(folder)
     if form not in (None, *FORMS):
         raise GranulonError(f"Unknown form {form!r}; the forms are {', '.join(FORMS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise GranulonError(f"{str(folder)!r} is not an empty folder; name a new one.")
-    try:
-        if name is not None:
-            cards.card_data(name)
-        check_config(source)
-        config = AutoConfig.from_pretrained(source)
-        if name is not None:
-            cards.check_variant(config, name)
-    except (OSError, ValueError) as error:
-        raise GranulonError(" ".join(str(error).split())) from error
+    if name is not None:
+        cards.card_data(name)
+    config = read_config(source)
+    if name is not None:
+        cards.check_variant(config, name)
     trained = find_adapter(source)
     form = form or ("adapter" if trained else "full")
     if backbones and form == "full":
@@ -106,12 +102,9 @@ def export(
             f"The backbone {local[0]!r} is a folder of this machine, which no one else can read: name its repository on the "
             "Hub (--vision org/name, --text org/name), or upload the full form."
         )
-    try:
-        # An adapter whose config names none is read with those that are given.
-        options: dict[str, Any] = {"backbones": named} if trained and config.backbones is None else {}
-        model, processor, _ = read_model(source, **options)
-    except ValueError as error:
-        raise GranulonError(str(error)) from error
+    # An adapter whose config names none is read with those that are given.
+    options: dict[str, Any] = {"backbones": named} if trained and config.backbones is None else {}
+    model, processor, _ = read_model(source, **options)
     expected = probe.logits(model, processor) if validate else {}
     if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
         raise GranulonError(f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken.")
@@ -139,15 +132,13 @@ def export(
         if target.is_dir():
             target.rmdir()
         folder.rename(target)
-    except ValueError as error:
-        raise GranulonError(str(error)) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
 def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: str | None) -> None:
-    """All files of an export but its card."""
+    """Write all files of an export but its card."""
     folder.mkdir(parents=True)
     model.config.auto_map = AUTO_MAP
     model.config.architectures = [type(model).__name__]
@@ -172,7 +163,7 @@ def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: s
 
 
 def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) -> dict[str, Any]:
-    """Both backbones with their commits.
+    """Return both backbones with their commits.
 
     Raises:
         GranulonError: one is not known, or has no commit on the Hub that could be named.
@@ -199,7 +190,7 @@ def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) 
 
 
 def licence() -> str:
-    """The licence of the code, as installed or in the checkout."""
+    """Read the license of the code, as installed or in the checkout."""
     try:
         found = [file for file in files("granulon-hf") or [] if file.name == "LICENSE"]
     except PackageNotFoundError:
@@ -233,7 +224,7 @@ def check_export(folder: Path) -> None:
 
 
 def auto_maps(content: Any) -> Iterator[Any]:
-    """Every `auto_map` in a JSON value, at any depth."""
+    """Find every `auto_map` in a JSON value, at any depth."""
     if isinstance(content, dict):
         if content.get("auto_map"):
             yield content["auto_map"]
@@ -324,7 +315,7 @@ def is_replaced(file: str) -> bool:
 
 
 def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]:
-    """The full name of a repository that may be written, and its files, before anything is computed.
+    """Return the full name of a repository that may be written, and its files, before anything is computed.
 
     Raises:
         GranulonError: the name is not valid, there is no login, the repository is not as private as was meant, or it holds
@@ -336,7 +327,7 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
     except LocalTokenNotFoundError:
         raise GranulonError("No login on the Hub: run `hf auth login`, or set HF_TOKEN.") from None
     except Exception as error:
-        raise GranulonError(f"The Hub does not accept the login ({' '.join(str(error).split())[:200]}).") from error
+        raise GranulonError(f"The Hub does not accept the login ({one_line(error)[:200]}).") from error
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
@@ -359,8 +350,8 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises GranulonError for a name that no repository can have."""
+    """Raise GranulonError for a name that no repository can have."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise GranulonError(f"{repo_id!r} is not a name of a repository: {' '.join(str(error).split())}") from None
+        raise GranulonError(f"{repo_id!r} is not a name of a repository: {one_line(error)}") from None

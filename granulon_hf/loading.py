@@ -1,74 +1,118 @@
-"""Loading a model for evaluation, with one sentence for everything that is wrong."""
+"""Find, check and load models: a Hub id, a folder in either form, "tiny:<variant>" or "demo".
+
+A "tiny:" model is a variant of the paper at toy size with random weights; "demo" is the embedded demo model, which is assembled
+at first use.
+"""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
 
-import granulon_hf
 from granulon_hf import variants
+from granulon_hf.errors import GranulonError, first_sentence, one_line
+from granulon_hf.modeling.configuration_granulon import GranulonConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+TINY, DEMO = "tiny:", "demo"
+
+
+def check_models(sources: Sequence[str], device: str = "auto", dtype: str = "auto") -> None:
+    """Raise GranulonError for what can be seen to be wrong before weights are read."""
+    if dtype not in DTYPES:
+        raise GranulonError(f"Unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
+    pick_device(device)
+    for source in sources:
+        if source.startswith(TINY):
+            variants.parse(source.removeprefix(TINY))
+        else:
+            read_config(source)
 
 
 def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any, str]:
-    """A Granulon model in eval mode, its processor, and a name for tables.
+    """Load a Granulon model in eval mode, its processor, and a name for tables.
 
     Args:
-        source (`str`): folder or Hub id, or "tiny:<variant>" for a variant at toy size with random weights.
+        source (`str`): folder or Hub id, "demo", or "tiny:<variant>".
         device (`str`): "cpu", "cuda", "cuda:1", "mps", or "auto".
         dtype (`str`): "auto" is the checkpoint's own on an accelerator and float32 on a CPU, where batches of another size
             would otherwise round differently, and now and then choose another word.
 
     Raises:
-        ValueError: an unknown device, dtype or variant, a folder without a Granulon model, or weights that are missing.
+        GranulonError: an unknown device, dtype or variant, a folder without a Granulon model, or weights that are missing.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
+    check_models([source], device, dtype)
     place = pick_device(device)
-    if source.startswith("tiny:"):
-        model: Any
-        model, processor = variants.build(source.removeprefix("tiny:"), tiny=True)
-        return model.to(place).eval(), processor, source
-    check_config(source)
     model, processor, name = read_model(source, "float32" if dtype == "auto" and place.type == "cpu" else dtype)
     return model.to(place), processor, name
 
 
 def read_model(source: str, dtype: str = "auto", **options: Any) -> tuple[Any, Any, str]:
-    """As [`load_model`], on the CPU and in the checkpoint's own dtype; `options` are of `from_pretrained`.
+    """Load as [`load_model`] does, but onto the CPU and in the checkpoint's own dtype; `options` are of `from_pretrained`.
 
     Raises:
-        ValueError: something cannot be read, or weights are missing.
+        GranulonError: something cannot be read, or weights are missing.
     """
-    auto: Any = granulon_hf.AutoModelForVision2Seq
     kind = dtype if dtype == "auto" else getattr(torch, dtype)
+    auto: Any = AutoModelForImageTextToText
+    model: Any
+    if source.startswith(TINY):
+        model, processor = variants.build(source.removeprefix(TINY), tiny=True)
+        return model if dtype == "auto" else model.to(kind), processor, source
+    place = find_source(source)
     try:
-        processor = AutoProcessor.from_pretrained(source)
-        model = auto.from_pretrained(source, dtype=kind, **options)
+        processor = AutoProcessor.from_pretrained(place)
+        model = auto.from_pretrained(place, dtype=kind, **options)
     except Exception as error:  # whatever the readers raise
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
-    return model.eval(), processor, Path(source).name if os.path.isdir(source) else source
+        reason = f"{type(error).__name__}: {first_sentence(error)}"
+        raise GranulonError(f"The model {source!r} is incomplete or damaged ({reason}).") from error
+    name = "granulon-demo" if source == DEMO else Path(place).name if os.path.isdir(place) else source
+    return model.eval(), processor, name
 
 
-def check_config(source: str) -> None:
-    """Raises ValueError where there is no Granulon model, before any weight is read."""
-    if os.path.isdir(source) and not (Path(source) / "config.json").is_file():
-        raise ValueError(f"The folder {source!r} holds no model: it has no config.json.")
+def find_source(source: str) -> str:
+    """Return the folder or Hub id that `from_pretrained` takes for a source; the demo model is assembled if need be."""
+    if source != DEMO:
+        return os.path.expanduser(source)
+    from granulon_hf.demo_model import demo_folder  # timm and what else only this model needs
+
+    return str(demo_folder())
+
+
+def read_config(source: str) -> GranulonConfig:
+    """Read the configuration of a Granulon model.
+
+    Raises:
+        GranulonError: there is none, or it is another kind of model.
+    """
+    if source.startswith(TINY):
+        return variants.build(source.removeprefix(TINY), tiny=True)[0].config
+    place = find_source(source)
+    if os.path.isfile(place):
+        raise GranulonError(f"{source!r} is a file; give the folder that it is in.")
+    if os.path.isdir(place) and not (Path(place) / "config.json").is_file():
+        raise GranulonError(f"The folder {source!r} holds no model: it has no config.json.")
     try:
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        # First as a plain dictionary: another model's config may want to run code of its own, and ask on stdout whether it may.
+        model_type = PreTrainedConfig.get_config_dict(place)[0].get("model_type")
     except Exception as error:
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise ValueError(f"Cannot find the model {source!r}: neither a folder nor reachable on the Hub ({reason}).") from error
-    if model_type != granulon_hf.GranulonConfig.model_type:
-        raise ValueError(f"{source!r} is a {model_type or 'nameless'} model, not a Granulon model.")
+        what = f"Cannot find the model {source!r}: neither a folder nor reachable on the Hub"
+        if os.path.isdir(place):
+            what = f"The config.json of {source!r} cannot be read"
+        raise GranulonError(f"{what} ({first_sentence(error)}).") from error
+    if model_type != GranulonConfig.model_type:
+        raise GranulonError(f"{source!r} is a {model_type or 'nameless'} model, not a Granulon model.")
+    try:
+        return AutoConfig.from_pretrained(place)
+    except Exception as error:
+        raise GranulonError(f"The config.json of {source!r} is not valid: {one_line(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
-    """Raises ValueError where there is no such device."""
+    """Return a device that works, or raise GranulonError."""
     if name == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -76,5 +120,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.ones(1, device=device).item()  # "meta" has no numbers to give
     except Exception:
-        raise ValueError(f"There is no usable device {name!r} here; try --device cpu.") from None
+        raise GranulonError(f"There is no usable device {name!r} here; try --device cpu.") from None
     return device

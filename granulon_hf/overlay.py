@@ -8,17 +8,17 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Told apart at a glance, best ranks first; grey is kept free for what was not kept.
+# Easy to tell apart, best ranks first; gray is kept free for what was not kept.
 COLOURS = (
     "#e6194b #3cb44b #ffe119 #4363d8 #f58231 #46f0f0 #f032e6 #bcf60c #9a6324 #fabebe "
     "#008080 #911eb4 #ffd8b1 #800000 #aaffc3 #808000 #e6beff #000075 #fffac8 #00a2ff"
 ).split()
-FILL = 0.5  # opacity of a cluster's colour
+FILL = 0.5  # opacity of a cluster's color
 INK, PAPER = (20, 22, 26), (245, 245, 245)
 
 
 def colour(rank: int) -> tuple[int, int, int]:
-    """RGB of the cluster with this rank (0 = best); beyond the table, hues a golden angle apart."""
+    """Return the RGB of the cluster with this rank (0 = best); beyond the table, hues a golden angle apart."""
     if rank < len(COLOURS):
         red, green, blue = bytes.fromhex(COLOURS[rank][1:])
     else:
@@ -30,7 +30,7 @@ def colour(rank: int) -> tuple[int, int, int]:
 
 
 def ranks(aggregation, index: int = 0) -> np.ndarray:
-    """Rank of the kept cluster that each patch belongs to, 0 the best and -1 where its cluster was not kept; shape [H x W].
+    """Return the rank of the kept cluster of each patch, 0 the best and -1 where its cluster was not kept; shape [H x W].
 
     Args:
         aggregation ([`GranulonAggregation`]): clusters of one or more images.
@@ -45,7 +45,7 @@ def ranks(aggregation, index: int = 0) -> np.ndarray:
 
 
 def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str | None = None, size: int = 896) -> Image.Image:
-    """The kept clusters over the photograph, each in its colour with its rank (1 = best); the rest grey and dimmed.
+    """Draw the kept clusters over the photograph, each in its color with its rank (1 = best); the rest is gray and dim.
 
     Args:
         image (`PIL.Image.Image`): the picture that the grid covers: what the model saw ([`model_view`]), not the whole file.
@@ -64,14 +64,14 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
     cell = min(cell_width, cell_height)
     photo = image.convert("RGB").resize((width * cell_width, height * cell_height), Image.Resampling.LANCZOS)
     pixels = np.asarray(photo, dtype=np.float32)
-    grey = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
+    gray = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
 
     big = rank.repeat(cell_height, 0).repeat(cell_width, 1)
     palette = np.array([colour(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
     kept, paint = (big >= 0)[..., None], palette[big]
-    # Half of the photograph's own colours are taken away, so that those of the clusters can be told.
-    out = np.where(kept, (1 - FILL) * (pixels + grey) / 2 + FILL * paint, 0.3 * grey + 25)
-    # An outline in the cluster's full colour inside its edge, and a dark hairline between neighbours.
+    # Half of the photograph's own colors are taken away, so that those of the clusters can be told.
+    out = np.where(kept, (1 - FILL) * (pixels + gray) / 2 + FILL * paint, 0.3 * gray + 25)
+    # An outline in the cluster's full color inside its edge, and a dark hairline between neighbours.
     hairline = max(1, cell // 48)
     out = np.where(kept & _near_edge(big, min(4 * hairline, cell // 3))[..., None], paint, out)
     out = np.where(_near_edge(big, hairline)[..., None], np.array(INK, dtype=np.float32), out)
@@ -89,7 +89,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
 
 
 def _near_edge(big: np.ndarray, reach: int) -> np.ndarray:
-    """True within `reach` pixels of a pixel of another cluster."""
+    """Return where a pixel lies within `reach` pixels of a pixel of another cluster."""
     rows, columns = big.shape
     padded = np.pad(big, reach, mode="edge")
     shifts = [(y, x) for y in (0, reach, 2 * reach) for x in (0, reach, 2 * reach)]
@@ -97,7 +97,7 @@ def _near_edge(big: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _label_cell(member: np.ndarray) -> tuple[int, int]:
-    """The cell for a cluster's number: the member nearest to the centroid, inner cells before those at an edge."""
+    """Choose the cell for a cluster's number: the member nearest to the centroid, inner cells before those at an edge."""
     cells = np.argwhere(member)
     padded = np.pad(member, 1)
     shifts = [(y, x) for y in range(3) for x in range(3)]
@@ -112,7 +112,7 @@ def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _badge(text: str, fill: tuple[int, int, int], diameter: int) -> Image.Image:
-    """A round label, RGBA; drawn four times as large, since Pillow's shapes have hard edges."""
+    """Draw a round label, RGBA; drawn four times as large, since Pillow's shapes have hard edges."""
     large = diameter * 4
     badge = Image.new("RGBA", (large, large), (*INK, 0))
     draw = ImageDraw.Draw(badge)
@@ -148,11 +148,11 @@ def _with_title(picture: Image.Image, title: str, legend: str) -> Image.Image:
 
 
 def model_view(image_processor, image: Image.Image, pixel_values, size: int = 896) -> Image.Image:
-    """What the model saw of an image, from the original at a resolution worth looking at.
+    """Return what the model saw of an image, from the original at a resolution worth looking at.
 
     Where the whole image was only squeezed, that is the image itself, in its own proportions. Else the image processor itself
     is asked for the same resize and crop at a multiple of its size; where it does not scale that way, the pixel values are
-    de-normalised.
+    de-normalized.
 
     Args:
         image_processor: that of the model's processor.
@@ -180,7 +180,7 @@ def model_view(image_processor, image: Image.Image, pixel_values, size: int = 89
 
 
 def side_by_side(pictures: list[Image.Image], gap: int = 16) -> Image.Image:
-    """Pictures in one row, top-aligned."""
+    """Paste pictures in one row, top-aligned."""
     row = Image.new("RGB", (sum(p.width + gap for p in pictures) - gap, max(p.height for p in pictures)), INK)
     left = 0
     for picture in pictures:

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast, set_seed
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
@@ -123,11 +124,11 @@ def parse(name: str) -> tuple[Encoder, Decoder]:
     """Look up a variant such as `granulon-qwen2.5`.
 
     Raises:
-        ValueError: an unknown name; the message lists all.
+        GranulonError: an unknown name; the message lists all.
     """
     encoder, _, decoder = name.partition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
-        raise ValueError(f"Unknown variant {name!r}; the variants are {', '.join(NAMES)}.")
+        raise GranulonError(f"Unknown variant {name!r}; the variants are {', '.join(NAMES)}.")
     return ENCODERS[encoder], DECODERS[decoder]
 
 

@@ -29,6 +29,7 @@ import numpy as np, torch
 from huggingface_hub import HfApi
 from granulon_hf import GranulonForConditionalGeneration, GranulonProcessor, hub
 from granulon_hf import export_check as probe
+from granulon_hf.errors import GranulonError
 from granulon_hf.training.stages import save_adapter
 
 folder = Path(sys.argv[1])

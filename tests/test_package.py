@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import transformers
 import typer
 from rich.text import Text
 
@@ -50,12 +51,70 @@ def test_import_rules():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_an_old_transformers_is_refused_with_the_remedy():
-    script = "import transformers; transformers.__version__ = '4.57.0'; import granulon_hf"
+OLD = "import transformers; transformers.__version__ = '4.57.0'"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [
+        f"{OLD}; import granulon_hf",
+        f"import granulon_hf; {OLD}; granulon_hf.GranulonConfig",
+        f"import granulon_hf; {OLD}; transformers.AutoConfig",
+        f"import granulon_hf; {OLD}; import granulon_hf.modeling.processing_granulon",
+    ],
+)
+def test_an_old_transformers_is_refused_with_the_remedy(script):
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "ImportError: granulon_hf needs transformers >= " in done.stderr
     assert "pip install -U" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import granulon_hf, transformers",
+        "import transformers, granulon_hf",
+        "from transformers import AutoConfig; import granulon_hf, transformers",
+        "import granulon_hf.modeling.aggregation_granulon, transformers",
+        "from granulon_hf import AutoModelForVision2Seq, GranulonConfig; import transformers",
+    ],
+)
+def test_importing_the_package_registers_it(imports, build, tmp_path):
+    """In whatever order; nothing of the package but its name has to be used."""
+    for part in build():
+        part.save_pretrained(tmp_path)
+    script = f"""
+{imports}
+import pickle, sys
+where = sys.argv[1]
+config = transformers.AutoConfig.from_pretrained(where)
+processor = transformers.AutoProcessor.from_pretrained(where)
+model = transformers.AutoModelForImageTextToText.from_pretrained(where)
+for auto in (transformers.AutoModel, transformers.AutoModelForImageTextToText, transformers.AutoModelForMultimodalLM):
+    assert type(config) in auto._model_mapping
+assert pickle.loads(pickle.dumps(config)).to_dict() == config.to_dict()
+print(*(type(one).__module__ + "." + type(one).__name__ for one in (config, processor, model)))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [
+        "granulon_hf.modeling.configuration_granulon.GranulonConfig",
+        "granulon_hf.modeling.processing_granulon.GranulonProcessor",
+        "granulon_hf.modeling.modeling_granulon.GranulonForConditionalGeneration",
+    ], done.stderr
+
+
+def test_names_of_the_package_are_those_of_its_modules():
+    import granulon_hf
+    from granulon_hf.modeling.configuration_granulon import GranulonConfig
+
+    assert granulon_hf.GranulonConfig is GranulonConfig
+    assert granulon_hf.AutoModelForVision2Seq is transformers.AutoModelForImageTextToText
+    assert set(granulon_hf.__all__) <= set(dir(granulon_hf))
+    assert all(hasattr(granulon_hf, name) for name in granulon_hf.__all__)
+    assert not hasattr(granulon_hf, "GranulonTokenizer")
 
 
 def test_the_minimum_of_transformers_is_stated_once():

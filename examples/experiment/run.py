@@ -29,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from granulon_hf.data.granuscenes.cutouts import VERSION
 from granulon_hf.data.granuscenes.questions import LEVELS as QUESTION_LEVELS
-from granulon_hf.demo_model import MissingBackbones
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 from granulon_hf.training.run import versions
@@ -302,8 +301,6 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
 if __name__ == "__main__":
     try:
         main()
-    except MissingBackbones as error:
-        sys.exit(f"Error: the vision tower's weights are not installed; run: {error}")
     except (GranulonError, ValueError) as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

@@ -1,4 +1,8 @@
-"""The `granulon` command: one module per subcommand."""
+"""The `granulon` command: one module per subcommand.
+
+Modules here import nothing that takes long at their top, since `granulon --help` has to be there at once: what a command works
+with is imported when it runs.
+"""
 
 import sys
 from typing import Annotated
@@ -49,9 +53,9 @@ def root(
 
 
 def main() -> None:
-    """Entry point of the `granulon` script and of `python -m granulon_hf`."""
+    """Run the command line that the process was started with."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # an answer must not be lost to a terminal that knows fewer characters
             stream.reconfigure(errors="replace")
-    # Most of a short command's time is gone before this line: `ask` counts from when the process began.
+    # Starting takes a while: `ask` counts from when the process began.
     app(prog_name="granulon", obj=psutil.Process().create_time())

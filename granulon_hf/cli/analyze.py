@@ -1,27 +1,18 @@
 """`granulon analyze`: what goes on inside: alignment layer by layer, and what the levels are worth."""
 
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import check_models, check_out, one_line, plain_warnings, reports_bad_input
+from granulon_hf.cli.common import Debug, Device, check_out, plain_warnings, progress_bar, quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
 
-app = typer.Typer(
-    help="Look inside: alignment layer by layer, and what granularity levels are worth.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(help="Look inside: alignment layer by layer, and what granularity levels are worth.", no_args_is_help=True)
 DEFAULT_SAMPLES = 100  # of drawn scenes, of which there is no end
 
 Data = Annotated[str, typer.Option(help="A data set (a-okvqa, …), a prepared folder, a chat.json, or shapes: drawn scenes.")]
@@ -29,45 +20,18 @@ Out = Annotated[Path, typer.Option(help="Folder to write; the same command goes 
 Limit = Annotated[int | None, typer.Option(help="Samples, drawn uniformly.", min=1)]
 Batch = Annotated[int, typer.Option(help="Samples at once; results do not depend on it.", min=1)]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-
-
-@contextmanager
-def plain_errors() -> Iterator[None]:
-    """What the package says in one sentence is what the command says."""
-    try:
-        yield
-    except (GranulonError, ValueError) as error:
-        raise GranulonError(one_line(error)) from error
-    except ModuleNotFoundError as error:
-        if error.name not in ("datasets", "pyarrow", "matplotlib"):
-            raise
-        raise GranulonError("This needs the packages of evaluation: pip install 'granulon-hf[eval]'.") from error
-    except KeyboardInterrupt:
-        typer.echo("Interrupted; what is done is kept: run the same command again to go on.", err=True)
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def progress_bar(what: str, total: int | None) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(escape(what), total=total)
-        yield lambda count: bar.advance(task, count)
 
 
 def open_data(name: str, split: str | None, source: str | None, limit: int | None, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Samples, at least one of which can be used, and what describes them.
+    """Open samples, at least one of which can be used, and describe them.
 
     Raises:
         ValueError: there is no such set, or nothing in it.
     """
     from granulon_hf.evaluation.sets import no_sample, open_samples
 
-    with plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
+    with plain_warnings():
         samples: Any = open_samples(name, drawn=DEFAULT_SAMPLES, seed=seed, limit=limit, split=split, source=source)
     if next(iter(samples), None) is None:
         raise no_sample(name, samples)
@@ -85,33 +49,13 @@ def show_left_out(console: Console, name: str, samples: Any) -> None:
         console.print(escape(line), style="yellow", soft_wrap=True)
 
 
-def model_folder(source: str) -> str:
-    """Where a model is; the demo model is assembled if need be.
-
-    Raises:
-        GranulonError: the demo's backbones are not installed.
-    """
-    if source != "demo":
-        return os.path.expanduser(source)
-    from granulon_hf.demo import MissingBackbones, demo_folder
-
-    try:
-        return str(demo_folder())
-    except MissingBackbones as error:
-        raise GranulonError(f"The demo model needs two packages with weights; run: {error}") from None
-
-
 def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str, Any]]:
-    """Model, processor, name and description, without the readers' own bars and notes."""
-    from transformers.utils import logging
-
+    """Load model and processor, and return a name and a description too, without the readers' own bars and notes."""
     from granulon_hf.evaluation.answer import describe_model
     from granulon_hf.loading import load_model
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    model, processor, name = load_model(model_folder(source), device, dtype)
-    name = "granulon-demo" if source == "demo" else name
+    quiet()
+    model, processor, name = load_model(source, device, dtype)
     return model, processor, name, describe_model(source, model)
 
 
@@ -120,7 +64,7 @@ def slug(name: str) -> str:
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="eval", resumes=True)
 def alignment(
     model: Annotated[list[str], typer.Option(help="Hub id, folder, demo or tiny:VARIANT; repeat it to compare several.")],
     out: Out,
@@ -143,32 +87,30 @@ def alignment(
     debug: Debug = False,
 ) -> None:
     """Cosine between a model's states and those of the reference text, layer by layer: heatmaps and mean curves."""
-    with plain_errors():
-        from granulon_hf.evaluation.alignment import Alignment, AlignmentRun, report
-        from granulon_hf.evaluation.answer import Generation
-        from granulon_hf.evaluation.sets import left_out
+    from granulon_hf.evaluation.alignment import Alignment, AlignmentRun, report
+    from granulon_hf.evaluation.answer import Generation
+    from granulon_hf.evaluation.sets import left_out
+    from granulon_hf.loading import check_models
 
-        what = Alignment(answer, tokens, Generation(max_new_tokens, granularity, batch_size=batch_size))
-        if len(set(model)) < len(model):
-            raise GranulonError("--model names the same model twice.")
-        check_out(out)
-        check_models(model, device, dtype)
-        samples, described = open_data(data, split, source, limit, seed)
-        runs: dict[str, AlignmentRun] = {}
-        for where in model:
-            loaded, processor, name, description = load(where, device, dtype)
-            if granularity is not None and granularity not in loaded.config.level_names:
-                known = ", ".join(loaded.config.level_names) or "none"
-                raise GranulonError(f"Unknown granularity {granularity!r}; the levels of {name} are {known}.")
-            name = name if name not in runs else where  # two folders of the same name
-            run = AlignmentRun(
-                out / "cosines" / slug(name), {"model": description, "data": described, "settings": what.settings()}
-            )
-            with progress_bar(name, total=len(samples)) as advance:
-                run.run(loaded, processor, samples, what, advance)
-            runs[name] = run
-            del loaded
-        summary = report(out, runs, left_out(samples))
+    what = Alignment(answer, tokens, Generation(max_new_tokens, granularity, batch_size=batch_size))
+    if len(set(model)) < len(model):
+        raise GranulonError("--model names the same model twice.")
+    check_out(out)
+    check_models(model, device, dtype)
+    samples, described = open_data(data, split, source, limit, seed)
+    runs: dict[str, AlignmentRun] = {}
+    for where in model:
+        loaded, processor, name, description = load(where, device, dtype)
+        if granularity is not None and granularity not in loaded.config.level_names:
+            known = ", ".join(loaded.config.level_names) or "none"
+            raise GranulonError(f"Unknown granularity {granularity!r}; the levels of {name} are {known}.")
+        name = name if name not in runs else where  # two folders of the same name
+        run = AlignmentRun(out / "cosines" / slug(name), {"model": description, "data": described, "settings": what.settings()})
+        with progress_bar(name, len(samples)) as update:
+            run.run(loaded, processor, samples, what, lambda done: update(advance=done))
+        runs[name] = run
+        del loaded
+    summary = report(out, runs, left_out(samples))
     console = Console(highlight=False)
     show_left_out(console, data, samples)
     show_alignment(console, summary, out)
@@ -197,7 +139,7 @@ def show_alignment(console: Console, summary: dict[str, Any], out: Path) -> None
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """`"5,10"` as `[5, 10]`; none of "none".
+    """Read `"5,10"` as `[5, 10]`, and "none" as no number.
 
     Raises:
         GranulonError: something else.
@@ -213,7 +155,7 @@ def numbers(text: str, option: str) -> list[int]:
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="eval", resumes=True)
 def granularity(
     model: Annotated[str, typer.Option(help="Hub id, folder, demo or tiny:VARIANT; with granularity levels.")],
     out: Out,
@@ -236,51 +178,51 @@ def granularity(
     debug: Debug = False,
 ) -> None:
     """Which levels are chosen, what the choice is worth against fixed levels and an oracle, and a sweep over clusters."""
-    with plain_errors():
-        from granulon_hf.evaluation import granularity as work
-        from granulon_hf.evaluation.answer import Generation
-        from granulon_hf.evaluation.sets import left_out
+    from granulon_hf.evaluation import granularity as work
+    from granulon_hf.evaluation.answer import Generation
+    from granulon_hf.evaluation.sets import left_out
+    from granulon_hf.loading import check_models
 
-        scorer, fields = work.find_scorer(score), by or ["task"]
-        betas, slots = numbers(beta, "--beta"), numbers(k, "--k") if k is not None else None
-        cells = work.sweep_cells(betas, slots)
-        check_out(out)
-        check_models([model], device, dtype)
-        opened, described = open_data(data, split, source, limit, seed)
-        samples = list(opened)
-        for name in fields:
-            if name != "task" and not any(name in sample.meta for sample in samples):
-                known = sorted({field for sample in samples for field in sample.meta})
-                raise GranulonError(f"No sample has the field {name!r}; there are {', '.join(['task', *known])}.")
-        if score == "option_accuracy" and not all(sample.choices for sample in samples):
-            raise GranulonError("--score option_accuracy needs samples with choices; use auto.")
-        loaded, processor, name, description = load(model, device, dtype)
-        total = len(samples) * (len(loaded.config.granularity_levels) + (1 + len(cells) if cells else 0))
-        with progress_bar(name, total) as advance:
-            analysis = work.GranularityAnalysis(
-                loaded,
-                processor,
-                samples,
-                out / "answers",
-                {"model": description, "data": described},
-                Generation(max_new_tokens, batch_size=batch_size),
-                scorer,
-                fields,
-                advance,
-            )
-            found = analysis.levels()
-            swept = analysis.sweep(betas, slots, alpha) if cells else []
-        settings: dict[str, Any] = {"model": description, "data": described, "generation": analysis.generation.settings()}
-        settings |= {
-            "left_out": left_out(opened),
-            "score": score,
-            "levels": loaded.config.granularity_levels,
-            "alpha": alpha,
-            "beta": betas,
-            "k": slots,
-        }
-        title = f"Granularity of {name} on {data}, {len(samples)} samples"
-        result = work.report(out, found, swept, fields, title, settings)
+    scorer, fields = work.find_scorer(score), by or ["task"]
+    betas, slots = numbers(beta, "--beta"), numbers(k, "--k") if k is not None else None
+    cells = work.sweep_cells(betas, slots)
+    check_out(out)
+    check_models([model], device, dtype)
+    opened, described = open_data(data, split, source, limit, seed)
+    samples = list(opened)
+    for name in fields:
+        if name != "task" and not any(name in sample.meta for sample in samples):
+            known = sorted({field for sample in samples for field in sample.meta})
+            raise GranulonError(f"No sample has the field {name!r}; there are {', '.join(['task', *known])}.")
+    if score == "option_accuracy" and not all(sample.choices for sample in samples):
+        raise GranulonError("--score option_accuracy needs samples with choices; use auto.")
+    loaded, processor, name, description = load(model, device, dtype)
+    total = len(samples) * (len(loaded.config.granularity_levels) + (1 + len(cells) if cells else 0))
+    with progress_bar(name, total) as update:
+        analysis = work.GranularityAnalysis(
+            loaded,
+            processor,
+            samples,
+            out / "answers",
+            {"model": description, "data": described},
+            Generation(max_new_tokens, batch_size=batch_size),
+            scorer,
+            fields,
+            lambda done: update(advance=done),
+        )
+        found = analysis.levels()
+        swept = analysis.sweep(betas, slots, alpha) if cells else []
+    settings: dict[str, Any] = {"model": description, "data": described, "generation": analysis.generation.settings()}
+    settings |= {
+        "left_out": left_out(opened),
+        "score": score,
+        "levels": loaded.config.granularity_levels,
+        "alpha": alpha,
+        "beta": betas,
+        "k": slots,
+    }
+    title = f"Granularity of {name} on {data}, {len(samples)} samples"
+    result = work.report(out, found, swept, fields, title, settings)
     console = Console(highlight=False)
     show_left_out(console, data, opened)
     show_granularity(console, result, out)

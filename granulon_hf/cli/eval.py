@@ -10,14 +10,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import check_models, check_out, loader, one_line, plain_warnings, reports_bad_input
-from granulon_hf.errors import GranulonError
+from granulon_hf.cli.common import Debug, check_out, plain_warnings, quiet, reports_bad_input
+from granulon_hf.errors import GranulonError, one_line
 
 app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
 
 
 def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
-    """Values of a YAML file.
+    """Read the values of a YAML file.
 
     Raises:
         GranulonError: no such file, no YAML, or a name that does not exist.
@@ -31,13 +31,13 @@ def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
     except Exception as error:
         raise GranulonError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-        what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
-        raise GranulonError(f"{str(path)!r} holds {what}; the names are {', '.join(sorted(known))}.")
+        what = f"has the unknown name {unknown[0]!r}" if isinstance(values, dict) else "must map names to values"
+        raise GranulonError(f"{str(path)!r} {what}; the names are {', '.join(map(repr, sorted(known)))}.")
     return values
 
 
 def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    """Values of a file as the command line would have them: of their types, within their bounds, one as a list of one.
+    """Return the values of a file as the command line would: of their types, within their bounds, one as a list of one.
 
     Raises:
         GranulonError: a value that the option does not take.
@@ -60,7 +60,7 @@ def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> 
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="eval", resumes=True)
 def run(
     ctx: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="YAML with the options below as names; the line wins.")] = None,
@@ -86,18 +86,17 @@ def run(
     judge_max_cost: Annotated[float | None, typer.Option(help="USD for each model and set.", min=0)] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Encoder of BERTScore. \\[roberta-large]")] = None,
     bertscore_layers: Annotated[int | None, typer.Option(help="Its layer, for a folder.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Answer, score, compare. A stopped run goes on.
 
     Several GPUs: accelerate launch -m granulon_hf eval run … Several processes on a CPU, where accelerate starts only one:
     torchrun --nproc_per_node 2 -m granulon_hf eval run …
     """
-    try:
-        from granulon_hf.evaluation.answer import Generation
-        from granulon_hf.evaluation.benchmark import Suite, make_table, run_suite
-    except ImportError as error:
-        raise GranulonError(f'Evaluation needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
+    from granulon_hf.evaluation.answer import Generation
+    from granulon_hf.evaluation.benchmark import Suite, make_table, run_suite
+    from granulon_hf.loading import check_models, load_model
+
     said = {name: value for name, value in locals().items() if name in OPTIONS and value is not None and value != []}
     options = {**converted(ctx, read_yaml(config, OPTIONS), config), **said}
     generation = {name: options.pop(name) for name in ("max_new_tokens", "granularity", "batch_size") if name in options}
@@ -105,15 +104,13 @@ def run(
     judged |= {"max_cost": options.pop("judge_max_cost", None)}
     names = {"model": "models", "metric": "metrics"}
     options = {names.get(name, name): value for name, value in options.items()}
-    try:
-        suite = Suite(
-            **{"models": [], "data": [], "out": "eval", **options},
-            generation=Generation(**generation),
-            judge={k: v for k, v in judged.items() if v is not None} if judged["model"] else None,
-        )
-    except (TypeError, ValueError) as error:
-        raise GranulonError(one_line(error)) from None
+    suite = Suite(
+        **{"models": [], "data": [], "out": "eval", **options},
+        generation=Generation(**generation),
+        judge={k: v for k, v in judged.items() if v is not None} if judged["model"] else None,
+    )
     check_out(Path(suite.out))
+    quiet()
     main = int(os.environ.get("RANK", 0)) == 0
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bars: dict[str, Any] = {}
@@ -128,11 +125,8 @@ def run(
             if main:
                 progress.console.print(escape(line), soft_wrap=True)
 
-        try:
-            with plain_warnings(lambda line: on_set(f"Note: {line}")):
-                result = run_suite(suite, loader, on_progress, on_set, check_models)
-        except (ImportError, ValueError) as error:
-            raise GranulonError(one_line(error).replace("source=…", "--data NAME=FOLDER")) from None
+        with plain_warnings(lambda line: on_set(f"Note: {line}")):
+            result = run_suite(suite, load_model, on_progress, on_set, check_models)
     if main:
         show(make_table(result))
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
@@ -160,26 +154,20 @@ def show(table: dict[str, Any]) -> None:
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="train,eval", resumes=True)
 def compare(
     config: Annotated[Path, typer.Argument(help="YAML: llm, encoders, train, eval, controller. See examples/compare.yaml.")],
     out: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("compare"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train the projector of several encoders under one language model, identically, and evaluate them. Resumable."""
-    try:
-        from granulon_hf.evaluation.benchmark import make_table
-        from granulon_hf.evaluation.comparison import compare as run_comparison
-        from granulon_hf.training import TrainingFailed
-    except ImportError as error:
-        raise GranulonError(f'This needs more packages ({error}); run: pip install "granulon-hf[train,eval]"') from None
+    from granulon_hf.evaluation.benchmark import make_table
+    from granulon_hf.evaluation.comparison import compare as run_comparison
+
     values = read_yaml(config, {"llm", "encoders", "train", "eval", "controller"})
     check_out(out)
-    try:
-        with plain_warnings(lambda line: typer.echo(f"Note: {line}", err=True)):
-            result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))
-    except (GranulonError, TrainingFailed, TypeError, ValueError) as error:
-        raise GranulonError(one_line(error)) from None
+    with plain_warnings():
+        result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))
     if not result:  # the first of several processes tells
         return
     show(make_table(result))

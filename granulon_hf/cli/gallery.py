@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 
-from granulon_hf.cli.common import loader, one_line, reports_bad_input
+from granulon_hf.cli.common import Debug, quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
 
 LARGE = 20_000_000  # bytes
 
 
 def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict[Path, str]:
-    """`["runs/a=x"]` as `{Path("runs/a"): "x"}`.
+    """Read `["runs/a=x"]` as `{Path("runs/a"): "x"}`.
 
     Raises:
         GranulonError: an option starts with none of the folders.
@@ -32,7 +32,7 @@ def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict
     return found
 
 
-@reports_bad_input
+@reports_bad_input(extra="eval,judge")
 def gallery(
     predictions: Annotated[list[Path], typer.Argument(help="Folders of `granulon eval run`, over the same data.")],
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("gallery.html"),
@@ -56,57 +56,52 @@ def gallery(
     ] = False,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Case studies",
     device: Annotated[str, typer.Option(help="For the overlay: cpu, cuda, cuda:1, mps, or auto.")] = "auto",
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Case studies: photograph, clusters, question, ground truth and the answers of all models, as one offline HTML page."""
-    try:
-        from granulon_hf.evaluation import gallery as work
-    except ImportError as error:
-        raise GranulonError(f'The gallery needs more packages ({error}); run: pip install "granulon-hf[eval]"') from None
+    from granulon_hf.evaluation import gallery as work
+
     if sort is not None and sort not in work.ORDERS:
         raise GranulonError(f"Unknown --sort {sort!r}; the choices are {', '.join(work.ORDERS)}.")
     if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise GranulonError(f"--out {str(out)!r} cannot be written; it takes a file in a folder that exists.")
     console = Console(highlight=False)
-    try:
-        names = by_folder(name, predictions, "--name")
-        runs = work.read_runs(predictions, names)
-        given = {folder: Path(path) for folder, path in by_folder(scores, predictions, "--scores").items()}
-        for run in runs:
-            usual = run.folder / "predictions.judged" / "samples.jsonl"
-            if usual.is_file():
-                given.setdefault(run.folder, usual)
-        try:
-            judged = {run.name: work.read_scores(given[run.folder], run) for run in runs if run.folder in given}
-        except ImportError as error:
-            raise GranulonError(f'Scores need more packages ({error}); run: pip install "granulon-hf[judge]"') from None
-        cases = work.join(runs, judged)
-        notes = missing(runs, cases)
-        draw, overlay_model = None, ""
-        if overlay is not None:
-            model, processor, overlay_model = loader(overlay, device, "auto")
-            # Where the model's own answers are on the page, the clusters are those that it answered with.
-            own = next((run for run in runs if run.source == overlay), None)
-            levels = {key: row["granularity"] for key, row in own.rows.items()} if own else None
-            draw = work.cluster_drawer(model, processor, levels)
-            overlay_model = own.name if own else overlay_model
-        order = sort or ("judge" if judged else "recall")
-        steps = iter(track(range(min(limit, len(cases))), "pictures", console=console, transient=True))
-        size = work.write_gallery(
-            out,
-            cases,
-            title=title,
-            order=order,
-            limit=limit,
-            draw=draw,
-            overlay_model=overlay_model,
-            mark_unsupported=mark_unsupported,
-            notes=notes,
-            on_progress=lambda _: next(steps, None),
-        )
-        next(steps, None)  # takes the bar off the screen
-    except ValueError as error:  # of the gallery and of models: one sentence each
-        raise GranulonError(one_line(error)) from None
+    names = by_folder(name, predictions, "--name")
+    runs = work.read_runs(predictions, names)
+    given = {folder: Path(path) for folder, path in by_folder(scores, predictions, "--scores").items()}
+    for run in runs:
+        usual = run.folder / "predictions.judged" / "samples.jsonl"
+        if usual.is_file():
+            given.setdefault(run.folder, usual)
+    judged = {run.name: work.read_scores(given[run.folder], run) for run in runs if run.folder in given}
+    cases = work.join(runs, judged)
+    notes = missing(runs, cases)
+    draw, overlay_model = None, ""
+    if overlay is not None:
+        from granulon_hf.loading import load_model
+
+        quiet()
+        model, processor, overlay_model = load_model(overlay, device)
+        # Where the model's own answers are on the page, the clusters are those that it answered with.
+        own = next((run for run in runs if run.source == overlay), None)
+        levels = {key: row["granularity"] for key, row in own.rows.items()} if own else None
+        draw = work.cluster_drawer(model, processor, levels)
+        overlay_model = own.name if own else overlay_model
+    order = sort or ("judge" if judged else "recall")
+    steps = iter(track(range(min(limit, len(cases))), "pictures", console=console, transient=True))
+    size = work.write_gallery(
+        out,
+        cases,
+        title=title,
+        order=order,
+        limit=limit,
+        draw=draw,
+        overlay_model=overlay_model,
+        mark_unsupported=mark_unsupported,
+        notes=notes,
+        on_progress=lambda _: next(steps, None),
+    )
+    next(steps, None)  # takes the bar off the screen
     for note in notes:
         console.print(escape(note), style="yellow", soft_wrap=True)
     shown = min(limit, len(cases))
@@ -118,7 +113,7 @@ def gallery(
 
 
 def missing(runs, cases) -> list[str]:
-    """A sentence for each folder with samples that another one lacks."""
+    """Write a sentence for each folder with samples that another one lacks."""
     lost = [(run, len(run.rows) - len(cases)) for run in runs]
     return [
         f"Left out of {run.name}, since not every folder has them: {count} of {len(run.rows)}." for run, count in lost if count

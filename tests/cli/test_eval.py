@@ -275,7 +275,7 @@ def test_a_file_in_the_way(no_model):
         ("seed: -1", "seed is a whole number from 0, not -1"),
         ("judge_max_cost: much", "Invalid value for '--judge-max-cost'"),
         ("limits: 3", "unknown name 'limits'"),
-        ("- model", "no names and values"),
+        ("- model", "must map names to values; the names are 'batch_size'"),
         ("model: [", "cannot be read"),
     ],
 )

@@ -299,19 +299,18 @@ def test_a_space_installs_the_backbones_that_it_lacks(monkeypatch, tmp_path):
 
     def folder():
         if not commands:
-            raise work.MissingBackbones(work.INSTALL_COMMAND)
+            raise work.MissingBackbones
         return tmp_path
 
     monkeypatch.setattr(work, "demo_folder", folder)
     monkeypatch.setattr(work.subprocess, "run", lambda command, check: commands.append(command))
-    monkeypatch.delenv("SPACE_ID", raising=False)
-    with pytest.raises(work.MissingBackbones):
-        work.embedded_model()
-    assert commands == []
-    monkeypatch.setenv("SPACE_ID", "org/demo")
-    assert work.embedded_model() == str(tmp_path)
-    [command] = commands
-    assert " ".join(command) == f"{sys.executable} -m {work.INSTALL_COMMAND}"
+    monkeypatch.setattr(work, "load_model", lambda source, device: (_ for _ in ()).throw(work.MissingBackbones(source)))
+    monkeypatch.delenv("GRANULON_MODEL", raising=False)
+    for place, expected in ((None, []), ("org/demo", [[sys.executable, "-m", *work.INSTALL_COMMAND.split()]])):
+        monkeypatch.setenv("SPACE_ID", place) if place else monkeypatch.delenv("SPACE_ID", raising=False)
+        with pytest.raises(work.MissingBackbones, match="demo"):
+            work.main()
+        assert commands == expected
 
 
 def test_only_what_was_uploaded_is_opened(tmp_path, monkeypatch):
