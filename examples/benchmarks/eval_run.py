@@ -24,7 +24,6 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from granulon_hf.cli.eval import loader  # noqa: E402
 from granulon_hf.data.datasets.shapes import Shapes  # noqa: E402
 from granulon_hf.evaluation.answer import (  # noqa: E402
     Generation,
@@ -32,6 +31,7 @@ from granulon_hf.evaluation.answer import (  # noqa: E402
     prefill_shared_image,
 )
 from granulon_hf.io import batches  # noqa: E402
+from granulon_hf.loading import load_model  # noqa: E402
 from granulon_hf.modeling.images_granulon import open_rgb  # noqa: E402
 
 
@@ -45,7 +45,7 @@ def main() -> dict:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--questions", type=int, default=0)
     args = parser.parse_args()
-    model, processor, _ = loader(args.model, args.device, "float32")
+    model, processor, _ = load_model(args.model, args.device, "float32")
     clock = time.process_time if model.device.type == "cpu" else time.perf_counter
     torch.set_num_threads(1)
     if args.questions:

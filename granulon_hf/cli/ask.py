@@ -180,42 +180,27 @@ def answer(
     """
     from transformers import TextStreamer
 
-    from granulon_hf.data.collator import encode_prompts
+    from granulon_hf.evaluation.answer import look
     from granulon_hf.loading import pick_device, read_model
 
     model, processor, _ = read_model(source, dtype)
     model = model.to(pick_device(device))
     started = time.monotonic()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    inputs = encode_prompts(processor, [[{"role": "user", "content": content}]]).to(model.device)
-
-    room = getattr(model.config.text_config, "max_position_embeddings", None)
-    if room and inputs["input_ids"].shape[1] + max_new_tokens > room:
-        length = inputs["input_ids"].shape[1]
-        raise GranulonError(
-            f"The question and its images take {length} tokens, which leaves no room for {max_new_tokens} of {room}."
-        )
-    level, probs, aggregation = None, None, None
-    if images and model.config.granularity_levels:
-        names = model.config.level_names
-        p = model.get_granularity_probs(inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"])[0]
-        probs = dict(zip(names, (round(value, 4) for value in p.tolist()), strict=True))
-        level = granularity or names[int(p.argmax())]
-        aggregation = model.aggregate(inputs["pixel_values"], level)
-        inputs["granularity"] = level
+    seen = look(model, processor, [[{"role": "user", "content": content}]], granularity, room_for=max_new_tokens)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    slots = int((inputs["input_ids"] == model.config.image_token_id).sum())
+    tokens = model.generate(**seen.inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    probs = seen.probs[0]
     result = {
-        "answer": processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
-        "granularity": level,
-        "granularity_probs": probs,
-        "pixel_tokens": slots - len(images) * model.config.num_semantic_slots,
-        "semantic_tokens": int(aggregation.keep.sum()) if aggregation is not None else 0,
+        "answer": processor.decode(tokens[0, seen.inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
+        "granularity": seen.levels[0],
+        "granularity_probs": probs and {name: round(value, 4) for name, value in probs.items()},
+        "pixel_tokens": seen.pixel_tokens,
+        "semantic_tokens": seen.semantic_tokens,
         "overlay": None,
         "answer_seconds": round(time.monotonic() - started, 2),
     }
-    return result, aggregation, processor, inputs.get("pixel_values")
+    return result, seen.images and seen.images.aggregation, processor, seen.pixel_values
 
 
 def show(result: dict[str, Any], streamed: bool) -> None:

@@ -22,12 +22,11 @@ from gradio.media import get_image
 from gradio.utils import get_upload_folder
 from PIL import Image
 from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import granulon_hf
 from granulon_hf import overlay
-from granulon_hf.data.collator import encode_prompts
 from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
+from granulon_hf.evaluation.answer import look
 from granulon_hf.loading import load_model
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -221,35 +220,19 @@ class Answerer:
     @torch.inference_mode()
     def _look(self, image, question, level):
         """Return arguments of `generate`, what is known before it, and a function that draws. The tower runs once."""
-        model, config = self.model, self.model.config
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        inputs = encode_prompts(self.processor, [[{"role": "user", "content": content}]]).to(model.device)
-        ids, mask, pixels = inputs["input_ids"], inputs["attention_mask"], inputs["pixel_values"]
-        room = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if room and ids.shape[1] + self.max_new_tokens > room:
-            raise ValueError(f"Picture and question take {ids.shape[1]} of the model's {room} tokens; ask a shorter question.")
-        slots = ids == config.image_token_id
-        images, probs, chosen = model.model.encode_images(
-            pixels, model.get_input_embeddings()(ids), slots, mask, inputs["question_mask"], level
-        )
-        progress, draw = Progress(pixel_tokens=int(slots.sum()) - config.num_semantic_slots), lambda: None
-        if self.levels:
-            aggregation = images.aggregation
-            mask, _ = model.model.hide_empty_slots(slots, images.slot_mask, mask)
-            progress = replace(
-                progress,
-                level=self.levels[int(chosen[0])],
-                probs=dict(zip(self.levels, probs[0].tolist(), strict=True)),
-                semantic_tokens=int(aggregation.keep.sum()),
-            )
+        messages = [{"role": "user", "content": content}]
+        seen = look(self.model, self.processor, [messages], level, room_for=self.max_new_tokens)
+        counts = {"pixel_tokens": seen.pixel_tokens, "semantic_tokens": seen.semantic_tokens}
+        progress = Progress(level=seen.levels[0], probs=seen.probs[0], **counts)
 
-            def draw():
-                view = overlay.model_view(self.processor.image_processor, image, pixels[0])
-                return overlay.draw_clusters(view, aggregation)
+        def draw():
+            if seen.images is None:
+                return None
+            view = overlay.model_view(self.processor.image_processor, image, seen.pixel_values[0])
+            return overlay.draw_clusters(view, seen.images.aggregation)
 
-        # Without the slot mask: what is empty is hidden in the attention mask already, also for the steps to come.
-        encoded = {"image": BaseModelOutputWithPooling(pooler_output=images.pooler_output)}
-        return {"input_ids": ids, "attention_mask": mask, "mm_encoder_outputs": encoded}, progress, draw
+        return seen.inputs, progress, draw
 
 
 def timings(times: list[float], started: float) -> dict[str, Any]:

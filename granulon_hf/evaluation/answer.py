@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import granulon_hf
 from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.io import Journal, batches, replacing, write_text
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.training.feature_cache import fingerprint
@@ -57,6 +58,7 @@ class View:
         probs (`list[dict[str, float] | None]`): what the controller prefers, by level.
         images ([`GranulonImageFeatures`], *optional*): with the clusters; `None` without levels or images.
         pixel_values (`torch.Tensor`, *optional*): of all images.
+        pixel_tokens, semantic_tokens (`int`): what the language model sees of all images.
     """
 
     inputs: dict[str, Any]
@@ -64,10 +66,12 @@ class View:
     probs: list[dict[str, float] | None]
     images: Any = None
     pixel_values: Any = None
+    pixel_tokens: int = 0
+    semantic_tokens: int = 0
 
 
 @torch.inference_mode()
-def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: str | None = None) -> View:
+def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: str | None = None, room_for: int = 0) -> View:
     """Encode conversations with their images, and let each question choose its level.
 
     Args:
@@ -75,21 +79,37 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
         processor ([`GranulonProcessor`]): its processor.
         conversations (`list`): messages with their images, without the answer.
         granularity (`str`, *optional*): forces a level.
+        room_for (`int`): tokens of an answer that must still fit behind the prompt; 0 does not look.
 
     Raises:
-        ValueError: an image that cannot be used, or an unknown level.
+        ValueError: an image that cannot be used, an unknown level, or a prompt that is too long.
     """
     inputs = encode_prompts(processor, conversations).to(model.device)
+    length, room = inputs["input_ids"].shape[1], getattr(model.config.text_config, "max_position_embeddings", None)
+    if room_for and room and length + room_for > room:
+        raise GranulonError(
+            f"Question and images take {length} of the model's {room} tokens, which leaves no room for {room_for} more; ask a "
+            "shorter question, or about fewer images."
+        )
     pixels, nothing = inputs.get("pixel_values"), [None] * len(conversations)
+    slots = int((inputs["input_ids"] == model.config.image_token_id).sum())
     if pixels is None or not model.config.granularity_levels:
-        return View(dict(inputs), [*nothing], [*nothing], pixel_values=pixels)
+        return View(dict(inputs), [*nothing], [*nothing], pixel_values=pixels, pixel_tokens=slots)
     images, names = model.encode_images(**inputs, granularity=granularity), model.config.level_names
     shown = [bool(row.any()) for row in inputs["input_ids"] == model.config.image_token_id]
     levels = [names[index] if seen else None for index, seen in zip(images.granularity.tolist(), shown, strict=True)]
     rows = images.granularity_probs.tolist()
     probs = [dict(zip(names, row, strict=True)) if seen else None for row, seen in zip(rows, shown, strict=True)]
     arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    return View({**arguments, "mm_encoder_outputs": {"image": images}}, levels, probs, images, pixels)
+    return View(
+        inputs={**arguments, "mm_encoder_outputs": {"image": images}},
+        levels=levels,
+        probs=probs,
+        images=images,
+        pixel_values=pixels,
+        pixel_tokens=slots - len(pixels) * model.config.num_semantic_slots,
+        semantic_tokens=int(images.aggregation.keep.sum()),
+    )
 
 
 @torch.inference_mode()

@@ -25,6 +25,7 @@ from granulon_hf import __version__, demo_model, variants
 from granulon_hf.cli import app
 from granulon_hf.cli.ask import open_image
 from granulon_hf.modeling.images_granulon import to_rgb
+from granulon_hf.modeling.modeling_granulon import GranulonModel
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 QUESTION = "What is in the picture?"
@@ -386,3 +387,12 @@ def test_orientation_is_respected(tmp_path):
 )
 def test_modes(image, expected):
     assert to_rgb(image).getpixel((0, 0)) == expected
+
+
+def test_the_tower_runs_once(run, photo, tmp_path, monkeypatch):
+    """Level, answer and overlay come from one look at the picture."""
+    calls = []
+    patched = GranulonModel._patch_features
+    monkeypatch.setattr(GranulonModel, "_patch_features", lambda *args, **kwargs: calls.append(1) or patched(*args, **kwargs))
+    assert run(photo, QUESTION, "--overlay", str(tmp_path / "clusters.png")).exit_code == 0
+    assert len(calls) == 1
