@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.training import TrainingFailed, TrainingStopped, parse
+from granulon_hf.training import TrainingStopped, parse
 from granulon_hf.training.run import train
 
 DEMO = os.path.relpath(Path(__file__).with_name("demo.yaml"))
@@ -27,5 +27,5 @@ if __name__ == "__main__":
     except TrainingStopped as error:
         print(error)
         sys.exit(143)  # as the signal itself would have ended it
-    except (GranulonError, TrainingFailed) as error:
+    except GranulonError as error:
         sys.exit(f"Error: {error}" if int(os.environ.get("RANK", 0)) == 0 else 1)

@@ -50,13 +50,13 @@ def __getattr__(name: str) -> Any:
             return version("granulon-hf")
         except PackageNotFoundError:  # an uninstalled checkout
             return "0.0.0"
-    if name == "modeling":
-        return import_module("granulon_hf.modeling")
     if name == "AutoModelForVision2Seq":
         # transformers 5 dropped this name; it is the same Auto class.
         return import_module("transformers").AutoModelForImageTextToText
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name == "modeling":
+        return import_module("granulon_hf.modeling")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -82,6 +82,8 @@ def export(
             the exported model says something else than the source.
     """
     source, folder = find_source(os.fspath(source)), Path(folder)
+    if source.startswith("tiny:"):
+        raise GranulonError(f"{source!r} has random weights at toy size; name a folder or a Hub id.")
     if form not in (None, *FORMS):
         raise GranulonError(f"Unknown form {form!r}; the forms are {', '.join(FORMS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -22,7 +22,6 @@ DATA_WARNINGS = r".* rows were asked for"
 # Options of `granulon data prepare` that other commands may have to send people to.
 PREPARING = {"source", "holdout", "column", "revision", "max_files"}
 
-
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, or auto.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -67,7 +66,8 @@ def explain(error: Exception, extra: str | None) -> str:
     if isinstance(error, OSError):
         place = f"{os.fspath(error.filename)!r} cannot be used: " if error.filename else ""
         return f"{place}{one_line(error).rstrip('.')}."
-    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # what modeling/ says is a sentence
+    # What modeling/ says of values is a sentence, and so is what the package says of packages that it misses.
+    kind = "" if type(error) in (ValueError, ImportError) else f"{type(error).__name__}: "
     reason = " ".join(str(error).split()) or "no further explanation"
     return f"{kind}{reason} (--debug shows where)"
 

@@ -41,7 +41,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L
 REMEDY = "Start again in a new --output_dir with a smaller --learning_rate or --max_grad_norm, or in float32."
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(GranulonError):
     """The run cannot go on; the message says why and what to do."""
 
 

@@ -31,6 +31,7 @@ def test_a_dry_run_shows_what_would_go_and_keeps_it_where_asked(build, tmp_path,
     ("arguments", "message"),
     [
         (["nothing", "org/x", "--dry-run"], "Cannot find the model 'nothing'"),
+        (["tiny:granulon-qwen2.5", "org/x", "--dry-run"], "random weights"),
         (["nothing", "org/x/y", "--dry-run"], "'org/x/y' is not a name of a repository"),
         (["nothing", "org/x", "--dry-run", "--form", "pickle"], "Unknown form 'pickle'"),
         (["nothing", "org/x", "--dry-run", "--variant", "blip"], "Unknown variant 'blip'"),
