@@ -20,10 +20,11 @@ torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST
 
 
 def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "study_folder" in getattr(item, "fixturenames", ()):  # half a minute to set up
+            item.add_marker(pytest.mark.slow)
 
 
 def make_picture(seed: int, size: tuple[int, int] = (120, 96)) -> Image.Image:

@@ -137,6 +137,7 @@ def test_sft(tmp_path, batching):
     assert (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_dpo(tmp_path):
     dpo = example("dpo_trl")
     with Server(judge) as server:

@@ -47,8 +47,9 @@ def test_pooling_is_a_plain_average_over_what_a_cell_really_holds(height, width,
     assert shape[0].prod() == len(expected)
     actual = np.stack([features[0].double().numpy()[cells[0].numpy() == cell].mean(0) for cell in range(len(expected))])
     np.testing.assert_allclose(actual, expected, atol=1e-9)
-    # With as many clusters as cells every semantic token is one cell.
-    out = aggregate(features, (height, width), *levels((side, 400)), num_slots=len(expected), max_clusters=400)
+    # With as many clusters as cells, or more, every semantic token is one cell.
+    count = len(expected)
+    out = aggregate(features, (height, width), *levels((side, count + 4)), num_slots=count, max_clusters=count + 4)
     got = out.tokens[0].double().numpy()
     order = np.argsort(got[:, 0])
     np.testing.assert_allclose(got[order], expected[np.argsort(expected[:, 0])], atol=1e-5)
