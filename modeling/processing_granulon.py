@@ -4,7 +4,6 @@
 import functools
 import itertools
 import re
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,23 @@ from transformers.image_utils import PILImageResampling, get_image_size, to_nump
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from .images_granulon import open_images
+from .prompt_granulon import (
+    Prompt,
+    Span,
+    any_of,
+    common_end,
+    describe_replacements,
+    encode_typed,
+    in_pairs,
+    map_text,
+    mark_conversation,
+    mark_typed,
+    remove_marks,
+    strip_span,
+    tokens_in,
+)
 from .vision_granulon import probe_vision_tower
 
-Span = tuple[int, int]
-# Unicode noncharacters, reserved for use inside a program: while a chat template is rendered, pairs of them mark the question,
-# every answer, and control tokens that somebody typed.
-MARKS = {"question": "\ufdd0\ufdd1", "answers": "\ufdd2\ufdd3", "typed": "\ufdd4\ufdd5"}
-ALL_MARKS = "".join(MARKS.values())
 # Words of a conversation that is rendered only to see what the chat template writes around them.
 FIRST, ANSWER, SECOND = "\ufdd6", "\ufdd7", "\ufdd8"
 
@@ -205,7 +214,7 @@ class GranulonProcessor(ProcessorMixin):
             inputs["granularity"] = granularity
         return inputs
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, *, prompts: "list[Prompt] | None" = None, **kwargs):
+    def __call__(self, images=None, text=None, videos=None, audio=None, *, prompts: list[Prompt] | None = None, **kwargs):
         """As in transformers; the result also holds `question_mask` [B x L].
 
         Args:
@@ -259,7 +268,7 @@ class GranulonProcessor(ProcessorMixin):
             data["text_replacement_offsets"] = [describe_replacements(self.image_token, edits) for edits in replaced]
         return BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
-    def _tokenize(self, prompts: "list[Prompt]", return_offsets_mapping: bool = False, **options) -> dict[str, Any]:
+    def _tokenize(self, prompts: list[Prompt], return_offsets_mapping: bool = False, **options) -> dict[str, Any]:
         """Tokens of prompts with their image slots, and the question mask."""
         if self.tokenizer.bos_token is not None and any(prompt.startswith(self.tokenizer.bos_token) for prompt in prompts):
             options.setdefault("add_special_tokens", False)  # the template has written it
@@ -277,7 +286,7 @@ class GranulonProcessor(ProcessorMixin):
         control = {one.content for one in tokens if one.special or (one.content in template and not one.content.isspace())}
         return any_of(frozenset(control | {self.image_token}))
 
-    def _read_plain(self, text: str) -> "Prompt":
+    def _read_plain(self, text: str) -> Prompt:
         """A prompt of which nothing is known but its text: look for the question in it."""
         template = self._resolve_chat_template(None) if self.chat_template else ""
         start, end = self._find_user_turn(text) if template else (0, len(text))
@@ -317,58 +326,6 @@ class GranulonProcessor(ProcessorMixin):
             start = found + len(between)
         ends = [text.find(to_answer.rstrip(), start), text.find(after.rstrip(), start) if after.strip() else -1]
         return start, min((end for end in ends if end >= 0), default=len(text))
-
-
-class Prompt(str):
-    """A rendered conversation that remembers what its characters are (ours).
-
-    Attributes:
-        question (`list[tuple[int, int]]`): (start, end) characters of the last user turn's words.
-        answers (`list[tuple[int, int]]`): of every text of the assistant's.
-        typed (`list[tuple[int, int]]`): of control tokens that somebody typed, which are words like all others.
-    """
-
-    question: list[Span]
-    answers: list[Span]
-    typed: list[Span]
-
-    def __new__(cls, text: str, question=(), answers=(), typed=()):
-        prompt = super().__new__(cls, text)
-        prompt.question, prompt.answers, prompt.typed = [], list(answers), list(typed)
-        for start, end in question:
-            # Texts that only white space parts are one question.
-            if prompt.question and not text[prompt.question[-1][1] : start].strip():
-                start = prompt.question.pop()[0]
-            prompt.question.append((start, end))
-        return prompt
-
-    @classmethod
-    def read(cls, marked: str) -> "Prompt":
-        """Take the marks of [`mark_conversation`] out of a rendered conversation, and note where they were."""
-        kinds = {mark: kind for kind, pair in MARKS.items() for mark in pair}
-        spans: dict[str, list[Span]] = {kind: [] for kind in MARKS}
-        text, started = "", {}
-        for piece in re.split(f"([{ALL_MARKS}])", marked):
-            if piece not in kinds:
-                text += piece
-            elif piece == MARKS[kinds[piece]][0]:
-                started[kinds[piece]] = len(text)
-            elif kinds[piece] in started:  # a template may have parted the two
-                spans[kinds[piece]].append((started.pop(kinds[piece]), len(text)))
-        return cls(text, **spans)
-
-    def find_all(self, token: str) -> list[Span]:
-        """Where a control token stands that nobody typed."""
-        found = [match.span() for match in re.finditer(re.escape(token), self)]
-        return [span for span in found if span not in self.typed]
-
-    def expand(self, edits: list[tuple[Span, str]]) -> "Prompt":
-        """The prompt with the text of some spans, in their order, replaced, and with all that it remembers moved along."""
-        edges = [0, *itertools.chain(*(span for span, _ in edits)), len(self)]
-        kept = [self[start:end] for start, end in in_pairs(edges)]
-        text = "".join(itertools.chain(*zip(kept, [*(new for _, new in edits), ""], strict=True)))
-        spans = {kind: move_spans(getattr(self, kind), edits) for kind in MARKS}
-        return Prompt(text, **spans)
 
 
 def make_chat_template(tokenizer, image_token: str) -> str:
@@ -411,164 +368,6 @@ def to_serializable(image_processor):
         image_mean=list(data["mean"]),
         image_std=list(data["std"]),
     )
-
-
-def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy a message, or whatever holds strings, with every string changed but those of parts that are images."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return value if value.get("type") == "image" else {map_text(k, change): map_text(v, change) for k, v in value.items()}
-    return [map_text(one, change) for one in value] if isinstance(value, list | tuple) else value
-
-
-def remove_marks(text: str) -> str:
-    return text.translate(dict.fromkeys(map(ord, ALL_MARKS)))
-
-
-def mark_typed(text: str, control: re.Pattern) -> str:
-    """A text that somebody typed, with marks around what would be control tokens."""
-    return control.sub(lambda found: found[0].join(MARKS["typed"]), remove_marks(text))
-
-
-def mark_conversation(conversation: list[dict], control: re.Pattern) -> list[dict]:
-    """Copy a conversation with the question, the answers and typed control tokens between marks; white space stays outside."""
-
-    def enclose(text: str, kind: str) -> str:
-        words = text.strip()  # `join` puts them between the two marks
-        return text.replace(words, words.join(MARKS[kind])) if words else text
-
-    marked = map_text(conversation, functools.partial(mark_typed, control=control))
-    last = max((index for index, message in enumerate(conversation) if message.get("role") == "user"), default=None)
-    for index, message in enumerate(marked):
-        kind = "question" if index == last else "answers" if conversation[index].get("role") == "assistant" else None
-        if kind is not None and "content" in message:
-            message["content"] = map_content(message["content"], functools.partial(enclose, kind=kind))
-    return marked
-
-
-def map_content(content: Any, change: Callable[[str], str]) -> Any:
-    """The content of a message with its words changed, be it a text or a list of parts."""
-    if isinstance(content, str):
-        return change(content)
-    parts = content or []
-    return [{**part, "text": change(part["text"])} if isinstance(part.get("text"), str) else part for part in parts]
-
-
-def tokens_in(offsets: Iterable[Span], spans: list[Span]) -> list[int]:
-    """1 for each token, given by its characters, that overlaps one of the spans."""
-    return [int(any(start < stop and end > first for first, stop in spans)) for start, end in offsets]
-
-
-def move_spans(spans: list[Span], edits: list[tuple[Span, str]]) -> list[Span]:
-    """Where spans are after the text of others, all apart from them, has been replaced."""
-
-    def moved(place: int) -> int:
-        return place + sum(len(new) - (end - start) for (start, end), new in edits if end <= place)
-
-    return [(moved(start), moved(end)) for start, end in spans]
-
-
-def describe_replacements(token: str, edits: list[tuple[Span, str]]) -> list[dict[str, Any]]:
-    """The replaced placeholders of a prompt as transformers' processors describe them."""
-    described, shift = [], 0
-    for (start, end), new in edits:
-        span = start + shift, start + shift + len(new)
-        described.append({"type": "image", "span": (start, end), "new_span": span, "text": token, "replacement": new})
-        shift += len(new) - (end - start)
-    return described
-
-
-def encode_typed(
-    tokenizer,
-    prompts: list[Prompt],
-    *,
-    padding=False,
-    truncation=None,
-    max_length: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    padding_side: str | None = None,
-    add_special_tokens: bool = True,
-    return_attention_mask: bool | None = None,
-    **_,
-) -> dict[str, Any]:
-    """Call a tokenizer on prompts with typed control tokens, which become the pieces of any other words.
-
-    transformers' own `sanitize_control_tokens` gives no offsets, by which questions and answers are found.
-    """
-    rows = [encode_pieces(tokenizer, prompt, add_special_tokens) for prompt in prompts]
-    if truncation not in (None, False, "do_not_truncate"):
-        length = max_length or tokenizer.model_max_length
-        rows = [row[:length] if tokenizer.truncation_side == "right" else row[-length:] for row in rows]
-    data = tokenizer.pad(
-        {"input_ids": [[token for token, _ in row] for row in rows]},
-        padding=padding,
-        max_length=max_length,
-        pad_to_multiple_of=pad_to_multiple_of,
-        padding_side=padding_side,
-        return_attention_mask=return_attention_mask,
-    )
-    offsets = []
-    for row, ids in zip(rows, data["input_ids"], strict=True):
-        spans, fill = [span for _, span in row], [(0, 0)] * (len(ids) - len(row))
-        offsets.append(fill + spans if (padding_side or tokenizer.padding_side) == "left" else spans + fill)
-    return {**data, "offset_mapping": offsets}
-
-
-def encode_pieces(tokenizer, prompt: Prompt, add_special_tokens: bool) -> list[tuple[int, Span]]:
-    """Tokens of one prompt, each with its characters."""
-
-    def encode(start: int, end: int, typed: bool, before: str = "") -> list[tuple[int, Span]]:
-        found = tokenizer(
-            before + prompt[start:end],
-            add_special_tokens=add_special_tokens and start == 0,
-            split_special_tokens=typed,
-            return_offsets_mapping=True,
-        )
-        first = start - len(before)
-        return [(token, (first + a, first + b)) for token, (a, b) in zip(found.input_ids, found.offset_mapping, strict=True)]
-
-    def encode_inside(start: int, end: int, typed: bool) -> list[tuple[int, Span]]:
-        # Behind a line break: some tokenizers put a space before what they take for the beginning of a text.
-        found = encode(start, end, typed, before="\n") if start else []
-        tokens = [(token, span) for token, span in found if span[0] >= start]
-        clean = tokens and all(span[1] <= start for _, span in found[: len(found) - len(tokens)])
-        return tokens if clean else encode(start, end, typed)
-
-    row: list[tuple[int, Span]] = []
-    edges = [0, *itertools.chain(*prompt.typed), len(prompt)]
-    for index, (start, end) in enumerate(itertools.pairwise(edges)):
-        if start == end:
-            continue
-        tokens = encode_inside(start, end, typed=index % 2 == 1)
-        if index % 2 and len(tokens) == 1:  # a token that is not special is taken whole; in two parts it is not known
-            tokens = encode_inside(start, start + 1, True) + encode_inside(start + 1, end, True)
-        row += tokens
-    return row
-
-
-@functools.lru_cache(maxsize=8)
-def any_of(tokens: frozenset[str]) -> re.Pattern:
-    """A pattern that matches each of the tokens, the longest first."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))))
-
-
-def in_pairs(places: list[int]) -> list[Span]:
-    return list(zip(places[::2], places[1::2], strict=True))
-
-
-def common_end(one: str, other: str) -> str:
-    """The longest text that both end with."""
-    pairs = zip(reversed(one), reversed(other), strict=False)
-    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return one[len(one) - length :]
-
-
-def strip_span(text: str, span: Span) -> Span:
-    """The span without the white space at its ends."""
-    words = text[slice(*span)]
-    start = span[0] + len(words) - len(words.lstrip())
-    return start, start + len(words.strip())
 
 
 __all__ = ["GranulonProcessor"]

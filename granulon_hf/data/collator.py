@@ -16,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.modeling.processing_granulon import GranulonProcessor, Prompt, tokens_in
+from granulon_hf.modeling.processing_granulon import GranulonProcessor
+from granulon_hf.modeling.prompt_granulon import Prompt, tokens_in
 
 logger = logging.getLogger(__name__)
 

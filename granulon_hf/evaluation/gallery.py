@@ -195,20 +195,17 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
 
     path = path / "samples.jsonl" if path.is_dir() else path
     found = {}
-    try:
-        for place, row in rows_of(path):
-            key, phrases = str(row.get("id")), row.get("hallucinated") or []
-            for name in ("accuracy", "hallucination"):
-                value = row.get(name)
-                if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
-                    raise GranulonError(f"{path}, {place}: {name} is {as_json(value)}, not 0 to 100.")
-            if not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
-                raise GranulonError(f"{path}, {place}: hallucinated is {as_json(phrases)}, not a list of phrases.")
-            if key in run.rows and row.get("prediction", run.rows[key]["prediction"]) != run.rows[key]["prediction"]:
-                raise GranulonError(f"{path}, {place} scores another answer than {str(run.folder)!r} holds; judge it again.")
-            found[key] = row
-    except GranulonError as error:
-        raise GranulonError(str(error)) from None
+    for place, row in rows_of(path):
+        key, phrases = str(row.get("id")), row.get("hallucinated") or []
+        for name in ("accuracy", "hallucination"):
+            value = row.get(name)
+            if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
+                raise GranulonError(f"{path}, {place}: {name} is {as_json(value)}, not 0 to 100.")
+        if not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
+            raise GranulonError(f"{path}, {place}: hallucinated is {as_json(phrases)}, not a list of phrases.")
+        if key in run.rows and row.get("prediction", run.rows[key]["prediction"]) != run.rows[key]["prediction"]:
+            raise GranulonError(f"{path}, {place} scores another answer than {str(run.folder)!r} holds; judge it again.")
+        found[key] = row
     if not found.keys() & run.rows.keys():
         raise GranulonError(f"{path} has no id in common with {str(run.folder)!r}.")
     return found
@@ -360,7 +357,7 @@ def add_pictures(case: Case, draw: Callable[[Case, list[Image.Image]], tuple[lis
         return
     try:
         drawn, case.overlay_level = draw(case, readable)
-    except ValueError as error:  # such as a question that holds the image token: the photograph is still there
+    except ValueError as error:  # the photograph is still there
         case.overlay_level = f"no overlay: {error}"
         return
     case.overlays = [picture(image, budget) for image in drawn]
@@ -476,11 +473,9 @@ def write_gallery(
                 spans += unsupported_spans(answer.prediction, case.question, case.reference, *case.choices)
             answer.pieces = mark(answer.prediction, spans)
         on_progress(1)
-    kinds = {kind for case in shown for answer in case.answers for kind, _ in answer.pieces if kind}
-    levels: dict[str, None] = {}  # in the order of the models' levels, not of the alphabet
-    for case in shown:
-        for answer in case.answers:
-            levels |= dict.fromkeys([*answer.probs, *([answer.level] if answer.level is not None else [])])
+    answers = [answer for case in shown for answer in case.answers]
+    # In the order of the models' levels, not of the alphabet.
+    levels = dict.fromkeys(level for answer in answers for level in [*answer.probs, answer.level] if level is not None)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["digest"] = digest
     template = Path(__file__).with_name("gallery.html.jinja").read_text(encoding="utf-8")
@@ -494,13 +489,12 @@ def write_gallery(
         order=order,
         orders=ORDERS,
         tasks=sorted({case.task for case in shown if case.task}),
-        levels=[level for level in levels if any(level == answer.level for case in shown for answer in case.answers)],
-        kinds=kinds | ({"unsupported"} if mark_unsupported else set()),
+        levels=[level for level in levels if any(level == answer.level for answer in answers)],
+        kinds={kind for answer in answers for kind, _ in answer.pieces if kind} | set(["unsupported"] * mark_unsupported),
         overlays=any(overlay is not None for case in shown for overlay in case.overlays),
         overlay_model=overlay_model,
         right_from=RIGHT_FROM,
         notes=notes,
     )
-    page = page.encode("utf-8", "replace").decode()  # half characters, as models make them, cannot be written
-    write_text(Path(out), page)
-    return len(page.encode())
+    write_text(Path(out), page, errors="replace")  # models make lone surrogates, which cannot be written
+    return Path(out).stat().st_size

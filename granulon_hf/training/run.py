@@ -130,12 +130,7 @@ def load_samples(args: DataArguments) -> Any:
         samples = load(name, on_error=args.on_error, **{k: v for k, v in options.items() if v is not None})
     except (GranulonError, OSError) as error:
         raise GranulonError(f"--data {args.data!r} cannot be used: {' '.join(str(error).split())}") from error
-    if not len(samples):
-        raise GranulonError(f"--data {args.data!r} has no samples.")
-    try:
-        samples[0]
-    except GranulonError as error:
-        raise GranulonError(str(error)) from None
+    samples[0]  # a stream has no random access, which is said here
     return samples
 
 

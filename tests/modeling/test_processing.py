@@ -14,7 +14,8 @@ from transformers.models.timm_wrapper.image_processing_timm_wrapper import TimmW
 
 from granulon_hf import GranulonProcessor, variants
 from granulon_hf.modeling import processing_granulon
-from granulon_hf.modeling.processing_granulon import Prompt, encode_typed, make_chat_template, to_serializable
+from granulon_hf.modeling.processing_granulon import make_chat_template, to_serializable
+from granulon_hf.modeling.prompt_granulon import Prompt, encode_typed
 from tests.conftest import build_tiny, make_conversation, make_inputs, make_picture
 
 MODELING = Path(processing_granulon.__file__).parent
