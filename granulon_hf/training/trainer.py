@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
@@ -191,7 +190,7 @@ class GranulonTrainer(Trainer):
     def save_model(self, output_dir=None, _internal_call=False):
         # What a run leaves must be readable on its own; a checkpoint only has to go on.
         self.whole = self.args.save_full or (not _internal_call and self.model.config.backbones is None)
-        if self.whole or self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+        if self.whole or self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save(output_dir)
