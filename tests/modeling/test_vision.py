@@ -13,6 +13,7 @@ from tests.conftest import build_tiny
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = {"model_type": "llama", "vocab_size": 64, **VIT, "num_key_value_heads": 2}
 TIMM_VIT = {"img_size": 48, "patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 4}
+TIMM_SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 1]}
 
 TOWERS = {
     "clip": (AutoConfig.for_model("clip_vision_model", image_size=56, patch_size=14, **VIT), (4, 4), 1),
@@ -38,7 +39,7 @@ TOWERS = {
     ),
     "timm resnet": (TimmWrapperConfig(architecture="resnet18", model_args={}), (7, 7), 0),
     "timm efficientnet": (TimmWrapperConfig(architecture="tf_efficientnet_lite0", model_args={}), (7, 7), 0),
-    "timm swin": (TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", model_args={}), (7, 7), 0),
+    "timm swin": (TimmWrapperConfig(architecture="swin_tiny_patch4_window7_224", model_args=TIMM_SWIN), (7, 7), 0),
     "convnext": (
         AutoConfig.for_model("convnext", hidden_sizes=[8, 16, 32, 48], depths=[1, 1, 1, 1], image_size=128),
         (4, 4),
