@@ -30,6 +30,7 @@ from torch.nn.functional import cosine_similarity
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, answer_batch, read_description
 from granulon_hf.io import Journal, batches, replacing, write_text
 
@@ -57,7 +58,7 @@ class Alignment:
     def __post_init__(self):
         for value, choices, name in ((self.answer, ANSWERS, "answer"), (self.tokens, TOKENS, "tokens")):
             if value not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
+                raise GranulonError(f"`{name}` must be one of {', '.join(choices)}; got {value!r}.")
 
     def settings(self) -> dict[str, Any]:
         """What the numbers depend on."""
@@ -173,7 +174,7 @@ class AlignmentRun:
         description (`dict`): model, data and settings; another one in the same folder is refused.
 
     Raises:
-        ValueError: the folder holds a run of something else.
+        GranulonError: the folder holds a run of something else.
     """
 
     def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
@@ -185,7 +186,7 @@ class AlignmentRun:
             before = read_description(known)
             changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
             if changed:
-                raise ValueError(
+                raise GranulonError(
                     f"{str(self.folder)!r} was made with another {' and '.join(changed)}; name another folder, or remove it."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -400,7 +401,7 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
         `dict`: what is in `alignment.json`; `failed` has the models without a sample, each with a reason.
 
     Raises:
-        ValueError: no sample of any model could be used.
+        GranulonError: no sample of any model could be used.
     """
     folder = Path(folder)
     usable = {name: run.usable() for name, run in runs.items()}
@@ -410,7 +411,9 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
         if not ids
     }
     if len(failed) == len(runs):
-        raise ValueError(f"No sample could be compared: {'; '.join(f'{name} ({reason})' for name, reason in failed.items())}.")
+        raise GranulonError(
+            f"No sample could be compared: {'; '.join(f'{name} ({reason})' for name, reason in failed.items())}."
+        )
     runs = {name: run for name, run in runs.items() if name not in failed}
     common = set.intersection(*(usable[name] for name in runs)) or None
     found = {name: one for name, run in runs.items() if (one := curve(run.blocks(only=common))) is not None}

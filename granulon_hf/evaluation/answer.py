@@ -82,7 +82,7 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
         room_for (`int`): tokens of an answer that must still fit behind the prompt; 0 does not look.
 
     Raises:
-        ValueError: an image that cannot be used, an unknown level, or a prompt that is too long.
+        GranulonError: an image that cannot be used, an unknown level, or a prompt that is too long.
     """
     inputs = encode_prompts(processor, conversations).to(model.device)
     length, room = inputs["input_ids"].shape[1], getattr(model.config.text_config, "max_position_embeddings", None)
@@ -126,7 +126,7 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
         `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), new_tokens.
 
     Raises:
-        ValueError: an image that cannot be used.
+        GranulonError: an image that cannot be used.
     """
     seen = look(model, processor, [conversation(sample.prompt, sample.images) for sample in samples], generation.granularity)
     arguments = {} if generation.visual_stream is None else {"visual_stream": generation.visual_stream}
@@ -171,10 +171,11 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
         `dict`: `input_ids` [Q x L], `attention_mask`, `cache`, `mm_encoder_outputs`, for `model.generate(**…)`.
 
     Raises:
-        ValueError: the model has no levels, or its chat template puts something before the image that depends on the question.
+        GranulonError: the model has no levels, or its chat template puts something before the image that depends on the
+            question.
     """
     if not model.config.granularity_levels:
-        raise ValueError("This model has no levels: what it sees does not depend on the question.")
+        raise GranulonError("This model has no levels: what it sees does not depend on the question.")
     content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for question in questions]
     inputs = encode_prompts(processor, [[{"role": "user", "content": parts}] for parts in content]).to(model.device)
     ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(questions)
@@ -182,7 +183,7 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
     slots = (rows[0] == model.config.image_token_id).nonzero().flatten()
     length = int(slots[0]) + len(slots) - model.config.num_semantic_slots  # of the prefix, pixel slots included
     if any(not torch.equal(row[:length], rows[0][:length]) for row in rows):
-        raise ValueError("The prompts differ before the pixel tokens: they cannot be shared.")
+        raise GranulonError("The prompts differ before the pixel tokens: they cannot be shared.")
 
     level = model.get_granularity_probs(ids, mask, inputs["question_mask"]).argmax(-1)
     features = model.model._patch_features(inputs["pixel_values"][:1], None, None)[0]
@@ -237,16 +238,16 @@ def read_description(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(found, dict):
-            raise ValueError("no names and values")
+            raise ValueError("it must be a mapping")
     except ValueError as error:
-        raise ValueError(
+        raise GranulonError(
             f"{str(path)!r} is damaged ({' '.join(str(error).split())}): nobody knows what is beside it; remove the folder "
             f"{str(path.parent)!r}, so that it is made again."
         ) from None
     return found
 
 
-class OtherPredictions(ValueError):
+class OtherPredictions(GranulonError):
     """The folder holds answers of another model, to other data, or made in another way."""
 
 
@@ -263,7 +264,7 @@ class PredictionRun:
 
     Raises:
         OtherPredictions: the folder holds a run of something else.
-        ValueError: its description is damaged.
+        GranulonError: its description is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
@@ -321,7 +322,7 @@ class PredictionRun:
             if sample.id not in done:
                 missing.append(sample)
         if len(set(order)) < len(order):
-            raise ValueError("Samples have the same id; predictions could not be told apart.")
+            raise GranulonError("Samples have the same id; predictions could not be told apart.")
         if index == 0:
             self.write_description(count)
         # Long prompts beside long ones: less padding. The answers do not depend on it.

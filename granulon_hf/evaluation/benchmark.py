@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from granulon_hf.data import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import (
     Generation,
     PredictionRun,
@@ -127,20 +128,20 @@ class Suite:
             if values is None:
                 continue
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-                raise ValueError(f"What to take as {name} is a list of names, not {values!r}.")
+                raise GranulonError(f"What to take as {name} is a list of names, not {values!r}.")
             if not values:
-                raise ValueError(f"There is no {name} to evaluate.")
+                raise GranulonError(f"There is no {name} to evaluate.")
             if not all(value.partition("=")[0].strip() for value in values):
-                raise ValueError(f"A {name} has an empty name.")
+                raise GranulonError(f"A {name} has an empty name.")
             if len({value.partition("=")[0] for value in values}) < len(values):
-                raise ValueError(f"A {name} is named twice.")
+                raise GranulonError(f"A {name} is named twice.")
         for name, number, least in (("limit", self.limit, 1), ("seed", self.seed, 0)):
             if number is not None and (not isinstance(number, int) or number < least):
-                raise ValueError(f"The {name} is a whole number from {least}, not {number!r}.")
+                raise GranulonError(f"The {name} is a whole number from {least}, not {number!r}.")
         if unknown := sorted(set(self.metrics or []) - set(METRICS)):
-            raise ValueError(f"Unknown metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}.")
+            raise GranulonError(f"Unknown metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}.")
         if {"judge", "hallucination"} & set(self.metrics or []) and self.judge is None:
-            raise ValueError("The metric 'judge' needs a judge: say which, such as --judge gpt-4o.")
+            raise GranulonError("The metric 'judge' needs a judge: say which, such as --judge gpt-4o.")
 
 
 def open_set(suite: Suite, name: str) -> Any:
@@ -161,7 +162,7 @@ def titles_of(sources: Sequence[str]) -> dict[str, str]:
     titles = {source: source.rstrip("/").split("/")[-1] if os.path.isdir(source) else source for source in sources}
     for i, source in enumerate(sources):
         if slug(titles[source]) in [slug(titles[other]) for other in sources[:i]]:
-            raise ValueError(f"Two models have the name {titles[source]!r}; rename a folder.")
+            raise GranulonError(f"Two models have the name {titles[source]!r}; rename a folder.")
     return titles
 
 
@@ -170,18 +171,18 @@ def check_metrics(suite: Suite) -> None:
     missing = [package for package in CAPTION_METRICS.values() if find_spec(package) is None]
     if missing and set(suite.metrics or []) & set(CAPTION_METRICS):
         names = ", ".join(CAPTION_METRICS)
-        raise ValueError(f'{missing[0]} is not installed; {names} need: pip install "granulon-hf[captions]"')
+        raise GranulonError(f'{missing[0]} is not installed; {names} need: pip install "granulon-hf[captions]"')
     if "bertscore" not in (suite.metrics or []):
         return
     try:
         AutoConfig.from_pretrained(suite.bertscore_model)
     except (OSError, ValueError) as error:
         reason = one_sentence(error)
-        raise ValueError(
+        raise GranulonError(
             f"The encoder {suite.bertscore_model!r} of BERTScore cannot be loaded ({reason}); a folder will do too."
         ) from error
     if os.path.isdir(suite.bertscore_model) and suite.bertscore_layers is None:
-        raise ValueError("For an encoder in a folder say --bertscore-layers: which of its layers BERTScore compares.")
+        raise GranulonError("For an encoder in a folder say --bertscore-layers: which of its layers BERTScore compares.")
 
 
 def one_sentence(error: Exception) -> str:
@@ -213,7 +214,7 @@ def run_suite(
         are made from, and what `scores.json` holds. Empty on all processes but the first, which alone scores.
 
     Raises:
-        ValueError: data or a model cannot be used; before a model is loaded where that can be known.
+        GranulonError: data or a model cannot be used; before a model is loaded where that can be known.
     """
     out, titles = Path(suite.out), titles_of(suite.models)
     check_metrics(suite)
@@ -229,10 +230,10 @@ def run_suite(
         on_set(f"{data}: {describe_set(len(sets[data]), about[data]['left_out'])}")
         check_tasks(suite, data, sets[data])
     if twice := [part for part, times in Counter(part for one in about.values() for part in one["parts"]).items() if times > 1]:
-        raise ValueError(f"Two data sets would have the column {twice[0]!r}; rename one.")
+        raise GranulonError(f"Two data sets would have the column {twice[0]!r}; rename one.")
     folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
     if len(set(folders.values())) < len(folders):
-        raise ValueError(f"Two data sets would share a folder: {', '.join(sets)}; rename one.")
+        raise GranulonError(f"Two data sets would share a folder: {', '.join(sets)}; rename one.")
     wanting = {key for key, folder in folders.items() if not is_complete(folder, sets[key[1]])}
     sources = {source for source, _ in wanting}
     check_models([source for source in suite.models if source in sources], suite.device, suite.dtype)
@@ -259,7 +260,7 @@ def run_suite(
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
                     level, levels = suite.generation.granularity, [one["name"] for one in model.config.granularity_levels]
                     if level is not None and levels and level not in levels:
-                        raise ValueError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
+                        raise GranulonError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
                 run = PredictionRun(folder, {**description, "model": describe_model(source, model)})
                 what, total = f"{title} on {data}", len(samples)
                 rows = run.run(
@@ -271,7 +272,7 @@ def run_suite(
                     on_progress=lambda done, what=what, total=total: on_progress(what, done, total),  # type: ignore[misc]
                 )
             if all("error" in row for row in rows):
-                raise ValueError(
+                raise GranulonError(
                     f"{title} could answer none of the samples of {data} ({rows[0]['error'].rstrip('.')}); when that "
                     f"is mended, remove {str(folder)!r}."
                 )
@@ -318,7 +319,7 @@ def check_tasks(suite: Suite, data: str, samples: Sequence[Sample]) -> None:
     """Raises ValueError where the judge is asked for what it cannot score, before anything is answered."""
     tasks = sorted({sample.task for sample in samples})
     if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
-        raise ValueError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
+        raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
 
 
 def digest_of(samples: Iterable[Sample]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, OtherPredictions, process_state
 from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
 from granulon_hf.io import write_text
@@ -46,36 +47,38 @@ def check(config: dict[str, Any]) -> list[str]:
             wanted, `controller` (a folder of examples/train_controller.py, for the rows that have levels).
 
     Raises:
-        ValueError: something is missing, unknown or fixed by the comparison.
+        GranulonError: something is missing, unknown or fixed by the comparison.
     """
     if config.get("llm") not in DECODERS:
         got = "nothing" if config.get("llm") is None else repr(config["llm"])
-        raise ValueError(f"`llm` must be one of {', '.join(DECODERS)}; got {got}.")
+        raise GranulonError(f"`llm` must be one of {', '.join(DECODERS)}; got {got}.")
     forms = {"encoders": (list, "a list of names"), "controller": (str, "a folder"), "train": (dict, "names with values")}
     for name, (kind, form) in (forms | {"eval": forms["train"]}).items():
         if not isinstance(config.get(name) or kind(), kind):
-            raise ValueError(f"`{name}` must be {form}; got {config[name]!r}.")
+            raise GranulonError(f"`{name}` must be {form}; got {config[name]!r}.")
     encoders = config.get("encoders") or []
     if unknown := [name for name in encoders if name not in ENCODERS]:
-        raise ValueError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")
+        raise GranulonError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")
     if len(encoders) < 2 or len(set(encoders)) < len(encoders):
-        raise ValueError("A comparison needs at least two different encoders.")
+        raise GranulonError("A comparison needs at least two different encoders.")
     if controller := config.get("controller"):
         if not os.path.exists(controller):
-            raise ValueError(f"`controller` names {controller!r}, which is not there; examples/train_controller.py makes one.")
+            raise GranulonError(
+                f"`controller` names {controller!r}, which is not there; examples/train_controller.py makes one."
+            )
         if not any(map(has_levels, encoders)):
-            raise ValueError(f"`controller` is for encoders with levels, and {', '.join(encoders)} have none; leave it out.")
+            raise GranulonError(f"`controller` is for encoders with levels, and {', '.join(encoders)} have none; leave it out.")
     for name in ("variant", "output_dir", "resume_from_checkpoint", "feature_cache"):
         if name in (config.get("train") or {}):
-            raise ValueError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
+            raise GranulonError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
     fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out"}
     if unknown := sorted(set(config.get("eval") or {}) - fields):
-        raise ValueError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
+        raise GranulonError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
     known = {action.dest for action in make_parser()._actions} | {"cache_features"}
     if unknown := sorted(set(config.get("train") or {}) - known):
-        raise ValueError(f"`train` has {unknown[0]!r}, which examples/train.py does not know.")
+        raise GranulonError(f"`train` has {unknown[0]!r}, which examples/train.py does not know.")
     if not (config.get("eval") or {}).get("data"):
-        raise ValueError("`eval` needs `data`: what to evaluate on.")
+        raise GranulonError("`eval` needs `data`: what to evaluate on.")
     return [f"{name}-{config['llm']}" for name in encoders]
 
 
@@ -91,7 +94,7 @@ def compare(
         `dict`: as of [`run_suite`].
 
     Raises:
-        ValueError: a wrong configuration, settings that differ between rows, or answers that were made with another `eval`.
+        GranulonError: a wrong configuration, settings that differ between rows, or answers that were made with another `eval`.
     """
     names = check(config)
     settings = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
@@ -133,7 +136,7 @@ def compare(
     try:
         result = run_suite(suite, load_model, on_progress, on_set)
     except OtherPredictions:
-        raise ValueError(
+        raise GranulonError(
             f"{suite.out!r} holds answers that were made with another `eval`; remove that folder: what is trained stays."
         ) from None
     if not result:  # the first of several processes writes
@@ -152,7 +155,7 @@ def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
         different = [s for s in settings if s not in OWN and a["settings"].get(s) != b["settings"].get(s)]
         different += ["data"] * (a["data"] != b["data"]) + ["versions"] * (a["versions"] != b["versions"])
         if different:
-            raise ValueError(
+            raise GranulonError(
                 f"{first} and {name} were not trained alike: {', '.join(different)} differ. Remove the training folder of "
                 "one, so that it is trained again."
             )

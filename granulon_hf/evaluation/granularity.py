@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, PredictionRun
 from granulon_hf.evaluation.metrics import SCORERS
 from granulon_hf.io import write_text
@@ -46,7 +47,7 @@ def find_scorer(name: str) -> Scorer:
     """Raises ValueError for an unknown name."""
     known = {"auto": auto_score, **SCORERS}
     if name not in known:
-        raise ValueError(f"Unknown score {name!r}; the choices are {', '.join(known)}.")
+        raise GranulonError(f"Unknown score {name!r}; the choices are {', '.join(known)}.")
     return known[name]
 
 
@@ -122,7 +123,7 @@ class GranularityAnalysis:
         on_progress (`callable`): called with the number of answers that were found or made since the last call.
 
     Raises:
-        ValueError: the model has no levels, or there are no samples.
+        GranulonError: the model has no levels, or there are no samples.
     """
 
     def __init__(
@@ -138,9 +139,9 @@ class GranularityAnalysis:
         on_progress: Callable[[int], None] = lambda count: None,
     ):
         if not model.config.granularity_levels:
-            raise ValueError("This model has no granularity levels: there is nothing to choose and nothing to sweep.")
+            raise GranulonError("This model has no granularity levels: there is nothing to choose and nothing to sweep.")
         if not samples:
-            raise ValueError("There are no samples.")
+            raise GranulonError("There are no samples.")
         self.model, self.processor, self.samples, self.folder = model, processor, samples, Path(folder)
         self.description, self.scorer, self.fields, self.on_progress = description, scorer, fields, on_progress
         self.generation = generation or Generation()
@@ -208,13 +209,13 @@ def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> lis
     """Pairs (β, K).
 
     Raises:
-        ValueError: a number below 1, or no K fits any β.
+        GranulonError: a number below 1, or no K fits any β.
     """
     if any(number < 1 for number in (*betas, *(slots or ()))):
-        raise ValueError("Numbers of clusters and of slots must be at least 1.")
+        raise GranulonError("Numbers of clusters and of slots must be at least 1.")
     cells = [(beta, k) for beta in sorted(set(betas)) for k in (sorted(set(slots)) if slots else [beta]) if k <= beta]
     if betas and not cells:
-        raise ValueError("Every K is above every β: more slots than clusters stay empty; give a smaller K.")
+        raise GranulonError("Every K is above every β: more slots than clusters stay empty; give a smaller K.")
     return cells
 
 
@@ -474,13 +475,13 @@ def report(
         `dict`: settings and the tables `choices`, `levels` and `sweep`, as in the JSON file.
 
     Raises:
-        ValueError: no sample has an image, so that no level was chosen.
+        GranulonError: no sample has an image, so that no level was chosen.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not (found["choice"] >= 0).any():
-        raise ValueError("No sample could be answered with an image: there is no level to look at.")
+        raise GranulonError("No sample could be answered with an image: there is no level to look at.")
     folder = Path(folder)
     choices, policies = choice_table(found, fields), policy_table(found, fields)
     sweep = sweep_table(cells, fields) if cells else []

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from granulon_hf.data.sample import Sample
+from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, answer_batch
 from granulon_hf.io import batches
 from granulon_hf.loading import load_model
@@ -55,7 +56,7 @@ class Granulon(lmms):
         granularity (`str`, *optional*): forces a level; by default the controller chooses.
 
     Raises:
-        ValueError: no Granulon model, or an unknown device, dtype, batch size or level.
+        GranulonError: no Granulon model, or an unknown device, dtype, batch size or level.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Granulon(lmms):
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"--batch_size {batch_size} is not supported; give a number of at least 1.")
+            raise GranulonError(f"--batch_size {batch_size} is not supported; give a number of at least 1.")
         self.accelerator = Accelerator()
         if self.accelerator.num_processes > 1:
             device = str(self.accelerator.device)
@@ -78,7 +79,7 @@ class Granulon(lmms):
         self.device, self.batch_size, self.granularity = self.model.device, int(batch_size), granularity
         names = self.model.config.level_names if self.model.config.granularity_levels else []
         if granularity is not None and granularity not in names:
-            raise ValueError(f"granularity={granularity!r} is no level of this model; it has {', '.join(names) or 'none'}.")
+            raise GranulonError(f"granularity={granularity!r} is no level of this model; it has {', '.join(names) or 'none'}.")
 
     def question(self, request: Instance) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The conversation of a request in lmms-eval's form (an image's content is its `url`), and its generation arguments."""
@@ -95,10 +96,12 @@ class Granulon(lmms):
         """A conversation in lmms-eval's form as a sample.
 
         Raises:
-            ValueError: it holds a video or sound, or ends with words of the assistant.
+            GranulonError: it holds a video or sound, or ends with words of the assistant.
         """
         if turns[-1]["role"] == "assistant":
-            raise ValueError(f"Task {request.task_name!r} begins the answer itself, which Granulon's adapter does not support.")
+            raise GranulonError(
+                f"Task {request.task_name!r} begins the answer itself, which Granulon's adapter does not support."
+            )
         images, messages = [], []
         for turn in turns:
             parts: list[dict[str, str]] = []
@@ -111,7 +114,7 @@ class Granulon(lmms):
                     text = part["text"].replace("<image>", "")
                     parts.append({"type": "text", "text": text})
                 else:
-                    raise ValueError(
+                    raise GranulonError(
                         f"Task {request.task_name!r} asks about {part['type']}; Granulon reads images and text only."
                     )
             messages.append({"role": turn["role"], "content": parts})
@@ -170,7 +173,7 @@ class Granulon(lmms):
                 words = {"add_special_tokens": False, "split_special_tokens": True}
                 answers.append(self.processor.tokenizer.encode(str(target).lstrip(), **words))
                 if not answers[-1]:
-                    raise ValueError(f"Task {request.task_name!r} has an empty answer to score (document {request.doc_id}).")
+                    raise GranulonError(f"Task {request.task_name!r} has an empty answer to score (document {request.doc_id}).")
             forced = ForcedAnswers(answers, self.processor.tokenizer.eos_token_id)
             # A checkpoint's generation config may hold a penalty, which would change the likelihoods.
             extra = {"logits_processor": LogitsProcessorList([forced]), "num_beams": 1, "repetition_penalty": 1.0}

@@ -25,13 +25,13 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
             one that training does not see, where the set has one.
 
     Raises:
-        ValueError: the set cannot be read, or drawn scenes are given what they do not have.
+        GranulonError: the set cannot be read, or drawn scenes are given what they do not have.
     """
     if seed < 0:
-        raise ValueError(f"The seed must be 0 or more; got {seed}.")
+        raise GranulonError(f"The seed must be 0 or more; got {seed}.")
     if name == "shapes":
         if given := [key for key, value in options.items() if value is not None]:
-            raise ValueError(f"Drawn shapes have no {' and no '.join(given)}.")
+            raise GranulonError(f"Drawn shapes have no {' and no '.join(given)}.")
         return Shapes(limit or drawn, seed=HELD_OUT + seed)
     known = {key: value for key, value in options.items() if value is not None}
     wanted = ADAPTERS[name].eval_split if name in ADAPTERS and "split" not in known else None
@@ -45,7 +45,7 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
                 pass
         return load(name, seed=seed, limit=limit, **known)
     except (GranulonError, OSError) as error:
-        raise ValueError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
+        raise GranulonError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
 
 
 def no_sample(name: str, samples: Samples | Shapes) -> ValueError:
