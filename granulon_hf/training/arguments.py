@@ -199,9 +199,10 @@ def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
             values = yaml.safe_load(file) or {}
         except yaml.YAMLError as error:
             raise GranulonError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-        what = f"the unknown name {unknown[0]!r}" if isinstance(values, dict) else "no names and values"
-        raise GranulonError(f"{path} holds {what}; the names are those of `train.py --help`.")
+    if not isinstance(values, dict):
+        raise GranulonError(f"{path} must be a YAML mapping of options to values; got a {type(values).__name__}.")
+    if unknown := sorted(set(values) - known):
+        raise GranulonError(f"{path} holds the unknown name {unknown[0]!r}; the names are those of `train.py --help`.")
     return values
 
 
