@@ -226,7 +226,7 @@ class GranulonCollator:
     def _prompt(self, row) -> Prompt:
         try:
             prompt = self.processor.apply_chat_template(conversation(row["messages"]))
-            prompt.encode()  # half characters cannot be tokenised
+            prompt.encode()  # lone surrogates cannot be tokenized
             return prompt
         except Exception:  # `encode` will say what is wrong with it
             return Prompt("")
