@@ -561,6 +561,8 @@ class GranulonModel(GranulonPreTrainedModel):
         if not self.config.granularity_levels:
             return self.get_image_features(pixel_values, return_dict=True, **kwargs)
         logits = self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask, sample)
+        # No level is the answer to NaN (of a broken checkpoint, or of DoRA on a layer of zeros). A GPU is not waited for.
+        torch._assert_async(logits.isfinite().all(), "The granularity controller's logits are not numbers; check its weights.")
         level = torch.where(forced < 0, logits.argmax(-1), forced)
         # An image belongs to the sample that holds its first slot.
         slots = (image_mask.sum(1) if sample is None else sample[image_mask].bincount(minlength=batch)).cumsum(0)

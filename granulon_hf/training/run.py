@@ -334,7 +334,7 @@ def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, 
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if history:
         plot_losses(history, folder / "loss.png")
-    left_out = [*map(asdict, getattr(samples, "problems", [])), *collator.problems]
+    left_out = [*(problem._asdict() for problem in getattr(samples, "problems", [])), *collator.problems]
     if left_out:
         (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in left_out))
     write_card(folder, described, history, trainer.whole)

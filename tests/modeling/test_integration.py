@@ -190,6 +190,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(build, conversations):
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.zero_grad()
+        torch.manual_seed(0)  # a DINOv3 tower that trains jitters its positions
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
         gradients.append(model.model.multi_modal_projector.linear_1.weight.grad.clone())
     torch.testing.assert_close(*gradients)
