@@ -158,7 +158,7 @@ def show(
     from granulon_hf.data.prepared.preview import contact_sheet
 
     if not folder.is_dir():
-        raise GranulonError(f"There is no folder {str(folder)!r}.")
+        raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     samples = load(folder, split=split, verify="none")
     out.write_text(contact_sheet(samples, limit), encoding="utf-8")
     for problem in samples.unreadable:

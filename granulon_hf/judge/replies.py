@@ -3,22 +3,35 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from typing import Annotated, Any
 
 import pydantic
 
 from .prompts import SCORES
 
-# Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1.
+# Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1, and "8_5" as 85.
 NoBoolean = pydantic.BeforeValidator(lambda value: None if isinstance(value, bool) else value)
-SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean]])
+WRITTEN = re.compile(r"\s*\d{1,3}(?:\.0+)?\s*")
+
+
+def read_written(value: Any) -> Any:
+    """Return a value as it is, but None for a text that is no plain number."""
+    return None if isinstance(value, str) and not WRITTEN.fullmatch(value) else value
+
+
+Score = Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, pydantic.BeforeValidator(read_written)]
+SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Score])
 # What a model thinks before it answers, between the tags of many models: <think>, [THINK], <seed:think>, <|START_THINKING|>,
 # <|begin_of_thought|>, ◁think▷, and the channels of gpt-oss. Some chat templates write the first tag into the prompt.
 THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|analysis|reflection|rationale|scratchpad)[\w:.-]{0,20}\|?[>▷]"
 OPENS = rf"(?:[<◁]\|?{THOUGHT}|\[THINK\]|<\|channel\|>(?:analysis|commentary))"
 CLOSES = rf"(?:[<◁](?:/|\|end_){THOUGHT}|\[/THINK\]|<\|channel\|>final)"
 REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
+
+
+TAGS = re.compile(f"{OPENS}|{CLOSES}", flags=re.IGNORECASE)
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -29,11 +42,39 @@ def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
+# Lines may break inside of a text, as models write them.
+DECODER = json.JSONDecoder(object_pairs_hook=unambiguous, strict=False)
+
+
+def find_objects(text: str, wanted: set[str]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Yield start, end and value of each JSON object with one of these names; others are looked into."""
+    at = 0
+    while (at := text.find("{", at)) >= 0:
+        try:
+            value, end = DECODER.raw_decode(text, at)
+        except RecursionError:
+            return
+        except ValueError:
+            value, end = {}, at
+        if wanted & value.keys():
+            yield at, end, value
+        at = end if wanted & value.keys() else at + 1
+
+
+def find_inside(value: Any, wanted: set[str]) -> Iterator[dict[str, Any]]:
+    """Yield what an object, or one inside of it, holds under these names; lists are of something else, such as segments."""
+    if isinstance(value, dict):
+        if wanted & value.keys():
+            yield {name: value[name] for name in wanted & value.keys()}
+        for one in value.values():
+            yield from find_inside(one, wanted)
+
+
 def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapter) -> dict[str, Any]:
     """Return the numbers by these names in the one JSON object of a reply that has them.
 
-    Reasoning, prose, code fences, other objects and other names are passed over. An object may be there twice if it says the
-    same both times.
+    Reasoning, prose, code fences, other objects and other names are passed over. The numbers may be there twice, in an object
+    or in words, if they are the same both times.
 
     Args:
         numbers: what they have to be, as the adapter of a `dict`.
@@ -41,32 +82,27 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     Raises:
         ValueError: with what is wrong.
     """
-    wanted, decoder = set(names), json.JSONDecoder(object_pairs_hook=unambiguous)
-    found, text, at = [], REASONING.sub("", content), 0
-    while (at := text.find("{", at)) >= 0:
-        try:
-            value, end = decoder.raw_decode(text, at)
-        except RecursionError:
-            break
-        except ValueError:
-            value = {}
-        if wanted & value.keys():
-            found.append({name: value[name] for name in wanted & value.keys()})
-            text = text[:at] + text[end:]
-        else:
-            at += 1  # it may be inside of this one
-    shown = repr(content.strip()[-80:])
-    # A number that is in no object read above is of a broken one, which may say something else.
-    stray = rf"""["'](?:{"|".join(map(re.escape, wanted))})["']\s*:\s*["'\d-]"""
-    if not found or re.search(stray, text):
+    wanted, shown = set(names), repr(content.strip()[-80:])
+    text = re.sub(r",(\s*[}\]])", r"\1", content)  # a comma behind the last entry
+    spans = [(start, end) for start, end, _ in find_objects(text, wanted)]
+    if any(not any(start <= tag.start() < end for start, end in spans) for tag in TAGS.finditer(text)):
+        text = REASONING.sub("", text)  # else the tags are words of a text inside of the object
+    objects = list(find_objects(text, wanted))
+    rest = "".join(text[end:start] for (_, end, _), (start, _, _) in pairwise([(0, 0, {}), *objects, (len(text), 0, {})]))
+    # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
+    said = r"""\W*\s*[:=]\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
+    words = [(name, number) for name in wanted for number in re.findall(re.escape(name) + said, rest, flags=re.IGNORECASE)]
+    if not objects:
         raise ValueError(f"no JSON object, or a broken one: {shown}")
     try:
-        read = [numbers.validate_python(one) for one in found]
+        read = [numbers.validate_python(one) for _, _, value in objects for one in find_inside(value, wanted)]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][0]}: {first['msg']}: {shown}") from None
     if any(one != read[0] or one.keys() != wanted for one in read):
         raise ValueError(f"not one object with {' and '.join(sorted(wanted))}: {shown}")
+    if any(float(number) != read[0][name] for name, number in words):
+        raise ValueError(f"other numbers beside the object: {shown}")
     return read[0]
 
 

@@ -1119,3 +1119,42 @@ def test_threads_are_left_behind_by_nobody(metric):
         if "asyncio" in thread.name:
             thread.join(timeout=5)
             assert not thread.is_alive()
+
+
+OK = '{"accuracy_score": 85, "hallucination_score": 10}'
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"accuracy_score": 85.0, "hallucination_score": "10.0", "reason": "it writes <think> in it"}',
+        '{"accuracy_score": 85, "hallucination_score": 10, "reason": "a line\nbreak </think> x"}',
+        '{"accuracy_score": 85, "hallucination_score": 10,}',
+        f'{{"accuracy_score": 0-100, "hallucination_score": 0-100}}\n{OK}',
+        f"accuracy_score = 85.\nhallucination_score: 10\n{OK}",
+        f'{{"scores": {OK}}}',
+        f'<think>{{"accuracy_score": 20, "hallucination_score": 3}}</think>{OK}',
+    ],
+)
+def test_replies_that_say_one_thing(reply):
+    assert module.parse(reply) == (85, 10)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        f"{{accuracy_score: 20, hallucination_score: 60}}\n{OK}",
+        f"{{“accuracy_score”: 20, “hallucination_score”: 60}}\n{OK}",
+        f'{{"Accuracy_Score": 20, "Hallucination_Score": 60}} {OK}',
+        f'"{{\\"accuracy_score\\": 20, \\"hallucination_score\\": 60}}"\n{OK}',
+        f"{OK}\nCorrection: accuracy_score = 20, hallucination_score = 60",
+        f'{OK[:-1]}, "revised": {{"accuracy_score": 20, "hallucination_score": 60}}}}',
+        '{"accuracy_score": "8_5", "hallucination_score": 10}',
+        '{"accuracy_score": "1e1", "hallucination_score": 10}',
+        f"<think>{OK}",
+        f'{OK}{{"accuracy_score": 20, "halluc',
+    ],
+)
+def test_replies_that_may_say_two_things(reply):
+    with pytest.raises(ValueError):  # noqa: PT011 (whatever is wrong with it)
+        module.parse(reply)

@@ -57,7 +57,7 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     """Load every split of a prepared folder, unverified."""
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise GranulonError(f"There is no folder {str(folder)!r}.")
+        raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     prepared.missing_shards(path)
     splits: list[str | None] = [*splits_of(open_source(path))]
     for split in splits or [None]:
