@@ -70,7 +70,7 @@ def read_results(path: Path | None) -> dict[str, Any] | None:
         scores = json.loads(path.read_text(encoding="utf-8"))
         scores["models"], scores["scores"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise GranulonError(f"{str(path)!r} is not the scores.json that granulon eval run writes.") from error
+        raise GranulonError(f"{str(path)!r} is not the scores.json of granulon eval run.") from error
     return scores
 
 
