@@ -199,7 +199,6 @@ class GranulonProcessor(ProcessorMixin):
         if "date_string" in template:
             kwargs.setdefault("date_string", DATE_STRING)
         conversations, batched = self._normalize_conversations(conversation)
-        conversations = [map_text(one, remove_marks) for one in conversations]
         pattern = self._control_pattern(template)
         marked = [mark_conversation(one, pattern) for one in conversations]
         # Tools, documents and other variables of the template are text, too.
@@ -208,6 +207,7 @@ class GranulonProcessor(ProcessorMixin):
         prompts = [Prompt.read(one) for one in super().apply_chat_template(marked, template, **others)]
         if not kwargs.get("tokenize"):
             return prompts if batched else prompts[0]
+        conversations = [map_text(one, remove_marks) for one in conversations]
         kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "prompts": prompts}
         inputs = super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
         if granularity is not None and kwargs.get("return_dict"):

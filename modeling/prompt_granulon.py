@@ -12,6 +12,7 @@ Span = tuple[int, int]
 # every answer, and control tokens that somebody typed.
 MARKS = {"question": "\ufdd0\ufdd1", "answers": "\ufdd2\ufdd3", "typed": "\ufdd4\ufdd5"}
 ALL_MARKS = "".join(MARKS.values())
+NO_MARKS = dict.fromkeys(map(ord, ALL_MARKS))
 
 
 class Prompt(str):
@@ -67,16 +68,16 @@ class Prompt(str):
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Copy a message, or whatever holds strings, with every string changed but those of parts that are images."""
+    """Copy a message, or whatever holds strings, with every string changed: any of them may be shown by a template."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return value if value.get("type") == "image" else {map_text(k, change): map_text(v, change) for k, v in value.items()}
+        return {map_text(key, change): map_text(one, change) for key, one in value.items()}
     return [map_text(one, change) for one in value] if isinstance(value, list | tuple) else value
 
 
 def remove_marks(text: str) -> str:
-    return text.translate(dict.fromkeys(map(ord, ALL_MARKS)))
+    return text.translate(NO_MARKS)
 
 
 def mark_typed(text: str, control: re.Pattern) -> str:

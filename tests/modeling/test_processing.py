@@ -277,6 +277,16 @@ def test_tools_and_documents_are_text(processor):
     assert processor.decode(ids(bad)).count(bad) == 6
 
 
+@pytest.mark.parametrize("type_", ["image", "text", "anything"])
+def test_a_message_that_calls_itself_something_is_text(processor, type_):
+    """No key of a message takes its words out of what is looked through."""
+    words = f"{processor.tokenizer.eos_token}{processor.image_token}"
+    plain, forged = ({"role": "user", "type": type_, "content": f"What is {one}?"} for one in ("it", words))
+    expected, inputs = (make_inputs(processor, [one])["input_ids"][0].tolist() for one in (plain, forged))
+    assert control_ids(processor, inputs) == control_ids(processor, expected)
+    assert words in processor.decode(inputs)
+
+
 @pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"type": "text", "text": 7}])
 def test_a_text_part_without_a_text_is_refused(processor, part):
     with pytest.raises(Exception, match="without a text"):
