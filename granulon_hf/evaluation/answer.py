@@ -261,14 +261,15 @@ class PredictionRun:
     Args:
         folder (`Path`): of the run.
         description (`dict`): model, data and generation; another one in the same folder is refused.
+        copy_images (`bool`): keep the encoded images beside the answers.
 
     Raises:
         OtherPredictions: the folder holds a run of something else.
         GranulonError: its description is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, description: dict[str, Any], copy_images: bool = True):
+        self.folder, self.copy_images = Path(folder), copy_images
         self.description = json.loads(json.dumps(description, default=str))
         path = self.folder / "run.json"
         if path.exists():
@@ -369,6 +370,8 @@ class PredictionRun:
 
     def keep(self, image: dict[str, Any]) -> str:
         """Copy an encoded image into `images/`; its path there."""
+        if not self.copy_images:
+            return image.get("path") or ""
         data = image["bytes"] if image.get("bytes") is not None else None
         digest = hashlib.sha256(data if data is not None else Path(image["path"]).read_bytes()).hexdigest()[:24]
         target = self.folder / "images" / f"{digest}{suffix(data, image.get('path'))}"

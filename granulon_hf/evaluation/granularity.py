@@ -20,20 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, PredictionRun
 from granulon_hf.evaluation.metrics import SCORERS
-from granulon_hf.io import write_text
+from granulon_hf.evaluation.tables import difference_text, markdown_table, score_text, write_rows
+from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.stats import bootstrap_mean, paired_difference
+from granulon_hf.stats import difference, estimate
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")
 BETAS = (5, 10, 20, 30, 40, 50)  # paper: 5 … 50 clusters
 ALL = "all"
+# Of the Parquet file.
+COLUMNS = (
+    *("setting", "id", "task", "alpha", "beta", "k", "chosen", "probability", "prediction", "reference", "score", "seconds"),
+    *("pixel_tokens", "semantic_tokens"),
+)
 
 
 def auto_score(row: dict[str, Any]) -> float:
@@ -49,13 +56,6 @@ def find_scorer(name: str) -> Scorer:
     if name not in known:
         raise GranulonError(f"Unknown score {name!r}; the choices are {', '.join(known)}.")
     return known[name]
-
-
-class LightRun(PredictionRun):
-    """Without copies of the images: the same ones are answered in many settings, and only the text is looked at."""
-
-    def keep(self, image: dict[str, Any]) -> str:
-        return image.get("path") or ""
 
 
 @contextmanager
@@ -91,21 +91,6 @@ def image_tokens(model: Any, processor: Any, samples: Sequence[Sample], level: s
     pixels = processor.image_processor(open_rgb(image), return_tensors="pt")["pixel_values"].to(model.device)
     aggregation = model.aggregate(pixels, level)
     return aggregation.assignment[0].numel(), int(aggregation.keep.sum())
-
-
-def groups_of(row: dict[str, Any], fields: Sequence[str]) -> list[str]:
-    """What a sample belongs to: all, and `field=value` of its task and of the fields of its `meta`."""
-    values = {name: row["task"] if name == "task" else row["meta"].get(name) for name in fields}
-    return [ALL, *(f"{name}={value}" for name, value in values.items() if value is not None)]
-
-
-def group_names(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[str]:
-    """All groups of the rows, field by field; a field with one value says nothing that "all" does not."""
-    names = [ALL]
-    for name in fields:
-        found = sorted({group for row in rows for group in groups_of(row, [name])[1:]})
-        names += found if len(found) > 1 else []
-    return names
 
 
 class GranularityAnalysis:
@@ -149,7 +134,8 @@ class GranularityAnalysis:
     def answers(self, name: str, generation: Generation, **extra: Any) -> list[dict[str, Any]]:
         """Scored rows of one setting, in the order of the samples."""
         description = {**self.description, "generation": generation.settings(), **extra}
-        run = LightRun(self.folder / name, description)
+        # The same images are answered in many settings, and only the text is looked at.
+        run = PredictionRun(self.folder / name, description, copy_images=False)
         rows = run.run(self.model, self.processor, self.samples, generation, on_progress=self.on_progress)
         return [{**row, "score": float(self.scorer(row))} for row in rows]
 
@@ -164,7 +150,8 @@ class GranularityAnalysis:
         names = self.model.config.level_names
         found = {name: self.answers(f"level-{name}", changed(self.generation, granularity=name)) for name in names}
         rows = found[names[0]]
-        choice = [-1 if not row.get("granularity_probs") else best(row["granularity_probs"], names) for row in rows]
+        probs = [row.get("granularity_probs") for row in rows]
+        choice = [names.index(max(names, key=one.__getitem__)) if one else -1 for one in probs]
         return {
             "names": names,
             "tokens": {name: image_tokens(self.model, self.processor, self.samples, name) for name in names},
@@ -201,10 +188,6 @@ class GranularityAnalysis:
         return cells
 
 
-def best(probs: dict[str, float], names: Sequence[str]) -> int:
-    return max(range(len(names)), key=lambda index: probs[names[index]])
-
-
 def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """Pairs (β, K).
 
@@ -222,51 +205,62 @@ def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> lis
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
+def groups_of(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[str, list[int]]:
+    """Places of the rows by group: all of them, and `field=value` of their task or of a field of `meta`.
+
+    A field with one value says nothing that "all" does not, and makes no group.
+    """
+    groups = {ALL: list(range(len(rows)))}
+    for name in fields:
+        found: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            value = row["task"] if name == "task" else row["meta"].get(name)
+            if value is not None:
+                found.setdefault(f"{name}={value}", []).append(i)
+        groups |= dict(sorted(found.items())) if len(found) > 1 else {}
+    return groups
+
+
 def policy_scores(found: dict[str, Any]) -> dict[str, np.ndarray]:
     """Per policy the score of every sample for which there was something to choose. Each of shape [samples]."""
     chosen = found["choice"] >= 0
     scores, choice = found["scores"][:, chosen], found["choice"][chosen]
     named = dict(zip(found["names"], scores, strict=True))
-    return {
-        "controller": scores[choice, np.arange(scores.shape[1])],
-        **named,
-        "random": scores.mean(0),
-        "oracle": scores.max(0),
-    }
+    controller = scores[choice, np.arange(scores.shape[1])]
+    return {"controller": controller, **named, "random": scores.mean(0), "oracle": scores.max(0)}
+
+
+def choosers(found: dict[str, Any]) -> tuple[list[dict[str, Any]], np.ndarray]:
+    """The rows for which there was something to choose, and what was chosen."""
+    places = np.flatnonzero(found["choice"] >= 0)
+    return [found["rows"][i] for i in places], found["choice"][places]
 
 
 def policy_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
     """Score of every policy in every group, with its interval and its paired difference to the controller."""
-    rows = [row for row, choice in zip(found["rows"], found["choice"], strict=True) if choice >= 0]
+    rows, choice = choosers(found)
     scores = policy_scores(found)
     semantic = np.array([found["tokens"][name][1] for name in found["names"]])
-    spent = {name: np.full(len(rows), semantic[i]) for i, name in enumerate(found["names"])}
-    spent["controller"] = semantic[found["choice"][found["choice"] >= 0]]
-    spent["random"] = np.full(len(rows), semantic.mean())
+    tokens = {**dict(zip(found["names"], semantic, strict=True)), "controller": semantic[choice], "random": semantic.mean()}
     table = []
-    for group in group_names(rows, fields):
-        inside = np.array([group in groups_of(row, fields) for row in rows])
+    for group, inside in groups_of(rows, fields).items():
         for policy, values in scores.items():
-            mean, low, high = bootstrap_mean(values[inside])
-            entry = {"group": group, "policy": policy, "n": int(inside.sum()), "score": mean, "low": low, "high": high}
-            tokens = spent.get(policy)
-            entry["semantic_tokens"] = None if tokens is None else float(tokens[inside].mean())
+            spent = float(np.broadcast_to(tokens[policy], len(rows))[inside].mean()) if policy in tokens else None
+            entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values[inside]), "semantic_tokens": spent}
             if policy != "controller":
-                difference = paired_difference(values[inside], scores["controller"][inside])
-                entry |= dict(zip(("difference", "difference_low", "difference_high", "p"), difference, strict=True))
+                entry |= difference(values[inside], scores["controller"][inside])
             table.append(entry)
     return table
 
 
 def choice_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
     """How often each level is chosen in every group: count, share and the mean probability."""
-    pairs = [(row, choice) for row, choice in zip(found["rows"], found["choice"], strict=True) if choice >= 0]
+    rows, choice = choosers(found)
     table = []
-    for group in group_names([row for row, _ in pairs], fields):
-        inside = [(row, choice) for row, choice in pairs if group in groups_of(row, fields)]
+    for group, inside in groups_of(rows, fields).items():
         for index, name in enumerate(found["names"]):
-            count = sum(int(choice) == index for _, choice in inside)
-            mean = float(np.mean([row["granularity_probs"][name] for row, _ in inside]))
+            count = int((choice[inside] == index).sum())
+            mean = float(np.mean([rows[i]["granularity_probs"][name] for i in inside]))
             entry = {"group": group, "level": name, "n": len(inside), "count": count, "share": count / len(inside)}
             table.append({**entry, "mean_probability": mean})
     return table
@@ -275,154 +269,133 @@ def choice_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str,
 def sweep_table(cells: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """Score, tokens and seconds of every setting in every group, and the paired difference to no semantic tokens."""
     table = []
-    for group in group_names(cells[0]["rows"], fields):
-        inside = [i for i, row in enumerate(cells[0]["rows"]) if group in groups_of(row, fields)]
-        without = [cells[0]["rows"][i]["score"] for i in inside]
+    for group, inside in groups_of(cells[0]["rows"], fields).items():
         for cell in cells:
-            values = [cell["rows"][i]["score"] for i in inside]
-            mean, low, high = bootstrap_mean(values)
+            values, seconds = ([cell["rows"][i][name] for i in inside] for name in ("score", "seconds"))
             entry = {name: value for name, value in cell.items() if name != "rows"}
-            entry |= {"group": group, "n": len(inside), "score": mean, "low": low, "high": high}
-            entry["seconds"] = float(np.median([cell["rows"][i]["seconds"] for i in inside]))
-            if cell is not cells[0]:
-                difference = paired_difference(values, without)
-                entry |= dict(zip(("difference", "difference_low", "difference_high", "p"), difference, strict=True))
+            entry |= {"group": group, "n": len(inside), **estimate(values), "seconds": float(np.median(seconds))}
+            if cell is cells[0]:
+                without = values
+            else:
+                entry |= difference(values, without)
             table.append(entry)
     return table
 
 
-def long_rows(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def long_rows(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row per sample and setting, for the Parquet file."""
-    rows = []
     for i, name in enumerate(found["names"]):
+        pixels, semantic = found["tokens"][name]
         for j, row in enumerate(found["rows"]):
             chosen = int(found["choice"][j])
-            pixels, semantic = found["tokens"][name]
-            rows.append(
-                {
-                    **{
-                        "setting": f"level {name}",
-                        "id": row["id"],
-                        "task": row["task"],
-                        "alpha": None,
-                        "beta": None,
-                        "k": None,
-                    },
-                    "chosen": None if chosen < 0 else found["names"][chosen],
-                    "probability": (row.get("granularity_probs") or {}).get(name),
-                    **{"prediction": found["predictions"][name][j], "reference": row["reference"]},
-                    **{"score": float(found["scores"][i, j]), "seconds": float(found["seconds"][i, j])},
-                    **{"pixel_tokens": pixels, "semantic_tokens": semantic},
-                }
-            )
+            known = row | {
+                "setting": f"level {name}",
+                "chosen": None if chosen < 0 else found["names"][chosen],
+                "probability": (row.get("granularity_probs") or {}).get(name),
+                "prediction": found["predictions"][name][j],
+                "score": float(found["scores"][i, j]),
+                "seconds": float(found["seconds"][i, j]),
+                "pixel_tokens": pixels,
+                "semantic_tokens": semantic,
+            }
+            yield {column: known.get(column) for column in COLUMNS}
     for cell in cells:
-        numbers = {name: cell[name] for name in ("alpha", "beta", "k")}
-        tokens = {name: cell[name] for name in ("pixel_tokens", "semantic_tokens")}
         for row in cell["rows"]:
-            kept = {name: row[name] for name in ("id", "task", "prediction", "reference", "score", "seconds")}
-            rows.append({"setting": "sweep", **numbers, "chosen": None, "probability": None, **kept, **tokens})
-    return rows
+            known = {**row, **cell, "setting": "sweep"}
+            yield {name: known.get(name) for name in COLUMNS}
 
 
 def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title: str) -> str:
     """The three tables."""
-
-    def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines)]
-        return [f"| {' | '.join(line)} |" for line in cells]
-
-    def score(row: dict[str, Any]) -> str:
-        return f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-    def difference(row: dict[str, Any]) -> str:
-        if "difference" not in row:
-            return ""
-        interval = f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-        return f"{row['difference']:+.3f} {interval}, p = {row['p']:.3f}"
-
-    def tokens(value: float | None) -> str:
-        return "" if value is None else f"{value:.1f}"
-
     levels = list(dict.fromkeys(row["level"] for row in choices))
-    groups: dict[str, dict[str, dict]] = {}
-    for row in choices:
-        groups.setdefault(row["group"], {})[row["level"]] = row
-    lines = [
-        [group, str(rows[levels[0]]["n"]), *(f"{rows[name]['count']} ({rows[name]['share']:.0%})" for name in levels)]
-        for group, rows in groups.items()
+    counts = [
+        [rows[0]["group"], str(rows[0]["n"]), *(f"{row['count']} ({row['share']:.0%})" for row in rows)]
+        for rows in batches(choices, len(levels))
     ]
-    text = [f"# {title}", "", "## Chosen levels", "", *table(["group", "samples", *levels], lines), ""]
-    lines = [[r["group"], r["policy"], score(r), difference(r), tokens(r["semantic_tokens"])] for r in policies]
-    header = ["group", "level", "score [95 %]", "difference to the controller", "semantic tokens"]
-    text += ["## Levels against the controller", "", *table(header, lines), ""]
-    text += ["*random*: a level drawn uniformly, in expectation. *oracle*: the best level of each sample, an upper bound.", ""]
+    tokens = ["" if row["semantic_tokens"] is None else f"{row['semantic_tokens']:.1f}" for row in policies]
+    worth = [
+        [row["group"], row["policy"], score_text(row), difference_text(row), spent]
+        for row, spent in zip(policies, tokens, strict=True)
+    ]
+    swept = [
+        [row["group"], *(str(row[name]) for name in ("beta", "k", "semantic_tokens")), score_text(row), difference_text(row)]
+        + [f"{row['seconds']:.3f}"]
+        for row in sweep
+    ]
+    score = "score [95 %]"
+    parts = [
+        f"# {title}",
+        "## Chosen levels",
+        markdown_table(["group", "samples", *levels], counts),
+        "## Levels against the controller",
+        markdown_table(["group", "level", score, "difference to the controller", "semantic tokens"], worth),
+        "*random*: a level drawn uniformly, in expectation. *oracle*: the best level of each sample, an upper bound.",
+    ]
     if sweep:
-        lines = [
-            [r["group"], str(r["beta"]), str(r["k"]), str(r["semantic_tokens"]), score(r), difference(r), f"{r['seconds']:.3f}"]
-            for r in sweep
+        head = ["group", "β", "K", "semantic tokens", score, "difference to none", "seconds per sample"]
+        parts += [
+            f"## Clusters (α = {sweep[0]['alpha']}, the same weights)",
+            markdown_table(head, swept),
+            "Seconds are the median over samples, of a batch shared among its samples, image decoding included.",
         ]
-        header = ["group", "β", "K", "semantic tokens", "score [95 %]", "difference to none", "seconds per sample"]
-        text += [f"## Clusters (α = {sweep[0]['alpha']}, the same weights)", "", *table(header, lines), ""]
-        text += ["Seconds are the median over samples, of a batch shared among its samples, image decoding included.", ""]
-    return "\n".join(text)
+    return "\n\n".join(parts) + "\n"
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
+
+
+def shades(count: int) -> list[tuple[float, float, float, float]]:
+    """Colors from light (coarse) to dark (fine): levels have an order."""
+    from matplotlib import colormaps
+
+    return [colormaps["YlGnBu"](0.3 + 0.6 * index / max(1, count - 1)) for index in range(count)]
 
 
 def plot_choices(choices: list[dict]):
     """Shares of the levels per group, stacked; a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
-    groups, levels = (list(dict.fromkeys(row[key] for row in choices)) for key in ("group", "level"))
-    share = {(row["group"], row["level"]): row["share"] for row in choices}
-    counts = {row["group"]: row["n"] for row in choices}
+    frame = pd.DataFrame(choices)
+    groups, levels = frame["group"].unique(), frame["level"].unique()
+    shares = frame.pivot(index="group", columns="level", values="share").loc[groups, levels]
+    counts = frame.groupby("group", sort=False)["n"].first()
     figure = Figure(figsize=(6.4, 1.3 + 0.42 * len(groups)), layout="constrained")
-    axes, left = figure.subplots(), np.zeros(len(groups))
-    for i, level in enumerate(levels):
-        values = np.array([share[group, level] for group in groups])
-        bars = axes.barh(range(len(groups)), values, left=left, height=0.7, color=shade(i, len(levels)), label=level)
-        dark = i > (len(levels) - 1) / 2
-        labels = [f"{value:.0%}" if value >= 0.08 else "" for value in values]
-        axes.bar_label(bars, labels, label_type="center", fontsize=8, color="white" if dark else "black")
-        left += values
-    axes.set(yticks=range(len(groups)), xlim=(0, 1), xlabel="share of samples")
-    axes.set_yticklabels([f"{group} ({counts[group]})" for group in groups])
+    axes = figure.subplots()
+    shares.plot.barh(stacked=True, width=0.7, color=shades(len(levels)), ax=axes, legend=False, xlim=(0, 1), ylabel="")
+    for i, (bars, level) in enumerate(zip(axes.containers, levels, strict=True)):
+        labels = [f"{value:.0%}" if value >= 0.08 else "" for value in shares[level]]
+        color = "white" if i > (len(levels) - 1) / 2 else "black"
+        axes.bar_label(bars, labels, label_type="center", fontsize=8, color=color)
+    axes.set(xlabel="share of samples")
+    axes.set_yticklabels([f"{group} ({count})" for group, count in counts.items()])
+    axes.autoscale(axis="y")
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=min(len(levels), 6), fontsize=8, frameon=False)
     return figure
-
-
-def shade(index: int, count: int) -> tuple[float, float, float, float]:
-    """Colours from light (coarse) to dark (fine): levels have an order."""
-    from matplotlib import colormaps
-
-    return colormaps["YlGnBu"](0.3 + 0.6 * index / max(1, count - 1))
 
 
 def plot_policies(policies: list[dict]):
     """Score of every policy with its interval, one panel per group; a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
-    groups, names = (list(dict.fromkeys(row[key] for row in policies)) for key in ("group", "policy"))
+    frame = pd.DataFrame(policies)
+    names = list(frame["policy"].unique())
     levels = [name for name in names if name not in POLICIES]
-    colours = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5"}
-    colours |= {name: shade(i, len(levels)) for i, name in enumerate(levels)}
-    columns = min(3, len(groups))
-    lines = math.ceil(len(groups) / columns)
+    colors = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5", **dict(zip(levels, shades(len(levels)), strict=True))}
+    count = frame["group"].nunique()
+    columns = min(3, count)
+    lines = math.ceil(count / columns)
     size = (max(5.0, 3.4 * columns), 1.0 + (0.4 + 0.3 * len(names)) * lines)
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for group, axes in zip(groups, panels, strict=False):
-        rows = [row for row in policies if row["group"] == group]
-        means = np.array([row["score"] for row in rows])
-        error = np.array([[row["score"] - row["low"], row["high"] - row["score"]] for row in rows]).T.clip(min=0)
-        axes.barh(names, means, xerr=error, color=[colours[name] for name in names], error_kw={"capsize": 2, "lw": 0.9})
+    for (group, rows), axes in zip(frame.groupby("group", sort=False), panels, strict=False):
+        error = np.stack([rows["score"] - rows["low"], rows["high"] - rows["score"]]).clip(min=0)
+        axes.barh(names, rows["score"], xerr=error, color=[colors[name] for name in names], error_kw={"capsize": 2, "lw": 0.9})
         axes.set(xlim=(0, 1.02))
         axes.tick_params(labelbottom=True)  # also above a place that stays empty
-        axes.set_title(f"{group} ({rows[0]['n']})", fontsize=10)
+        axes.set_title(f"{group} ({rows['n'].iloc[0]})", fontsize=10)
     figure.supxlabel("score, 95 % bootstrap interval", fontsize=10)
-    for axes in panels[len(groups) :]:
+    for axes in panels[count:]:
         axes.set_visible(False)
     panels[0].invert_yaxis()  # shared by all
     return figure
@@ -433,36 +406,32 @@ def plot_sweep(sweep: list[dict]):
     `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    frame = pd.DataFrame(sweep)
+    frame["tokens"] = frame["pixel_tokens"] + frame["semantic_tokens"]
     varied = any(row["k"] not in (0, row["beta"]) for row in sweep)
-    groups = [ALL] if varied else list(dict.fromkeys(row["group"] for row in sweep))
-    for i, group in enumerate(groups):
-        rows = [row for row in sweep if row["group"] == group]
-        series: dict[str, list[dict]] = {}
-        for row in rows[1:]:
-            series.setdefault(f"K = {row['k']}" if varied else group, []).append(row)
-        for j, (label, line) in enumerate(series.items()):
-            points, number = [rows[0], *line], i + j  # one of both varies
-            style = {"color": f"C{number % 10}", "linestyle": "-" if j == 0 else "--", "marker": "os^Dv"[number % 5], "ms": 4}
-            means, beta = [row["score"] for row in points], [row["beta"] for row in points]
-            panels[0].plot(beta, means, label=label, **style)
-            if group == ALL and not varied:  # bands on top of each other cannot be read
-                band = ([row["low"] for row in points], [row["high"] for row in points])
-                panels[0].fill_between(beta, *band, color=style["color"], alpha=0.15, linewidth=0)
-            style |= {"linestyle": ""} if varied else {}  # β changes along a line whose tokens stay the same
-            panels[1].plot([row["pixel_tokens"] + row["semantic_tokens"] for row in points], means, **style)
-            if group == ALL:
-                panels[2].plot([row["seconds"] for row in points], means, **{**style, "linestyle": ""})
-                for row in points if j == 0 else line:
-                    at = (row["seconds"], row["score"])
-                    panels[2].annotate(str(row["beta"]), at, (3, 4), textcoords="offset points", fontsize=8)
-    panels[0].set(xlabel="clusters β (0: no semantic tokens)", ylabel="score", ylim=(0, 1.02))
-    panels[1].set(xlabel="visual tokens per image")
-    panels[2].set(xlabel="median seconds per sample (labels: β)")
-    for axes in panels:
+    lines = dict(iter(frame.groupby("group", sort=False)))
+    if varied:
+        every = lines[ALL]
+        lines = {f"K = {k}": every[every["k"].isin([0, k])] for k in every["k"].unique() if k}
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    clusters, tokens, seconds = figure.subplots(1, 3, sharey=True)
+    for i, (label, points) in enumerate(lines.items()):
+        style = {"color": f"C{i % 10}", "marker": "os^Dv"[i % 5], "ms": 4}
+        clusters.plot("beta", "score", data=points, label=label, linestyle="--" if varied and i else "-", **style)
+        if label == ALL:  # more bands on top of each other cannot be read
+            clusters.fill_between("beta", "low", "high", data=points, color=style["color"], alpha=0.15, linewidth=0)
+        # β changes along a line whose tokens stay the same.
+        tokens.plot("tokens", "score", data=points, linestyle="" if varied else "-", **style)
+        if varied or label == ALL:
+            seconds.plot("seconds", "score", data=points, linestyle="", **style)
+            for row in points.iloc[min(i, 1) :].itertuples():  # the point that all have is labeled once
+                seconds.annotate(str(row.beta), (row.seconds, row.score), (3, 4), textcoords="offset points", fontsize=8)
+    clusters.set(xlabel="clusters β (0: no semantic tokens)", ylabel="score", ylim=(0, 1.02))
+    tokens.set(xlabel="visual tokens per image")
+    seconds.set(xlabel="median seconds per sample (labels: β)")
+    for axes in figure.axes:
         axes.grid(alpha=0.25)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(*clusters.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return figure
 
 
@@ -477,9 +446,6 @@ def report(
     Raises:
         GranulonError: no sample has an image, so that no level was chosen.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if not (found["choice"] >= 0).any():
         raise GranulonError("No sample could be answered with an image: there is no level to look at.")
     folder = Path(folder)
@@ -488,9 +454,9 @@ def report(
     write_text(folder / "granularity.md", markdown(choices, policies, sweep, title))
     result = {"settings": settings, "choices": choices, "levels": policies, "sweep": sweep}
     write_text(folder / "granularity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    pq.write_table(pa.Table.from_pylist(long_rows(found, cells)), folder / "granularity.parquet")
-    plot_choices(choices).savefig(folder / "choices.png", dpi=150)
-    plot_policies(policies).savefig(folder / "levels.png", dpi=150)
-    if sweep:
-        plot_sweep(sweep).savefig(folder / "sweep.png", dpi=150)
+    write_rows(folder / "granularity.parquet", long_rows(found, cells))
+    plots = {"choices": plot_choices(choices), "levels": plot_policies(policies)}
+    plots |= {"sweep": plot_sweep(sweep)} if sweep else {}
+    for name, figure in plots.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
     return result
