@@ -207,7 +207,6 @@ def granularity(
             {"model": description, "data": described},
             Generation(max_new_tokens, batch_size=batch_size),
             scorer,
-            fields,
             lambda done: update(advance=done),
         )
         found = analysis.levels()

@@ -19,24 +19,25 @@ Slots that a level leaves empty and padding never count.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.nn.functional import cosine_similarity
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.sample import Sample
-from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.answer import Generation, answer_batch, read_description
+from granulon_hf.errors import GranulonError, one_line
+from granulon_hf.evaluation.answer import Generation, answer_batch, changes, read_description
 from granulon_hf.io import Journal, batches, replacing, write_text
 
 ANSWERS = ("prediction", "reference")
 TOKENS = ("content", "all")
-BLOCK = 512  # samples read at once from a journal, and in a row group of the Parquet file
+BLOCK = 512  # samples drawn at once, and in a row group of the Parquet file
 HEATMAP_ROWS = 256  # more samples are averaged in groups: nobody can see single rows
 N_RESAMPLES = 1000
 
@@ -182,37 +183,16 @@ class AlignmentRun:
         self.journal = Journal(self.folder / "cosines.jsonl")
         self.description = json.loads(json.dumps(description, default=str))
         known = self.folder / "run.json"
-        if known.exists():
-            before = read_description(known)
-            changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
-            if changed:
-                raise GranulonError(
-                    f"{str(self.folder)!r} was made with another {' and '.join(changed)}; name another folder, or remove it."
-                )
+        if changed := changes(self.description, read_description(known) if known.exists() else self.description):
+            raise GranulonError(f"{str(self.folder)!r} was made with another {changed}; name another folder, or remove it.")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(known, json.dumps(self.description, indent=1) + "\n")
 
-    def blocks(self, size: int = BLOCK, only: Set[str] | None = None) -> Iterator[tuple[list[str], np.ndarray]]:
-        """Ids and their cosines [size x layers], in the order of the journal, without the samples that could not be used.
-
-        Args:
-            size (`int`): of a block.
-            only (`set[str]`, *optional*): ids of samples to keep to.
-        """
-        ids: list[str] = []
-        cosines: list[list[float]] = []
-        for row in self.journal:
-            if "cosine" in row and (only is None or row["id"] in only):
-                ids.append(row["id"])
-                cosines.append(row["cosine"])
-            if len(ids) == size:
-                yield ids, np.array(cosines)
-                ids, cosines = [], []
-        if ids:
-            yield ids, np.array(cosines)
-
-    def usable(self) -> set[str]:
-        return {row["id"] for row in self.journal if "cosine" in row}
+    def cosines(self) -> pd.DataFrame:
+        """Cosines by id and layer, in the order of the journal, without the samples that could not be used."""
+        rows = [row for row in self.journal if "cosine" in row]
+        frame = pd.DataFrame([row["cosine"] for row in rows], index=pd.Index([row["id"] for row in rows], name="id"))
+        return frame.rename(columns=lambda layer: layer + 1)
 
     def errors(self) -> list[dict[str, str]]:
         return [{"id": row["id"], "reason": row["error"]} for row in self.journal if "error" in row]
@@ -250,40 +230,25 @@ class AlignmentRun:
         except ValueError as error:  # one bad sample must not cost the others their numbers
             if len(batch) > 1:
                 return [row for sample in batch for row in self.align(model, processor, [sample], what)]
-            return [{"id": batch[0].id, "error": " ".join(str(error).split())}]
+            return [{"id": batch[0].id, "error": one_line(error)}]
 
 
 # --- what is made of the journals -------------------------------------------------------------------------------------
 
 
-def write_parquet(path: str | os.PathLike, runs: dict[str, AlignmentRun]) -> int:
-    """All cosines in long form (model, id, layer, cosine), one row group per block of samples.
-
-    Args:
-        runs (`dict`): run of each model name.
-
-    Returns:
-        `int`: rows written.
-    """
+def write_parquet(path: Path, found: dict[str, pd.DataFrame]) -> None:
+    """Write all cosines in long form (model, id, layer, cosine), one row group per block of samples."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = pa.dictionary(pa.int32(), pa.string())
-    schema = pa.schema({"model": names, "id": pa.string(), "layer": pa.int16(), "cosine": pa.float32()})
-    rows = 0
+    types = {"model": pa.dictionary(pa.int32(), pa.string()), "id": pa.string(), "layer": pa.int16(), "cosine": pa.float32()}
+    schema = pa.schema(types)
     with replacing(path) as part, pq.ParquetWriter(part, schema) as writer:
-        for name, run in runs.items():
-            for ids, cosines in run.blocks():
-                count, layers = cosines.shape
-                columns = {
-                    "model": pa.array([name] * cosines.size).cast(names),
-                    "id": np.repeat(ids, layers),
-                    "layer": np.tile(np.arange(1, layers + 1, dtype=np.int16), count),
-                    "cosine": cosines.ravel().astype(np.float32),
-                }
-                writer.write_table(pa.table(columns, schema=schema))
-                rows += cosines.size
-    return rows
+        for name, cosines in found.items():
+            count, layers = cosines.shape
+            columns = {"model": name, "id": cosines.index.repeat(layers), "layer": np.tile(cosines.columns, count)}
+            long = pd.DataFrame({**columns, "cosine": cosines.to_numpy().ravel()})
+            writer.write_table(pa.Table.from_pandas(long, schema), row_group_size=BLOCK * layers)
 
 
 @dataclass
@@ -296,52 +261,37 @@ class Curve:
     high: np.ndarray
 
 
-def curve(blocks: Iterable[tuple[Sequence[str], np.ndarray]], n_resamples: int = N_RESAMPLES) -> Curve | None:
-    """Mean curve with a 95 % percentile bootstrap band, in memory that does not grow with the samples.
+def curve(cosines: np.ndarray, n_resamples: int = N_RESAMPLES) -> Curve:
+    """Mean curve of cosines [samples x layers], at least one, with a 95 % percentile bootstrap band.
 
-    A bootstrap that needs all samples at once is replaced by the Poisson bootstrap: every sample comes into every resample a
-    Poisson(1) number of times, so that sums are all that is kept.
-
-    Returns:
-        [`Curve`], or `None` where there is no sample.
+    In place of samples that are drawn, the Poisson bootstrap puts every sample into every resample a Poisson(1) number of
+    times, so that sums of blocks are all that is kept.
     """
-    draw, n, total = np.random.default_rng(0), 0, np.zeros(1)
-    weights, sums = np.zeros((n_resamples, 1)), np.zeros((n_resamples, 1))
-    for _, cosines in blocks:
-        times = draw.poisson(1.0, (n_resamples, len(cosines)))
-        n, total = n + len(cosines), total + cosines.sum(0)
-        weights, sums = weights + times.sum(1, keepdims=True), sums + times @ cosines
-    if not n:
-        return None
+    draw, layers = np.random.default_rng(0), cosines.shape[1]
+    weights, sums = np.zeros((n_resamples, 1)), np.zeros((n_resamples, layers))
+    for start in range(0, len(cosines), BLOCK):
+        block = cosines[start : start + BLOCK]
+        times = draw.poisson(1.0, (n_resamples, len(block)))
+        weights, sums = weights + times.sum(1, keepdims=True), sums + times @ block
     drawn = weights[:, 0] > 0  # of very few samples a resample may hold none
     low, high = np.percentile(sums[drawn] / weights[drawn], [2.5, 97.5], axis=0)
-    return Curve(n, total / n, low, high)
+    return Curve(len(cosines), cosines.mean(0), low, high)
 
 
-def heatmap_rows(run: AlignmentRun, n: int, rows: int = HEATMAP_ROWS, only: Set[str] | None = None) -> np.ndarray:
-    """Samples x layers; of more than `rows` samples, neighbours are averaged. Shape [at most rows x layers]."""
-    group, sums, counts, seen = -(-n // rows), [], [], 0
-    for _, cosines in run.blocks(only=only):
-        for line in cosines:
-            if seen % group == 0:
-                sums.append(np.zeros_like(line))
-                counts.append(0)
-            sums[-1] += line
-            counts[-1] += 1
-            seen += 1
-    return np.array(sums) / np.array(counts)[:, None]
+def heatmap_rows(cosines: np.ndarray, rows: int = HEATMAP_ROWS) -> np.ndarray:
+    """Average neighbors where there are more than `rows` samples. Shape [at most rows x layers]."""
+    starts = np.arange(0, len(cosines), -(-len(cosines) // rows))
+    counts = np.diff([*starts, len(cosines)])
+    return np.add.reduceat(cosines, starts) / counts[:, None]
 
 
 def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
-    """The supplement's figure of one model.
+    """The supplement's figure of one model; a `matplotlib.figure.Figure`.
 
     Args:
         rows (`np.ndarray`): shape [rows x layers].
         n (`int`): samples that the rows stand for.
-        lowest (`float`): lower end of the colours, which should be the same for all models that are compared.
-
-    Returns:
-        `matplotlib.figure.Figure`
+        lowest (`float`): lower end of the colors, which should be the same for all models that are compared.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -352,8 +302,8 @@ def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
     image = axes.imshow(
         rows, aspect="auto", vmin=lowest, vmax=1, interpolation="nearest", cmap="viridis", extent=(0.5, layers + 0.5, n, 0)
     )
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     grouped = "" if len(rows) == n else f" ({-(-n // len(rows))} averaged per row)"
     axes.set(xlabel="decoder layer", ylabel=f"sample{grouped}", xlim=(0.5, layers + 0.5))
     axes.set_title(f"{name} · mean {rows.mean():.3f}", fontsize=10)
@@ -362,22 +312,18 @@ def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
 
 
 def curves(found: dict[str, Curve]):
-    """The mean curves of all models in one plot, with their bands.
-
-    Returns:
-        `matplotlib.figure.Figure`
-    """
+    """The mean curves of all models in one plot, with their bands; a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    # Colours tell ten encoders apart, and line styles those who see few colours.
+    # Colors tell ten encoders apart, and line styles those who see few colors.
     for i, (name, one) in enumerate(found.items()):
         layers = np.arange(1, len(one.mean) + 1)
-        colour, style = f"C{i % 10}", ("-", "--", "-.", ":")[i % 4]
-        axes.fill_between(layers, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
-        axes.plot(layers, one.mean, style, color=colour, label=f"{name} (n = {one.n})", marker="o", markersize=2.5)
+        color, style = f"C{i % 10}", ("-", "--", "-.", ":")[i % 4]
+        axes.fill_between(layers, one.low, one.high, color=color, alpha=0.18, linewidth=0)
+        axes.plot(layers, one.mean, style, color=color, label=f"{name} (n = {one.n})", marker="o", markersize=2.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="decoder layer", ylabel="cosine to the reference")
     axes.grid(alpha=0.25)
@@ -404,23 +350,23 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
         GranulonError: no sample of any model could be used.
     """
     folder = Path(folder)
-    usable = {name: run.usable() for name, run in runs.items()}
-    failed = {
-        name: next((error["reason"] for error in runs[name].errors()), "there are none")
-        for name, ids in usable.items()
-        if not ids
-    }
-    if len(failed) == len(runs):
+    cosines = {name: run.cosines() for name, run in runs.items()}
+    failed = {}
+    for name, run in runs.items():
+        if cosines[name].empty:
+            failed[name] = next((error["reason"] for error in run.errors()), "there are none")
+            del cosines[name]
+    if not cosines:
         raise GranulonError(
             f"No sample could be compared: {'; '.join(f'{name} ({reason})' for name, reason in failed.items())}."
         )
-    runs = {name: run for name, run in runs.items() if name not in failed}
-    common = set.intersection(*(usable[name] for name in runs)) or None
-    found = {name: one for name, run in runs.items() if (one := curve(run.blocks(only=common))) is not None}
-    write_parquet(folder / "alignment.parquet", runs)
-    rows = {name: heatmap_rows(run, found[name].n, only=common) for name, run in runs.items()}
+    write_parquet(folder / "alignment.parquet", cosines)
+    common = set.intersection(*(set(one.index) for one in cosines.values()))
+    shown = {name: one[one.index.isin(common)] if common else one for name, one in cosines.items()}
+    found = {name: curve(one.to_numpy()) for name, one in shown.items()}
+    rows = {name: heatmap_rows(one.to_numpy(), HEATMAP_ROWS) for name, one in shown.items()}
     lowest = min(0.0, *(float(one.min()) for one in rows.values()))
-    figures = {f"heatmap-{run.folder.name}": heatmap(name, rows[name], found[name].n, lowest) for name, run in runs.items()}
+    figures = {f"heatmap-{runs[name].folder.name}": heatmap(name, rows[name], one.n, lowest) for name, one in found.items()}
     figures["curves"] = curves(found)
     for stem, figure in figures.items():
         for kind in ("png", "svg"):
@@ -429,7 +375,7 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
         "models": {
             name: {
                 "samples": one.n,
-                "usable": len(usable[name]),
+                "usable": len(cosines[name]),
                 **{key: [round(float(value), 6) for value in getattr(one, key)] for key in ("mean", "low", "high")},
                 "mean_of_layers": round(float(one.mean.mean()), 6),
                 "left_out": runs[name].errors(),
@@ -438,7 +384,7 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
             for name, one in found.items()
         },
         "failed": failed,
-        "samples": "each model's own" if common is None else "those that all models have",
+        "samples": "those that all models have" if common else "each model's own",
         "left_out_of_data": left_out or {},
         "band": f"95 % percentile Poisson bootstrap, {N_RESAMPLES} resamples, seed 0",
         "layers": "decoder layers from 1, as transformers' hidden_states[1:]",

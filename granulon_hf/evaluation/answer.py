@@ -247,6 +247,12 @@ def read_description(path: Path) -> dict[str, Any]:
     return found
 
 
+def changes(description: dict[str, Any], before: dict[str, Any]) -> str:
+    """Name what differs between two descriptions: "data and generation"."""
+    names = sorted(description.keys() | before.keys())
+    return " and ".join(name for name in names if description.get(name) != before.get(name))
+
+
 class OtherPredictions(GranulonError):
     """The folder holds answers of another model, to other data, or made in another way."""
 
@@ -272,14 +278,11 @@ class PredictionRun:
         self.folder, self.copy_images = Path(folder), copy_images
         self.description = json.loads(json.dumps(description, default=str))
         path = self.folder / "run.json"
-        if path.exists():
-            before = read_description(path).get("description") or {}
-            changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
-            if changed:
-                raise OtherPredictions(
-                    f"{str(self.folder)!r} holds predictions of another {' and '.join(changed)}; name another folder, "
-                    "or remove it."
-                )
+        before = read_description(path).get("description") or {} if path.exists() else self.description
+        if changed := changes(self.description, before):
+            raise OtherPredictions(
+                f"{str(self.folder)!r} holds predictions of another {changed}; name another folder, or remove it."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def write_description(self, processes: int = 1) -> None:

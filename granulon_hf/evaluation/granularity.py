@@ -15,6 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,6 @@ from granulon_hf.stats import difference, estimate
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")
-BETAS = (5, 10, 20, 30, 40, 50)  # paper: 5 … 50 clusters
 ALL = "all"
 # Of the Parquet file.
 COLUMNS = (
@@ -60,14 +60,9 @@ def find_scorer(name: str) -> Scorer:
 
 @contextmanager
 def setting(model: Any, processor: Any, alpha: int, beta: int, slots: int) -> Iterator[None]:
-    """The same weights with one α, β and K at all levels; as before afterwards.
+    """Give all levels one α (pooling kernel side), β (clusters) and K (slots), on the same weights; as before afterwards.
 
-    The number of levels stays, since the controller's last layer has it.
-
-    Args:
-        alpha (`int`): pooling kernel side.
-        beta (`int`): clusters.
-        slots (`int`): K, semantic slots per image, of which the processor must write as many.
+    The number of levels stays, since the controller's last layer has it. The processor must write as many slots.
     """
     config = model.config
     before = config.granularity_levels, config.num_semantic_tokens, processor.num_semantic_tokens
@@ -93,6 +88,7 @@ def image_tokens(model: Any, processor: Any, samples: Sequence[Sample], level: s
     return aggregation.assignment[0].numel(), int(aggregation.keep.sum())
 
 
+@dataclass
 class GranularityAnalysis:
     """Answers of one model at every level and in every setting of a sweep, in a folder; what is there is not made again.
 
@@ -104,32 +100,24 @@ class GranularityAnalysis:
         description (`dict`): model and data, for the runs.
         generation ([`Generation`]): how answers are made; its level is not used.
         scorer (`callable`): score of a row of a run, higher is better.
-        fields (`list[str]`): "task" or names in `meta` that samples are grouped by.
         on_progress (`callable`): called with the number of answers that were found or made since the last call.
 
     Raises:
-        GranulonError: the model has no levels, or there are no samples.
+        GranulonError: the model has no levels.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        samples: Sequence[Sample],
-        folder: Path,
-        description: dict[str, Any],
-        generation: Generation | None = None,
-        scorer: Scorer = auto_score,
-        fields: Sequence[str] = ("task",),
-        on_progress: Callable[[int], None] = lambda count: None,
-    ):
-        if not model.config.granularity_levels:
+    model: Any
+    processor: Any
+    samples: Sequence[Sample]
+    folder: Path
+    description: dict[str, Any]
+    generation: Generation = field(default_factory=Generation)
+    scorer: Scorer = auto_score
+    on_progress: Callable[[int], None] = lambda count: None
+
+    def __post_init__(self):
+        if not self.model.config.granularity_levels:
             raise GranulonError("This model has no granularity levels: there is nothing to choose and nothing to sweep.")
-        if not samples:
-            raise GranulonError("There are no samples.")
-        self.model, self.processor, self.samples, self.folder = model, processor, samples, Path(folder)
-        self.description, self.scorer, self.fields, self.on_progress = description, scorer, fields, on_progress
-        self.generation = generation or Generation()
 
     def answers(self, name: str, generation: Generation, **extra: Any) -> list[dict[str, Any]]:
         """Scored rows of one setting, in the order of the samples."""
@@ -174,17 +162,17 @@ class GranularityAnalysis:
         Returns:
             `list[dict]`: per setting alpha, beta, k, pixel_tokens, semantic_tokens, rows; the first is without semantic tokens.
         """
-        names = self.model.config.level_names
-        generation = changed(self.generation, granularity=names[0])
-        pixels, _ = image_tokens(self.model, self.processor, self.samples, names[0])
+        level = self.model.config.level_names[0]
+        generation = changed(self.generation, granularity=level)
+        pixels, _ = image_tokens(self.model, self.processor, self.samples, level)
         rows = self.answers("pixels", changed(generation, visual_stream="pixel"))
         cells = [{"alpha": alpha, "beta": 0, "k": 0, "pixel_tokens": pixels, "semantic_tokens": 0, "rows": rows}]
         for beta, k in sweep_cells(betas, slots):
+            cell = {"alpha": alpha, "beta": beta, "k": k}
             with setting(self.model, self.processor, alpha, beta, k):
-                rows = self.answers(f"alpha{alpha}-beta{beta}-k{k}", generation, alpha=alpha, beta=beta, k=k)
-                pixels, semantic = image_tokens(self.model, self.processor, self.samples, names[0])
-            cell = {"alpha": alpha, "beta": beta, "k": k, "pixel_tokens": pixels, "semantic_tokens": semantic, "rows": rows}
-            cells.append(cell)
+                rows = self.answers(f"alpha{alpha}-beta{beta}-k{k}", generation, **cell)
+                pixels, semantic = image_tokens(self.model, self.processor, self.samples, level)
+            cells.append({**cell, "pixel_tokens": pixels, "semantic_tokens": semantic, "rows": rows})
         return cells
 
 

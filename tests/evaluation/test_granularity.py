@@ -65,7 +65,7 @@ def test_the_controllers_score_is_that_of_letting_it_choose(build, tmp_path):
     samples, seen = list(Shapes(6)), []
     generation = Generation(4, batch_size=3)
     analysis = GranularityAnalysis(
-        model, processor, samples, tmp_path, {}, generation, lambda row: len(row["prediction"]), ["level"], seen.append
+        model, processor, samples, tmp_path, {}, generation, lambda row: len(row["prediction"]), seen.append
     )
     found = analysis.levels()
     assert sum(seen) == 3 * 6
@@ -108,9 +108,7 @@ def test_the_setting_is_restored_after_an_error(build):
 
 def test_sweep_and_report(build, tmp_path):
     model, processor = build()
-    analysis = GranularityAnalysis(
-        model, processor, list(Shapes(3)), tmp_path / "answers", {}, Generation(2), work.auto_score, ["level"]
-    )
+    analysis = GranularityAnalysis(model, processor, list(Shapes(3)), tmp_path / "answers", {}, Generation(2), work.auto_score)
     found, cells = analysis.levels(), analysis.sweep([5, 50], [5, 10])
     assert [(cell["beta"], cell["k"], cell["semantic_tokens"]) for cell in cells] == [
         (0, 0, 0),
