@@ -334,10 +334,11 @@ def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[s
         task=rows[0]["task"],
         **{"store": str(folder / "judge.jsonl"), **(suite.judge or {})},
     )
-    found = {"accuracy": result["accuracy_scores"], "hallucination": result["hallucination_scores"], "reason": result["reasons"]}
-    lines = [{"id": row["id"], **{name: found[name][i] for name in found}} for i, row in enumerate(rows)]
+    columns = {"id": [row["id"] for row in rows], "accuracy": result["accuracy_scores"]}
+    columns |= {"hallucination": result["hallucination_scores"], "reason": result["reasons"]}
+    lines = [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
     write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return {"judge": found["accuracy"], "hallucination": found["hallucination"]}
+    return {"judge": columns["accuracy"], "hallucination": columns["hallucination"]}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -387,9 +388,7 @@ def cell_text(metric: str, values: list[float | None] | None, base: list[float |
 
 def markdown(table: dict[str, Any]) -> str:
     head = ["model", *(f"{data}: {metric} (n = {table['counts'][data]})" for data, metric in table["columns"])]
-    lines = [
-        [f"*{cell}*" if cell and row["paper"] else cell for cell in (row["name"], *row["cells"])] for row in table["rows"]
-    ]
+    lines = [[f"*{cell}*" if cell and row["paper"] else cell for cell in (row["name"], *row["cells"])] for row in table["rows"]]
     return "\n\n".join([markdown_table(head, lines, rule="---"), table["note"], *table["remarks"]]) + "\n"
 
 

@@ -296,21 +296,13 @@ def long_rows(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> Iterato
 def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title: str) -> str:
     """The three tables."""
     levels = list(dict.fromkeys(row["level"] for row in choices))
-    counts = [
-        [rows[0]["group"], str(rows[0]["n"]), *(f"{row['count']} ({row['share']:.0%})" for row in rows)]
-        for rows in batches(choices, len(levels))
-    ]
-    tokens = ["" if row["semantic_tokens"] is None else f"{row['semantic_tokens']:.1f}" for row in policies]
-    worth = [
-        [row["group"], row["policy"], score_text(row), difference_text(row), spent]
-        for row, spent in zip(policies, tokens, strict=True)
-    ]
-    swept = [
-        [row["group"], *(str(row[name]) for name in ("beta", "k", "semantic_tokens")), score_text(row), difference_text(row)]
-        + [f"{row['seconds']:.3f}"]
-        for row in sweep
-    ]
-    score = "score [95 %]"
+    counts, worth, score = [], [], "score [95 %]"
+    for rows in batches(choices, len(levels)):
+        chosen = [f"{row['count']} ({row['share']:.0%})" for row in rows]
+        counts.append([rows[0]["group"], str(rows[0]["n"]), *chosen])
+    for row in policies:
+        tokens = "" if row["semantic_tokens"] is None else f"{row['semantic_tokens']:.1f}"
+        worth.append([row["group"], row["policy"], score_text(row), difference_text(row), tokens])
     parts = [
         f"# {title}",
         "## Chosen levels",
@@ -320,6 +312,10 @@ def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title
         "*random*: a level drawn uniformly, in expectation. *oracle*: the best level of each sample, an upper bound.",
     ]
     if sweep:
+        swept = []
+        for row in sweep:
+            cell = [str(row[name]) for name in ("group", "beta", "k", "semantic_tokens")]
+            swept.append([*cell, score_text(row), difference_text(row), f"{row['seconds']:.3f}"])
         head = ["group", "β", "K", "semantic tokens", score, "difference to none", "seconds per sample"]
         parts += [
             f"## Clusters (α = {sweep[0]['alpha']}, the same weights)",
@@ -369,7 +365,8 @@ def plot_policies(policies: list[dict]):
     frame = pd.DataFrame(policies)
     names = list(frame["policy"].unique())
     levels = [name for name in names if name not in POLICIES]
-    colors = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5", **dict(zip(levels, shades(len(levels)), strict=True))}
+    colors = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5"}
+    colors |= zip(levels, shades(len(levels)), strict=True)
     count = frame["group"].nunique()
     columns = min(3, count)
     lines = math.ceil(count / columns)

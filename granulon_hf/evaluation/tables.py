@@ -1,10 +1,13 @@
 """How results are written: scores with their intervals, tables in Markdown and Parquet, pages from templates."""
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image
 
 from granulon_hf.io import replacing, write_text
 
@@ -42,6 +45,17 @@ def write_page(path: Path, template: str, *, trim: bool = False, **values: Any) 
     page = jinja2.Environment(loader=loader, autoescape=True, **options).get_template(template).render(**values)
     # Models make lone surrogates, which cannot be written.
     write_text(path, page, errors="replace")
+
+
+def jpeg(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **options)
+    return buffer.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    """Put a JPEG into the address of an image, so that a page needs no other file."""
+    return "data:image/jpeg;base64," + base64.b64encode(data).decode()
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: dict[str, Any] | None = None) -> None:
