@@ -1,5 +1,6 @@
 """Several models on several data sets: predictions, scores with intervals, paired tests, and the table of the paper."""
 
+import functools
 import hashlib
 import json
 import os
@@ -49,8 +50,6 @@ class Suite:
         split, preset, limit, seed: of all sets.
         metrics (`list[str]`, *optional*): of [`METRICS`]; by default what suits the task: recall always, option accuracy where
             there are choices, exact match for other questions.
-        generation ([`Generation`]): how answers are made.
-        device, dtype (`str`): where and how the models run.
         bertscore_model (`str`), bertscore_layers (`int`, *optional*): encoder of BERTScore.
         judge (`dict`, *optional*): arguments of the judge's `compute`, such as `model` and `base_url`.
     """
@@ -92,7 +91,7 @@ class Suite:
 
 
 def open_set(suite: Suite, name: str) -> Any:
-    """Samples of a set, not gone through yet. Raises ValueError where it cannot be read."""
+    """Samples of a set, not gone through yet. Raises GranulonError where it cannot be read."""
     name, _, source = name.partition("=")
     # Split and preset are those of the sets beside the drawn one.
     options = {} if name == "shapes" else {"split": suite.split, "preset": suite.preset}
@@ -105,16 +104,16 @@ def slug(text: str) -> str:
 
 
 def titles_of(sources: Sequence[str]) -> dict[str, str]:
-    """What each model is called: its folder's name, or its source. Raises ValueError where two would share a folder."""
+    """What each model is called: its folder's name, or its source. Raises GranulonError where two would share a folder."""
     titles = {source: source.rstrip("/").split("/")[-1] if os.path.isdir(source) else source for source in sources}
-    for i, source in enumerate(sources):
-        if slug(titles[source]) in [slug(titles[other]) for other in sources[:i]]:
-            raise GranulonError(f"Two models have the name {titles[source]!r}; rename a folder.")
+    taken = Counter(map(slug, titles.values()))
+    if twice := [title for title in titles.values() if taken[slug(title)] > 1]:
+        raise GranulonError(f"Two models have the name {twice[-1]!r}; rename a folder.")
     return titles
 
 
 def check_metrics(suite: Suite) -> None:
-    """Raises ValueError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
+    """Raises GranulonError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
     missing = [package for package in CAPTION_METRICS.values() if find_spec(package) is None]
     if missing and set(suite.metrics or []) & set(CAPTION_METRICS):
         names = ", ".join(CAPTION_METRICS)
@@ -142,7 +141,6 @@ def run_suite(
     """Predict, score, and write the tables; everything that is there already is kept.
 
     Args:
-        suite ([`Suite`]): what to do.
         load_model (`callable`): (source, device, dtype) → model, processor, name; called once a model, and only where answers
             are missing.
         on_progress (`callable`): (what, newly done, total).
@@ -177,9 +175,9 @@ def run_suite(
     folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
     if len(set(folders.values())) < len(folders):
         raise GranulonError(f"Two data sets would share a folder: {', '.join(sets)}; rename one.")
-    wanting = {key for key, folder in folders.items() if not is_complete(folder, sets[key[1]])}
-    sources = {source for source, _ in wanting}
-    check_models([source for source in suite.models if source in sources], suite.device, suite.dtype)
+    stored = {key: stored_rows(folder, sets[key[1]]) for key, folder in folders.items()}
+    missing = [source for source in suite.models if any(stored[source, data] is None for data in sets)]
+    check_models(missing, suite.device, suite.dtype)
     already = torch.distributed.is_available() and torch.distributed.is_initialized()
     state = answer.process_state(pick_device(suite.device))
     state.wait_for_everyone()  # all have seen what is there before one changes it
@@ -194,26 +192,18 @@ def run_suite(
                 "generation": suite.generation.settings(),
                 "dtype": suite.dtype,
             }
-            if (source, data) not in wanting:
-                run = PredictionRun(folder, {**described(folder), **description})
-                known = run.rows()
-                rows = [known[sample.id] for sample in samples]
+            rows = stored[source, data]
+            if rows is not None:
+                PredictionRun(folder, {**described(folder), **description})  # refuses answers to something else
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
-                    level, levels = suite.generation.granularity, [one["name"] for one in model.config.granularity_levels]
+                    level, levels = suite.generation.granularity, model.config.level_names
                     if level is not None and levels and level not in levels:
                         raise GranulonError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
                 run = PredictionRun(folder, {**description, "model": answer.describe_model(source, model)})
-                what, total = f"{title} on {data}", len(samples)
-                rows = run.run(
-                    model,
-                    processor,
-                    samples,
-                    suite.generation,
-                    state=state,
-                    on_progress=lambda done, what=what, total=total: on_progress(what, done, total),  # type: ignore[misc]
-                )
+                told = functools.partial(on_progress, f"{title} on {data}", total=len(samples))
+                rows = run.run(model, processor, samples, suite.generation, state=state, on_progress=told)
             if all("error" in row for row in rows):
                 raise GranulonError(
                     f"{title} could answer none of the samples of {data} ({rows[0]['error'].rstrip('.')}); when that "
@@ -259,7 +249,7 @@ def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
 
 
 def check_tasks(suite: Suite, data: str, samples: Sequence[Sample]) -> None:
-    """Raises ValueError where the judge is asked for what it cannot score, before anything is answered."""
+    """Raises GranulonError where the judge is asked for what it cannot score, before anything is answered."""
     tasks = sorted({sample.task for sample in samples})
     if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
         raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
@@ -288,22 +278,24 @@ def described(folder: Path) -> dict[str, Any]:
     return {"model": (answer.read_description(folder / "run.json").get("description") or {}).get("model")}
 
 
-def is_complete(folder: Path, samples: Sequence[Sample]) -> bool:
+def stored_rows(folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]] | None:
+    """The rows of a run that is complete, in the order of the samples."""
     if not (folder / "run.json").exists():
-        return False
+        return None
     run = PredictionRun(folder, answer.read_description(folder / "run.json").get("description") or {})
-    if [part.name for part in run.parts()] != ["predictions.jsonl"]:  # parts are still to be put together
-        return False
-    return {sample.id for sample in samples} <= run.rows().keys()
+    known, parts = run.rows(), [part.name for part in run.parts()]
+    if parts != ["predictions.jsonl"] or not all(sample.id in known for sample in samples):  # parts are to be put together
+        return None
+    return [known[sample.id] for sample in samples]
 
 
 def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
     if suite.metrics is not None:
         return suite.metrics
     chosen = ["recall"]
-    if rows and all(row["choices"] for row in rows):
+    if all(row["choices"] for row in rows):
         chosen.append("option_accuracy")
-    elif rows and all(row["task"] == "vqa" for row in rows):
+    elif all(row["task"] == "vqa" for row in rows):
         chosen.append("exact")
     return chosen + (["judge", "hallucination"] if suite.judge else [])
 

@@ -13,7 +13,7 @@ HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own 
 
 
 def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = None, **options: Any) -> Samples | Shapes:
-    """A set by its name; what is drawn is held out, as nothing that is trained on may be evaluated on.
+    """Open a set by its name; what is drawn is held out, as nothing that is trained on may be evaluated on.
 
     Args:
         name (`str`): of [`~granulon_hf.data.load`], a file of LLaVA's conversations or a folder with a `chat.json`, or
