@@ -70,7 +70,7 @@ class Alignment:
 
 
 def mean_states(states: Iterable[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the marked tokens, one layer after the other.
+    """Mean over the tokens that count.
 
     Args:
         states (`iterable`): per layer, shape [B x L x E].
@@ -84,47 +84,35 @@ def mean_states(states: Iterable[torch.Tensor], mask: torch.Tensor) -> torch.Ten
     return torch.stack([layer.float().masked_fill(hidden, 0.0).sum(1) / counts for layer in states])
 
 
-def unusable(samples: Sequence[Sample], answers: Sequence[str | None]) -> list[str | None]:
-    reasons: list[str | None] = []
-    for sample, answer in zip(samples, answers, strict=True):
-        empty = "reference" if not sample.reference.strip() else "answer" if not (answer or "").strip() else None
-        reasons.append(empty and f"its {empty} is empty")
-    return reasons
-
-
 @torch.inference_mode()
 def align_batch(model: Any, processor: Any, samples: Sequence[Sample], what: Alignment) -> list[dict[str, Any]]:
     """The cosines of a batch of samples; nothing is kept of it but these.
 
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
-        samples (`list[Sample]`): to compare; an existing answer of theirs is not used.
-        what ([`Alignment`]): settings.
-
     Returns:
-        `list[dict]`: per sample `{"id", "cosine": list of one number per layer, "answer"}`, or `{"id", "error"}`.
+        `list[dict]`: per sample `{"id", "answer", "cosine": list of one number per layer}`, or `{"id", "error"}`.
     """
     if what.answer == "reference":
         answers = [sample.reference for sample in samples]
     else:
         answers = [row["prediction"] for row in answer_batch(model, processor, samples, what.generation)]
     collator = GranulonCollator(processor, last_answer_only=True, jpeg_reduction=None)
-    rows: list[dict[str, Any]] = []
-    features, references = [], []
-    for sample, answer, reason in zip(samples, answers, unusable(samples, answers), strict=True):
+    rows: list[dict[str, Any]] = [{"id": sample.id} for sample in samples]
+    used, features, references = [], [], []
+    for row, sample, answer in zip(rows, samples, answers, strict=True):
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-        feature = None
-        if reason is None:
-            feature = collator.encode({"id": sample.id, "images": sample.images, "messages": [*sample.prompt, turn]})
-            reason = None if feature is not None else collator.problems[-1]["reason"]
-        rows.append({"id": sample.id, "error": reason} if feature is None else {"id": sample.id, "answer": answer})
-        if feature is not None:
+        if not sample.reference.strip() or not answer.strip():
+            row["error"] = f"its {'answer' if sample.reference.strip() else 'reference'} is empty"
+        elif feature := collator.encode({"id": sample.id, "images": sample.images, "messages": [*sample.prompt, turn]}):
+            row["answer"] = answer
+            used.append(row)
             features.append(feature)
             references.append(sample.reference)
-    if features:
-        cosines = iter(compare(model, processor, collator._padded(features), references, what).tolist())
-        rows = [row if "error" in row else {**row, "cosine": [round(value, 6) for value in next(cosines)]} for row in rows]
+        else:
+            row["error"] = collator.problems[-1]["reason"]
+    if used:
+        cosines = compare(model, processor, collator._padded(features), references, what).tolist()
+        for row, values in zip(used, cosines, strict=True):
+            row["cosine"] = [round(value, 6) for value in values]
     return rows
 
 
@@ -158,10 +146,9 @@ def compare(model: Any, processor: Any, batch: dict[str, torch.Tensor], referenc
     plain = tokenizer(references, add_special_tokens=what.tokens == "all", split_special_tokens=True)["input_ids"]
     if what.tokens == "content":
         plain = [[int(first), *one] for first, one in zip(start, plain, strict=True)]
-    width = max(map(len, plain))
-    ids = torch.tensor([one + [tokenizer.pad_token_id] * (width - len(one)) for one in plain], device=ids.device)
-    mask = torch.arange(width, device=ids.device) < torch.tensor([len(one) for one in plain], device=ids.device)[:, None]
-    alone = model.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True, use_cache=False)
+    alone = tokenizer.pad({"input_ids": plain}, padding_side="right", return_tensors="pt").to(ids.device)
+    mask = alone["attention_mask"].bool()
+    alone = model.model(**alone, output_hidden_states=True, use_cache=False)
     if what.tokens == "content":
         mask[:, 0] = False
     return cosine_similarity(states, mean_states(alone.hidden_states[1:], mask), dim=-1).T.cpu()
@@ -173,9 +160,6 @@ class AlignmentRun:
     Args:
         folder (`Path`): of the journal (`cosines.jsonl`) and its description (`run.json`).
         description (`dict`): model, data and settings; another one in the same folder is refused.
-
-    Raises:
-        GranulonError: the folder holds a run of something else.
     """
 
     def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
@@ -286,12 +270,9 @@ def heatmap_rows(cosines: np.ndarray, rows: int = HEATMAP_ROWS) -> np.ndarray:
 
 
 def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
-    """The supplement's figure of one model; a `matplotlib.figure.Figure`.
+    """The supplement's figure of one model, from [rows x layers] that stand for `n` samples; a `matplotlib.figure.Figure`.
 
-    Args:
-        rows (`np.ndarray`): shape [rows x layers].
-        n (`int`): samples that the rows stand for.
-        lowest (`float`): lower end of the colors, which should be the same for all models that are compared.
+    The lower end of the colors should be the same for all models that are compared.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -335,13 +316,12 @@ def curves(found: dict[str, Curve]):
 def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write `alignment.parquet`, `alignment.json`, `curves.png/svg` and per model `heatmap-….png/svg`.
 
-    Args:
-        folder (`Path`): where to write.
-        runs (`dict`): run of each model name; the names of their folders name the heatmaps.
-        left_out (`dict`, *optional*): what loading left out, of [`~granulon_hf.evaluation.sets.left_out`].
-
     Curves and heatmaps are over the samples that all models have, those aside of which no sample could be used; where models
     have none in common, each is over its own. The Parquet file has all.
+
+    Args:
+        runs (`dict`): run of each model name; the names of their folders name the heatmaps.
+        left_out (`dict`, *optional*): what loading left out, of [`~granulon_hf.evaluation.sets.left_out`].
 
     Returns:
         `dict`: what is in `alignment.json`; `failed` has the models without a sample, each with a reason.

@@ -132,11 +132,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> list[Run]:
-    """Predictions of several folders, each with a name of its own: its model's, with the folder's where two are alike.
-
-    Raises:
-        GranulonError: a folder is there twice or holds no predictions, or a prediction is not what `granulon eval run` writes.
-    """
+    """Predictions of several folders, each with a name of its own: its model's, with the folder's where two are alike."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise GranulonError("The same folder is given twice; a gallery puts different predictions side by side.")
     runs: list[Run] = []
@@ -182,9 +178,6 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
     """Rows of the `samples.jsonl` of `granulon judge run`, or of the folder that it is in, by sample id.
 
     A row may carry `hallucinated`, a list of phrases of the answer that people, or another judge, found to be made up.
-
-    Raises:
-        GranulonError: no such file, a score that is none, or scores of other predictions.
     """
     from granulon_hf.evaluation.judging import as_json, rows_of, score_of
 
@@ -209,9 +202,6 @@ def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | Non
 
     Args:
         scores (`dict`, *optional*): by the run's name, what [`read_scores`] returned.
-
-    Raises:
-        GranulonError: no sample is in all runs, or one has another question or reference in another run.
     """
     first, cases = runs[0], []
     for place, (key, row) in enumerate(first.rows.items()):
@@ -268,11 +258,7 @@ def answer_of(model: str, row: dict[str, Any], score: dict[str, Any]) -> Answer:
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """Path of an image; predictions may come from others, and must not put any file of this machine on a page.
-
-    Raises:
-        GranulonError: the image is outside of the folder.
-    """
+    """Path of an image; predictions may come from others, and must not put any file of this machine on a page."""
     path = (folder / str(name).replace("\0", "")).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise GranulonError(f"{str(folder)!r} names the image {name!r:.80}, which lies outside of the folder.")
@@ -359,14 +345,7 @@ def add_pictures(case: Case, draw: Draw | None = None) -> None:
 
 
 def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = None) -> Draw:
-    """A function that draws the kept clusters of a case.
-
-    Args:
-        levels (`dict[str, str]`, *optional*): by sample id, the level to draw; by default the controller's choice.
-
-    Raises:
-        GranulonError: the model has no levels, hence no clusters.
-    """
+    """A function that draws the kept clusters of a case, at the level that `levels` has for its id or the controller chooses."""
     import torch
 
     from granulon_hf import overlay

@@ -51,7 +51,6 @@ def auto_score(row: dict[str, Any]) -> float:
 
 
 def find_scorer(name: str) -> Scorer:
-    """Raises ValueError for an unknown name."""
     known = {"auto": auto_score, **SCORERS}
     if name not in known:
         raise GranulonError(f"Unknown score {name!r}; the choices are {', '.join(known)}.")
@@ -94,16 +93,11 @@ class GranularityAnalysis:
 
     Args:
         model ([`GranulonForConditionalGeneration`]): in eval mode, with levels.
-        processor ([`GranulonProcessor`]): its processor.
-        samples (`list[Sample]`): to answer.
         folder (`Path`): for the answers, one run per setting.
         description (`dict`): model and data, for the runs.
         generation ([`Generation`]): how answers are made; its level is not used.
         scorer (`callable`): score of a row of a run, higher is better.
         on_progress (`callable`): called with the number of answers that were found or made since the last call.
-
-    Raises:
-        GranulonError: the model has no levels.
     """
 
     model: Any
@@ -157,7 +151,6 @@ class GranularityAnalysis:
             betas (`list[int]`): numbers of clusters.
             slots (`list[int]`, *optional*): numbers K of slots, of which every pair with K <= β is answered (more slots than
                 clusters stay empty, and change nothing). By default K = β: all clusters are kept.
-            alpha (`int`): pooling kernel side.
 
         Returns:
             `list[dict]`: per setting alpha, beta, k, pixel_tokens, semantic_tokens, rows; the first is without semantic tokens.
@@ -177,11 +170,7 @@ class GranularityAnalysis:
 
 
 def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Pairs (β, K).
-
-    Raises:
-        GranulonError: a number below 1, or no K fits any β.
-    """
+    """Pairs (β, K). Raises GranulonError for a number below 1, and where no K fits any β."""
     if any(number < 1 for number in (*betas, *(slots or ()))):
         raise GranulonError("Numbers of clusters and of slots must be at least 1.")
     cells = [(beta, k) for beta in sorted(set(betas)) for k in (sorted(set(slots)) if slots else [beta]) if k <= beta]

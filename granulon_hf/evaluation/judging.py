@@ -40,9 +40,6 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Yields:
         `tuple`: place of a row, for messages, and its content.
-
-    Raises:
-        GranulonError: no such file, another kind of file, or a line that is no JSON object.
     """
     if path.is_dir():
         import datasets

@@ -21,11 +21,8 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
         drawn (`int`): number of drawn scenes, of which there is no end, where there is no limit.
         seed (`int`): 0 or more; other seeds give other samples.
         limit (`int`, *optional*): at most so many.
-        options: further arguments of `load`; None is the default. Drawn scenes have none of them. The default split is
-            one that training does not see, where the set has one.
-
-    Raises:
-        GranulonError: the set cannot be read, or drawn scenes are given what they do not have.
+        options: further arguments of `load`, None for a default. Drawn scenes have none of them. The default split is one
+            that training does not see, where the set has one.
     """
     if seed < 0:
         raise GranulonError(f"The seed must be 0 or more; got {seed}.")
