@@ -17,16 +17,12 @@ app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.
 
 
 def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
-    """Read the values of a YAML file.
-
-    Raises:
-        GranulonError: no such file, no YAML, or a name that does not exist.
-    """
+    """Read the values of a YAML file that may have these names."""
     if path is None:
         return {}
-    try:
-        import yaml
+    import yaml
 
+    try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except Exception as error:
         raise GranulonError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
@@ -43,11 +39,7 @@ def options_of(ctx: typer.Context) -> dict[str, bool]:
 
 
 def read_options(ctx: typer.Context, path: Path | None) -> dict[str, Any]:
-    """Read options from a file as from the command line: of their types, within their bounds, one as a list of one.
-
-    Raises:
-        GranulonError: no such file, or a value that the option does not take.
-    """
+    """Read options from a file as from the command line: of their types, within their bounds, one as a list of one."""
     known, line = options_of(ctx), []
     values = read_yaml(path, set(known))
     for name, value in values.items():

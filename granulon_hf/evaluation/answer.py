@@ -351,7 +351,7 @@ class PredictionRun:
         """Copy an encoded image into `images/`; its path there."""
         if not self.copy_images:
             return image.get("path") or ""
-        data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
+        data = encoded(image)
         name = f"images/{hashlib.sha256(data).hexdigest()[:24]}{suffix(data, image.get('path'))}"
         if not (self.folder / name).exists():
             (self.folder / "images").mkdir(exist_ok=True)
@@ -381,6 +381,11 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     settings["extra"] = json.dumps(settings["extra"], default=str)
     own = {"model": model, "data": data, "generation": settings}
     write_rows(path, [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows], columns)
+
+
+def encoded(image: dict[str, Any]) -> bytes:
+    """The bytes of a sample's image, which may be in a file."""
+    return image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
 
 
 def suffix(data: bytes, path: str | None) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from granulon_hf.data import Sample
 from granulon_hf.errors import GranulonError, first_sentence
 from granulon_hf.evaluation import answer
-from granulon_hf.evaluation.answer import Generation, PredictionRun
+from granulon_hf.evaluation.answer import Generation, PredictionRun, encoded
 from granulon_hf.evaluation.metrics import CAPTION_METRICS, SCORERS, bert_scores, corpus_captions
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
 from granulon_hf.evaluation.tables import difference_text, markdown_table, score_text, write_page
@@ -75,11 +75,12 @@ class Suite:
                 continue
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
                 raise GranulonError(f"What to take as {name} is a list of names, not {values!r}.")
-            if not values:
-                raise GranulonError(f"There is no {name} to evaluate.")
-            if not all(value.partition("=")[0].strip() for value in values):
+            names = [value.partition("=")[0].strip() for value in values]
+            if not all(names):
                 raise GranulonError(f"A {name} has an empty name.")
-            if len({value.partition("=")[0] for value in values}) < len(values):
+            if not names:
+                raise GranulonError(f"There is no {name} to evaluate.")
+            if len(set(names)) < len(names):
                 raise GranulonError(f"A {name} is named twice.")
         for name, number, least in (("limit", self.limit, 1), ("seed", self.seed, 0)):
             if number is not None and (not isinstance(number, int) or number < least):
@@ -113,20 +114,19 @@ def titles_of(sources: Sequence[str]) -> dict[str, str]:
 
 
 def check_metrics(suite: Suite) -> None:
-    """Raises GranulonError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
+    """Raise GranulonError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
+    asked = set(suite.metrics or [])
     missing = [package for package in CAPTION_METRICS.values() if find_spec(package) is None]
-    if missing and set(suite.metrics or []) & set(CAPTION_METRICS):
+    if missing and asked & set(CAPTION_METRICS):
         names = ", ".join(CAPTION_METRICS)
         raise GranulonError(f'{missing[0]} is not installed; {names} need: pip install "granulon-hf[captions]"')
-    if "bertscore" not in (suite.metrics or []):
+    if "bertscore" not in asked:
         return
     try:
         AutoConfig.from_pretrained(suite.bertscore_model)
     except (OSError, ValueError) as error:
-        reason = first_sentence(error)
-        raise GranulonError(
-            f"The encoder {suite.bertscore_model!r} of BERTScore cannot be loaded ({reason}); a folder will do too."
-        ) from error
+        encoder = f"The encoder {suite.bertscore_model!r} of BERTScore"
+        raise GranulonError(f"{encoder} cannot be loaded ({first_sentence(error)}); a folder will do too.") from error
     if os.path.isdir(suite.bertscore_model) and suite.bertscore_layers is None:
         raise GranulonError("For an encoder in a folder say --bertscore-layers: which of its layers BERTScore compares.")
 
@@ -169,7 +169,9 @@ def run_suite(
         parts = {part: len(indices) for part, indices in parts_of(data, sets[data]).items()}
         about[data] = {"samples": len(sets[data]), "left_out": left_out(opened), "parts": parts}
         on_set(f"{data}: {describe_set(len(sets[data]), about[data]['left_out'])}")
-        check_tasks(suite, data, sets[data])
+        tasks = sorted({sample.task for sample in sets[data]})
+        if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
+            raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
     if twice := [part for part, times in Counter(part for one in about.values() for part in one["parts"]).items() if times > 1]:
         raise GranulonError(f"Two data sets would have the column {twice[0]!r}; rename one.")
     folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
@@ -194,7 +196,9 @@ def run_suite(
             }
             rows = stored[source, data]
             if rows is not None:
-                PredictionRun(folder, {**described(folder), **description})  # refuses answers to something else
+                # A run that only scores does not load its model; answers to something else are refused.
+                made = answer.read_description(folder / "run.json").get("description") or {}
+                PredictionRun(folder, {"model": made.get("model"), **description})
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
@@ -240,19 +244,10 @@ def run_suite(
 def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
     """Columns of a set, each with the places of its samples: one, or where it is split one for each part that is there."""
     values = [sample.meta.get(SPLIT_BY.get(data, "")) for sample in samples]
-    if not any(values):
-        return {data: list(range(len(samples)))}
     parts: dict[str, list[int]] = {}
     for i, value in enumerate(values):
-        parts.setdefault(f"{data}-{value or 'other'}", []).append(i)
+        parts.setdefault(f"{data}-{value or 'other'}" if any(values) else data, []).append(i)
     return parts
-
-
-def check_tasks(suite: Suite, data: str, samples: Sequence[Sample]) -> None:
-    """Raises GranulonError where the judge is asked for what it cannot score, before anything is answered."""
-    tasks = sorted({sample.task for sample in samples})
-    if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
-        raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
 
 
 def digest_of(samples: Iterable[Sample]) -> str:
@@ -260,9 +255,7 @@ def digest_of(samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         parts: list[Any] = [sample.id, sample.prompt, sample.reference, sample.choices, sample.task]
-        for image in sample.images:
-            data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
-            parts.append(hashlib.sha256(data).hexdigest())
+        parts += [hashlib.sha256(encoded(image)).hexdigest() for image in sample.images]
         digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -271,11 +264,6 @@ def source_state(source: str) -> list[Any]:
     """A model's name and, of a folder, the size and time of its weight files: trained anew it is another model."""
     files = sorted(Path(source).glob("*.safetensors")) if os.path.isdir(source) else []
     return [source, *([file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files)]
-
-
-def described(folder: Path) -> dict[str, Any]:
-    """What is written of the model that made the answers: a run that only scores does not load it."""
-    return {"model": (answer.read_description(folder / "run.json").get("description") or {}).get("model")}
 
 
 def stored_rows(folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]] | None:

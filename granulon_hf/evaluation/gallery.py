@@ -345,7 +345,7 @@ def add_pictures(case: Case, draw: Draw | None = None) -> None:
 
 
 def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = None) -> Draw:
-    """A function that draws the kept clusters of a case, at the level that `levels` has for its id or the controller chooses."""
+    """A function that draws the kept clusters of a case, at the level of its id in `levels` or that the controller chooses."""
     import torch
 
     from granulon_hf import overlay
