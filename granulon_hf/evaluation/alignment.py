@@ -235,31 +235,21 @@ def write_parquet(path: Path, found: dict[str, pd.DataFrame]) -> None:
             writer.write_table(pa.Table.from_pandas(long, schema), row_group_size=BLOCK * layers)
 
 
-@dataclass
-class Curve:
-    """Of one model: samples, and per layer the mean cosine with its 95 % band, each of shape [layers]."""
-
-    n: int
-    mean: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-
-def curve(cosines: np.ndarray, n_resamples: int = N_RESAMPLES) -> Curve:
-    """Mean curve of cosines [samples x layers], at least one, with a 95 % percentile bootstrap band.
+def curve(cosines: pd.DataFrame, n_resamples: int = N_RESAMPLES) -> pd.DataFrame:
+    """Per layer the `mean` of at least one sample, `low` and `high` of its 95 % percentile bootstrap band.
 
     In place of samples that are drawn, the Poisson bootstrap puts every sample into every resample a Poisson(1) number of
     times, so that sums of blocks are all that is kept.
     """
-    draw, layers = np.random.default_rng(0), cosines.shape[1]
-    weights, sums = np.zeros((n_resamples, 1)), np.zeros((n_resamples, layers))
-    for start in range(0, len(cosines), BLOCK):
-        block = cosines[start : start + BLOCK]
+    draw, values = np.random.default_rng(0), cosines.to_numpy()
+    weights, sums = np.zeros((n_resamples, 1)), np.zeros((n_resamples, values.shape[1]))
+    for start in range(0, len(values), BLOCK):
+        block = values[start : start + BLOCK]
         times = draw.poisson(1.0, (n_resamples, len(block)))
         weights, sums = weights + times.sum(1, keepdims=True), sums + times @ block
     drawn = weights[:, 0] > 0  # of very few samples a resample may hold none
     low, high = np.percentile(sums[drawn] / weights[drawn], [2.5, 97.5], axis=0)
-    return Curve(len(cosines), cosines.mean(0), low, high)
+    return pd.DataFrame({"mean": values.mean(0), "low": low, "high": high}, index=cosines.columns)
 
 
 def heatmap_rows(cosines: np.ndarray, rows: int = HEATMAP_ROWS) -> np.ndarray:
@@ -292,7 +282,7 @@ def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
     return figure
 
 
-def curves(found: dict[str, Curve]):
+def curves(found: dict[str, pd.DataFrame]):
     """The mean curves of all models in one plot, with their bands; a `matplotlib.figure.Figure`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -301,10 +291,9 @@ def curves(found: dict[str, Curve]):
     axes = figure.subplots()
     # Colors tell ten encoders apart, and line styles those who see few colors.
     for i, (name, one) in enumerate(found.items()):
-        layers = np.arange(1, len(one.mean) + 1)
         color, style = f"C{i % 10}", ("-", "--", "-.", ":")[i % 4]
-        axes.fill_between(layers, one.low, one.high, color=color, alpha=0.18, linewidth=0)
-        axes.plot(layers, one.mean, style, color=color, label=f"{name} (n = {one.n})", marker="o", markersize=2.5)
+        axes.fill_between(one.index, one["low"], one["high"], color=color, alpha=0.18, linewidth=0)
+        axes.plot(one["mean"], style, color=color, label=name, marker="o", markersize=2.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="decoder layer", ylabel="cosine to the reference")
     axes.grid(alpha=0.25)
@@ -343,21 +332,22 @@ def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: d
     write_parquet(folder / "alignment.parquet", cosines)
     common = set.intersection(*(set(one.index) for one in cosines.values()))
     shown = {name: one[one.index.isin(common)] if common else one for name, one in cosines.items()}
-    found = {name: curve(one.to_numpy()) for name, one in shown.items()}
+    found = {name: curve(one) for name, one in shown.items()}
     rows = {name: heatmap_rows(one.to_numpy(), HEATMAP_ROWS) for name, one in shown.items()}
     lowest = min(0.0, *(float(one.min()) for one in rows.values()))
-    figures = {f"heatmap-{runs[name].folder.name}": heatmap(name, rows[name], one.n, lowest) for name, one in found.items()}
-    figures["curves"] = curves(found)
+    figures = {"curves": curves({f"{name} (n = {len(shown[name])})": one for name, one in found.items()})}
+    for name, one in rows.items():
+        figures[f"heatmap-{runs[name].folder.name}"] = heatmap(name, one, len(shown[name]), lowest)
     for stem, figure in figures.items():
         for kind in ("png", "svg"):
             figure.savefig(folder / f"{stem}.{kind}", dpi=150)
     summary = {
         "models": {
             name: {
-                "samples": one.n,
+                "samples": len(shown[name]),
                 "usable": len(cosines[name]),
-                **{key: [round(float(value), 6) for value in getattr(one, key)] for key in ("mean", "low", "high")},
-                "mean_of_layers": round(float(one.mean.mean()), 6),
+                **{key: [round(value, 6) for value in one[key].tolist()] for key in ("mean", "low", "high")},
+                "mean_of_layers": round(float(one["mean"].to_numpy().mean()), 6),
                 "left_out": runs[name].errors(),
                 "description": runs[name].description,
             }

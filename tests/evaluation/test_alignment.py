@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -154,13 +155,13 @@ def test_a_bad_image_costs_its_own_sample_only(build, tmp_path):
 def test_the_band_is_a_bootstraps(monkeypatch):
     monkeypatch.setattr(alignment, "BLOCK", 37)
     values = np.random.default_rng(1).normal([0.2, 0.8], [0.1, 0.02], (400, 2))
-    found = curve(values, 4000)
-    np.testing.assert_allclose(found.mean, values.mean(0))
+    found = curve(pd.DataFrame(values), 4000)
+    np.testing.assert_allclose(found["mean"], values.mean(0))
     draw = np.random.default_rng(2)
     means = np.stack([values[draw.integers(400, size=400)].mean(0) for _ in range(4000)])
-    np.testing.assert_allclose([found.low, found.high], np.percentile(means, [2.5, 97.5], axis=0), atol=1e-3)
-    single = curve(values[:1])
-    np.testing.assert_allclose([single.low, single.high], [values[0], values[0]])
+    np.testing.assert_allclose([found["low"], found["high"]], np.percentile(means, [2.5, 97.5], axis=0), atol=1e-3)
+    single = curve(pd.DataFrame(values[:1]))
+    np.testing.assert_allclose([single["low"], single["high"]], [values[0], values[0]])
 
 
 def test_report(tmp_path, monkeypatch):
