@@ -36,7 +36,7 @@ from granulon_hf.stats import difference, estimate
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")
 ALL = "all"
-# Of the Parquet file.
+# Those of the Parquet file.
 COLUMNS = (
     *("setting", "id", "task", "alpha", "beta", "k", "chosen", "probability", "prediction", "reference", "score", "seconds"),
     *("pixel_tokens", "semantic_tokens"),
@@ -121,28 +121,21 @@ class GranularityAnalysis:
         rows = run.run(self.model, self.processor, self.samples, generation, on_progress=self.on_progress)
         return [{**row, "score": float(self.scorer(row))} for row in rows]
 
-    def levels(self) -> dict[str, Any]:
-        """Every level on every sample.
+    def levels(self) -> list[dict[str, Any]]:
+        """Every level on every sample: rows with `level`, its tokens, its `probability`, and the level that was `chosen`.
 
-        Returns:
-            `dict`: `names` of the levels, `tokens` (pixel, semantic) per level, `rows` of the first level, which hold the
-            probabilities, `choice` (index of the level, -1 where nothing is to be chosen, as without an image) [samples],
-            `scores` and `seconds` [levels x samples].
+        Nothing is chosen without an image.
         """
-        names = self.model.config.level_names
-        found = {name: self.answers(f"level-{name}", changed(self.generation, granularity=name)) for name in names}
-        rows = found[names[0]]
-        probs = [row.get("granularity_probs") for row in rows]
-        choice = [names.index(max(names, key=one.__getitem__)) if one else -1 for one in probs]
-        return {
-            "names": names,
-            "tokens": {name: image_tokens(self.model, self.processor, self.samples, name) for name in names},
-            "rows": rows,
-            "choice": np.array(choice),
-            "scores": np.array([[row["score"] for row in found[name]] for name in names]),
-            "seconds": np.array([[row["seconds"] for row in found[name]] for name in names]),
-            "predictions": {name: [row["prediction"] for row in found[name]] for name in names},
-        }
+        names, rows = self.model.config.level_names, []
+        probs: dict[str, dict[str, float]] = {}  # of the first level's answer: those of the others are the same
+        for name in names:
+            pixels, semantic = image_tokens(self.model, self.processor, self.samples, name)
+            for row in self.answers(f"level-{name}", changed(self.generation, granularity=name)):
+                likely = probs.setdefault(row["id"], row.get("granularity_probs") or {})
+                row |= {"setting": f"level {name}", "level": name, "pixel_tokens": pixels, "semantic_tokens": semantic}
+                row |= {"chosen": max(names, key=likely.__getitem__) if likely else None, "probability": likely.get(name)}
+                rows.append(row)
+        return rows
 
     def sweep(self, betas: Sequence[int], slots: Sequence[int] | None = None, alpha: int = 1) -> list[dict[str, Any]]:
         """Other numbers of clusters, on the same weights.
@@ -198,48 +191,44 @@ def groups_of(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[str
     return groups
 
 
-def policy_scores(found: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Per policy the score of every sample for which there was something to choose. Each of shape [samples]."""
-    chosen = found["choice"] >= 0
-    scores, choice = found["scores"][:, chosen], found["choice"][chosen]
-    named = dict(zip(found["names"], scores, strict=True))
-    controller = scores[choice, np.arange(scores.shape[1])]
-    return {"controller": controller, **named, "random": scores.mean(0), "oracle": scores.max(0)}
+def by_policy(rows: Sequence[dict[str, Any]], value: str) -> pd.DataFrame:
+    """A value of every sample for which there was something to choose (rows, in their order) under every policy (columns)."""
+    frame = pd.DataFrame([row for row in rows if row["chosen"] is not None])
+    levels = frame.pivot(index="id", columns="level", values=value).loc[frame["id"].unique(), frame["level"].unique()]
+    chosen = frame[frame["level"] == frame["chosen"]].set_index("id")[value].loc[levels.index]
+    return pd.DataFrame({"controller": chosen, **levels, "random": levels.mean(axis=1), "oracle": levels.max(axis=1)})
 
 
-def choosers(found: dict[str, Any]) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The rows for which there was something to choose, and what was chosen."""
-    places = np.flatnonzero(found["choice"] >= 0)
-    return [found["rows"][i] for i in places], found["choice"][places]
+def choosers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each sample for which there was something to choose."""
+    return [row for row in rows if row["chosen"] is not None and row["level"] == rows[0]["level"]]
 
 
-def policy_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
+def policy_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """Score of every policy in every group, with its interval and its paired difference to the controller."""
-    rows, choice = choosers(found)
-    scores = policy_scores(found)
-    semantic = np.array([found["tokens"][name][1] for name in found["names"]])
-    tokens = {**dict(zip(found["names"], semantic, strict=True)), "controller": semantic[choice], "random": semantic.mean()}
+    scores, tokens = by_policy(rows, "score"), by_policy(rows, "semantic_tokens")
     table = []
-    for group, inside in groups_of(rows, fields).items():
-        for policy, values in scores.items():
-            spent = float(np.broadcast_to(tokens[policy], len(rows))[inside].mean()) if policy in tokens else None
-            entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values[inside]), "semantic_tokens": spent}
+    for group, inside in groups_of(choosers(rows), fields).items():
+        part, spent = scores.iloc[inside], tokens.iloc[inside].mean()
+        for policy, values in part.items():
+            entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values)}
+            entry["semantic_tokens"] = None if policy == "oracle" else float(spent[policy])
             if policy != "controller":
-                entry |= difference(values[inside], scores["controller"][inside])
+                entry |= difference(values, part["controller"])
             table.append(entry)
     return table
 
 
-def choice_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
+def choice_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """How often each level is chosen in every group: count, share and the mean probability."""
-    rows, choice = choosers(found)
+    frame = pd.DataFrame([row for row in rows if row["chosen"] is not None])
     table = []
-    for group, inside in groups_of(rows, fields).items():
-        for index, name in enumerate(found["names"]):
-            count = int((choice[inside] == index).sum())
-            mean = float(np.mean([rows[i]["granularity_probs"][name] for i in inside]))
-            entry = {"group": group, "level": name, "n": len(inside), "count": count, "share": count / len(inside)}
-            table.append({**entry, "mean_probability": mean})
+    for group, inside in groups_of(choosers(rows), fields).items():
+        for level, part in frame.groupby("level", sort=False):
+            part = part.iloc[inside]
+            entry = {"group": group, "level": level, "n": len(inside), "count": int((part["chosen"] == level).sum())}
+            entry |= {"share": entry["count"] / len(inside), "mean_probability": float(part["probability"].mean())}
+            table.append(entry)
     return table
 
 
@@ -259,27 +248,10 @@ def sweep_table(cells: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[
     return table
 
 
-def long_rows(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def long_rows(rows: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row per sample and setting, for the Parquet file."""
-    for i, name in enumerate(found["names"]):
-        pixels, semantic = found["tokens"][name]
-        for j, row in enumerate(found["rows"]):
-            chosen = int(found["choice"][j])
-            known = row | {
-                "setting": f"level {name}",
-                "chosen": None if chosen < 0 else found["names"][chosen],
-                "probability": (row.get("granularity_probs") or {}).get(name),
-                "prediction": found["predictions"][name][j],
-                "score": float(found["scores"][i, j]),
-                "seconds": float(found["seconds"][i, j]),
-                "pixel_tokens": pixels,
-                "semantic_tokens": semantic,
-            }
-            yield {column: known.get(column) for column in COLUMNS}
-    for cell in cells:
-        for row in cell["rows"]:
-            known = {**row, **cell, "setting": "sweep"}
-            yield {name: known.get(name) for name in COLUMNS}
+    swept = ({**row, **cell, "setting": "sweep"} for cell in cells for row in cell["rows"])
+    yield from ({name: row.get(name) for name in COLUMNS} for row in (*rows, *swept))
 
 
 def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title: str) -> str:
@@ -410,25 +382,31 @@ def plot_sweep(sweep: list[dict]):
 
 
 def report(
-    folder: Path, found: dict[str, Any], cells: Sequence[dict[str, Any]], fields: Sequence[str], title: str, settings: dict
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    cells: Sequence[dict[str, Any]],
+    fields: Sequence[str],
+    title: str,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Write `granularity.md`, `granularity.json`, `granularity.parquet`, `choices.png`, `levels.png` and `sweep.png`.
 
+    Args:
+        rows, cells (`list[dict]`): of [`GranularityAnalysis.levels`] and [`GranularityAnalysis.sweep`].
+        fields (`list[str]`): "task" or names in `meta` that samples are grouped by.
+
     Returns:
         `dict`: settings and the tables `choices`, `levels` and `sweep`, as in the JSON file.
-
-    Raises:
-        GranulonError: no sample has an image, so that no level was chosen.
     """
-    if not (found["choice"] >= 0).any():
+    if not choosers(rows):
         raise GranulonError("No sample could be answered with an image: there is no level to look at.")
     folder = Path(folder)
-    choices, policies = choice_table(found, fields), policy_table(found, fields)
+    choices, policies = choice_table(rows, fields), policy_table(rows, fields)
     sweep = sweep_table(cells, fields) if cells else []
     write_text(folder / "granularity.md", markdown(choices, policies, sweep, title))
     result = {"settings": settings, "choices": choices, "levels": policies, "sweep": sweep}
     write_text(folder / "granularity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    write_rows(folder / "granularity.parquet", long_rows(found, cells))
+    write_rows(folder / "granularity.parquet", long_rows(rows, cells))
     plots = {"choices": plot_choices(choices), "levels": plot_policies(policies)}
     plots |= {"sweep": plot_sweep(sweep)} if sweep else {}
     for name, figure in plots.items():
