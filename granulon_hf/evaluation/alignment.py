@@ -33,6 +33,7 @@ from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.evaluation.answer import Generation, answer_batch, changes, read_description
+from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import Journal, batches, replacing, write_text
 
 ANSWERS = ("prediction", "reference")
@@ -264,10 +265,9 @@ def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
 
     The lower end of the colors should be the same for all models that are compared.
     """
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = empty_figure(6.4, 4.4)
     axes = figure.subplots()
     layers = rows.shape[1]
     image = axes.imshow(
@@ -284,10 +284,9 @@ def heatmap(name: str, rows: np.ndarray, n: int, lowest: float = 0.0):
 
 def curves(found: dict[str, pd.DataFrame]):
     """The mean curves of all models in one plot, with their bands; a `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+    figure = empty_figure(7.2, 4.4)
     axes = figure.subplots()
     # Colors tell ten encoders apart, and line styles those who see few colors.
     for i, (name, one) in enumerate(found.items()):

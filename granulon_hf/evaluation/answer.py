@@ -199,9 +199,8 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
 
 def describe_model(source: str, model: Any) -> dict[str, Any]:
     """What identifies a model: where it came from, its commit where it has one, and a fingerprint of its weights."""
-    commit = getattr(model.config, "_commit_hash", None)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"source": source, "revision": commit, "weights": fingerprint(model)[:16], "dtype": dtype}
+    found = {"source": source, "revision": getattr(model.config, "_commit_hash", None), "weights": fingerprint(model)[:16]}
+    return {**found, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def process_state(device: torch.device) -> PartialState:
@@ -250,7 +249,6 @@ class PredictionRun:
 
     Raises:
         OtherPredictions: the folder holds a run of something else.
-        GranulonError: its description is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike, description: dict[str, Any], copy_images: bool = True):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, OtherPredictions, process_state
 from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
+from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device
 from granulon_hf.training.arguments import make_parser, parse
@@ -80,12 +81,7 @@ def check(config: dict[str, Any]) -> list[str]:
     return [f"{name}-{llm}" for name in encoders]
 
 
-def compare(
-    config: dict[str, Any],
-    out: Path,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    on_set: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Train what is not trained yet, evaluate what is not evaluated yet, and write table, curves and manifest into `out`.
 
     Returns what [`run_suite`] does.
@@ -129,15 +125,14 @@ def compare(
             shutil.rmtree(answers)
     state.wait_for_everyone()
     try:
-        result = run_suite(suite, load_model, on_progress, on_set)
+        result = run_suite(suite, load_model, on_set=on_set)
     except OtherPredictions:
         raise GranulonError(
             f"{suite.out!r} holds answers that were made with another `eval`; remove that folder: what is trained stays."
         ) from None
-    if not result:  # the first of several processes writes
-        return result
-    write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
-    plot_curves(names, out)
+    if result:  # the first of several processes writes
+        write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
+        plot_curves(names, out)
     return result
 
 
@@ -157,16 +152,11 @@ def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
 
 
 def plot_curves(names: Sequence[str], out: Path) -> None:
-    """Training losses of all rows in one picture; left out where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Draw the training losses of all rows into one picture."""
+    figure = empty_figure(7, 4)
     axes = figure.subplots()
     for name in names:
-        checkpoint = last_checkpoint(out / name / "training")
-        if checkpoint is None:
+        if (checkpoint := last_checkpoint(out / name / "training")) is None:
             continue
         history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]

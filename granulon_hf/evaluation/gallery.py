@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+import yaml
 from PIL import Image
 
 from granulon_hf.errors import GranulonError
@@ -25,19 +26,9 @@ SIDE = 480  # pixels, long side of a picture
 # Photograph and overlay of 200 samples stay below 20 MB: 2 x 32 kB, a third more in base64.
 PICTURE_BYTES = 32_000
 RIGHT_FROM = 0.5  # of recall, or of the judge's accuracy / 100, where there are no options to name
-ORDERS = {
-    "judge": "worst first, by the judge",
-    "recall": "worst first, by recall",
-    "difference": "largest difference between models",
-    "data": "order of the data",
-}
-# Words too common to be a claim about a picture.
-STOP_WORDS = frozenset(
-    "a about above after all also an and any are as at be because been being below between both but by can could did do does "
-    "down each for from had has have he her here his how i if in into is it its just may more most no not of off on one only "
-    "or other our out over she should so some such than that the their them then there these they this those through to too "
-    "under up very was we were what when where which while who will with would yes you your".split()
-)
+WORDS = yaml.safe_load(Path(__file__).with_name("gallery.yaml").read_text(encoding="utf-8"))
+ORDERS: dict[str, str] = WORDS["orders"]
+STOP_WORDS = frozenset(WORDS["stop_words"].split())
 
 
 @dataclass
@@ -105,15 +96,10 @@ class Case:
 
     def facts(self) -> str:
         """What the page filters and sorts by, as JSON for an attribute; the template escapes it."""
-        return json.dumps(
-            {
-                "keys": self.keys(),
-                "task": self.task,
-                "levels": sorted({answer.level for answer in self.answers if answer.level is not None}),
-                "right": [answer.right for answer in self.answers],
-                "differ": len({normalise(answer.prediction) for answer in self.answers}) > 1,
-            }
-        )
+        levels = {answer.level for answer in self.answers if answer.level is not None}
+        texts = {normalise(answer.prediction) for answer in self.answers}
+        facts = {"keys": self.keys(), "task": self.task, "levels": sorted(levels)}
+        return json.dumps(facts | {"right": [answer.right for answer in self.answers], "differ": len(texts) > 1})
 
 
 Draw = Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]]  # overlays, and the level that they show
@@ -163,15 +149,12 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
 def check_row(folder: Path, key: str, row: dict[str, Any]) -> None:
     kinds: dict[str, Any] = {"prediction": str, "question": str, "reference": str, "images": list, "choices": list | None}
     kinds |= {"task": str | None, "granularity": str | None, "granularity_probs": dict | None, "error": str | None}
+    where = f"{str(folder)!r}, sample {key!r}"
     for name, kind in kinds.items():
-        default = None if isinstance(None, kind) else [] if kind is list else ""
-        if not isinstance(row.setdefault(name, default), kind):
-            raise GranulonError(
-                f"{str(folder)!r}, sample {key!r}: {name} is {json.dumps(row[name])[:60]}, which no evaluation writes."
-            )
-    numbers = (row["granularity_probs"] or {}).values()
-    if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers):
-        raise GranulonError(f"{str(folder)!r}, sample {key!r}: granularity_probs are no probabilities.")
+        if not isinstance(row.setdefault(name, None if isinstance(None, kind) else kind()), kind):
+            raise GranulonError(f"{where}: {name} is {json.dumps(row[name])[:60]}, which no evaluation writes.")
+    if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in (row["granularity_probs"] or {}).values()):
+        raise GranulonError(f"{where}: granularity_probs are no probabilities.")
 
 
 def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
@@ -373,14 +356,10 @@ def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = N
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def ordered(cases: Iterable[Case], order: str) -> list[Case]:
+def ordered(cases: Sequence[Case], order: str) -> list[Case]:
     """Cases by one of [`ORDERS`]; what has no key comes last, ties keep the order of the data."""
-
-    def key(case: Case) -> tuple[bool, float, int]:
-        value = case.keys()[order]
-        return value is None, value or 0.0, case.place
-
-    return sorted(cases, key=key)
+    keys = {case.id: case.keys()[order] for case in cases}
+    return sorted(cases, key=lambda case: (keys[case.id] is None, keys[case.id] or 0.0, case.place))
 
 
 def means(cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, PredictionRun
 from granulon_hf.evaluation.metrics import SCORERS
-from granulon_hf.evaluation.tables import difference_text, markdown_table, score_text, write_rows
+from granulon_hf.evaluation.tables import difference_text, empty_figure, markdown_table, score_text, write_rows
 from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.stats import difference, estimate
@@ -298,13 +298,11 @@ def shades(count: int) -> list[tuple[float, float, float, float]]:
 
 def plot_choices(choices: list[dict]):
     """Shares of the levels per group, stacked; a `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
-
     frame = pd.DataFrame(choices)
     groups, levels = frame["group"].unique(), frame["level"].unique()
     shares = frame.pivot(index="group", columns="level", values="share").loc[groups, levels]
     counts = frame.groupby("group", sort=False)["n"].first()
-    figure = Figure(figsize=(6.4, 1.3 + 0.42 * len(groups)), layout="constrained")
+    figure = empty_figure(6.4, 1.3 + 0.42 * len(groups))
     axes = figure.subplots()
     shares.plot.barh(stacked=True, width=0.7, color=shades(len(levels)), ax=axes, legend=False, xlim=(0, 1), ylabel="")
     for i, (bars, level) in enumerate(zip(axes.containers, levels, strict=True)):
@@ -321,8 +319,6 @@ def plot_choices(choices: list[dict]):
 
 def plot_policies(policies: list[dict]):
     """Score of every policy with its interval, one panel per group; a `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
-
     frame = pd.DataFrame(policies)
     names = list(frame["policy"].unique())
     levels = [name for name in names if name not in POLICIES]
@@ -331,8 +327,7 @@ def plot_policies(policies: list[dict]):
     count = frame["group"].nunique()
     columns = min(3, count)
     lines = math.ceil(count / columns)
-    size = (max(5.0, 3.4 * columns), 1.0 + (0.4 + 0.3 * len(names)) * lines)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = empty_figure(max(5.0, 3.4 * columns), 1.0 + (0.4 + 0.3 * len(names)) * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for (group, rows), axes in zip(frame.groupby("group", sort=False), panels, strict=False):
         error = np.stack([rows["score"] - rows["low"], rows["high"] - rows["score"]]).clip(min=0)
@@ -350,8 +345,6 @@ def plot_policies(policies: list[dict]):
 def plot_sweep(sweep: list[dict]):
     """Score against clusters, visual tokens and seconds: a line per group or, where K was varied, per K over all samples; a
     `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
-
     frame = pd.DataFrame(sweep)
     frame["tokens"] = frame["pixel_tokens"] + frame["semantic_tokens"]
     varied = any(row["k"] not in (0, row["beta"]) for row in sweep)
@@ -359,7 +352,7 @@ def plot_sweep(sweep: list[dict]):
     if varied:
         every = lines[ALL]
         lines = {f"K = {k}": every[every["k"].isin([0, k])] for k in every["k"].unique() if k}
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    figure = empty_figure(11, 3.8)
     clusters, tokens, seconds = figure.subplots(1, 3, sharey=True)
     for i, (label, points) in enumerate(lines.items()):
         style = {"color": f"C{i % 10}", "marker": "os^Dv"[i % 5], "ms": 4}

@@ -118,26 +118,25 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
     Raises:
         GranulonError: a column or value is missing or of another type, an id is there twice, none of the images exists.
     """
-    unknown = sorted(set(columns or {}) - set(FIELDS))
-    if unknown:
+    if unknown := sorted(set(columns or {}) - set(FIELDS)):
         raise GranulonError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")
     named = {name: name for name in FIELDS} | (columns or {})
     root = image_root or (path if path.is_dir() else path.parent)
     found: list[Prediction] = []
     seen: dict[str, str] = {}
     for place, row in rows_of(path):
+        where = f"{path}, {place}"
         if named["image"] not in row and "images" in row and "image" not in (columns or {}):
             images = row["images"]
             if not isinstance(images, list) or len(images) > 1:
-                raise GranulonError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
+                raise GranulonError(f"{where}: the judge looks at one image, and `images` is not a list of one.")
             row["image"] = images[0] if images else None
         for field in ("prediction", "image"):
             if named[field] not in row:
+                there = f"it has {', '.join(map(repr, row))}"
                 raise GranulonError(
-                    f"{path}, {place} has no column {named[field]!r} (it has {', '.join(map(repr, row))}); name the column "
-                    f"with --column {field}=NAME."
+                    f"{where} has no column {named[field]!r} ({there}); name the column with --column {field}=NAME."
                 )
-        where = f"{path}, {place}"
         texts = {field: row.get(named[field]) for field in ("prediction", "question", "reference", "task")}
         for field, text in texts.items():
             if not isinstance(text, str | None):
@@ -168,8 +167,7 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
         row["image"] = row["image"] if isinstance(row["image"], str) else row["image"].get("path")
         row |= {name: result[f"{name}_scores"][i] for name in ("accuracy", "hallucination")}
         row |= {"reason": result["reasons"][i], "empty": result["empty"][i]}
-        if "segments" in result:
-            parts = result["segments"]
+        if parts := result.get("segments"):
             row["segments"] = {n: [part[i] for part in parts[f"{n}_scores"]] for n in ("accuracy", "hallucination")}
         rows.append(row)
     return rows
@@ -186,10 +184,7 @@ def thumbnail(image: Any) -> str | None:
 
 
 def write_report(path: Path, title: str, samples: list[Prediction], result: dict[str, Any], show: int = 200) -> None:
-    """Write a self-contained HTML page: the summary, a histogram of both scores, the `show` worst samples with their images.
-
-    Everything that comes from data is escaped.
-    """
+    """Write a self-contained HTML page: the summary, a histogram of both scores, the `show` worst samples with their images."""
     rows = judged(samples, result)
     # Hallucination minus accuracy. The unscored lead, since somebody has to look at them.
     worth = [-101 if row["accuracy"] is None else row["accuracy"] - row["hallucination"] for row in rows]
@@ -204,11 +199,7 @@ def write_report(path: Path, title: str, samples: list[Prediction], result: dict
 
 
 def install() -> Path:
-    """Put the judge into evaluate's module cache, where `evaluate.load("granulon/judge")` finds it without a network.
-
-    Returns:
-        `Path`: the installed file.
-    """
+    """Put the judge into evaluate's module cache, where `evaluate.load("granulon/judge")` finds it offline; return the file."""
     from datasets import DownloadMode
     from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
 

@@ -1,4 +1,4 @@
-"""How results are written: scores with their intervals, tables in Markdown and Parquet, pages from templates."""
+"""How results are written: scores with their intervals, tables in Markdown and Parquet, pages from templates, figures."""
 
 import base64
 import io
@@ -45,6 +45,13 @@ def write_page(path: Path, template: str, *, trim: bool = False, **values: Any) 
     page = jinja2.Environment(loader=loader, autoescape=True, **options).get_template(template).render(**values)
     # Models make lone surrogates, which cannot be written.
     write_text(path, page, errors="replace")
+
+
+def empty_figure(width: float, height: float) -> Any:
+    """Return a `matplotlib.figure.Figure`, which needs no display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def jpeg(image: Image.Image, **options: Any) -> bytes:
