@@ -30,11 +30,7 @@ class Agreement:
 
 
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
-    """Read scores by id from a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination".
-
-    Raises:
-        GranulonError: a column is missing, an id is there twice, or a score is no number from 0 to 100.
-    """
+    """Read scores by id from a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination"."""
     named = {name: name for name in ("id", *SCORES)} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
     for place, row in rows_of(path):
@@ -66,11 +62,7 @@ def alpha(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
-    """Compare every score that both sides have, over the ids that both scored.
-
-    Raises:
-        GranulonError: fewer than two ids were scored by both.
-    """
+    """Compare every score that both sides have, over the ids, at least two, that both scored."""
     results = []
     for score in SCORES:
         both = sorted(key for key in a.keys() & b.keys() if a[key].get(score) is not None and b[key].get(score) is not None)

@@ -45,17 +45,11 @@ N_RESAMPLES = 1000
 
 @dataclass
 class Alignment:
-    """What is compared.
+    """What is compared."""
 
-    Args:
-        answer (`str`): "prediction" or "reference": what follows the question.
-        tokens (`str`): "content" or "all": what the means are over.
-        generation ([`Generation`]): how predictions are made, the level, and the batch size.
-    """
-
-    answer: str = "prediction"
-    tokens: str = "content"
-    generation: Generation = field(default_factory=Generation)
+    answer: str = "prediction"  # or "reference": what follows the question
+    tokens: str = "content"  # or "all": what the means are over
+    generation: Generation = field(default_factory=Generation)  # of predictions; also the level, and the batch size
 
     def __post_init__(self):
         for value, choices, name in ((self.answer, ANSWERS, "answer"), (self.tokens, TOKENS, "tokens")):
@@ -71,15 +65,7 @@ class Alignment:
 
 
 def mean_states(states: Iterable[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens that count.
-
-    Args:
-        states (`iterable`): per layer, shape [B x L x E].
-        mask (`torch.Tensor`): true on the tokens that count, shape [B x L].
-
-    Returns:
-        `torch.Tensor`: shape [layers x B x E], float32.
-    """
+    """Mean states [layers x B x E], in float32, over the tokens that count: [B x L x E] per layer, and a mask [B x L]."""
     hidden, counts = ~mask[..., None], mask.sum(1, keepdim=True)
     # Filled, not multiplied: what padding holds may be no number at all.
     return torch.stack([layer.float().masked_fill(hidden, 0.0).sum(1) / counts for layer in states])
@@ -118,12 +104,7 @@ def align_batch(model: Any, processor: Any, samples: Sequence[Sample], what: Ali
 
 
 def compare(model: Any, processor: Any, batch: dict[str, torch.Tensor], references: list[str], what: Alignment) -> torch.Tensor:
-    """Cosines, shape [B x layers].
-
-    Args:
-        batch (`dict`): of [`GranulonCollator`], padded on the right; labels on the answers.
-        references (`list[str]`): B texts.
-    """
+    """Cosines [B x layers] of a collated batch, whose labels are on the answers, and B references."""
     batch = {name: value.to(model.device) for name, value in batch.items()}
     labels, generation = batch.pop("labels"), what.generation
     outputs = model.model(
@@ -192,8 +173,7 @@ class AlignmentRun:
     ) -> None:
         """Compute what is missing. One batch is in memory at a time, and of each sample that is done its id.
 
-        Args:
-            on_progress (`callable`): called with the number of samples that were found or are done since the last call.
+        `on_progress` is called with the number of samples that were found or are done since the last call.
         """
         done = {row["id"] for row in self.journal}
 

@@ -50,23 +50,14 @@ class Generation:
 
 @dataclass
 class View:
-    """How a model looks at conversations before it answers: vision tower and controller have run, once.
+    """How a model looks at conversations before it answers: vision tower and controller have run, once."""
 
-    Args:
-        inputs (`dict`): arguments of `generate`.
-        levels (`list[str | None]`): the level of each conversation; `None` where the model has none or nothing is shown.
-        probs (`list[dict[str, float] | None]`): what the controller prefers, by level.
-        images ([`GranulonImageFeatures`], *optional*): with the clusters; `None` without levels or images.
-        pixel_values (`torch.Tensor`, *optional*): of all images.
-        pixel_tokens, semantic_tokens (`int`): what the language model sees of all images.
-    """
-
-    inputs: dict[str, Any]
-    levels: list[str | None]
-    probs: list[dict[str, float] | None]
-    images: Any = None
-    pixel_values: Any = None
-    pixel_tokens: int = 0
+    inputs: dict[str, Any]  # arguments of `generate`
+    levels: list[str | None]  # of each conversation; None where the model has none or nothing is shown
+    probs: list[dict[str, float] | None]  # what the controller prefers, by level
+    images: Any = None  # `GranulonImageFeatures` with the clusters; None without levels or images
+    pixel_values: Any = None  # of all images
+    pixel_tokens: int = 0  # what the language model sees of all images
     semantic_tokens: int = 0
 
 

@@ -184,6 +184,10 @@ def run_suite(
     state = answer.process_state(pick_device(suite.device))
     state.wait_for_everyone()  # all have seen what is there before one changes it
     answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def tell(what: str, total: int, done: int) -> None:
+        on_progress(what, done, total)
+
     for source, title in titles.items():
         model = processor = None
         for data, samples in sets.items():
@@ -206,7 +210,7 @@ def run_suite(
                     if level is not None and levels and level not in levels:
                         raise GranulonError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
                 run = PredictionRun(folder, {**description, "model": answer.describe_model(source, model)})
-                told = functools.partial(on_progress, f"{title} on {data}", total=len(samples))
+                told = functools.partial(tell, f"{title} on {data}", len(samples))
                 rows = run.run(model, processor, samples, suite.generation, state=state, on_progress=told)
             if all("error" in row for row in rows):
                 raise GranulonError(

@@ -84,10 +84,7 @@ def check(config: dict[str, Any]) -> list[str]:
 def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Train what is not trained yet, evaluate what is not evaluated yet, and write table, curves and manifest into `out`.
 
-    Returns what [`run_suite`] does.
-
-    Raises:
-        GranulonError: a wrong configuration, settings that differ between rows, or answers that were made with another `eval`.
+    Returns what [`run_suite`] does. Settings that differ between rows are refused, and answers made with another `eval`.
     """
     names = check(config)
     generation = Generation(**config["eval"].get("generation") or {})

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,11 +182,7 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
 
 
 def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | None = None) -> list[Case]:
-    """Cases of the samples that all runs have, in the order of the first.
-
-    Args:
-        scores (`dict`, *optional*): by the run's name, what [`read_scores`] returned.
-    """
+    """Cases of the samples that all runs have, in the order of the first; `scores` are those of [`read_scores`], by run."""
     first, cases = runs[0], []
     for place, (key, row) in enumerate(first.rows.items()):
         rows = [(run, run.rows[key]) for run in runs if key in run.rows]
@@ -304,10 +301,8 @@ def picture(image: Image.Image, most_bytes: int = PICTURE_BYTES) -> Picture:
 
 def open_first(paths: Sequence[Path]) -> Image.Image | None:
     for path in paths:
-        try:
+        with suppress(ValueError):
             return open_rgb(path, at_least=SIDE)
-        except ValueError:
-            continue
     return None
 
 
@@ -394,11 +389,8 @@ def write_gallery(
     script or the style, which a Content-Security-Policy pins by their hashes.
 
     Args:
-        cases (`list[Case]`): of [`join`].
-        order (`str`): one of [`ORDERS`].
-        limit (`int`, *optional*): only the first so many in that order.
-        draw (`callable`, *optional*): of [`cluster_drawer`].
-        overlay_model (`str`): what to call the model that draws.
+        order (`str`): one of [`ORDERS`], of which the first `limit` are shown.
+        draw (`callable`, *optional*): of [`cluster_drawer`], for `overlay_model`.
         mark_unsupported (`bool`): mark [`unsupported_spans`].
         notes (`list[str]`): sentences for the head of the page.
         on_progress (`callable`): called with 1 for each sample.

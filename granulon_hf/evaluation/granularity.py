@@ -89,25 +89,16 @@ def image_tokens(model: Any, processor: Any, samples: Sequence[Sample], level: s
 
 @dataclass
 class GranularityAnalysis:
-    """Answers of one model at every level and in every setting of a sweep, in a folder; what is there is not made again.
+    """Answers of one model at every level and in every setting of a sweep, in a folder; what is there is not made again."""
 
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode, with levels.
-        folder (`Path`): for the answers, one run per setting.
-        description (`dict`): model and data, for the runs.
-        generation ([`Generation`]): how answers are made; its level is not used.
-        scorer (`callable`): score of a row of a run, higher is better.
-        on_progress (`callable`): called with the number of answers that were found or made since the last call.
-    """
-
-    model: Any
+    model: Any  # in eval mode, with levels
     processor: Any
     samples: Sequence[Sample]
-    folder: Path
-    description: dict[str, Any]
-    generation: Generation = field(default_factory=Generation)
-    scorer: Scorer = auto_score
-    on_progress: Callable[[int], None] = lambda count: None
+    folder: Path  # for the answers, one run per setting
+    description: dict[str, Any]  # model and data, for the runs
+    generation: Generation = field(default_factory=Generation)  # how answers are made; its level is not used
+    scorer: Scorer = auto_score  # of a row of a run; higher is better
+    on_progress: Callable[[int], None] = lambda count: None  # takes the answers found or made since the last call
 
     def __post_init__(self):
         if not self.model.config.granularity_levels:
@@ -322,7 +313,7 @@ def plot_policies(policies: list[dict]):
     frame = pd.DataFrame(policies)
     names = list(frame["policy"].unique())
     levels = [name for name in names if name not in POLICIES]
-    colors = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5"}
+    colors: dict[str, Any] = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5"}
     colors |= zip(levels, shades(len(levels)), strict=True)
     count = frame["group"].nunique()
     columns = min(3, count)
@@ -382,14 +373,11 @@ def report(
     title: str,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `granularity.md`, `granularity.json`, `granularity.parquet`, `choices.png`, `levels.png` and `sweep.png`.
+    """Write `granularity.md`, `.json` and `.parquet`, `choices.png`, `levels.png` and `sweep.png`; return what the JSON holds.
 
     Args:
         rows, cells (`list[dict]`): of [`GranularityAnalysis.levels`] and [`GranularityAnalysis.sweep`].
         fields (`list[str]`): "task" or names in `meta` that samples are grouped by.
-
-    Returns:
-        `dict`: settings and the tables `choices`, `levels` and `sweep`, as in the JSON file.
     """
     if not choosers(rows):
         raise GranulonError("No sample could be answered with an image: there is no level to look at.")

@@ -114,9 +114,6 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
             optionally "id", "question", "reference" and "task"; or a folder of `datasets.Dataset.save_to_disk`.
         columns (`dict[str, str]`, *optional*): other names of these columns.
         image_root (`Path`, *optional*): where relative image paths start; by default beside the file.
-
-    Raises:
-        GranulonError: a column or value is missing or of another type, an id is there twice, none of the images exists.
     """
     if unknown := sorted(set(columns or {}) - set(FIELDS)):
         raise GranulonError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")

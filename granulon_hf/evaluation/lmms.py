@@ -48,12 +48,7 @@ def manifest() -> Any:
 class Granulon(lmms):
     """A Granulon model of lmms-eval's "simple" kind: a text and its images apart. Also scores given answers.
 
-    Args:
-        pretrained (`str`): folder or Hub id.
-        device (`str`, *optional*): the best there is by default; of several processes, each has its own.
-        dtype (`str`): see [`load_model`].
-        batch_size (`int` or `str`): questions at once. Greedy answers do not depend on it.
-        granularity (`str`, *optional*): forces a level; by default the controller chooses.
+    Arguments are those of `--model_args`; of several processes, each has its own device.
     """
 
     def __init__(
@@ -104,8 +99,7 @@ class Granulon(lmms):
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
                     # Some tasks write a place for LLaVA's images into the text; ours come first, in their own parts.
-                    text = part["text"].replace("<image>", "")
-                    parts.append({"type": "text", "text": text})
+                    parts.append({"type": "text", "text": part["text"].replace("<image>", "")})
                 else:
                     raise GranulonError(
                         f"Task {request.task_name!r} asks about {part['type']}; Granulon reads images and text only."

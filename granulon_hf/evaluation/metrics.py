@@ -134,8 +134,7 @@ def bert_scores(
 ) -> list[float]:
     """BERTScore F1 of each sample, by the bert-score package (supplement: a baseline similarity). An empty answer scores 0.
 
-    Args:
-        model (`str`): Hub id or folder of the encoder; with a folder also `layers`.
+    `model` is the Hub id of the encoder, or its folder; with a folder give `layers` too.
     """
     from bert_score import BERTScorer
 

@@ -17,10 +17,7 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
 
     Args:
         name (`str`): of [`~granulon_hf.data.load`], a file of LLaVA's conversations or a folder with a `chat.json`, or
-            "shapes".
-        drawn (`int`): number of drawn scenes, of which there is no end, where there is no limit.
-        seed (`int`): 0 or more; other seeds give other samples.
-        limit (`int`, *optional*): at most so many.
+            "shapes", which is drawn: there is no end of its scenes, so that without a limit `drawn` says how many.
         options: further arguments of `load`, None for a default. Drawn scenes have none of them. The default split is one
             that training does not see, where the set has one.
     """

@@ -36,9 +36,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], rule: str
 def write_page(path: Path, template: str, *, trim: bool = False, **values: Any) -> None:
     """Write an HTML page from a template beside this file; everything that comes from data is escaped.
 
-    Args:
-        trim (`bool`): leave out the lines of the template that hold nothing but its own statements.
-        values: what the template names.
+    `trim` leaves out the lines of the template that hold nothing but its own statements.
     """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     options: dict[str, Any] = {"trim_blocks": trim, "lstrip_blocks": trim, "undefined": jinja2.StrictUndefined}
@@ -66,11 +64,7 @@ def data_url(data: bytes) -> str:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], columns: dict[str, Any] | None = None) -> None:
-    """Write rows as a Parquet file.
-
-    Args:
-        columns (`dict`, *optional*): types by name; by default those of the first row.
-    """
+    """Write rows as a Parquet file, of these types of columns or, by default, those of the first row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
