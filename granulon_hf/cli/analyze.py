@@ -197,7 +197,10 @@ def granularity(
     total = len(samples) * (len(loaded.config.granularity_levels) + (1 + len(cells) if cells else 0))
     with progress_bar(name, total) as update:
         analysis = work.GranularityAnalysis(
-            *(loaded, processor, samples, out / "answers"),
+            loaded,
+            processor,
+            samples,
+            folder=out / "answers",
             description={"model": description, "data": described},
             generation=Generation(max_new_tokens, batch_size=batch_size),
             scorer=scorer,

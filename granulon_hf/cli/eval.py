@@ -133,8 +133,8 @@ def show(table: dict[str, Any]) -> None:
     heads = (escape(f"{data}\n{metric} (n = {table['counts'][data]})") for data, metric in table["columns"])
     printed = Table("model", *heads, box=None, padding=(0, 2, 0, 0))
     for row in table["rows"]:
-        cells = [escape(cell.replace("; ", "\n")) for cell in (row["name"], *row["cells"])]
-        printed.add_row(*cells, style="dim" if row["paper"] else "")
+        cells = [escape(cell.replace("; ", "\n")) for cell in row["cells"]]
+        printed.add_row(escape(row["name"]), *cells, style="dim" if row["paper"] else "")
     console = Console(highlight=False)
     console.print(printed)
     for remark in table["remarks"]:

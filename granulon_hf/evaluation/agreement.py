@@ -30,7 +30,7 @@ class Agreement:
 
 
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
-    """Read scores by id from a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination"."""
+    """Read scores by id from a JSONL or Parquet file with the column "id", and "accuracy" or "hallucination" or both."""
     named = {name: name for name in ("id", *SCORES)} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
     for place, row in rows_of(path):

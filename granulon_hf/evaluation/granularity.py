@@ -38,8 +38,7 @@ POLICIES = ("controller", "random", "oracle")
 ALL = "all"
 # Those of the Parquet file.
 COLUMNS = (
-    *("setting", "id", "task", "alpha", "beta", "k", "chosen", "probability", "prediction", "reference", "score", "seconds"),
-    *("pixel_tokens", "semantic_tokens"),
+    "setting id task alpha beta k chosen probability prediction reference score seconds pixel_tokens semantic_tokens".split()
 )
 
 
