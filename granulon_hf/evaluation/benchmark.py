@@ -172,7 +172,8 @@ def run_suite(
         tasks = sorted({sample.task for sample in sets[data]})
         if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
             raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
-    if twice := [part for part, times in Counter(part for one in about.values() for part in one["parts"]).items() if times > 1]:
+    columns = [part for one in about.values() for part in one["parts"]]
+    if twice := [part for part, times in Counter(columns).items() if times > 1]:
         raise GranulonError(f"Two data sets would have the column {twice[0]!r}; rename one.")
     folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
     if len(set(folders.values())) < len(folders):
@@ -201,8 +202,7 @@ def run_suite(
             rows = stored[source, data]
             if rows is not None:
                 # A run that only scores does not load its model; answers to something else are refused.
-                made = answer.read_description(folder / "run.json").get("description") or {}
-                PredictionRun(folder, {"model": made.get("model"), **description})
+                PredictionRun(folder, {"model": made_by(folder).get("model"), **description})
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
@@ -226,7 +226,6 @@ def run_suite(
         state._reset_state()
     if not main:
         return {}
-    columns = [part for one in about.values() for part in one["parts"]]
     result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "scores": {}, "failed": {}}
     for source, title in titles.items():
         scores, failed = result["scores"].setdefault(title, {}), result["failed"].setdefault(title, {})
@@ -270,11 +269,16 @@ def source_state(source: str) -> list[Any]:
     return [source, *([file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files)]
 
 
+def made_by(folder: Path) -> dict[str, Any]:
+    """The description of a run that is there."""
+    return answer.read_description(folder / "run.json").get("description") or {}
+
+
 def stored_rows(folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]] | None:
     """The rows of a run that is complete, in the order of the samples."""
     if not (folder / "run.json").exists():
         return None
-    run = PredictionRun(folder, answer.read_description(folder / "run.json").get("description") or {})
+    run = PredictionRun(folder, made_by(folder))
     known, parts = run.rows(), [part.name for part in run.parts()]
     if parts != ["predictions.jsonl"] or not all(sample.id in known for sample in samples):  # parts are to be put together
         return None

@@ -19,7 +19,7 @@ from PIL import Image
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import PredictionRun, look, read_description
-from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
+from granulon_hf.evaluation.metrics import normalize, option_accuracy, recall
 from granulon_hf.evaluation.tables import data_url, jpeg, write_page
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -98,7 +98,7 @@ class Case:
     def facts(self) -> str:
         """What the page filters and sorts by, as JSON for an attribute; the template escapes it."""
         levels = {answer.level for answer in self.answers if answer.level is not None}
-        texts = {normalise(answer.prediction) for answer in self.answers}
+        texts = {normalize(answer.prediction) for answer in self.answers}
         facts = {"keys": self.keys(), "task": self.task, "levels": sorted(levels)}
         return json.dumps(facts | {"right": [answer.right for answer in self.answers], "differ": len(texts) > 1})
 
@@ -221,8 +221,8 @@ def answer_of(model: str, row: dict[str, Any], score: dict[str, Any]) -> Answer:
     elif row["choices"]:
         right = option_accuracy(prediction, [str(choice) for choice in row["choices"]], reference) == 1
     else:
-        # Normalised: "A car." shares the "a" of "a rocket".
-        right = bool(prediction.strip()) and recall(normalise(prediction), normalise(reference)) >= RIGHT_FROM
+        # Normalized: "A car." shares the "a" of "a rocket".
+        right = bool(prediction.strip()) and recall(normalize(prediction), normalize(reference)) >= RIGHT_FROM
     return Answer(
         model=model,
         prediction=prediction,
