@@ -41,3 +41,14 @@ def paired_difference(
     signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(n_resamples, len(difference)))
     flipped = np.abs((signs * difference).mean(1))
     return mean, low, high, float((1 + (flipped >= abs(mean) - 1e-12).sum()) / (1 + n_resamples))
+
+
+def estimate(values: Sequence[float]) -> dict[str, float]:
+    """Return the `score` of samples with its interval, `low` to `high`."""
+    return dict(zip(("score", "low", "high"), bootstrap_mean(values), strict=True))
+
+
+def difference(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """Return the `difference` of paired scores with its interval, `difference_low` to `difference_high`, and `p`."""
+    names = ("difference", "difference_low", "difference_high", "p")
+    return dict(zip(names, paired_difference(values, base), strict=True))

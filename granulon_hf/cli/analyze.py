@@ -17,6 +17,9 @@ DEFAULT_SAMPLES = 100  # of drawn scenes, of which there is no end
 
 Data = Annotated[str, typer.Option(help="A data set (a-okvqa, …), a prepared folder, a chat.json, or shapes: drawn scenes.")]
 Out = Annotated[Path, typer.Option(help="Folder to write; the same command goes on where it was interrupted.")]
+Split = Annotated[str | None, typer.Option(help="By default what training does not see.")]
+Source = Annotated[str | None, typer.Option(help="Local files, or another repository.")]
+Seed = Annotated[int, typer.Option(help="The same seed draws the same samples.")]
 Limit = Annotated[int | None, typer.Option(help="Samples, drawn uniformly.", min=1)]
 Batch = Annotated[int, typer.Option(help="Samples at once; results do not depend on it.", min=1)]
 Tokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)]
@@ -24,11 +27,7 @@ Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 def open_data(name: str, split: str | None, source: str | None, limit: int | None, seed: int) -> tuple[Any, dict[str, Any]]:
-    """Open samples, at least one of which can be used, and describe them.
-
-    Raises:
-        ValueError: there is no such set, or nothing in it.
-    """
+    """Open samples, at least one of which can be used, and describe them."""
     from granulon_hf.evaluation.sets import no_sample, open_samples
 
     with plain_warnings():
@@ -40,13 +39,16 @@ def open_data(name: str, split: str | None, source: str | None, limit: int | Non
     return samples, {"name": name, "split": samples.split, "source": source, "limit": limit, "seed": seed}
 
 
+def notice(console: Console, text: str) -> None:
+    console.print(escape(text), style="yellow", soft_wrap=True)
+
+
 def show_left_out(console: Console, name: str, samples: Any) -> None:
     from granulon_hf.evaluation.sets import describe_set, left_out
 
     left = left_out(samples)
     if any(left.values()):
-        line = f"{name}: {describe_set(len(samples) - len(left['rows']), left)}"
-        console.print(escape(line), style="yellow", soft_wrap=True)
+        notice(console, f"{name}: {describe_set(len(samples) - len(left['rows']), left)}")
 
 
 def load(source: str, device: str, dtype: str) -> tuple[Any, Any, str, dict[str, Any]]:
@@ -75,10 +77,10 @@ def alignment(
     tokens: Annotated[
         str, typer.Option(help="Mean over content (image, question, answer) or all tokens, markup too.")
     ] = "content",
-    split: Annotated[str | None, typer.Option(help="By default what training does not see.")] = None,
-    source: Annotated[str | None, typer.Option(help="Local files, or another repository.")] = None,
+    split: Split = None,
+    source: Source = None,
     limit: Limit = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
+    seed: Seed = 0,
     granularity: Annotated[str | None, typer.Option(help="Force a level; by default the controller chooses.")] = None,
     max_new_tokens: Tokens = 64,
     batch_size: Batch = 8,
@@ -128,30 +130,25 @@ def show_alignment(console: Console, summary: dict[str, Any], out: Path) -> None
     for name, one in summary["models"].items():
         if one["left_out"]:
             first = one["left_out"][0]
-            note = f"{len(one['left_out'])} samples were left out of {name}, such as {first['id']}: {first['reason']}"
-            console.print(escape(note), style="yellow", soft_wrap=True)
+            count = len(one["left_out"])
+            notice(console, f"{count} samples were left out of {name}, such as {first['id']}: {first['reason']}")
         if one["samples"] < one["usable"]:
-            note = f"{name}: of {one['usable']} samples the {one['samples']} count that all models could be compared on"
-            console.print(escape(note), style="yellow", soft_wrap=True)
+            notice(
+                console, f"{name}: of {one['usable']} samples the {one['samples']} count that all models could be compared on"
+            )
     for name, reason in summary["failed"].items():
         typer.echo(f"Error: no sample could be compared with {name} ({reason}); the others are written.", err=True)
     console.print(f"Figures and numbers: {escape(str(out))}", style="dim", soft_wrap=True)
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """Read `"5,10"` as `[5, 10]`, and "none" as no number.
-
-    Raises:
-        GranulonError: something else.
-    """
+    """Read `"5,10"` as `[5, 10]`, and "none" as no number."""
     if text == "none":
         return []
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and len(part) <= 4 and int(part) > 0 for part in parts):
-        raise GranulonError(
-            f"{option} takes numbers from 1 to 9999 with commas between, such as 5,10,50, or none; got {text!r}."
-        )
-    return [int(part) for part in parts]
+    if all(re.fullmatch(r"0*[1-9]\d{0,3}", part) for part in parts):
+        return [int(part) for part in parts]
+    raise GranulonError(f"{option} takes numbers from 1 to 9999 with commas between, such as 5,10,50, or none; got {text!r}.")
 
 
 @app.command()
@@ -167,10 +164,10 @@ def granularity(
     beta: Annotated[str, typer.Option(help="Clusters of the sweep, with commas between, or none.")] = "5,10,20,30,40,50",
     k: Annotated[str | None, typer.Option(help="Slots K of the sweep; by default as many as clusters.")] = None,
     alpha: Annotated[int, typer.Option(help="Pooling kernel side of the sweep.", min=1)] = 1,
-    split: Annotated[str | None, typer.Option(help="By default what training does not see.")] = None,
-    source: Annotated[str | None, typer.Option(help="Local files, or another repository.")] = None,
+    split: Split = None,
+    source: Source = None,
     limit: Limit = None,
-    seed: Annotated[int, typer.Option(help="The same seed draws the same samples.")] = 0,
+    seed: Seed = 0,
     max_new_tokens: Tokens = 64,
     batch_size: Batch = 8,
     device: Device = "auto",
@@ -203,24 +200,16 @@ def granularity(
             loaded,
             processor,
             samples,
-            out / "answers",
-            {"model": description, "data": described},
-            Generation(max_new_tokens, batch_size=batch_size),
-            scorer,
-            fields,
-            lambda done: update(advance=done),
+            folder=out / "answers",
+            description={"model": description, "data": described},
+            generation=Generation(max_new_tokens, batch_size=batch_size),
+            scorer=scorer,
+            on_progress=lambda done: update(advance=done),
         )
         found = analysis.levels()
         swept = analysis.sweep(betas, slots, alpha) if cells else []
-    settings: dict[str, Any] = {"model": description, "data": described, "generation": analysis.generation.settings()}
-    settings |= {
-        "left_out": left_out(opened),
-        "score": score,
-        "levels": loaded.config.granularity_levels,
-        "alpha": alpha,
-        "beta": betas,
-        "k": slots,
-    }
+    settings = {**analysis.description, "generation": analysis.generation.settings(), "left_out": left_out(opened)}
+    settings |= {"score": score, "levels": loaded.config.granularity_levels, "alpha": alpha, "beta": betas, "k": slots}
     title = f"Granularity of {name} on {data}, {len(samples)} samples"
     result = work.report(out, found, swept, fields, title, settings)
     console = Console(highlight=False)
@@ -233,9 +222,9 @@ def show_granularity(console: Console, result: dict[str, Any], out: Path) -> Non
     table = Table("level", "chosen", "score", "95 % interval", "to the controller", box=None, padding=(0, 2, 0, 0))
     for row in result["levels"]:
         if row["group"] == "all":
-            name = row["policy"]
             change = f"{row['difference']:+.3f} (p = {row['p']:.3f})" if "difference" in row else ""
-            share = f"{shares[name]:.0%}" if name in shares else ""
-            table.add_row(escape(name), share, f"{row['score']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}", change)
+            share = f"{shares[row['policy']]:.0%}" if row["policy"] in shares else ""
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            table.add_row(escape(row["policy"]), share, f"{row['score']:.3f}", interval, change)
     console.print(table)
     console.print(f"Tables and figures: {escape(str(out))}", style="dim", soft_wrap=True)

@@ -17,16 +17,12 @@ app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.
 
 
 def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
-    """Read the values of a YAML file.
-
-    Raises:
-        GranulonError: no such file, no YAML, or a name that does not exist.
-    """
+    """Read the values of a YAML file that may have these names."""
     if path is None:
         return {}
-    try:
-        import yaml
+    import yaml
 
+    try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except Exception as error:
         raise GranulonError(f"{str(path)!r} cannot be read: {one_line(error)}") from None
@@ -36,19 +32,21 @@ def read_yaml(path: Path | None, known: set[str]) -> dict[str, Any]:
     return values
 
 
-def converted(ctx: typer.Context, values: dict[str, Any], path: Path | None) -> dict[str, Any]:
-    """Return the values of a file as the command line would: of their types, within their bounds, one as a list of one.
+def options_of(ctx: typer.Context) -> dict[str, bool]:
+    """Return the names of the options that a file may hold, and whether each can be given several times."""
+    parameters = {one.name: getattr(one, "multiple", False) for one in ctx.command.params}
+    return {name: multiple for name, multiple in parameters.items() if name not in ("config", "debug", "help")}
 
-    Raises:
-        GranulonError: a value that the option does not take.
-    """
-    line = []
+
+def read_options(ctx: typer.Context, path: Path | None) -> dict[str, Any]:
+    """Read options from a file as from the command line: of their types, within their bounds, one as a list of one."""
+    known, line = options_of(ctx), []
+    values = read_yaml(path, set(known))
     for name, value in values.items():
-        items = [] if value is None else value if name in LISTS and isinstance(value, list) else [value]
+        items = [] if value is None else value if known[name] and isinstance(value, list) else [value]
         if any(isinstance(item, list | dict) for item in items):
-            raise GranulonError(
-                f"{str(path)!r}: {name} is {value!r}; it takes {'a list of names' if name in LISTS else 'one value'}."
-            )
+            form = "a list of names" if known[name] else "one value"
+            raise GranulonError(f"{str(path)!r}: {name} is {value!r}; it takes {form}.")
         line += [f"--{name.replace('_', '-')}={item}" for item in items]
     try:
         found = ctx.command.make_context(ctx.info_name, line).params
@@ -97,18 +95,17 @@ def run(
     from granulon_hf.evaluation.benchmark import Suite, make_table, run_suite
     from granulon_hf.loading import check_models, load_model
 
-    said = {name: value for name, value in locals().items() if name in OPTIONS and value is not None and value != []}
-    options = {**converted(ctx, read_yaml(config, OPTIONS), config), **said}
-    generation = {name: options.pop(name) for name in ("max_new_tokens", "granularity", "batch_size") if name in options}
-    judged = {"model": options.pop("judge", None), "base_url": options.pop("judge_base_url", None)}
-    judged |= {"max_cost": options.pop("judge_max_cost", None)}
-    names = {"model": "models", "metric": "metrics"}
-    options = {names.get(name, name): value for name, value in options.items()}
-    suite = Suite(
-        **{"models": [], "data": [], "out": "eval", **options},
-        generation=Generation(**generation),
-        judge={k: v for k, v in judged.items() if v is not None} if judged["model"] else None,
-    )
+    given = dict(locals())
+    said = {name: given[name] for name in options_of(ctx) if given[name] not in (None, [])}
+    options = {"model": [], "data": [], "out": "eval", **read_options(ctx, config), **said}
+
+    def taken(**names: str) -> dict[str, Any]:
+        return {name: options.pop(option) for name, option in names.items() if option in options}
+
+    generation = Generation(**taken(max_new_tokens="max_new_tokens", granularity="granularity", batch_size="batch_size"))
+    judged = taken(model="judge", base_url="judge_base_url", max_cost="judge_max_cost")
+    lists = taken(models="model", metrics="metric")
+    suite = Suite(**lists, **options, generation=generation, judge=judged if judged.get("model") else None)
     check_out(Path(suite.out))
     quiet()
     main = int(os.environ.get("RANK", 0)) == 0
@@ -132,21 +129,12 @@ def run(
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
 
 
-LISTS = {"model", "data", "metric"}
-OPTIONS = {
-    *("model", "data", "out", "split", "preset", "limit", "seed", "metric", "max_new_tokens", "granularity", "batch_size"),
-    *("device", "dtype", "judge", "judge_base_url", "judge_max_cost", "bertscore_model", "bertscore_layers"),
-}
-
-
 def show(table: dict[str, Any]) -> None:
-    from granulon_hf.evaluation.benchmark import cell_text
-
     heads = (escape(f"{data}\n{metric} (n = {table['counts'][data]})") for data, metric in table["columns"])
     printed = Table("model", *heads, box=None, padding=(0, 2, 0, 0))
     for row in table["rows"]:
-        cells = [cell_text(cell).replace("; ", "\n") for cell in row["cells"]]
-        printed.add_row(escape(row["name"]), *map(escape, cells), style="dim" if row["paper"] else "")
+        cells = [escape(cell.replace("; ", "\n")) for cell in row["cells"]]
+        printed.add_row(escape(row["name"]), *cells, style="dim" if row["paper"] else "")
     console = Console(highlight=False)
     console.print(printed)
     for remark in table["remarks"]:

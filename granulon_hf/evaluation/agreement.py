@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.judging import as_json, rows_of
+from granulon_hf.evaluation.judging import rows_of, score_of
 
 SCORES = ("accuracy", "hallucination")
 
@@ -30,11 +30,7 @@ class Agreement:
 
 
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
-    """Read scores by id from a JSONL or Parquet file with the column "id" and at least one of "accuracy" and "hallucination".
-
-    Raises:
-        GranulonError: a column is missing, an id is there twice, or a score is no number from 0 to 100.
-    """
+    """Read scores by id from a JSONL or Parquet file with the column "id", and "accuracy" or "hallucination" or both."""
     named = {name: name for name in ("id", *SCORES)} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
     for place, row in rows_of(path):
@@ -44,13 +40,7 @@ def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, 
         key = str(row[named["id"]])
         if key in found:
             raise GranulonError(f"{path}, {place} has the id {key!r} a second time.")
-        found[key] = {}
-        for score in SCORES:
-            value: Any = row.get(named[score])
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and 0 <= value <= 100):
-                raise GranulonError(f"{path}, {place}: {named[score]} is {as_json(value)}, not 0 to 100.")
-            found[key][score] = value
+        found[key] = {score: score_of(row, named[score], f"{path}, {place}") for score in SCORES}
     return found
 
 
@@ -72,11 +62,7 @@ def alpha(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
-    """Compare every score that both sides have, over the ids that both scored.
-
-    Raises:
-        GranulonError: fewer than two ids were scored by both.
-    """
+    """Compare every score that both sides have, over the ids, at least two, that both scored."""
     results = []
     for score in SCORES:
         both = sorted(key for key in a.keys() & b.keys() if a[key].get(score) is not None and b[key].get(score) is not None)
@@ -86,9 +72,11 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
         row: dict[str, Any] = {}
         for name, function in (("spearman", spearman), ("alpha", alpha)):
             value = function(x, y)
-            if name == "alpha" and not math.isnan(value):
-                value = float(krippendorff.alpha(reliability_data=np.stack([x, y]), level_of_measurement="interval"))
-            row[name], row[f"{name}_ci"] = (None, None) if math.isnan(value) else (value, interval(function, x, y, n_resamples))
+            undefined = math.isnan(value)
+            row[name] = None if undefined else value
+            row[f"{name}_ci"] = None if undefined else interval(function, x, y, n_resamples)
+        if row["alpha"] is not None:
+            row["alpha"] = float(krippendorff.alpha(reliability_data=np.stack([x, y]), level_of_measurement="interval"))
         results.append(Agreement(score, len(both), mean_difference=float((x - y).mean()), **row))
     if not results:
         raise GranulonError(

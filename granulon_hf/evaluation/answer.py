@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import granulon_hf
 from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.sample import Sample
-from granulon_hf.errors import GranulonError
+from granulon_hf.errors import GranulonError, one_line
+from granulon_hf.evaluation.tables import write_rows
 from granulon_hf.io import Journal, batches, replacing, write_text
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.training.feature_cache import fingerprint
@@ -50,23 +50,14 @@ class Generation:
 
 @dataclass
 class View:
-    """How a model looks at conversations before it answers: vision tower and controller have run, once.
+    """How a model looks at conversations before it answers: vision tower and controller have run, once."""
 
-    Args:
-        inputs (`dict`): arguments of `generate`.
-        levels (`list[str | None]`): the level of each conversation; `None` where the model has none or nothing is shown.
-        probs (`list[dict[str, float] | None]`): what the controller prefers, by level.
-        images ([`GranulonImageFeatures`], *optional*): with the clusters; `None` without levels or images.
-        pixel_values (`torch.Tensor`, *optional*): of all images.
-        pixel_tokens, semantic_tokens (`int`): what the language model sees of all images.
-    """
-
-    inputs: dict[str, Any]
-    levels: list[str | None]
-    probs: list[dict[str, float] | None]
-    images: Any = None
-    pixel_values: Any = None
-    pixel_tokens: int = 0
+    inputs: dict[str, Any]  # arguments of `generate`
+    levels: list[str | None]  # of each conversation; None where the model has none or nothing is shown
+    probs: list[dict[str, float] | None]  # what the controller prefers, by level
+    images: Any = None  # `GranulonImageFeatures` with the clusters; None without levels or images
+    pixel_values: Any = None  # of all images
+    pixel_tokens: int = 0  # what the language model sees of all images
     semantic_tokens: int = 0
 
 
@@ -75,8 +66,6 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
     """Encode conversations with their images, and let each question choose its level.
 
     Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
         conversations (`list`): messages with their images, without the answer.
         granularity (`str`, *optional*): forces a level.
         room_for (`int`): tokens of an answer that must still fit behind the prompt; 0 does not look.
@@ -100,9 +89,9 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
     levels = [names[index] if seen else None for index, seen in zip(images.granularity.tolist(), shown, strict=True)]
     rows = images.granularity_probs.tolist()
     probs = [dict(zip(names, row, strict=True)) if seen else None for row, seen in zip(rows, shown, strict=True)]
-    arguments = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     return View(
-        inputs={**arguments, "mm_encoder_outputs": {"image": images}},
+        inputs={**words, "mm_encoder_outputs": {"image": images}},
         levels=levels,
         probs=probs,
         images=images,
@@ -114,13 +103,7 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
 
 @torch.inference_mode()
 def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generation: Generation) -> list[dict[str, Any]]:
-    """Answer a batch of samples.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
-        samples (`list[Sample]`): what to answer; the last assistant turn is not shown.
-        generation ([`Generation`]): how.
+    """Answer a batch of samples, of which the last assistant turn is not shown.
 
     Returns:
         `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), new_tokens.
@@ -129,29 +112,24 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
         GranulonError: an image that cannot be used.
     """
     seen = look(model, processor, [conversation(sample.prompt, sample.images) for sample in samples], generation.granularity)
-    arguments = {} if generation.visual_stream is None else {"visual_stream": generation.visual_stream}
     options = {"max_new_tokens": generation.max_new_tokens, "do_sample": False, **generation.extra}
-    output = model.generate(**seen.inputs, **arguments, **options)
-    length, pad, ends = (
-        seen.inputs["input_ids"].shape[1],
-        processor.tokenizer.pad_token_id,
-        model.generation_config.eos_token_id,
-    )
-    stop = set(ends if isinstance(ends, list) else [ends]) | {pad}
+    if generation.visual_stream is not None:
+        options["visual_stream"] = generation.visual_stream
+    output = model.generate(**seen.inputs, **options)
+    length, ends = seen.inputs["input_ids"].shape[1], model.generation_config.eos_token_id
+    stop = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.pad_token_id}
     results = []
     for i, tokens in enumerate(output[:, length:].tolist()):
         count = next((n for n, token in enumerate(tokens) if token in stop), len(tokens))
-        text = processor.decode(tokens[:count], skip_special_tokens=True).strip()
         probs = seen.probs[i]
-        results.append(
-            {
-                "prediction": text,
-                "granularity": seen.levels[i],
-                "granularity_probs": probs and {name: round(value, 6) for name, value in probs.items()},
-                "prompt_tokens": int(seen.inputs["attention_mask"][i].sum()),
-                "new_tokens": count,
-            }
-        )
+        answer = {
+            "prediction": processor.decode(tokens[:count], skip_special_tokens=True).strip(),
+            "granularity": seen.levels[i],
+            "granularity_probs": probs and {name: round(value, 6) for name, value in probs.items()},
+            "prompt_tokens": int(seen.inputs["attention_mask"][i].sum()),
+            "new_tokens": count,
+        }
+        results.append(answer)
     return results
 
 
@@ -206,29 +184,19 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
         new_ids[i, :length], new_mask[i, :length] = row[:length], 1
         new_ids[i, start:], new_mask[i, start:] = row[length:], 1
         new_mask[i, start : start + encoded.shape[1] - pixels] = images.slot_mask[i, pixels:].to(new_mask)
-    semantic = BaseModelOutputWithPooling(pooler_output=encoded[:, pixels:])
-    return {
-        "input_ids": new_ids,
-        "attention_mask": new_mask,
-        "cache": cache,
-        "mm_encoder_outputs": {"image": semantic},
-    }
+    semantic = {"image": BaseModelOutputWithPooling(pooler_output=encoded[:, pixels:])}
+    return {"input_ids": new_ids, "attention_mask": new_mask, "cache": cache, "mm_encoder_outputs": semantic}
 
 
 def describe_model(source: str, model: Any) -> dict[str, Any]:
     """What identifies a model: where it came from, its commit where it has one, and a fingerprint of its weights."""
-    commit = getattr(model.config, "_commit_hash", None)
-    dtype = str(model.dtype).removeprefix("torch.")
-    return {"source": source, "revision": commit, "weights": fingerprint(model)[:16], "dtype": dtype}
+    found = {"source": source, "revision": getattr(model.config, "_commit_hash", None), "weights": fingerprint(model)[:16]}
+    return {**found, "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def process_state(device: torch.device) -> PartialState:
-    """This process among those that were launched together.
-
-    Args:
-        device (`torch.device`): where models run. Without `cpu=True` accelerate takes processes for single ones that have
-            neither CUDA nor another accelerator with collectives of its own.
-    """
+    """This process among those that were launched together, of which each runs its model on such a device."""
+    # Without `cpu=True` accelerate takes processes for single ones that have no accelerator with collectives of its own.
     # Processes wait for the slowest of them, which may have far more to do than the half hour that torch allows.
     return PartialState(cpu=device.type in ("cpu", "mps"), timeout=timedelta(days=7))
 
@@ -237,14 +205,21 @@ def read_description(path: Path) -> dict[str, Any]:
     """Content of a `run.json`. Raises ValueError where it is damaged."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it must be a mapping")
+        reason = "" if isinstance(found, dict) else "it must be a mapping"
     except ValueError as error:
+        reason = one_line(error)
+    if reason:
         raise GranulonError(
-            f"{str(path)!r} is damaged ({' '.join(str(error).split())}): nobody knows what is beside it; remove the folder "
+            f"{str(path)!r} is damaged ({reason}): nobody knows what is beside it; remove the folder "
             f"{str(path.parent)!r}, so that it is made again."
-        ) from None
+        )
     return found
+
+
+def changes(description: dict[str, Any], before: dict[str, Any]) -> str:
+    """Name what differs between two descriptions: "data and generation"."""
+    names = sorted(description.keys() | before.keys())
+    return " and ".join(name for name in names if description.get(name) != before.get(name))
 
 
 class OtherPredictions(GranulonError):
@@ -261,30 +236,22 @@ class PredictionRun:
     Args:
         folder (`Path`): of the run.
         description (`dict`): model, data and generation; another one in the same folder is refused.
+        copy_images (`bool`): keep the encoded images beside the answers.
 
     Raises:
         OtherPredictions: the folder holds a run of something else.
-        GranulonError: its description is damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike, description: dict[str, Any], copy_images: bool = True):
+        self.folder, self.copy_images = Path(folder), copy_images
         self.description = json.loads(json.dumps(description, default=str))
         path = self.folder / "run.json"
-        if path.exists():
-            before = read_description(path).get("description") or {}
-            changed = sorted(k for k in before.keys() | self.description.keys() if before.get(k) != self.description.get(k))
-            if changed:
-                raise OtherPredictions(
-                    f"{str(self.folder)!r} holds predictions of another {' and '.join(changed)}; name another folder, "
-                    "or remove it."
-                )
+        before = read_description(path).get("description") or {} if path.exists() else self.description
+        if changed := changes(self.description, before):
+            raise OtherPredictions(
+                f"{str(self.folder)!r} holds predictions of another {changed}; name another folder, or remove it."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
-
-    def write_description(self, processes: int = 1) -> None:
-        versions = {"granulon_hf": granulon_hf.__version__, "torch": torch.__version__}
-        content = {"description": self.description, "versions": versions, "processes": processes}
-        write_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
 
     def parts(self) -> list[Path]:
         return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]
@@ -311,7 +278,7 @@ class PredictionRun:
 
         Args:
             state (`accelerate.PartialState`, *optional*): shares the samples between processes.
-            on_progress (`callable`): called with the number of samples answered by this process, those found included.
+            on_progress (`callable`): called with the number of samples that this process answered or found.
         """
         index, count = (state.process_index, state.num_processes) if state is not None else (0, 1)
         wait = state.wait_for_everyone if state is not None else lambda: None
@@ -324,7 +291,9 @@ class PredictionRun:
         if len(set(order)) < len(order):
             raise GranulonError("Samples have the same id; predictions could not be told apart.")
         if index == 0:
-            self.write_description(count)
+            versions = {"granulon_hf": granulon_hf.__version__, "torch": torch.__version__}
+            content = {"description": self.description, "versions": versions, "processes": count}
+            write_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
         # Long prompts beside long ones: less padding. The answers do not depend on it.
         mine = sorted(missing[index::count], key=lambda sample: len(sample.question))
         on_progress((len(order) - len(missing)) // count)
@@ -352,7 +321,7 @@ class PredictionRun:
                 for sample in batch:
                     yield from self.answer(model, processor, [sample], generation)
                 return
-            answers = [{"prediction": "", "error": " ".join(str(error).split())}]
+            answers = [{"prediction": "", "error": one_line(error)}]
         seconds = (time.perf_counter() - started) / len(batch)
         for sample, answer in zip(batch, answers, strict=True):
             yield {
@@ -369,17 +338,15 @@ class PredictionRun:
 
     def keep(self, image: dict[str, Any]) -> str:
         """Copy an encoded image into `images/`; its path there."""
-        data = image["bytes"] if image.get("bytes") is not None else None
-        digest = hashlib.sha256(data if data is not None else Path(image["path"]).read_bytes()).hexdigest()[:24]
-        target = self.folder / "images" / f"{digest}{suffix(data, image.get('path'))}"
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            with replacing(target) as part:
-                if data is not None:
-                    part.write_bytes(data)
-                else:
-                    shutil.copyfile(image["path"], part)
-        return str(target.relative_to(self.folder))
+        if not self.copy_images:
+            return image.get("path") or ""
+        data = encoded(image)
+        name = f"images/{hashlib.sha256(data).hexdigest()[:24]}{suffix(data, image.get('path'))}"
+        if not (self.folder / name).exists():
+            (self.folder / "images").mkdir(exist_ok=True)
+            with replacing(self.folder / name) as part:
+                part.write_bytes(data)
+        return name
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, data: str, generation: Generation) -> None:
@@ -389,7 +356,6 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     the generation) is JSON; images are paths below the folder of the run.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     text, whole = pa.string(), pa.int64()
     # Models without levels have the columns of the others, and nothing in them.
@@ -403,13 +369,16 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     settings = generation.settings()
     settings["extra"] = json.dumps(settings["extra"], default=str)
     own = {"model": model, "data": data, "generation": settings}
-    full = [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows]
-    with replacing(path) as part:
-        pq.write_table(pa.Table.from_pylist(full, schema=pa.schema(columns)), part)
+    write_rows(path, [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows], columns)
 
 
-def suffix(data: bytes | None, path: str | None) -> str:
-    if data is None or path:
-        return Path(path or "").suffix.lower() or ".bin"
+def encoded(image: dict[str, Any]) -> bytes:
+    """The bytes of a sample's image, which may be in a file."""
+    return image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
+
+
+def suffix(data: bytes, path: str | None) -> str:
+    if path:
+        return Path(path).suffix.lower() or ".bin"
     signatures = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"RIFF", ".webp"))
     return next((end for start, end in signatures if data.startswith(start)), ".bin")

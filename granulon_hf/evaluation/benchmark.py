@@ -1,5 +1,6 @@
 """Several models on several data sets: predictions, scores with intervals, paired tests, and the table of the paper."""
 
+import functools
 import hashlib
 import json
 import os
@@ -10,80 +11,27 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import pandas as pd
 import torch
+import yaml
 from transformers import AutoConfig
 
 from granulon_hf.data import Sample
-from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.answer import (
-    Generation,
-    PredictionRun,
-    describe_model,
-    process_state,
-    read_description,
-    write_parquet,
-)
-from granulon_hf.evaluation.metrics import (
-    CAPTION_METRICS,
-    SCORERS,
-    bert_scores,
-    corpus_captions,
-)
+from granulon_hf.errors import GranulonError, first_sentence
+from granulon_hf.evaluation import answer
+from granulon_hf.evaluation.answer import Generation, PredictionRun, encoded
+from granulon_hf.evaluation.metrics import CAPTION_METRICS, SCORERS, bert_scores, corpus_captions
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
+from granulon_hf.evaluation.tables import difference_text, markdown_table, score_text, write_page
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device
-from granulon_hf.stats import bootstrap_mean, paired_difference
+from granulon_hf.stats import difference, estimate
 from granulon_hf.training.run import command_line
 
-# Figures of the paper (its tables), for reference; percent, GPT scores 0 to 100.
-PAPER = {
-    "clip-qwen2.5": {
-        ("seed-bench", "recall"): 50.91,
-        ("a-okvqa", "recall"): 21.79,
-        ("recap", "judge"): 21.54,
-        ("flux-reason", "judge"): 29.36,
-        ("surgvlm-phase", "bertscore"): 91.64,
-        ("surgvlm-phase", "recall"): 46.15,
-        ("surgvlm-instrument", "bertscore"): 94.44,
-        ("surgvlm-instrument", "recall"): 46.92,
-    },
-    "siglip-qwen2.5": {
-        ("seed-bench", "recall"): 46.72,
-        ("a-okvqa", "recall"): 21.89,
-        ("recap", "judge"): 13.59,
-        ("flux-reason", "judge"): 23.59,
-    },
-    "dinov2-qwen2.5": {
-        ("seed-bench", "recall"): 41.40,
-        ("a-okvqa", "recall"): 16.67,
-        ("recap", "judge"): 14.36,
-        ("flux-reason", "judge"): 36.67,
-    },
-    "dinov3-qwen2.5": {
-        ("seed-bench", "recall"): 55.74,
-        ("a-okvqa", "recall"): 47.43,
-        ("recap", "judge"): 23.97,
-        ("flux-reason", "judge"): 45.31,
-        ("surgvlm-phase", "bertscore"): 94.71,
-        ("surgvlm-phase", "recall"): 64.10,
-        ("surgvlm-instrument", "bertscore"): 97.41,
-        ("surgvlm-instrument", "recall"): 68.89,
-    },
-    "granulon-qwen2.5": {
-        ("seed-bench", "recall"): 58.80,
-        ("a-okvqa", "recall"): 57.13,
-        ("recap", "judge"): 31.28,
-        ("flux-reason", "judge"): 49.31,
-        ("surgvlm-phase", "bertscore"): 97.32,
-        ("surgvlm-phase", "recall"): 76.92,
-        ("surgvlm-instrument", "bertscore"): 97.95,
-        ("surgvlm-instrument", "recall"): 76.07,
-    },
-    "clip-llama3.2": {("flux-reason", "judge"): 28.97},
-    "dinov2-llama3.2": {("flux-reason", "judge"): 19.49},
-    "dinov3-llama3.2": {("flux-reason", "hallucination"): 61.3},
-    "granulon-llama3.2": {("flux-reason", "judge"): 56.67, ("flux-reason", "hallucination"): 46.3},
+# Figures of the paper by model, then by (data set, metric), for reference.
+PAPER: dict[str, dict[tuple[str, str], float]] = {
+    model: {(data, metric): figure for data, metrics in sets.items() for metric, figure in metrics.items()}
+    for model, sets in yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8")).items()
 }
 # Sets whose samples are scored in columns apart, and the field of `meta` that says in which.
 SPLIT_BY = {"surgvlm": "category"}
@@ -102,8 +50,6 @@ class Suite:
         split, preset, limit, seed: of all sets.
         metrics (`list[str]`, *optional*): of [`METRICS`]; by default what suits the task: recall always, option accuracy where
             there are choices, exact match for other questions.
-        generation ([`Generation`]): how answers are made.
-        device, dtype (`str`): where and how the models run.
         bertscore_model (`str`), bertscore_layers (`int`, *optional*): encoder of BERTScore.
         judge (`dict`, *optional*): arguments of the judge's `compute`, such as `model` and `base_url`.
     """
@@ -129,11 +75,12 @@ class Suite:
                 continue
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
                 raise GranulonError(f"What to take as {name} is a list of names, not {values!r}.")
-            if not values:
-                raise GranulonError(f"There is no {name} to evaluate.")
-            if not all(value.partition("=")[0].strip() for value in values):
+            names = [value.partition("=")[0].strip() for value in values]
+            if not all(names):
                 raise GranulonError(f"A {name} has an empty name.")
-            if len({value.partition("=")[0] for value in values}) < len(values):
+            if not names:
+                raise GranulonError(f"There is no {name} to evaluate.")
+            if len(set(names)) < len(names):
                 raise GranulonError(f"A {name} is named twice.")
         for name, number, least in (("limit", self.limit, 1), ("seed", self.seed, 0)):
             if number is not None and (not isinstance(number, int) or number < least):
@@ -145,7 +92,7 @@ class Suite:
 
 
 def open_set(suite: Suite, name: str) -> Any:
-    """Samples of a set, not gone through yet. Raises ValueError where it cannot be read."""
+    """Samples of a set, not gone through yet. Raises GranulonError where it cannot be read."""
     name, _, source = name.partition("=")
     # Split and preset are those of the sets beside the drawn one.
     options = {} if name == "shapes" else {"split": suite.split, "preset": suite.preset}
@@ -158,35 +105,30 @@ def slug(text: str) -> str:
 
 
 def titles_of(sources: Sequence[str]) -> dict[str, str]:
-    """What each model is called: its folder's name, or its source. Raises ValueError where two would share a folder."""
+    """What each model is called: its folder's name, or its source. Raises GranulonError where two would share a folder."""
     titles = {source: source.rstrip("/").split("/")[-1] if os.path.isdir(source) else source for source in sources}
-    for i, source in enumerate(sources):
-        if slug(titles[source]) in [slug(titles[other]) for other in sources[:i]]:
-            raise GranulonError(f"Two models have the name {titles[source]!r}; rename a folder.")
+    taken = Counter(map(slug, titles.values()))
+    if twice := [title for title in titles.values() if taken[slug(title)] > 1]:
+        raise GranulonError(f"Two models have the name {twice[-1]!r}; rename a folder.")
     return titles
 
 
 def check_metrics(suite: Suite) -> None:
-    """Raises ValueError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
+    """Raise GranulonError where a metric is asked for and its packages, or the encoder of BERTScore, are not there."""
+    asked = set(suite.metrics or [])
     missing = [package for package in CAPTION_METRICS.values() if find_spec(package) is None]
-    if missing and set(suite.metrics or []) & set(CAPTION_METRICS):
+    if missing and asked & set(CAPTION_METRICS):
         names = ", ".join(CAPTION_METRICS)
         raise GranulonError(f'{missing[0]} is not installed; {names} need: pip install "granulon-hf[captions]"')
-    if "bertscore" not in (suite.metrics or []):
+    if "bertscore" not in asked:
         return
     try:
         AutoConfig.from_pretrained(suite.bertscore_model)
     except (OSError, ValueError) as error:
-        reason = one_sentence(error)
-        raise GranulonError(
-            f"The encoder {suite.bertscore_model!r} of BERTScore cannot be loaded ({reason}); a folder will do too."
-        ) from error
+        encoder = f"The encoder {suite.bertscore_model!r} of BERTScore"
+        raise GranulonError(f"{encoder} cannot be loaded ({first_sentence(error)}); a folder will do too.") from error
     if os.path.isdir(suite.bertscore_model) and suite.bertscore_layers is None:
         raise GranulonError("For an encoder in a folder say --bertscore-layers: which of its layers BERTScore compares.")
-
-
-def one_sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 
 
 def run_suite(
@@ -199,7 +141,6 @@ def run_suite(
     """Predict, score, and write the tables; everything that is there already is kept.
 
     Args:
-        suite ([`Suite`]): what to do.
         load_model (`callable`): (source, device, dtype) → model, processor, name; called once a model, and only where answers
             are missing.
         on_progress (`callable`): (what, newly done, total).
@@ -228,19 +169,26 @@ def run_suite(
         parts = {part: len(indices) for part, indices in parts_of(data, sets[data]).items()}
         about[data] = {"samples": len(sets[data]), "left_out": left_out(opened), "parts": parts}
         on_set(f"{data}: {describe_set(len(sets[data]), about[data]['left_out'])}")
-        check_tasks(suite, data, sets[data])
-    if twice := [part for part, times in Counter(part for one in about.values() for part in one["parts"]).items() if times > 1]:
+        tasks = sorted({sample.task for sample in sets[data]})
+        if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
+            raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
+    columns = [part for one in about.values() for part in one["parts"]]
+    if twice := [part for part, times in Counter(columns).items() if times > 1]:
         raise GranulonError(f"Two data sets would have the column {twice[0]!r}; rename one.")
     folders = {(source, data): out / slug(titles[source]) / slug(data) for source in suite.models for data in sets}
     if len(set(folders.values())) < len(folders):
         raise GranulonError(f"Two data sets would share a folder: {', '.join(sets)}; rename one.")
-    wanting = {key for key, folder in folders.items() if not is_complete(folder, sets[key[1]])}
-    sources = {source for source, _ in wanting}
-    check_models([source for source in suite.models if source in sources], suite.device, suite.dtype)
+    stored = {key: stored_rows(folder, sets[key[1]]) for key, folder in folders.items()}
+    missing = [source for source in suite.models if any(stored[source, data] is None for data in sets)]
+    check_models(missing, suite.device, suite.dtype)
     already = torch.distributed.is_available() and torch.distributed.is_initialized()
-    state = process_state(pick_device(suite.device))
+    state = answer.process_state(pick_device(suite.device))
     state.wait_for_everyone()  # all have seen what is there before one changes it
     answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def tell(what: str, total: int, done: int) -> None:
+        on_progress(what, done, total)
+
     for source, title in titles.items():
         model = processor = None
         for data, samples in sets.items():
@@ -251,26 +199,19 @@ def run_suite(
                 "generation": suite.generation.settings(),
                 "dtype": suite.dtype,
             }
-            if (source, data) not in wanting:
-                run = PredictionRun(folder, {**described(folder), **description})
-                known = run.rows()
-                rows = [known[sample.id] for sample in samples]
+            rows = stored[source, data]
+            if rows is not None:
+                # A run that only scores does not load its model; answers to something else are refused.
+                PredictionRun(folder, {"model": made_by(folder).get("model"), **description})
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
-                    level, levels = suite.generation.granularity, [one["name"] for one in model.config.granularity_levels]
+                    level, levels = suite.generation.granularity, model.config.level_names
                     if level is not None and levels and level not in levels:
                         raise GranulonError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
-                run = PredictionRun(folder, {**description, "model": describe_model(source, model)})
-                what, total = f"{title} on {data}", len(samples)
-                rows = run.run(
-                    model,
-                    processor,
-                    samples,
-                    suite.generation,
-                    state=state,
-                    on_progress=lambda done, what=what, total=total: on_progress(what, done, total),  # type: ignore[misc]
-                )
+                run = PredictionRun(folder, {**description, "model": answer.describe_model(source, model)})
+                told = functools.partial(tell, f"{title} on {data}", len(samples))
+                rows = run.run(model, processor, samples, suite.generation, state=state, on_progress=told)
             if all("error" in row for row in rows):
                 raise GranulonError(
                     f"{title} could answer none of the samples of {data} ({rows[0]['error'].rstrip('.')}); when that "
@@ -285,13 +226,12 @@ def run_suite(
         state._reset_state()
     if not main:
         return {}
-    columns = [part for one in about.values() for part in one["parts"]]
     result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "scores": {}, "failed": {}}
     for source, title in titles.items():
         scores, failed = result["scores"].setdefault(title, {}), result["failed"].setdefault(title, {})
         for data, samples in sets.items():
             folder, rows = folders[source, data], answers[source, data]
-            write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=suite.generation)
+            answer.write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=suite.generation)
             found = score_rows(suite, rows, folder)
             for part, indices in parts_of(data, samples).items():
                 scores[part] = {name: [values[i] for i in indices] for name, values in found.items()}
@@ -300,26 +240,17 @@ def run_suite(
     write_text(out / "scores.json", json.dumps(result) + "\n")
     table = make_table(result)
     write_text(out / "table.md", markdown(table))
-    write_text(out / "table.html", html(table))
+    write_page(out / "table.html", "table.html.jinja", table=table)
     return result
 
 
 def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
     """Columns of a set, each with the places of its samples: one, or where it is split one for each part that is there."""
     values = [sample.meta.get(SPLIT_BY.get(data, "")) for sample in samples]
-    if not any(values):
-        return {data: list(range(len(samples)))}
     parts: dict[str, list[int]] = {}
     for i, value in enumerate(values):
-        parts.setdefault(f"{data}-{value or 'other'}", []).append(i)
+        parts.setdefault(f"{data}-{value or 'other'}" if any(values) else data, []).append(i)
     return parts
-
-
-def check_tasks(suite: Suite, data: str, samples: Sequence[Sample]) -> None:
-    """Raises ValueError where the judge is asked for what it cannot score, before anything is answered."""
-    tasks = sorted({sample.task for sample in samples})
-    if len(tasks) > 1 and suite.judge and {"judge", "hallucination"} & set(suite.metrics or METRICS):
-        raise GranulonError(f"The judge scores one task at a time; {data} has {' and '.join(tasks)}.")
 
 
 def digest_of(samples: Iterable[Sample]) -> str:
@@ -327,9 +258,7 @@ def digest_of(samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         parts: list[Any] = [sample.id, sample.prompt, sample.reference, sample.choices, sample.task]
-        for image in sample.images:
-            data = image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()
-            parts.append(hashlib.sha256(data).hexdigest())
+        parts += [hashlib.sha256(encoded(image)).hexdigest() for image in sample.images]
         digest.update(json.dumps(parts, sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -340,27 +269,29 @@ def source_state(source: str) -> list[Any]:
     return [source, *([file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files)]
 
 
-def described(folder: Path) -> dict[str, Any]:
-    """What is written of the model that made the answers: a run that only scores does not load it."""
-    return {"model": (read_description(folder / "run.json").get("description") or {}).get("model")}
+def made_by(folder: Path) -> dict[str, Any]:
+    """The description of a run that is there."""
+    return answer.read_description(folder / "run.json").get("description") or {}
 
 
-def is_complete(folder: Path, samples: Sequence[Sample]) -> bool:
+def stored_rows(folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]] | None:
+    """The rows of a run that is complete, in the order of the samples."""
     if not (folder / "run.json").exists():
-        return False
-    run = PredictionRun(folder, read_description(folder / "run.json").get("description") or {})
-    if [part.name for part in run.parts()] != ["predictions.jsonl"]:  # parts are still to be put together
-        return False
-    return {sample.id for sample in samples} <= run.rows().keys()
+        return None
+    run = PredictionRun(folder, made_by(folder))
+    known, parts = run.rows(), [part.name for part in run.parts()]
+    if parts != ["predictions.jsonl"] or not all(sample.id in known for sample in samples):  # parts are to be put together
+        return None
+    return [known[sample.id] for sample in samples]
 
 
 def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
     if suite.metrics is not None:
         return suite.metrics
     chosen = ["recall"]
-    if rows and all(row["choices"] for row in rows):
+    if all(row["choices"] for row in rows):
         chosen.append("option_accuracy")
-    elif rows and all(row["task"] == "vqa" for row in rows):
+    elif all(row["task"] == "vqa" for row in rows):
         chosen.append("exact")
     return chosen + (["judge", "hallucination"] if suite.judge else [])
 
@@ -368,22 +299,18 @@ def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
 def score_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float | None]]:
     """Values of each sample by metric; None where there is none (the judge's failures)."""
     names = metrics_for(suite, rows)
-    found: dict[str, list[float | None]] = {}
     predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
-    for name in names:
-        if name in SCORERS:
-            found[name] = [SCORERS[name](row) for row in rows]
-        elif name == "bertscore":
-            found[name] = list(bert_scores(predictions, references, suite.bertscore_model, suite.bertscore_layers))
-    if captions := [name for name in names if name in CAPTION_METRICS]:
-        values = corpus_captions(predictions, references)
-        found |= {name: list(values[name]) for name in captions}
+    found: dict[str, Any] = {name: [SCORERS[name](row) for row in rows] for name in names if name in SCORERS}
+    if "bertscore" in names:
+        found["bertscore"] = bert_scores(predictions, references, suite.bertscore_model, suite.bertscore_layers)
+    if set(CAPTION_METRICS) & set(names):
+        found |= corpus_captions(predictions, references)
     if {"judge", "hallucination"} & set(names):
-        found |= judge_rows(suite, rows, folder, names)
+        found |= judge_rows(suite, rows, folder)
     return {name: found[name] for name in names}
 
 
-def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path, names: list[str]) -> dict[str, list[float | None]]:
+def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float | None]]:
     """The judge's scores of a run; its answers are kept beside the predictions."""
     from granulon_hf.judge import judge as judge_module
 
@@ -395,91 +322,62 @@ def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path, names: li
         task=rows[0]["task"],
         **{"store": str(folder / "judge.jsonl"), **(suite.judge or {})},
     )
-    lines = [
-        {"id": row["id"], "accuracy": a, "hallucination": h, "reason": reason}
-        for row, a, h, reason in zip(
-            rows, result["accuracy_scores"], result["hallucination_scores"], result["reasons"], strict=True
-        )
-    ]
+    columns = {"id": [row["id"] for row in rows], "accuracy": result["accuracy_scores"]}
+    columns |= {"hallucination": result["hallucination_scores"], "reason": result["reasons"]}
+    lines = [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
     write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    both = {"judge": result["accuracy_scores"], "hallucination": result["hallucination_scores"]}
-    return {name: both[name] for name in both if name in names}
+    return {"judge": columns["accuracy"], "hallucination": columns["hallucination"]}
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
 def make_table(result: dict[str, Any]) -> dict[str, Any]:
-    """Cells of the table: rows are models, columns data × metric; the first model is what the others are compared with."""
+    """Texts of the table: rows are models, columns data × metric; the first model is what the others are compared with."""
+    models, scores = result["models"], result["scores"]
     columns = [
         (data, metric)
         for data in result["data"]
-        for metric in dict.fromkeys(m for model in result["models"] for m in result["scores"][model][data])
+        for metric in dict.fromkeys(metric for model in models for metric in scores[model][data])
     ]
-    rows, first = [], result["models"][0]
-    for model in result["models"]:
-        cells: list[dict[str, Any] | None] = []
-        for data, metric in columns:
-            values = result["scores"][model][data].get(metric)
-            scored = [value for value in values or [] if value is not None]
-            if not scored:
-                cells.append(None)
-                continue
-            scale = 100.0 if metric in PERCENT else 1.0
-            mean, low, high = (scale * value for value in bootstrap_mean(scored))
-            cell: dict[str, Any] = {
-                "mean": mean,
-                "low": low,
-                "high": high,
-                "n": len(scored),
-                "unscored": len(values) - len(scored),
-                "failed": result["failed"][model][data],
-            }
-            base = result["scores"][first][data].get(metric) or []
-            pairs = [(a, b) for a, b in zip(values, base, strict=False) if a is not None and b is not None]
-            if model != first and pairs:
-                difference, low, high, p = paired_difference([a for a, _ in pairs], [b for _, b in pairs])
-                cell["difference"] = {"mean": scale * difference, "low": scale * low, "high": scale * high, "p": p}
-            cells.append(cell)
+    rows = []
+    for model in models:
+        base = scores[models[0]] if model != models[0] else {}
+        cells = [
+            cell_text(metric, scores[model][data].get(metric), base.get(data, {}).get(metric), result["failed"][model][data])
+            for data, metric in columns
+        ]
         rows.append({"name": model, "cells": cells, "paper": False})
-    named = {data for data, _ in columns}
     for name, figures in PAPER.items():
-        if named & {data for data, _ in figures}:
-            cells = [{"mean": figures[c]} if c in figures else None for c in columns]
-            if any(cells):
-                rows.append({"name": f"{name} (paper)", "cells": cells, "paper": True})
+        cells = [f"{figures[column]:.2f}" if column in figures else "" for column in columns]
+        if any(cells):
+            rows.append({"name": f"{name} (paper)", "cells": cells, "paper": True})
     counts = {part: count for about in result["sets"].values() for part, count in about["parts"].items()}
-    told = {data: describe_set(about["samples"], about["left_out"]) for data, about in result["sets"].items()}
-    remarks = [f"{data}: {told[data]}." for data, about in result["sets"].items() if any(about["left_out"].values())]
-    return {"columns": columns, "rows": rows, "first": first, "counts": counts, "remarks": remarks}
+    remarks = [
+        f"{data}: {describe_set(about['samples'], about['left_out'])}."
+        for data, about in result["sets"].items()
+        if any(about["left_out"].values())
+    ]
+    return {"columns": columns, "rows": rows, "note": NOTE.format(first=models[0]), "counts": counts, "remarks": remarks}
 
 
-def cell_text(cell: dict[str, Any] | None) -> str:
-    if cell is None:
+def cell_text(metric: str, values: list[float | None] | None, base: list[float | None] | None, failed: int) -> str:
+    """Mean and interval, how many have no score or no answer, and after a semicolon the difference to `base`."""
+    both = pd.DataFrame({"own": pd.Series(values or [], dtype=float), "base": pd.Series(base or [], dtype=float)})
+    scored, pairs = both["own"].dropna(), both.dropna()
+    if scored.empty:
         return ""
-    if "low" not in cell:
-        return f"{cell['mean']:.2f}"
-    text = f"{cell['mean']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
-    if cell["unscored"]:
-        text += f" ({cell['unscored']} unscored)"
-    if cell["failed"]:
-        text += f" ({cell['failed']} without an answer)"
-    if "difference" in cell:
-        d = cell["difference"]
-        text += f"; {d['mean']:+.1f} [{d['low']:+.1f}, {d['high']:+.1f}], p = {d['p']:.3f}"
-    return text
+    style: dict[str, Any] = {"digits": 1, "scale": 100.0 if metric in PERCENT else 1.0}
+    text = score_text(estimate(scored), **style)
+    for count, what in ((len(both) - len(scored), "unscored"), (failed, "without an answer")):
+        text += f" ({count} {what})" if count else ""
+    return text if pairs.empty else f"{text}; {difference_text(difference(pairs['own'], pairs['base']), **style)}"
 
 
 def markdown(table: dict[str, Any]) -> str:
-    escape = str.maketrans({"|": "\\|", "\n": " "})
     head = ["model", *(f"{data}: {metric} (n = {table['counts'][data]})" for data, metric in table["columns"])]
-    lines = ["| " + " | ".join(cell.translate(escape) for cell in head) + " |", "|" + "---|" * len(head)]
-    for row in table["rows"]:
-        cells = [row["name"], *(cell_text(cell) for cell in row["cells"])]
-        if row["paper"]:
-            cells = [f"*{cell}*" if cell else "" for cell in cells]
-        lines.append("| " + " | ".join(cell.translate(escape) for cell in cells) + " |")
-    return "\n\n".join(["\n".join(lines), NOTE.format(first=table["first"]), *table["remarks"]]) + "\n"
+    lines = [[f"*{cell}*" if cell and row["paper"] else cell for cell in (row["name"], *row["cells"])] for row in table["rows"]]
+    return "\n\n".join([markdown_table(head, lines, rule="---"), table["note"], *table["remarks"]]) + "\n"
 
 
 NOTE = (
@@ -487,10 +385,3 @@ NOTE = (
     "its interval and the p-value of a sign-flip test. Rows marked (paper) are the paper's own figures, from its weights and "
     "subsets."
 )
-
-
-def html(table: dict[str, Any]) -> str:
-    template = Path(__file__).with_name("table.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["cell"] = cell_text
-    return environment.from_string(template).render(table=table, note=NOTE.format(first=table["first"]))

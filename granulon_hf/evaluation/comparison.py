@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, OtherPredictions, process_state
 from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
+from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device
 from granulon_hf.training.arguments import make_parser, parse
@@ -40,7 +41,7 @@ def has_levels(encoder: str) -> bool:
 
 
 def check(config: dict[str, Any]) -> list[str]:
-    """The variants of a comparison.
+    """Return the variants of a comparison.
 
     Args:
         config (`dict`): `llm`, `encoders`, `train` (arguments of examples/train.py), `eval` (fields of [`Suite`]) and, if
@@ -49,57 +50,45 @@ def check(config: dict[str, Any]) -> list[str]:
     Raises:
         GranulonError: something is missing, unknown or fixed by the comparison.
     """
-    if config.get("llm") not in DECODERS:
-        got = "nothing" if config.get("llm") is None else repr(config["llm"])
-        raise GranulonError(f"`llm` must be one of {', '.join(DECODERS)}; got {got}.")
-    forms = {"encoders": (list, "a list of names"), "controller": (str, "a folder"), "train": (dict, "names with values")}
-    for name, (kind, form) in (forms | {"eval": forms["train"]}).items():
+    llm, controller = config.get("llm"), config.get("controller")
+    if llm not in DECODERS:
+        raise GranulonError(f"`llm` must be one of {', '.join(DECODERS)}; got {'nothing' if llm is None else repr(llm)}.")
+    mapping = (dict, "names with values")
+    forms = {"encoders": (list, "a list of names"), "controller": (str, "a folder"), "train": mapping, "eval": mapping}
+    for name, (kind, form) in forms.items():
         if not isinstance(config.get(name) or kind(), kind):
             raise GranulonError(f"`{name}` must be {form}; got {config[name]!r}.")
-    encoders = config.get("encoders") or []
+    encoders, training, evaluation = config.get("encoders") or [], config.get("train") or {}, config.get("eval") or {}
     if unknown := [name for name in encoders if name not in ENCODERS]:
         raise GranulonError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")
     if len(encoders) < 2 or len(set(encoders)) < len(encoders):
         raise GranulonError("A comparison needs at least two different encoders.")
-    if controller := config.get("controller"):
-        if not os.path.exists(controller):
-            raise GranulonError(
-                f"`controller` names {controller!r}, which is not there; examples/train_controller.py makes one."
-            )
-        if not any(map(has_levels, encoders)):
-            raise GranulonError(f"`controller` is for encoders with levels, and {', '.join(encoders)} have none; leave it out.")
+    if controller and not os.path.exists(controller):
+        raise GranulonError(f"`controller` names {controller!r}, which is not there; examples/train_controller.py makes one.")
+    if controller and not any(map(has_levels, encoders)):
+        raise GranulonError(f"`controller` is for encoders with levels, and {', '.join(encoders)} have none; leave it out.")
     for name in ("variant", "output_dir", "resume_from_checkpoint", "feature_cache"):
-        if name in (config.get("train") or {}):
+        if name in training:
             raise GranulonError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
     fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out"}
-    if unknown := sorted(set(config.get("eval") or {}) - fields):
+    if unknown := sorted(set(evaluation) - fields):
         raise GranulonError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
     known = {action.dest for action in make_parser()._actions} | {"cache_features"}
-    if unknown := sorted(set(config.get("train") or {}) - known):
+    if unknown := sorted(set(training) - known):
         raise GranulonError(f"`train` has {unknown[0]!r}, which examples/train.py does not know.")
-    if not (config.get("eval") or {}).get("data"):
+    if not evaluation.get("data"):
         raise GranulonError("`eval` needs `data`: what to evaluate on.")
-    return [f"{name}-{config['llm']}" for name in encoders]
+    return [f"{name}-{llm}" for name in encoders]
 
 
-def compare(
-    config: dict[str, Any],
-    out: Path,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    on_set: Callable[[str], None] = lambda line: None,
-) -> dict[str, Any]:
+def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
     """Train what is not trained yet, evaluate what is not evaluated yet, and write table, curves and manifest into `out`.
 
-    Returns:
-        `dict`: as of [`run_suite`].
-
-    Raises:
-        GranulonError: a wrong configuration, settings that differ between rows, or answers that were made with another `eval`.
+    Returns what [`run_suite`] does. Settings that differ between rows are refused, and answers made with another `eval`.
     """
     names = check(config)
-    settings = {name: config["eval"][name] for name in config["eval"] if name != "generation"}
     generation = Generation(**config["eval"].get("generation") or {})
-    suite = Suite(**{"out": str(out / "evaluation"), **settings, "models": names, "generation": generation})
+    suite = Suite(**{**config["eval"], "models": names, "out": str(out / "evaluation"), "generation": generation})
     for name in suite.data:
         open_set(suite, name)  # to know before anything is trained
     lines = {name: parse(training_arguments(config, name, out)) for name in names}
@@ -116,12 +105,11 @@ def compare(
     check_equal(manifest)
 
     def load_model(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
-        if source not in models:
-            model_args = lines[source][0]
-            model, processor = build_model(model_args)
+        if source in models:
+            model, processor = models.pop(source)
+        else:
+            model, processor = build_model(lines[source][0])
             load_adapter_state(model, load_file(out / source / "training" / ADAPTER))
-            models[source] = model, processor
-        model, processor = models.pop(source)
         place = pick_device(device)
         if place.type == "cpu":  # as load_model has it
             model = model.float()
@@ -134,26 +122,25 @@ def compare(
             shutil.rmtree(answers)
     state.wait_for_everyone()
     try:
-        result = run_suite(suite, load_model, on_progress, on_set)
+        result = run_suite(suite, load_model, on_set=on_set)
     except OtherPredictions:
         raise GranulonError(
             f"{suite.out!r} holds answers that were made with another `eval`; remove that folder: what is trained stays."
         ) from None
-    if not result:  # the first of several processes writes
-        return result
-    write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
-    plot_curves(names, out)
+    if result:  # the first of several processes writes
+        write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
+        plot_curves(names, out)
     return result
 
 
 def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
-    """Raises ValueError where rows were not trained with the same settings on the same data."""
+    """Raise GranulonError where rows were not trained with the same settings on the same data."""
     first, *others = manifest
     for name in others:
         a, b = manifest[first], manifest[name]
-        settings = sorted(a["settings"].keys() | b["settings"].keys())
-        different = [s for s in settings if s not in OWN and a["settings"].get(s) != b["settings"].get(s)]
-        different += ["data"] * (a["data"] != b["data"]) + ["versions"] * (a["versions"] != b["versions"])
+        settings = sorted((a["settings"].keys() | b["settings"].keys()) - set(OWN))
+        different = [one for one in settings if a["settings"].get(one) != b["settings"].get(one)]
+        different += [one for one in ("data", "versions") if a[one] != b[one]]
         if different:
             raise GranulonError(
                 f"{first} and {name} were not trained alike: {', '.join(different)} differ. Remove the training folder of "
@@ -162,16 +149,11 @@ def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
 
 
 def plot_curves(names: Sequence[str], out: Path) -> None:
-    """Training losses of all rows in one picture; left out where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Draw the training losses of all rows into one picture."""
+    figure = empty_figure(7, 4)
     axes = figure.subplots()
     for name in names:
-        checkpoint = last_checkpoint(out / name / "training")
-        if checkpoint is None:
+        if (checkpoint := last_checkpoint(out / name / "training")) is None:
             continue
         history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]

@@ -2,52 +2,39 @@
 
 import base64
 import hashlib
-import io
 import itertools
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
+import pandas as pd
+import yaml
 from PIL import Image
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import PredictionRun, look, read_description
-from granulon_hf.evaluation.metrics import normalise, option_accuracy, recall
-from granulon_hf.io import write_text
+from granulon_hf.evaluation.metrics import normalize, option_accuracy, recall
+from granulon_hf.evaluation.tables import data_url, jpeg, write_page
 from granulon_hf.modeling.images_granulon import open_rgb
 
 SIDE = 480  # pixels, long side of a picture
 # Photograph and overlay of 200 samples stay below 20 MB: 2 x 32 kB, a third more in base64.
 PICTURE_BYTES = 32_000
 RIGHT_FROM = 0.5  # of recall, or of the judge's accuracy / 100, where there are no options to name
-ORDERS = {
-    "judge": "worst first, by the judge",
-    "recall": "worst first, by recall",
-    "difference": "largest difference between models",
-    "data": "order of the data",
-}
-# Words too common to be a claim about a picture.
-STOP_WORDS = frozenset(
-    "a about above after all also an and any are as at be because been being below between both but by can could did do does "
-    "down each for from had has have he her here his how i if in into is it its just may more most no not of off on one only "
-    "or other our out over she should so some such than that the their them then there these they this those through to too "
-    "under up very was we were what when where which while who will with would yes you your".split()
-)
+WORDS = yaml.safe_load(Path(__file__).with_name("gallery.yaml").read_text(encoding="utf-8"))
+ORDERS: dict[str, str] = WORDS["orders"]
+STOP_WORDS = frozenset(WORDS["stop_words"].split())
 
 
 @dataclass
 class Answer:
-    """One model's answer to a sample.
-
-    Args:
-        scores (`dict`): accuracy and hallucination of the judge, 0 to 100 or None; `reason` where it gave none.
-        hallucinated (`list[str]`): phrases that the scores file calls hallucinated.
-    """
+    """One model's answer to a sample; accuracy and hallucination are the judge's, 0 to 100."""
 
     model: str
     prediction: str
@@ -64,7 +51,7 @@ class Answer:
     @property
     def forced(self) -> bool:
         """Another level than the controller's choice was used."""
-        return bool(self.probs) and self.level != max(self.probs, key=lambda name: self.probs[name])
+        return bool(self.probs) and self.level != max(self.probs, key=self.probs.__getitem__)
 
     @property
     def judged(self) -> float | None:
@@ -72,9 +59,8 @@ class Answer:
         return None if self.accuracy is None or self.hallucination is None else self.accuracy - self.hallucination
 
 
-@dataclass
-class Picture:
-    """A JPEG data URL and its size in pixels."""
+class Picture(NamedTuple):
+    """A JPEG's data URL, and its size in pixels."""
 
     url: str
     width: int
@@ -83,7 +69,7 @@ class Picture:
 
 @dataclass
 class Case:
-    """A sample with the answers of all models; `images` are the places where each image may be found, first choice first."""
+    """A sample with the answers of all models; `images` are the places where each may be found, first choice first."""
 
     id: str
     question: str
@@ -111,16 +97,13 @@ class Case:
 
     def facts(self) -> str:
         """What the page filters and sorts by, as JSON for an attribute; the template escapes it."""
-        return json.dumps(
-            {
-                "keys": self.keys(),
-                "task": self.task,
-                "levels": sorted({answer.level for answer in self.answers if answer.level is not None}),
-                "right": [answer.right for answer in self.answers],
-                "differ": len({normalise(answer.prediction) for answer in self.answers}) > 1,
-            }
-        )
+        levels = {answer.level for answer in self.answers if answer.level is not None}
+        texts = {normalize(answer.prediction) for answer in self.answers}
+        facts = {"keys": self.keys(), "task": self.task, "levels": sorted(levels)}
+        return json.dumps(facts | {"right": [answer.right for answer in self.answers], "differ": len(texts) > 1})
 
+
+Draw = Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]]  # overlays, and the level that they show
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
@@ -136,14 +119,10 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> list[Run]:
-    """Predictions of several folders, each with a name of its own: its model's, with the folder's where two are alike.
-
-    Raises:
-        GranulonError: a folder is there twice or holds no predictions, or a prediction is not what `granulon eval run` writes.
-    """
+    """Predictions of several folders, each with a name of its own: its model's, with the folder's where two are alike."""
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise GranulonError("The same folder is given twice; a gallery puts different predictions side by side.")
-    runs = []
+    runs: list[Run] = []
     for folder in folders:
         path = folder / "run.json"
         description = read_description(path).get("description") if path.is_file() else None
@@ -159,9 +138,9 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
         model = description.get("model")
         source = str((model.get("source") if isinstance(model, dict) else model) or folder.name)
         runs.append(Run(folder, (names or {}).get(folder) or source.rstrip("/").rpartition("/")[2], source, rows))
-    given = [run.name for run in runs]
+    given = Counter(run.name for run in runs)
     for run in runs:
-        if given.count(run.name) > 1:
+        if given[run.name] > 1:
             run.name = f"{run.name} ({run.folder.resolve().name})"
     if len({run.name for run in runs}) < len(runs):
         raise GranulonError(f"Several folders are called {runs[0].name!r}; tell them apart with --name FOLDER=NAME.")
@@ -171,36 +150,27 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
 def check_row(folder: Path, key: str, row: dict[str, Any]) -> None:
     kinds: dict[str, Any] = {"prediction": str, "question": str, "reference": str, "images": list, "choices": list | None}
     kinds |= {"task": str | None, "granularity": str | None, "granularity_probs": dict | None, "error": str | None}
+    where = f"{str(folder)!r}, sample {key!r}"
     for name, kind in kinds.items():
-        default = None if isinstance(None, kind) else [] if kind is list else ""
-        if not isinstance(row.setdefault(name, default), kind):
-            raise GranulonError(
-                f"{str(folder)!r}, sample {key!r}: {name} is {json.dumps(row[name])[:60]}, which no evaluation writes."
-            )
-    numbers = (row["granularity_probs"] or {}).values()
-    if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in numbers):
-        raise GranulonError(f"{str(folder)!r}, sample {key!r}: granularity_probs are no probabilities.")
+        if not isinstance(row.setdefault(name, None if isinstance(None, kind) else kind()), kind):
+            raise GranulonError(f"{where}: {name} is {json.dumps(row[name])[:60]}, which no evaluation writes.")
+    if not all(isinstance(p, int | float) and 0 <= p <= 1 for p in (row["granularity_probs"] or {}).values()):
+        raise GranulonError(f"{where}: granularity_probs are no probabilities.")
 
 
 def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
     """Rows of the `samples.jsonl` of `granulon judge run`, or of the folder that it is in, by sample id.
 
     A row may carry `hallucinated`, a list of phrases of the answer that people, or another judge, found to be made up.
-    The judge's own prompt asks for two scores and no phrases.
-
-    Raises:
-        GranulonError: no such file, a score that is none, or scores of other predictions.
     """
-    from granulon_hf.evaluation.judging import as_json, rows_of
+    from granulon_hf.evaluation.judging import as_json, rows_of, score_of
 
     path = path / "samples.jsonl" if path.is_dir() else path
     found = {}
     for place, row in rows_of(path):
         key, phrases = str(row.get("id")), row.get("hallucinated") or []
         for name in ("accuracy", "hallucination"):
-            value = row.get(name)
-            if value is not None and not (type(value) in (int, float) and 0 <= value <= 100):
-                raise GranulonError(f"{path}, {place}: {name} is {as_json(value)}, not 0 to 100.")
+            score_of(row, name, f"{path}, {place}")
         if not (isinstance(phrases, list) and all(isinstance(phrase, str) for phrase in phrases)):
             raise GranulonError(f"{path}, {place}: hallucinated is {as_json(phrases)}, not a list of phrases.")
         if key in run.rows and row.get("prediction", run.rows[key]["prediction"]) != run.rows[key]["prediction"]:
@@ -212,56 +182,53 @@ def read_scores(path: Path, run: Run) -> dict[str, dict[str, Any]]:
 
 
 def join(runs: Sequence[Run], scores: dict[str, dict[str, dict[str, Any]]] | None = None) -> list[Case]:
-    """Cases of the samples that all runs have, in the order of the first.
-
-    Args:
-        scores (`dict`, *optional*): by the run's name, what [`read_scores`] returned.
-
-    Raises:
-        GranulonError: no sample is in all runs, or one has another question or reference in another run.
-    """
+    """Cases of the samples that all runs have, in the order of the first; `scores` are those of [`read_scores`], by run."""
     first, cases = runs[0], []
     for place, (key, row) in enumerate(first.rows.items()):
-        if not all(key in run.rows for run in runs):
+        rows = [(run, run.rows[key]) for run in runs if key in run.rows]
+        if len(rows) < len(runs):
             continue
-        answers, images = [], [[] for _ in row["images"]]  # type: ignore[var-annotated]
-        for run in runs:
-            other = run.rows[key]
+        for run, other in rows:
             if (other["question"], other["reference"]) != (row["question"], row["reference"]):
                 raise GranulonError(
                     f"The sample {key!r} has another question or reference in {str(run.folder)!r} than in "
                     f"{str(first.folder)!r}; a gallery needs predictions on the same data."
                 )
-            for paths, name in zip(images, other["images"], strict=False):
-                paths.append(inside(run.folder, name))
-            answers.append(answer_of(run.name, other, (scores or {}).get(run.name, {}).get(key)))
-        shared = {name: row[name] for name in ("question", "reference")}
-        choices = [str(choice) for choice in row["choices"] or []]
-        cases.append(Case(key, **shared, task=row["task"] or "", choices=choices, images=images, answers=answers, place=place))
+        case = Case(
+            id=key,
+            question=row["question"],
+            reference=row["reference"],
+            task=row["task"] or "",
+            choices=[str(choice) for choice in row["choices"] or []],
+            images=[
+                [inside(run.folder, other["images"][i]) for run, other in rows if i < len(other["images"])]
+                for i in range(len(row["images"]))
+            ],
+            answers=[answer_of(run.name, other, (scores or {}).get(run.name, {}).get(key, {})) for run, other in rows],
+            place=place,
+        )
+        cases.append(case)
     if not cases:
         raise GranulonError("No sample is in all folders: their ids have nothing in common.")
     return cases
 
 
-def answer_of(model: str, row: dict[str, Any], score: dict[str, Any] | None) -> Answer:
+def answer_of(model: str, row: dict[str, Any], score: dict[str, Any]) -> Answer:
     """An answer with its scores; right is what the judge, the named option or the shared words say, in this order."""
-    prediction, reference = row["prediction"], row["reference"]
-    found = recall(prediction, reference)
-    score = score or {}
-    accuracy = score.get("accuracy")
+    prediction, reference, accuracy = row["prediction"], row["reference"], score.get("accuracy")
     if accuracy is not None:
         right = accuracy >= 100 * RIGHT_FROM
     elif row["choices"]:
         right = option_accuracy(prediction, [str(choice) for choice in row["choices"]], reference) == 1
     else:
-        # Normalised: "A car." shares the "a" of "a rocket".
-        right = bool(prediction.strip()) and recall(normalise(prediction), normalise(reference)) >= RIGHT_FROM
+        # Normalized: "A car." shares the "a" of "a rocket".
+        right = bool(prediction.strip()) and recall(normalize(prediction), normalize(reference)) >= RIGHT_FROM
     return Answer(
         model=model,
         prediction=prediction,
         level=row["granularity"],
         probs=row["granularity_probs"] or {},
-        recall=found,
+        recall=recall(prediction, reference),
         right=right,
         accuracy=accuracy,
         hallucination=score.get("hallucination"),
@@ -271,11 +238,7 @@ def answer_of(model: str, row: dict[str, Any], score: dict[str, Any] | None) -> 
 
 
 def inside(folder: Path, name: Any) -> Path:
-    """Path of an image; predictions may come from others, and must not put any file of this machine on a page.
-
-    Raises:
-        GranulonError: the image is outside of the folder.
-    """
+    """Path of an image; predictions may come from others, and must not put any file of this machine on a page."""
     path = (folder / str(name).replace("\0", "")).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise GranulonError(f"{str(folder)!r} names the image {name!r:.80}, which lies outside of the folder.")
@@ -324,29 +287,26 @@ def stem(word: str) -> str:
 
 
 def picture(image: Image.Image, most_bytes: int = PICTURE_BYTES) -> Picture:
-    """A JPEG data URL of at most so many bytes before base64: first the quality gives way, then the size."""
+    """Fit a picture into so many bytes before base64: first the quality gives way, then the size."""
     side = SIDE
     while True:
         small = image.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
         for quality in (82, 70, 55, 40):
-            buffer = io.BytesIO()
-            small.save(buffer, "JPEG", quality=quality, optimize=True)
-            if buffer.tell() <= most_bytes or side <= 32:
-                return Picture("data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), *small.size)
+            data = jpeg(small, quality=quality, optimize=True)
+            if len(data) <= most_bytes or side <= 32:
+                return Picture(data_url(data), *small.size)
         side = side * 2 // 3
 
 
 def open_first(paths: Sequence[Path]) -> Image.Image | None:
     for path in paths:
-        try:
+        with suppress(ValueError):
             return open_rgb(path, at_least=SIDE)
-        except ValueError:
-            continue
     return None
 
 
-def add_pictures(case: Case, draw: Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]] | None = None) -> None:
+def add_pictures(case: Case, draw: Draw | None = None) -> None:
     """Photographs of a case, and overlays where `draw` is given and all photographs can be read."""
     images = [open_first(paths) for paths in case.images]
     budget = PICTURE_BYTES // max(len(images), 1)
@@ -357,25 +317,13 @@ def add_pictures(case: Case, draw: Callable[[Case, list[Image.Image]], tuple[lis
         return
     try:
         drawn, case.overlay_level = draw(case, readable)
+        case.overlays = [picture(image, budget) for image in drawn]
     except ValueError as error:  # the photograph is still there
         case.overlay_level = f"no overlay: {error}"
-        return
-    case.overlays = [picture(image, budget) for image in drawn]
 
 
-def cluster_drawer(
-    model: Any, processor: Any, levels: dict[str, str] | None = None
-) -> Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]]:
-    """A function that draws the kept clusters of a case.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode, with levels.
-        processor ([`GranulonProcessor`]): its processor.
-        levels (`dict[str, str]`, *optional*): by sample id, the level to draw; by default the controller's choice.
-
-    Raises:
-        GranulonError: the model has no levels, hence no clusters.
-    """
+def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = None) -> Draw:
+    """A function that draws the kept clusters of a case, at the level of its id in `levels` or that the controller chooses."""
     import torch
 
     from granulon_hf import overlay
@@ -389,15 +337,13 @@ def cluster_drawer(
         level = (levels or {}).get(case.id)
         forced = level if level in model.config.level_names else None
         seen = look(model, processor, [[{"role": "user", "content": content}]], forced)
-        aggregation = seen.images.aggregation
-        views = [
-            overlay.model_view(processor.image_processor, image, pixels, SIDE)
-            for image, pixels in zip(images, seen.pixel_values, strict=True)
-        ]
-        drawn = [overlay.draw_clusters(view, aggregation, i, size=2 * SIDE) for i, view in enumerate(views)]
-        # Whole pixels per patch changed the proportions a little: on the page the picture would jump.
-        resized = [one.resize(view.size, Image.Resampling.LANCZOS) for one, view in zip(drawn, views, strict=True)]
-        return resized, str(seen.levels[0])
+        drawn = []
+        for i, (image, pixels) in enumerate(zip(images, seen.pixel_values, strict=True)):
+            view = overlay.model_view(processor.image_processor, image, pixels, SIDE)
+            clusters = overlay.draw_clusters(view, seen.images.aggregation, i, size=2 * SIDE)
+            # Whole pixels per patch changed the proportions a little: on the page the picture would jump.
+            drawn.append(clusters.resize(view.size, Image.Resampling.LANCZOS))
+        return drawn, str(seen.levels[0])
 
     return draw
 
@@ -405,27 +351,18 @@ def cluster_drawer(
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def ordered(cases: Iterable[Case], order: str) -> list[Case]:
+def ordered(cases: Sequence[Case], order: str) -> list[Case]:
     """Cases by one of [`ORDERS`]; what has no key comes last, ties keep the order of the data."""
-
-    def key(case: Case) -> tuple[bool, float, int]:
-        value = case.keys()[order]
-        return value is None, value or 0.0, case.place
-
-    return sorted(cases, key=key)
+    keys = {case.id: case.keys()[order] for case in cases}
+    return sorted(cases, key=lambda case: (keys[case.id] is None, keys[case.id] or 0.0, case.place))
 
 
 def means(cases: Sequence[Case]) -> list[dict[str, Any]]:
     """Per model over all cases: mean recall, share of right answers, and the judge's means over what it scored."""
-    table = []
-    for column in zip(*(case.answers for case in cases), strict=True):
-        row: dict[str, Any] = {"model": column[0].model, "right": 100 * sum(a.right for a in column) / len(column)}
-        row["recall"] = 100 * sum(a.recall for a in column) / len(column)
-        for name in ("accuracy", "hallucination"):
-            values = [getattr(a, name) for a in column if getattr(a, name) is not None]
-            row[name] = sum(values) / len(values) if values else None
-        table.append(row)
-    return table
+    scale = {"right": 100, "recall": 100, "accuracy": 1, "hallucination": 1}
+    rows = [{name: getattr(answer, name) for name in ("model", *scale)} for case in cases for answer in case.answers]
+    table = pd.DataFrame(rows).astype(dict.fromkeys(scale, float)).groupby("model", sort=False).mean() * pd.Series(scale)
+    return table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
 
 
 def digest(text: str) -> str:
@@ -440,29 +377,23 @@ def write_gallery(
     title: str = "Case studies",
     order: str = "recall",
     limit: int | None = 200,
-    draw: Callable[[Case, list[Image.Image]], tuple[list[Image.Image], str]] | None = None,
+    draw: Draw | None = None,
     overlay_model: str = "",
     mark_unsupported: bool = False,
     notes: Sequence[str] = (),
     on_progress: Callable[[int], Any] = lambda done: None,
 ) -> int:
-    """Write the page.
+    """Write the page, and return its size in bytes.
 
     Everything that comes from models and data is text or an attribute that Jinja escapes, and none of it is inside of the
     script or the style, which a Content-Security-Policy pins by their hashes.
 
     Args:
-        cases (`list[Case]`): of [`join`].
-        order (`str`): one of [`ORDERS`].
-        limit (`int`, *optional*): only the first so many in that order.
-        draw (`callable`, *optional*): of [`cluster_drawer`].
-        overlay_model (`str`): what to call the model that draws.
+        order (`str`): one of [`ORDERS`], of which the first `limit` are shown.
+        draw (`callable`, *optional*): of [`cluster_drawer`], for `overlay_model`.
         mark_unsupported (`bool`): mark [`unsupported_spans`].
         notes (`list[str]`): sentences for the head of the page.
         on_progress (`callable`): called with 1 for each sample.
-
-    Returns:
-        `int`: size in bytes.
     """
     shown = ordered(cases, order)[:limit]
     for case in shown:
@@ -476,10 +407,11 @@ def write_gallery(
     answers = [answer for case in shown for answer in case.answers]
     # In the order of the models' levels, not of the alphabet.
     levels = dict.fromkeys(level for answer in answers for level in [*answer.probs, answer.level] if level is not None)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["digest"] = digest
-    template = Path(__file__).with_name("gallery.html.jinja").read_text(encoding="utf-8")
-    page = environment.from_string(template).render(
+    write_page(
+        Path(out),
+        "gallery.html.jinja",
+        trim=True,
+        digest=digest,
         title=title,
         cases=shown,
         total=len(cases),
@@ -496,5 +428,4 @@ def write_gallery(
         right_from=RIGHT_FROM,
         notes=notes,
     )
-    write_text(Path(out), page, errors="replace")  # models make lone surrogates, which cannot be written
     return Path(out).stat().st_size

@@ -15,25 +15,31 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, PredictionRun
 from granulon_hf.evaluation.metrics import SCORERS
-from granulon_hf.io import write_text
+from granulon_hf.evaluation.tables import difference_text, empty_figure, markdown_table, score_text, write_rows
+from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.stats import bootstrap_mean, paired_difference
+from granulon_hf.stats import difference, estimate
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")
-BETAS = (5, 10, 20, 30, 40, 50)  # paper: 5 … 50 clusters
 ALL = "all"
+# Those of the Parquet file.
+COLUMNS = (
+    "setting id task alpha beta k chosen probability prediction reference score seconds pixel_tokens semantic_tokens".split()
+)
 
 
 def auto_score(row: dict[str, Any]) -> float:
@@ -44,30 +50,17 @@ def auto_score(row: dict[str, Any]) -> float:
 
 
 def find_scorer(name: str) -> Scorer:
-    """Raises ValueError for an unknown name."""
     known = {"auto": auto_score, **SCORERS}
     if name not in known:
         raise GranulonError(f"Unknown score {name!r}; the choices are {', '.join(known)}.")
     return known[name]
 
 
-class LightRun(PredictionRun):
-    """Without copies of the images: the same ones are answered in many settings, and only the text is looked at."""
-
-    def keep(self, image: dict[str, Any]) -> str:
-        return image.get("path") or ""
-
-
 @contextmanager
 def setting(model: Any, processor: Any, alpha: int, beta: int, slots: int) -> Iterator[None]:
-    """The same weights with one α, β and K at all levels; as before afterwards.
+    """Give all levels one α (pooling kernel side), β (clusters) and K (slots), on the same weights; as before afterwards.
 
-    The number of levels stays, since the controller's last layer has it.
-
-    Args:
-        alpha (`int`): pooling kernel side.
-        beta (`int`): clusters.
-        slots (`int`): K, semantic slots per image, of which the processor must write as many.
+    The number of levels stays, since the controller's last layer has it. The processor must write as many slots.
     """
     config = model.config
     before = config.granularity_levels, config.num_semantic_tokens, processor.num_semantic_tokens
@@ -93,87 +86,46 @@ def image_tokens(model: Any, processor: Any, samples: Sequence[Sample], level: s
     return aggregation.assignment[0].numel(), int(aggregation.keep.sum())
 
 
-def groups_of(row: dict[str, Any], fields: Sequence[str]) -> list[str]:
-    """What a sample belongs to: all, and `field=value` of its task and of the fields of its `meta`."""
-    values = {name: row["task"] if name == "task" else row["meta"].get(name) for name in fields}
-    return [ALL, *(f"{name}={value}" for name, value in values.items() if value is not None)]
-
-
-def group_names(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[str]:
-    """All groups of the rows, field by field; a field with one value says nothing that "all" does not."""
-    names = [ALL]
-    for name in fields:
-        found = sorted({group for row in rows for group in groups_of(row, [name])[1:]})
-        names += found if len(found) > 1 else []
-    return names
-
-
+@dataclass
 class GranularityAnalysis:
-    """Answers of one model at every level and in every setting of a sweep, in a folder; what is there is not made again.
+    """Answers of one model at every level and in every setting of a sweep, in a folder; what is there is not made again."""
 
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode, with levels.
-        processor ([`GranulonProcessor`]): its processor.
-        samples (`list[Sample]`): to answer.
-        folder (`Path`): for the answers, one run per setting.
-        description (`dict`): model and data, for the runs.
-        generation ([`Generation`]): how answers are made; its level is not used.
-        scorer (`callable`): score of a row of a run, higher is better.
-        fields (`list[str]`): "task" or names in `meta` that samples are grouped by.
-        on_progress (`callable`): called with the number of answers that were found or made since the last call.
+    model: Any  # in eval mode, with levels
+    processor: Any
+    samples: Sequence[Sample]
+    folder: Path  # for the answers, one run per setting
+    description: dict[str, Any]  # model and data, for the runs
+    generation: Generation = field(default_factory=Generation)  # how answers are made; its level is not used
+    scorer: Scorer = auto_score  # of a row of a run; higher is better
+    on_progress: Callable[[int], None] = lambda count: None  # takes the answers found or made since the last call
 
-    Raises:
-        GranulonError: the model has no levels, or there are no samples.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        samples: Sequence[Sample],
-        folder: Path,
-        description: dict[str, Any],
-        generation: Generation | None = None,
-        scorer: Scorer = auto_score,
-        fields: Sequence[str] = ("task",),
-        on_progress: Callable[[int], None] = lambda count: None,
-    ):
-        if not model.config.granularity_levels:
+    def __post_init__(self):
+        if not self.model.config.granularity_levels:
             raise GranulonError("This model has no granularity levels: there is nothing to choose and nothing to sweep.")
-        if not samples:
-            raise GranulonError("There are no samples.")
-        self.model, self.processor, self.samples, self.folder = model, processor, samples, Path(folder)
-        self.description, self.scorer, self.fields, self.on_progress = description, scorer, fields, on_progress
-        self.generation = generation or Generation()
 
     def answers(self, name: str, generation: Generation, **extra: Any) -> list[dict[str, Any]]:
         """Scored rows of one setting, in the order of the samples."""
         description = {**self.description, "generation": generation.settings(), **extra}
-        run = LightRun(self.folder / name, description)
+        # The same images are answered in many settings, and only the text is looked at.
+        run = PredictionRun(self.folder / name, description, copy_images=False)
         rows = run.run(self.model, self.processor, self.samples, generation, on_progress=self.on_progress)
         return [{**row, "score": float(self.scorer(row))} for row in rows]
 
-    def levels(self) -> dict[str, Any]:
-        """Every level on every sample.
+    def levels(self) -> list[dict[str, Any]]:
+        """Every level on every sample: rows with `level`, its tokens, its `probability`, and the level that was `chosen`.
 
-        Returns:
-            `dict`: `names` of the levels, `tokens` (pixel, semantic) per level, `rows` of the first level, which hold the
-            probabilities, `choice` (index of the level, -1 where nothing is to be chosen, as without an image) [samples],
-            `scores` and `seconds` [levels x samples].
+        Nothing is chosen without an image.
         """
-        names = self.model.config.level_names
-        found = {name: self.answers(f"level-{name}", changed(self.generation, granularity=name)) for name in names}
-        rows = found[names[0]]
-        choice = [-1 if not row.get("granularity_probs") else best(row["granularity_probs"], names) for row in rows]
-        return {
-            "names": names,
-            "tokens": {name: image_tokens(self.model, self.processor, self.samples, name) for name in names},
-            "rows": rows,
-            "choice": np.array(choice),
-            "scores": np.array([[row["score"] for row in found[name]] for name in names]),
-            "seconds": np.array([[row["seconds"] for row in found[name]] for name in names]),
-            "predictions": {name: [row["prediction"] for row in found[name]] for name in names},
-        }
+        names, rows = self.model.config.level_names, []
+        probs: dict[str, dict[str, float]] = {}  # of the first level's answer: those of the others are the same
+        for name in names:
+            pixels, semantic = image_tokens(self.model, self.processor, self.samples, name)
+            for row in self.answers(f"level-{name}", changed(self.generation, granularity=name)):
+                likely = probs.setdefault(row["id"], row.get("granularity_probs") or {})
+                row |= {"setting": f"level {name}", "level": name, "pixel_tokens": pixels, "semantic_tokens": semantic}
+                row |= {"chosen": max(names, key=likely.__getitem__) if likely else None, "probability": likely.get(name)}
+                rows.append(row)
+        return rows
 
     def sweep(self, betas: Sequence[int], slots: Sequence[int] | None = None, alpha: int = 1) -> list[dict[str, Any]]:
         """Other numbers of clusters, on the same weights.
@@ -182,35 +134,26 @@ class GranularityAnalysis:
             betas (`list[int]`): numbers of clusters.
             slots (`list[int]`, *optional*): numbers K of slots, of which every pair with K <= β is answered (more slots than
                 clusters stay empty, and change nothing). By default K = β: all clusters are kept.
-            alpha (`int`): pooling kernel side.
 
         Returns:
             `list[dict]`: per setting alpha, beta, k, pixel_tokens, semantic_tokens, rows; the first is without semantic tokens.
         """
-        names = self.model.config.level_names
-        generation = changed(self.generation, granularity=names[0])
-        pixels, _ = image_tokens(self.model, self.processor, self.samples, names[0])
+        level = self.model.config.level_names[0]
+        generation = changed(self.generation, granularity=level)
+        pixels, _ = image_tokens(self.model, self.processor, self.samples, level)
         rows = self.answers("pixels", changed(generation, visual_stream="pixel"))
         cells = [{"alpha": alpha, "beta": 0, "k": 0, "pixel_tokens": pixels, "semantic_tokens": 0, "rows": rows}]
         for beta, k in sweep_cells(betas, slots):
+            cell = {"alpha": alpha, "beta": beta, "k": k}
             with setting(self.model, self.processor, alpha, beta, k):
-                rows = self.answers(f"alpha{alpha}-beta{beta}-k{k}", generation, alpha=alpha, beta=beta, k=k)
-                pixels, semantic = image_tokens(self.model, self.processor, self.samples, names[0])
-            cell = {"alpha": alpha, "beta": beta, "k": k, "pixel_tokens": pixels, "semantic_tokens": semantic, "rows": rows}
-            cells.append(cell)
+                rows = self.answers(f"alpha{alpha}-beta{beta}-k{k}", generation, **cell)
+                pixels, semantic = image_tokens(self.model, self.processor, self.samples, level)
+            cells.append({**cell, "pixel_tokens": pixels, "semantic_tokens": semantic, "rows": rows})
         return cells
 
 
-def best(probs: dict[str, float], names: Sequence[str]) -> int:
-    return max(range(len(names)), key=lambda index: probs[names[index]])
-
-
 def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Pairs (β, K).
-
-    Raises:
-        GranulonError: a number below 1, or no K fits any β.
-    """
+    """Pairs (β, K). Raises GranulonError for a number below 1, and where no K fits any β."""
     if any(number < 1 for number in (*betas, *(slots or ()))):
         raise GranulonError("Numbers of clusters and of slots must be at least 1.")
     cells = [(beta, k) for beta in sorted(set(betas)) for k in (sorted(set(slots)) if slots else [beta]) if k <= beta]
@@ -222,207 +165,168 @@ def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> lis
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def policy_scores(found: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Per policy the score of every sample for which there was something to choose. Each of shape [samples]."""
-    chosen = found["choice"] >= 0
-    scores, choice = found["scores"][:, chosen], found["choice"][chosen]
-    named = dict(zip(found["names"], scores, strict=True))
-    return {
-        "controller": scores[choice, np.arange(scores.shape[1])],
-        **named,
-        "random": scores.mean(0),
-        "oracle": scores.max(0),
-    }
+def groups_of(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> dict[str, list[int]]:
+    """Places of the rows by group: all of them, and `field=value` of their task or of a field of `meta`.
+
+    A field with one value says nothing that "all" does not, and makes no group.
+    """
+    groups = {ALL: list(range(len(rows)))}
+    for name in fields:
+        found: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            value = row["task"] if name == "task" else row["meta"].get(name)
+            if value is not None:
+                found.setdefault(f"{name}={value}", []).append(i)
+        groups |= dict(sorted(found.items())) if len(found) > 1 else {}
+    return groups
 
 
-def policy_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
+def by_policy(rows: Sequence[dict[str, Any]], value: str) -> pd.DataFrame:
+    """A value of every sample for which there was something to choose (rows, in their order) under every policy (columns)."""
+    frame = pd.DataFrame([row for row in rows if row["chosen"] is not None])
+    levels = frame.pivot(index="id", columns="level", values=value).loc[frame["id"].unique(), frame["level"].unique()]
+    chosen = frame[frame["level"] == frame["chosen"]].set_index("id")[value].loc[levels.index]
+    return pd.DataFrame({"controller": chosen, **levels, "random": levels.mean(axis=1), "oracle": levels.max(axis=1)})
+
+
+def choosers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each sample for which there was something to choose."""
+    return [row for row in rows if row["chosen"] is not None and row["level"] == rows[0]["level"]]
+
+
+def policy_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """Score of every policy in every group, with its interval and its paired difference to the controller."""
-    rows = [row for row, choice in zip(found["rows"], found["choice"], strict=True) if choice >= 0]
-    scores = policy_scores(found)
-    semantic = np.array([found["tokens"][name][1] for name in found["names"]])
-    spent = {name: np.full(len(rows), semantic[i]) for i, name in enumerate(found["names"])}
-    spent["controller"] = semantic[found["choice"][found["choice"] >= 0]]
-    spent["random"] = np.full(len(rows), semantic.mean())
+    scores, tokens = by_policy(rows, "score"), by_policy(rows, "semantic_tokens")
     table = []
-    for group in group_names(rows, fields):
-        inside = np.array([group in groups_of(row, fields) for row in rows])
-        for policy, values in scores.items():
-            mean, low, high = bootstrap_mean(values[inside])
-            entry = {"group": group, "policy": policy, "n": int(inside.sum()), "score": mean, "low": low, "high": high}
-            tokens = spent.get(policy)
-            entry["semantic_tokens"] = None if tokens is None else float(tokens[inside].mean())
+    for group, inside in groups_of(choosers(rows), fields).items():
+        part, spent = scores.iloc[inside], tokens.iloc[inside].mean()
+        for policy, values in part.items():
+            entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values)}
+            entry["semantic_tokens"] = None if policy == "oracle" else float(spent[policy])
             if policy != "controller":
-                difference = paired_difference(values[inside], scores["controller"][inside])
-                entry |= dict(zip(("difference", "difference_low", "difference_high", "p"), difference, strict=True))
+                entry |= difference(values, part["controller"])
             table.append(entry)
     return table
 
 
-def choice_table(found: dict[str, Any], fields: Sequence[str]) -> list[dict[str, Any]]:
+def choice_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """How often each level is chosen in every group: count, share and the mean probability."""
-    pairs = [(row, choice) for row, choice in zip(found["rows"], found["choice"], strict=True) if choice >= 0]
+    frame = pd.DataFrame([row for row in rows if row["chosen"] is not None])
     table = []
-    for group in group_names([row for row, _ in pairs], fields):
-        inside = [(row, choice) for row, choice in pairs if group in groups_of(row, fields)]
-        for index, name in enumerate(found["names"]):
-            count = sum(int(choice) == index for _, choice in inside)
-            mean = float(np.mean([row["granularity_probs"][name] for row, _ in inside]))
-            entry = {"group": group, "level": name, "n": len(inside), "count": count, "share": count / len(inside)}
-            table.append({**entry, "mean_probability": mean})
+    for group, inside in groups_of(choosers(rows), fields).items():
+        for level, part in frame.groupby("level", sort=False):
+            part = part.iloc[inside]
+            entry = {"group": group, "level": level, "n": len(inside), "count": int((part["chosen"] == level).sum())}
+            entry |= {"share": entry["count"] / len(inside), "mean_probability": float(part["probability"].mean())}
+            table.append(entry)
     return table
 
 
 def sweep_table(cells: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """Score, tokens and seconds of every setting in every group, and the paired difference to no semantic tokens."""
     table = []
-    for group in group_names(cells[0]["rows"], fields):
-        inside = [i for i, row in enumerate(cells[0]["rows"]) if group in groups_of(row, fields)]
-        without = [cells[0]["rows"][i]["score"] for i in inside]
+    for group, inside in groups_of(cells[0]["rows"], fields).items():
         for cell in cells:
-            values = [cell["rows"][i]["score"] for i in inside]
-            mean, low, high = bootstrap_mean(values)
+            values, seconds = ([cell["rows"][i][name] for i in inside] for name in ("score", "seconds"))
             entry = {name: value for name, value in cell.items() if name != "rows"}
-            entry |= {"group": group, "n": len(inside), "score": mean, "low": low, "high": high}
-            entry["seconds"] = float(np.median([cell["rows"][i]["seconds"] for i in inside]))
-            if cell is not cells[0]:
-                difference = paired_difference(values, without)
-                entry |= dict(zip(("difference", "difference_low", "difference_high", "p"), difference, strict=True))
+            entry |= {"group": group, "n": len(inside), **estimate(values), "seconds": float(np.median(seconds))}
+            if cell is cells[0]:
+                without = values
+            else:
+                entry |= difference(values, without)
             table.append(entry)
     return table
 
 
-def long_rows(found: dict[str, Any], cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def long_rows(rows: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """One row per sample and setting, for the Parquet file."""
-    rows = []
-    for i, name in enumerate(found["names"]):
-        for j, row in enumerate(found["rows"]):
-            chosen = int(found["choice"][j])
-            pixels, semantic = found["tokens"][name]
-            rows.append(
-                {
-                    **{
-                        "setting": f"level {name}",
-                        "id": row["id"],
-                        "task": row["task"],
-                        "alpha": None,
-                        "beta": None,
-                        "k": None,
-                    },
-                    "chosen": None if chosen < 0 else found["names"][chosen],
-                    "probability": (row.get("granularity_probs") or {}).get(name),
-                    **{"prediction": found["predictions"][name][j], "reference": row["reference"]},
-                    **{"score": float(found["scores"][i, j]), "seconds": float(found["seconds"][i, j])},
-                    **{"pixel_tokens": pixels, "semantic_tokens": semantic},
-                }
-            )
-    for cell in cells:
-        numbers = {name: cell[name] for name in ("alpha", "beta", "k")}
-        tokens = {name: cell[name] for name in ("pixel_tokens", "semantic_tokens")}
-        for row in cell["rows"]:
-            kept = {name: row[name] for name in ("id", "task", "prediction", "reference", "score", "seconds")}
-            rows.append({"setting": "sweep", **numbers, "chosen": None, "probability": None, **kept, **tokens})
-    return rows
+    swept = ({**row, **cell, "setting": "sweep"} for cell in cells for row in cell["rows"])
+    yield from ({name: row.get(name) for name in COLUMNS} for row in (*rows, *swept))
 
 
 def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title: str) -> str:
     """The three tables."""
-
-    def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, ["---"] * len(header), *lines)]
-        return [f"| {' | '.join(line)} |" for line in cells]
-
-    def score(row: dict[str, Any]) -> str:
-        return f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-
-    def difference(row: dict[str, Any]) -> str:
-        if "difference" not in row:
-            return ""
-        interval = f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-        return f"{row['difference']:+.3f} {interval}, p = {row['p']:.3f}"
-
-    def tokens(value: float | None) -> str:
-        return "" if value is None else f"{value:.1f}"
-
     levels = list(dict.fromkeys(row["level"] for row in choices))
-    groups: dict[str, dict[str, dict]] = {}
-    for row in choices:
-        groups.setdefault(row["group"], {})[row["level"]] = row
-    lines = [
-        [group, str(rows[levels[0]]["n"]), *(f"{rows[name]['count']} ({rows[name]['share']:.0%})" for name in levels)]
-        for group, rows in groups.items()
+    counts, worth, score = [], [], "score [95 %]"
+    for rows in batches(choices, len(levels)):
+        chosen = [f"{row['count']} ({row['share']:.0%})" for row in rows]
+        counts.append([rows[0]["group"], str(rows[0]["n"]), *chosen])
+    for row in policies:
+        tokens = "" if row["semantic_tokens"] is None else f"{row['semantic_tokens']:.1f}"
+        worth.append([row["group"], row["policy"], score_text(row), difference_text(row), tokens])
+    parts = [
+        f"# {title}",
+        "## Chosen levels",
+        markdown_table(["group", "samples", *levels], counts),
+        "## Levels against the controller",
+        markdown_table(["group", "level", score, "difference to the controller", "semantic tokens"], worth),
+        "*random*: a level drawn uniformly, in expectation. *oracle*: the best level of each sample, an upper bound.",
     ]
-    text = [f"# {title}", "", "## Chosen levels", "", *table(["group", "samples", *levels], lines), ""]
-    lines = [[r["group"], r["policy"], score(r), difference(r), tokens(r["semantic_tokens"])] for r in policies]
-    header = ["group", "level", "score [95 %]", "difference to the controller", "semantic tokens"]
-    text += ["## Levels against the controller", "", *table(header, lines), ""]
-    text += ["*random*: a level drawn uniformly, in expectation. *oracle*: the best level of each sample, an upper bound.", ""]
     if sweep:
-        lines = [
-            [r["group"], str(r["beta"]), str(r["k"]), str(r["semantic_tokens"]), score(r), difference(r), f"{r['seconds']:.3f}"]
-            for r in sweep
+        swept = []
+        for row in sweep:
+            cell = [str(row[name]) for name in ("group", "beta", "k", "semantic_tokens")]
+            swept.append([*cell, score_text(row), difference_text(row), f"{row['seconds']:.3f}"])
+        head = ["group", "β", "K", "semantic tokens", score, "difference to none", "seconds per sample"]
+        parts += [
+            f"## Clusters (α = {sweep[0]['alpha']}, the same weights)",
+            markdown_table(head, swept),
+            "Seconds are the median over samples, of a batch shared among its samples, image decoding included.",
         ]
-        header = ["group", "β", "K", "semantic tokens", "score [95 %]", "difference to none", "seconds per sample"]
-        text += [f"## Clusters (α = {sweep[0]['alpha']}, the same weights)", "", *table(header, lines), ""]
-        text += ["Seconds are the median over samples, of a batch shared among its samples, image decoding included.", ""]
-    return "\n".join(text)
+    return "\n\n".join(parts) + "\n"
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
+def shades(count: int) -> list[tuple[float, float, float, float]]:
+    """Colors from light (coarse) to dark (fine): levels have an order."""
+    from matplotlib import colormaps
+
+    return [colormaps["YlGnBu"](0.3 + 0.6 * index / max(1, count - 1)) for index in range(count)]
+
+
 def plot_choices(choices: list[dict]):
     """Shares of the levels per group, stacked; a `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
-
-    groups, levels = (list(dict.fromkeys(row[key] for row in choices)) for key in ("group", "level"))
-    share = {(row["group"], row["level"]): row["share"] for row in choices}
-    counts = {row["group"]: row["n"] for row in choices}
-    figure = Figure(figsize=(6.4, 1.3 + 0.42 * len(groups)), layout="constrained")
-    axes, left = figure.subplots(), np.zeros(len(groups))
-    for i, level in enumerate(levels):
-        values = np.array([share[group, level] for group in groups])
-        bars = axes.barh(range(len(groups)), values, left=left, height=0.7, color=shade(i, len(levels)), label=level)
-        dark = i > (len(levels) - 1) / 2
-        labels = [f"{value:.0%}" if value >= 0.08 else "" for value in values]
-        axes.bar_label(bars, labels, label_type="center", fontsize=8, color="white" if dark else "black")
-        left += values
-    axes.set(yticks=range(len(groups)), xlim=(0, 1), xlabel="share of samples")
-    axes.set_yticklabels([f"{group} ({counts[group]})" for group in groups])
+    frame = pd.DataFrame(choices)
+    groups, levels = frame["group"].unique(), frame["level"].unique()
+    shares = frame.pivot(index="group", columns="level", values="share").loc[groups, levels]
+    counts = frame.groupby("group", sort=False)["n"].first()
+    figure = empty_figure(6.4, 1.3 + 0.42 * len(groups))
+    axes = figure.subplots()
+    shares.plot.barh(stacked=True, width=0.7, color=shades(len(levels)), ax=axes, legend=False, xlim=(0, 1), ylabel="")
+    for i, (bars, level) in enumerate(zip(axes.containers, levels, strict=True)):
+        labels = [f"{value:.0%}" if value >= 0.08 else "" for value in shares[level]]
+        color = "white" if i > (len(levels) - 1) / 2 else "black"
+        axes.bar_label(bars, labels, label_type="center", fontsize=8, color=color)
+    axes.set(xlabel="share of samples")
+    axes.set_yticklabels([f"{group} ({count})" for group, count in counts.items()])
+    axes.autoscale(axis="y")
     axes.invert_yaxis()
     figure.legend(loc="outside upper center", ncols=min(len(levels), 6), fontsize=8, frameon=False)
     return figure
 
 
-def shade(index: int, count: int) -> tuple[float, float, float, float]:
-    """Colours from light (coarse) to dark (fine): levels have an order."""
-    from matplotlib import colormaps
-
-    return colormaps["YlGnBu"](0.3 + 0.6 * index / max(1, count - 1))
-
-
 def plot_policies(policies: list[dict]):
     """Score of every policy with its interval, one panel per group; a `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
-
-    groups, names = (list(dict.fromkeys(row[key] for row in policies)) for key in ("group", "policy"))
+    frame = pd.DataFrame(policies)
+    names = list(frame["policy"].unique())
     levels = [name for name in names if name not in POLICIES]
-    colours = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5"}
-    colours |= {name: shade(i, len(levels)) for i, name in enumerate(levels)}
-    columns = min(3, len(groups))
-    lines = math.ceil(len(groups) / columns)
-    size = (max(5.0, 3.4 * columns), 1.0 + (0.4 + 0.3 * len(names)) * lines)
-    figure = Figure(figsize=size, layout="constrained")
+    colors: dict[str, Any] = {"controller": "tab:orange", "random": "0.75", "oracle": "0.5"}
+    colors |= zip(levels, shades(len(levels)), strict=True)
+    count = frame["group"].nunique()
+    columns = min(3, count)
+    lines = math.ceil(count / columns)
+    figure = empty_figure(max(5.0, 3.4 * columns), 1.0 + (0.4 + 0.3 * len(names)) * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for group, axes in zip(groups, panels, strict=False):
-        rows = [row for row in policies if row["group"] == group]
-        means = np.array([row["score"] for row in rows])
-        error = np.array([[row["score"] - row["low"], row["high"] - row["score"]] for row in rows]).T.clip(min=0)
-        axes.barh(names, means, xerr=error, color=[colours[name] for name in names], error_kw={"capsize": 2, "lw": 0.9})
+    for (group, rows), axes in zip(frame.groupby("group", sort=False), panels, strict=False):
+        error = np.stack([rows["score"] - rows["low"], rows["high"] - rows["score"]]).clip(min=0)
+        axes.barh(names, rows["score"], xerr=error, color=[colors[name] for name in names], error_kw={"capsize": 2, "lw": 0.9})
         axes.set(xlim=(0, 1.02))
         axes.tick_params(labelbottom=True)  # also above a place that stays empty
-        axes.set_title(f"{group} ({rows[0]['n']})", fontsize=10)
+        axes.set_title(f"{group} ({rows['n'].iloc[0]})", fontsize=10)
     figure.supxlabel("score, 95 % bootstrap interval", fontsize=10)
-    for axes in panels[len(groups) :]:
+    for axes in panels[count:]:
         axes.set_visible(False)
     panels[0].invert_yaxis()  # shared by all
     return figure
@@ -431,66 +335,60 @@ def plot_policies(policies: list[dict]):
 def plot_sweep(sweep: list[dict]):
     """Score against clusters, visual tokens and seconds: a line per group or, where K was varied, per K over all samples; a
     `matplotlib.figure.Figure`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
+    frame = pd.DataFrame(sweep)
+    frame["tokens"] = frame["pixel_tokens"] + frame["semantic_tokens"]
     varied = any(row["k"] not in (0, row["beta"]) for row in sweep)
-    groups = [ALL] if varied else list(dict.fromkeys(row["group"] for row in sweep))
-    for i, group in enumerate(groups):
-        rows = [row for row in sweep if row["group"] == group]
-        series: dict[str, list[dict]] = {}
-        for row in rows[1:]:
-            series.setdefault(f"K = {row['k']}" if varied else group, []).append(row)
-        for j, (label, line) in enumerate(series.items()):
-            points, number = [rows[0], *line], i + j  # one of both varies
-            style = {"color": f"C{number % 10}", "linestyle": "-" if j == 0 else "--", "marker": "os^Dv"[number % 5], "ms": 4}
-            means, beta = [row["score"] for row in points], [row["beta"] for row in points]
-            panels[0].plot(beta, means, label=label, **style)
-            if group == ALL and not varied:  # bands on top of each other cannot be read
-                band = ([row["low"] for row in points], [row["high"] for row in points])
-                panels[0].fill_between(beta, *band, color=style["color"], alpha=0.15, linewidth=0)
-            style |= {"linestyle": ""} if varied else {}  # β changes along a line whose tokens stay the same
-            panels[1].plot([row["pixel_tokens"] + row["semantic_tokens"] for row in points], means, **style)
-            if group == ALL:
-                panels[2].plot([row["seconds"] for row in points], means, **{**style, "linestyle": ""})
-                for row in points if j == 0 else line:
-                    at = (row["seconds"], row["score"])
-                    panels[2].annotate(str(row["beta"]), at, (3, 4), textcoords="offset points", fontsize=8)
-    panels[0].set(xlabel="clusters β (0: no semantic tokens)", ylabel="score", ylim=(0, 1.02))
-    panels[1].set(xlabel="visual tokens per image")
-    panels[2].set(xlabel="median seconds per sample (labels: β)")
-    for axes in panels:
+    lines = dict(iter(frame.groupby("group", sort=False)))
+    if varied:
+        every = lines[ALL]
+        lines = {f"K = {k}": every[every["k"].isin([0, k])] for k in every["k"].unique() if k}
+    figure = empty_figure(11, 3.8)
+    clusters, tokens, seconds = figure.subplots(1, 3, sharey=True)
+    for i, (label, points) in enumerate(lines.items()):
+        style = {"color": f"C{i % 10}", "marker": "os^Dv"[i % 5], "ms": 4}
+        clusters.plot("beta", "score", data=points, label=label, linestyle="--" if varied and i else "-", **style)
+        if label == ALL:  # more bands on top of each other cannot be read
+            clusters.fill_between("beta", "low", "high", data=points, color=style["color"], alpha=0.15, linewidth=0)
+        # β changes along a line whose tokens stay the same.
+        tokens.plot("tokens", "score", data=points, linestyle="" if varied else "-", **style)
+        if varied or label == ALL:
+            seconds.plot("seconds", "score", data=points, linestyle="", **style)
+            for row in points.iloc[min(i, 1) :].itertuples():  # the point that all have is labeled once
+                seconds.annotate(str(row.beta), (row.seconds, row.score), (3, 4), textcoords="offset points", fontsize=8)
+    clusters.set(xlabel="clusters β (0: no semantic tokens)", ylabel="score", ylim=(0, 1.02))
+    tokens.set(xlabel="visual tokens per image")
+    seconds.set(xlabel="median seconds per sample (labels: β)")
+    for axes in figure.axes:
         axes.grid(alpha=0.25)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
+    figure.legend(*clusters.get_legend_handles_labels(), loc="outside upper center", ncols=5, fontsize=8, frameon=False)
     return figure
 
 
 def report(
-    folder: Path, found: dict[str, Any], cells: Sequence[dict[str, Any]], fields: Sequence[str], title: str, settings: dict
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    cells: Sequence[dict[str, Any]],
+    fields: Sequence[str],
+    title: str,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `granularity.md`, `granularity.json`, `granularity.parquet`, `choices.png`, `levels.png` and `sweep.png`.
+    """Write `granularity.md`, `.json` and `.parquet`, `choices.png`, `levels.png` and `sweep.png`; return what the JSON holds.
 
-    Returns:
-        `dict`: settings and the tables `choices`, `levels` and `sweep`, as in the JSON file.
-
-    Raises:
-        GranulonError: no sample has an image, so that no level was chosen.
+    Args:
+        rows, cells (`list[dict]`): of [`GranularityAnalysis.levels`] and [`GranularityAnalysis.sweep`].
+        fields (`list[str]`): "task" or names in `meta` that samples are grouped by.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not (found["choice"] >= 0).any():
+    if not choosers(rows):
         raise GranulonError("No sample could be answered with an image: there is no level to look at.")
     folder = Path(folder)
-    choices, policies = choice_table(found, fields), policy_table(found, fields)
+    choices, policies = choice_table(rows, fields), policy_table(rows, fields)
     sweep = sweep_table(cells, fields) if cells else []
     write_text(folder / "granularity.md", markdown(choices, policies, sweep, title))
     result = {"settings": settings, "choices": choices, "levels": policies, "sweep": sweep}
     write_text(folder / "granularity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    pq.write_table(pa.Table.from_pylist(long_rows(found, cells)), folder / "granularity.parquet")
-    plot_choices(choices).savefig(folder / "choices.png", dpi=150)
-    plot_policies(policies).savefig(folder / "levels.png", dpi=150)
-    if sweep:
-        plot_sweep(sweep).savefig(folder / "sweep.png", dpi=150)
+    write_rows(folder / "granularity.parquet", long_rows(rows, cells))
+    plots = {"choices": plot_choices(choices), "levels": plot_policies(policies)}
+    plots |= {"sweep": plot_sweep(sweep)} if sweep else {}
+    for name, figure in plots.items():
+        figure.savefig(folder / f"{name}.png", dpi=150)
     return result

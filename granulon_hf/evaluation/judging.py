@@ -1,7 +1,5 @@
 """Predictions from a file to the judge and back: reading, the table of samples, the HTML report, evaluate's offline cache."""
 
-import base64
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -9,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
+import numpy as np
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.io import write_text
+from granulon_hf.evaluation.tables import data_url, jpeg, write_page
 from granulon_hf.judge import judge
 from granulon_hf.judge.judge import encode_image, open_image, to_rgb
 
@@ -42,9 +40,6 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Yields:
         `tuple`: place of a row, for messages, and its content.
-
-    Raises:
-        GranulonError: no such file, another kind of file, or a line that is no JSON object.
     """
     if path.is_dir():
         import datasets
@@ -80,6 +75,15 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise GranulonError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
 
 
+def score_of(row: dict[str, Any], column: str, where: str) -> float | None:
+    """Return a score from 0 to 100, or None where there is none."""
+    value = row.get(column)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= value <= 100):
+        raise GranulonError(f"{where}: {column} is {as_json(value)}, not 0 to 100.")
+    return value
+
+
 def read_object(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -110,41 +114,38 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
             optionally "id", "question", "reference" and "task"; or a folder of `datasets.Dataset.save_to_disk`.
         columns (`dict[str, str]`, *optional*): other names of these columns.
         image_root (`Path`, *optional*): where relative image paths start; by default beside the file.
-
-    Raises:
-        GranulonError: a column or value is missing or of another type, an id is there twice, none of the images exists.
     """
-    unknown = sorted(set(columns or {}) - set(FIELDS))
-    if unknown:
+    if unknown := sorted(set(columns or {}) - set(FIELDS)):
         raise GranulonError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")
     named = {name: name for name in FIELDS} | (columns or {})
     root = image_root or (path if path.is_dir() else path.parent)
     found: list[Prediction] = []
     seen: dict[str, str] = {}
     for place, row in rows_of(path):
+        where = f"{path}, {place}"
         if named["image"] not in row and "images" in row and "image" not in (columns or {}):
             images = row["images"]
             if not isinstance(images, list) or len(images) > 1:
-                raise GranulonError(f"{path}, {place}: the judge looks at one image, and `images` is not a list of one.")
+                raise GranulonError(f"{where}: the judge looks at one image, and `images` is not a list of one.")
             row["image"] = images[0] if images else None
         for field in ("prediction", "image"):
             if named[field] not in row:
+                there = f"it has {', '.join(map(repr, row))}"
                 raise GranulonError(
-                    f"{path}, {place} has no column {named[field]!r} (it has {', '.join(map(repr, row))}); name the column "
-                    f"with --column {field}=NAME."
+                    f"{where} has no column {named[field]!r} ({there}); name the column with --column {field}=NAME."
                 )
         texts = {field: row.get(named[field]) for field in ("prediction", "question", "reference", "task")}
         for field, text in texts.items():
             if not isinstance(text, str | None):
-                raise GranulonError(f"{path}, {place}: {named[field]} is {as_json(text)}, not a text.")
+                raise GranulonError(f"{where}: {named[field]} is {as_json(text)}, not a text.")
         name = row.get(named["id"])
         name = f"#{len(found)}" if name is None else str(name)
         if name in seen:
-            raise GranulonError(f"{path}, {place} has the id {name!r}, as has {seen[name]}.")
+            raise GranulonError(f"{where} has the id {name!r}, as has {seen[name]}.")
         seen[name] = place
         image = image_of(row[named["image"]], root)
         if image is None:
-            raise GranulonError(f"{path}, {place}: the image is {as_json(row[named['image']])}, not a path or encoded bytes.")
+            raise GranulonError(f"{where}: the image is {as_json(row[named['image']])}, not a path or encoded bytes.")
         task = texts.pop("task")
         found.append(Prediction(id=name, image=image, task=task, **{field: text or "" for field, text in texts.items()}))
     if not found:
@@ -163,18 +164,10 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
         row["image"] = row["image"] if isinstance(row["image"], str) else row["image"].get("path")
         row |= {name: result[f"{name}_scores"][i] for name in ("accuracy", "hallucination")}
         row |= {"reason": result["reasons"][i], "empty": result["empty"][i]}
-        if "segments" in result:
-            parts = result["segments"]
+        if parts := result.get("segments"):
             row["segments"] = {n: [part[i] for part in parts[f"{n}_scores"]] for n in ("accuracy", "hallucination")}
         rows.append(row)
     return rows
-
-
-def badness(row: dict[str, Any]) -> tuple[int, float]:
-    """Return a sort key, worst first: hallucination minus accuracy. The unscored lead, since somebody has to look at them."""
-    if row["accuracy"] is None:
-        return 0, 0.0
-    return 1, row["accuracy"] - row["hallucination"]
 
 
 def thumbnail(image: Any) -> str | None:
@@ -182,38 +175,28 @@ def thumbnail(image: Any) -> str | None:
     try:
         small = to_rgb(open_image(encode_image(image)))
         small.thumbnail((THUMBNAIL, THUMBNAIL))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=80)
+        return data_url(jpeg(small, quality=80))
     except Exception:  # Pillow raises what its many decoders raise
         return None
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_report(path: Path, title: str, samples: list[Prediction], result: dict[str, Any], show: int = 200) -> None:
-    """Write a self-contained HTML page: the summary, a histogram of both scores, the `show` worst samples with their images.
-
-    Everything that comes from data is escaped.
-    """
+    """Write a self-contained HTML page: the summary, a histogram of both scores, the `show` worst samples with their images."""
     rows = judged(samples, result)
-    order = sorted(range(len(rows)), key=lambda i: badness(rows[i]))[:show]
-    cards = [{**rows[i], "thumbnail": thumbnail(samples[i].image)} for i in order]
+    # Hallucination minus accuracy. The unscored lead, since somebody has to look at them.
+    worth = [-101 if row["accuracy"] is None else row["accuracy"] - row["hallucination"] for row in rows]
+    worst = sorted(range(len(rows)), key=worth.__getitem__)[:show]
+    cards = [{**rows[i], "thumbnail": thumbnail(samples[i].image)} for i in worst]
     histograms = {}
     for name in ("accuracy", "hallucination"):
         scores = [row[name] for row in rows if row[name] is not None]
-        counts = [sum(min(int(score) // 10, 9) == bin for score in scores) for bin in range(10)]
-        histograms[name] = {"counts": counts, "top": max([1, *counts])}
-    template = Path(__file__).with_name("judge_report.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(template).render(title=title, result=result, cards=cards, n=len(rows), histograms=histograms)
-    write_text(path, page, errors="replace")
+        counts, _ = np.histogram(scores, bins=10, range=(0, 100))
+        histograms[name] = {"counts": counts, "top": max(1, counts.max())}
+    write_page(path, "judge_report.html.jinja", title=title, result=result, cards=cards, n=len(rows), histograms=histograms)
 
 
 def install() -> Path:
-    """Put the judge into evaluate's module cache, where `evaluate.load("granulon/judge")` finds it without a network.
-
-    Returns:
-        `Path`: the installed file.
-    """
+    """Put the judge into evaluate's module cache, where `evaluate.load("granulon/judge")` finds it offline; return the file."""
     from datasets import DownloadMode
     from evaluate.loading import LocalEvaluationModuleFactory, init_dynamic_modules
 

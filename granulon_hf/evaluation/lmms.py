@@ -48,15 +48,7 @@ def manifest() -> Any:
 class Granulon(lmms):
     """A Granulon model of lmms-eval's "simple" kind: a text and its images apart. Also scores given answers.
 
-    Args:
-        pretrained (`str`): folder or Hub id.
-        device (`str`, *optional*): the best there is by default; of several processes, each has its own.
-        dtype (`str`): see [`load_model`].
-        batch_size (`int` or `str`): questions at once. Greedy answers do not depend on it.
-        granularity (`str`, *optional*): forces a level; by default the controller chooses.
-
-    Raises:
-        GranulonError: no Granulon model, or an unknown device, dtype, batch size or level.
+    Arguments are those of `--model_args`; of several processes, each has its own device.
     """
 
     def __init__(
@@ -93,11 +85,7 @@ class Granulon(lmms):
         return [{"role": "user", "content": [*content, {"type": "text", "text": context}]}]
 
     def sample(self, turns: list[dict[str, Any]], request: Instance) -> Sample:
-        """A conversation in lmms-eval's form as a sample.
-
-        Raises:
-            GranulonError: it holds a video or sound, or ends with words of the assistant.
-        """
+        """A conversation in lmms-eval's form as a sample; no videos, no sound, and no last words of the assistant."""
         if turns[-1]["role"] == "assistant":
             raise GranulonError(
                 f"Task {request.task_name!r} begins the answer itself, which Granulon's adapter does not support."
@@ -111,8 +99,7 @@ class Granulon(lmms):
                     parts.append({"type": "image"})
                 elif part["type"] == "text":
                     # Some tasks write a place for LLaVA's images into the text; ours come first, in their own parts.
-                    text = part["text"].replace("<image>", "")
-                    parts.append({"type": "text", "text": text})
+                    parts.append({"type": "text", "text": part["text"].replace("<image>", "")})
                 else:
                     raise GranulonError(
                         f"Task {request.task_name!r} asks about {part['type']}; Granulon reads images and text only."
@@ -151,15 +138,12 @@ class Granulon(lmms):
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """How likely given answers are.
+        """How likely given answers are: per request the pair (loss, greedy) as a result's "text".
 
         As in lmms-eval's other models, and as its multiple-choice tasks expect, this is a *loss*: the mean over the answer's
         tokens of the negative log-likelihood (lower is better), and whether greedy decoding would give just these tokens.
-        White space before the answer is left out: the chat template ends where the answer begins.
-
-        Returns:
-            `list[GenerationResult]`: the pair (loss, greedy) as "text". lmms-eval documents a bare pair, but 0.7.3 turns that
-            into a string before its multiple-choice tasks unpack it.
+        White space before the answer is left out: the chat template ends where the answer begins. lmms-eval documents a bare
+        pair, but 0.7.3 turns that into a string before its multiple-choice tasks unpack it.
         """
         results: list[Any] = [None] * len(requests)
         for batch, chosen in self.batches(requests, list(range(len(requests))), "Granulon scores"):
@@ -204,13 +188,10 @@ class GranulonChat(Granulon):
 
 
 class StopStrings(StoppingCriteria):
-    """Ends an answer at the first of some strings.
+    """Ends an answer at the first of some strings; `found` holds what stood before it, by row.
 
     Of transformers' own `stop_strings` it differs in that words of the prompt never count: "\\n\\n" would be found where the
     prompt ends in one line break and the answer begins with another.
-
-    Attributes:
-        found (`dict[int, str]`): what each answer was before its stop string, by row; only of answers that had one.
     """
 
     def __init__(self, tokenizer: Any, until: list[str]):
@@ -230,12 +211,7 @@ class StopStrings(StoppingCriteria):
 
 
 class ForcedAnswers(LogitsProcessor):
-    """Has `generate` write given tokens, and keeps how likely they were: on the very path of answers, so that nothing differs.
-
-    Args:
-        answers (`list[list[int]]`): tokens of each row.
-        end (`int`): token after an answer that is shorter than others.
-    """
+    """Has `generate` write given tokens, then `end`, and keeps how likely they were: on the very path of answers."""
 
     def __init__(self, answers: list[list[int]], end: int):
         self.answers, self.end, self.step = answers, end, 0
@@ -246,11 +222,13 @@ class ForcedAnswers(LogitsProcessor):
         log_probs, best = scores.float().log_softmax(-1), scores.argmax(-1)
         forced = torch.full_like(scores, -torch.inf)
         for row, answer in enumerate(self.answers):
-            token = answer[self.step] if self.step < len(answer) else self.end
+            if self.step >= len(answer):
+                forced[row, self.end] = 0
+                continue
+            token = answer[self.step]
             forced[row, token] = 0
-            if self.step < len(answer):
-                self.log_probs[row].append(log_probs[row, token].item())
-                self.greedy[row] &= bool(best[row] == token)
+            self.log_probs[row].append(log_probs[row, token].item())
+            self.greedy[row] &= bool(best[row] == token)
         self.step += 1
         return forced  # type: ignore[return-value]
 

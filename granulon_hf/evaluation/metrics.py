@@ -26,7 +26,7 @@ def recall(prediction: str, reference: str) -> float:
     return len(wanted & set(prediction.lower().split())) / len(wanted) if wanted else 1.0
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower case, without punctuation, articles and extra space (ours, after SQuAD's).
 
     Signs and decimal points of numbers stay, and so do `<`, `>` and `=`. Text of which nothing would be left stays too.
@@ -41,8 +41,8 @@ def plain(text: str) -> str:
 
 
 def exact(prediction: str, reference: str) -> float:
-    """1.0 where both are the same after [`normalise`] (ours); an empty answer is never right."""
-    return float(bool(prediction.strip()) and normalise(prediction) == normalise(reference))
+    """1.0 where both are the same after [`normalize`] (ours); an empty answer is never right."""
+    return float(bool(prediction.strip()) and normalize(prediction) == normalize(reference))
 
 
 def option_accuracy(prediction: str, choices: Sequence[str], reference: str) -> float:
@@ -52,13 +52,13 @@ def option_accuracy(prediction: str, choices: Sequence[str], reference: str) -> 
 
 
 def option_of(text: str, choices: Sequence[str]) -> int | None:
-    """Index of the option with this content: the first that is the same, or the only one that is so after [`normalise`]."""
+    """Index of the option with this content: the first that is the same, or the only one that is so after [`normalize`]."""
     if not text.strip():
         return None
     contents = [plain(choice) for choice in choices]
     if plain(text) in contents:
         return contents.index(plain(text))
-    same = [i for i, choice in enumerate(choices) if normalise(choice) == normalise(text)]
+    same = [i for i, choice in enumerate(choices) if normalize(choice) == normalize(text)]
     return same[0] if len({contents[i] for i in same}) == 1 else None
 
 
@@ -88,7 +88,7 @@ def chosen_option(prediction: str, choices: Sequence[str]) -> int | None:
         index = ord(letter) - ord("A") if named is None else named
         if index < len(choices):
             return index
-    contents, rest, inside = [normalise(choice) for choice in choices], normalise(prediction), set()
+    contents, rest, inside = [normalize(choice) for choice in choices], normalize(prediction), set()
     for content in sorted(filter(None, set(contents)), key=len, reverse=True):
         # What is found is taken away, so that a shorter option inside of it does not count.
         rest, times = re.subn(rf"(?<![\w.-]){re.escape(content)}(?!\.?\w)", "|", rest)
@@ -134,8 +134,7 @@ def bert_scores(
 ) -> list[float]:
     """BERTScore F1 of each sample, by the bert-score package (supplement: a baseline similarity). An empty answer scores 0.
 
-    Args:
-        model (`str`): Hub id or folder of the encoder; with a folder also `layers`.
+    `model` is the Hub id of the encoder, or its folder; with a folder give `layers` too.
     """
     from bert_score import BERTScorer
 

@@ -13,19 +13,13 @@ HELD_OUT = 1000  # drawn scenes have seeds from here on; training draws its own 
 
 
 def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = None, **options: Any) -> Samples | Shapes:
-    """A set by its name; what is drawn is held out, as nothing that is trained on may be evaluated on.
+    """Open a set by its name; what is drawn is held out, as nothing that is trained on may be evaluated on.
 
     Args:
         name (`str`): of [`~granulon_hf.data.load`], a file of LLaVA's conversations or a folder with a `chat.json`, or
-            "shapes".
-        drawn (`int`): number of drawn scenes, of which there is no end, where there is no limit.
-        seed (`int`): 0 or more; other seeds give other samples.
-        limit (`int`, *optional*): at most so many.
-        options: further arguments of `load`; None is the default. Drawn scenes have none of them. The default split is
-            one that training does not see, where the set has one.
-
-    Raises:
-        GranulonError: the set cannot be read, or drawn scenes are given what they do not have.
+            "shapes", which is drawn: there is no end of its scenes, so that without a limit `drawn` says how many.
+        options: further arguments of `load`, None for a default. Drawn scenes have none of them. The default split is one
+            that training does not see, where the set has one.
     """
     if seed < 0:
         raise GranulonError(f"The seed must be 0 or more; got {seed}.")

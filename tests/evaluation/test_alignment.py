@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -151,16 +152,16 @@ def test_a_bad_image_costs_its_own_sample_only(build, tmp_path):
     assert run.errors()[0]["id"] == samples[1].id
 
 
-def test_the_band_is_a_bootstraps_and_does_not_depend_on_blocks():
+def test_the_band_is_a_bootstraps(monkeypatch):
+    monkeypatch.setattr(alignment, "BLOCK", 37)
     values = np.random.default_rng(1).normal([0.2, 0.8], [0.1, 0.02], (400, 2))
-    found = curve([([""], values[:37]), ([""], values[37:])], 4000)
-    np.testing.assert_allclose(found.mean, values.mean(0))
+    found = curve(pd.DataFrame(values), 4000)
+    np.testing.assert_allclose(found["mean"], values.mean(0))
     draw = np.random.default_rng(2)
     means = np.stack([values[draw.integers(400, size=400)].mean(0) for _ in range(4000)])
-    np.testing.assert_allclose([found.low, found.high], np.percentile(means, [2.5, 97.5], axis=0), atol=1e-3)
-    single = curve([([""], values[:1])])
-    np.testing.assert_allclose([single.low, single.high], [values[0], values[0]])
-    assert curve([]) is None
+    np.testing.assert_allclose([found["low"], found["high"]], np.percentile(means, [2.5, 97.5], axis=0), atol=1e-3)
+    single = curve(pd.DataFrame(values[:1]))
+    np.testing.assert_allclose([single["low"], single["high"]], [values[0], values[0]])
 
 
 def test_report(tmp_path, monkeypatch):
@@ -170,7 +171,7 @@ def test_report(tmp_path, monkeypatch):
         run = runs[name] = AlignmentRun(tmp_path / name.replace("/", "-"), {"model": name})
         lines = [{"id": f"s{i}", "cosine": draw.uniform(0, 1, layers).round(6).tolist()} for i in range(10)]
         run.journal.path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "bad", "error": "broken"}]))
-    monkeypatch.setattr(alignment.AlignmentRun.blocks, "__defaults__", (4, None))
+    monkeypatch.setattr(alignment, "BLOCK", 4)
     summary = report(tmp_path, runs)
     table = pq.read_table(tmp_path / "alignment.parquet")
     assert pq.ParquetFile(tmp_path / "alignment.parquet").num_row_groups == 6
@@ -181,7 +182,7 @@ def test_report(tmp_path, monkeypatch):
     one = np.array([r["cosine"] for r in runs["one"].journal if "cosine" in r])
     np.testing.assert_allclose(summary["models"]["one"]["mean"], one.mean(0), atol=1e-6)
     assert summary["models"]["two/b"]["left_out"] == [{"id": "bad", "reason": "broken"}]
-    rows = alignment.heatmap_rows(runs["one"], 10, 4)
+    rows = alignment.heatmap_rows(one, 4)
     np.testing.assert_allclose(rows, [one[:3].mean(0), one[3:6].mean(0), one[6:9].mean(0), one[9]])
     for stem in ("curves", "heatmap-one", "heatmap-two-b"):
         for kind in ("png", "svg"):

@@ -19,30 +19,22 @@ LEVELS = ("coarse", "middle", "fine")
 @pytest.fixture(scope="module")
 def found():
     """Made up: 6 samples, of which the last has no image."""
-    choice = np.array([0, 1, 2, 2, 0, -1])
+    choice = ["coarse", "middle", "fine", "fine", "coarse", None]
     scores = np.array([[1, 0, 0, 1, 0, 1], [1, 1, 0, 0, 0, 0], [0, 1, 0, 1, 1, 0]], dtype=float)
-    probs = [dict(zip(LEVELS, np.eye(3)[i] * 0.7 + 0.1, strict=True)) if i >= 0 else None for i in choice]
-    rows = [
-        {"id": f"s{i}", "task": "vqa" if i % 2 else "caption", "meta": {"kind": "x" if i < 2 else "y"}, "reference": "r"}
-        | {"granularity_probs": probs[i]}
+    return [
+        {"id": f"s{9 - i}", "task": "vqa" if i % 2 else "caption", "meta": {"kind": "x" if i < 2 else "y"}, "level": level}
+        | {"chosen": choice[i], "probability": 0.8 if level == choice[i] else 0.1, "score": scores[number, i]}
+        | {"semantic_tokens": (4, 9, 20)[number]}
+        for number, level in enumerate(LEVELS)
         for i in range(6)
     ]
-    return {
-        "names": list(LEVELS),
-        "tokens": {"coarse": (36, 4), "middle": (36, 9), "fine": (36, 20)},
-        "rows": rows,
-        "choice": choice,
-        "scores": scores,
-        "seconds": np.full((3, 6), 0.5),
-        "predictions": {name: ["p"] * 6 for name in LEVELS},
-    }
 
 
 def test_policies_against_numpy(found):
-    policies = work.policy_scores(found)
+    policies = work.by_policy(found, "score")
     assert policies["controller"].tolist() == [1, 1, 0, 1, 0]
     assert policies["oracle"].tolist() == [1, 1, 0, 1, 1]
-    np.testing.assert_allclose(policies["random"], found["scores"][:, :5].mean(0))
+    np.testing.assert_allclose(policies["random"], np.array([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [0, 1, 0, 1, 1]]).mean(0))
     table = {(row["group"], row["policy"]): row for row in work.policy_table(found, ["task", "kind"])}
     everything = table["all", "oracle"]
     assert everything["score"] == pytest.approx(0.8) and everything["n"] == 5
@@ -65,18 +57,20 @@ def test_the_controllers_score_is_that_of_letting_it_choose(build, tmp_path):
     samples, seen = list(Shapes(6)), []
     generation = Generation(4, batch_size=3)
     analysis = GranularityAnalysis(
-        model, processor, samples, tmp_path, {}, generation, lambda row: len(row["prediction"]), ["level"], seen.append
+        model, processor, samples, tmp_path, {}, generation, lambda row: len(row["prediction"]), seen.append
     )
     found = analysis.levels()
     assert sum(seen) == 3 * 6
     free = [row for i in (0, 3) for row in answer_batch(model, processor, samples[i : i + 3], generation)]
     assert len({row["granularity"] for row in free}) > 1  # else it would not matter which level is taken
-    assert [found["names"][i] for i in found["choice"]] == [row["granularity"] for row in free]
-    assert work.policy_scores(found)["controller"].tolist() == [len(row["prediction"]) for row in free]
-    assert found["tokens"] == {"coarse": (36, 4), "middle": (36, 9), "fine": (36, 20)}
+    assert [row["chosen"] for row in found[:6]] == [row["granularity"] for row in free]
+    assert work.by_policy(found, "score")["controller"].tolist() == [len(row["prediction"]) for row in free]
+    tokens = {row["level"]: (row["pixel_tokens"], row["semantic_tokens"]) for row in found}
+    assert tokens == {"coarse": (36, 4), "middle": (36, 9), "fine": (36, 20)}
     # Again from what is stored: nothing is answered.
     analysis.model = None
-    assert [row["prediction"] for row in analysis.answers("level-fine", Generation(4, "fine"))] == found["predictions"]["fine"]
+    again = analysis.answers("level-fine", Generation(4, "fine"))
+    assert [row["prediction"] for row in again] == [row["prediction"] for row in found if row["level"] == "fine"]
 
 
 def test_another_number_of_clusters_is_that_of_a_model_configured_so(build):
@@ -108,9 +102,7 @@ def test_the_setting_is_restored_after_an_error(build):
 
 def test_sweep_and_report(build, tmp_path):
     model, processor = build()
-    analysis = GranularityAnalysis(
-        model, processor, list(Shapes(3)), tmp_path / "answers", {}, Generation(2), work.auto_score, ["level"]
-    )
+    analysis = GranularityAnalysis(model, processor, list(Shapes(3)), tmp_path / "answers", {}, Generation(2), work.auto_score)
     found, cells = analysis.levels(), analysis.sweep([5, 50], [5, 10])
     assert [(cell["beta"], cell["k"], cell["semantic_tokens"]) for cell in cells] == [
         (0, 0, 0),
