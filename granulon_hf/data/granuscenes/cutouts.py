@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from granulon_hf.data.datasets.base import one_line
-from granulon_hf.data.granuscenes.tables import read_table
 from granulon_hf.data.pictures import IMAGE_ENDINGS
 from granulon_hf.errors import GranulonError
 
@@ -20,6 +22,13 @@ VERSION = 2  # of cut-outs and scenes: other scenes for the same seed are anothe
 MIN_RATIO = 0.4  # shorter to longer side of a usable cut-out
 MIN_LENGTH = 45  # pixels of its longer side
 SKIPPED = ("mirror", "cartoon", "abstract", "traditional")  # what a path says that is no photograph of its own
+
+
+def read_table(name: str) -> Any:
+    """Read a YAML file of this folder: wording, names and colors are data."""
+    return yaml.safe_load(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
 _TABLES = read_table("tuxpaint.yaml")
 TUXPAINT: dict[str, dict[str, str]] = _TABLES["stamps"]
 NOT_THINGS: list[str] = _TABLES["not_things"]
@@ -66,7 +75,6 @@ def open_picture(path: Path, mode: str) -> Image.Image:
 
 
 def digest_of(path: Path) -> str:
-    """Return a digest of a file's bytes."""
     with naming(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
