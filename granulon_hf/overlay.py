@@ -3,13 +3,15 @@
 Notation: H×W the grid of patches, K semantic slots per image.
 """
 
+import colorsys
 import math
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw, ImageFont
 
 # Easy to tell apart, best ranks first; gray is kept free for what was not kept.
-COLOURS = (
+COLORS = (
     "#e6194b #3cb44b #ffe119 #4363d8 #f58231 #46f0f0 #f032e6 #bcf60c #9a6324 #fabebe "
     "#008080 #911eb4 #ffd8b1 #800000 #aaffc3 #808000 #e6beff #000075 #fffac8 #00a2ff"
 ).split()
@@ -19,13 +21,11 @@ INK, PAPER = (20, 22, 26), (245, 245, 245)
 
 def colour(rank: int) -> tuple[int, int, int]:
     """Return the RGB of the cluster with this rank (0 = best); beyond the table, hues a golden angle apart."""
-    if rank < len(COLOURS):
-        red, green, blue = bytes.fromhex(COLOURS[rank][1:])
+    if rank < len(COLORS):
+        red, green, blue = bytes.fromhex(COLORS[rank][1:])
     else:
         hue = int(rank * 0.618034 % 1 * 256)
-        red, green, blue = np.asarray(Image.merge("HSV", [Image.new("L", (1, 1), v) for v in (hue, 170, 230)]).convert("RGB"))[
-            0, 0
-        ].tolist()
+        red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue / 255, 170 / 255, 230 / 255))
     return red, green, blue
 
 
@@ -99,16 +99,10 @@ def _near_edge(big: np.ndarray, reach: int) -> np.ndarray:
 def _label_cell(member: np.ndarray) -> tuple[int, int]:
     """Choose the cell for a cluster's number: the member nearest to the centroid, inner cells before those at an edge."""
     cells = np.argwhere(member)
-    padded = np.pad(member, 1)
-    shifts = [(y, x) for y in range(3) for x in range(3)]
-    inner = np.sum([padded[y : y + member.shape[0], x : x + member.shape[1]] for y, x in shifts], axis=0)
+    inner = sliding_window_view(np.pad(member, 1), (3, 3)).sum((2, 3))
     distance = np.square(cells - cells.mean(0)).sum(1) - 0.5 * inner[tuple(cells.T)]
     row, column = cells[distance.argmin()].tolist()
     return row, column
-
-
-def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _badge(text: str, fill: tuple[int, int, int], diameter: int) -> Image.Image:
@@ -119,15 +113,8 @@ def _badge(text: str, fill: tuple[int, int, int], diameter: int) -> Image.Image:
     draw.ellipse((0, 0, large - 1, large - 1), fill=(*INK, 255))
     draw.ellipse((large // 14, large // 14, large - large // 14, large - large // 14), fill=(*fill, 255))
     ink = INK if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 120 else PAPER
-    draw.text(
-        (large / 2, large / 2),
-        text,
-        fill=ink,
-        font=_font(large * 0.6),
-        anchor="mm",
-        stroke_width=large * 0.012,
-        stroke_fill=ink,
-    )
+    font = ImageFont.load_default(large * 0.6)
+    draw.text((large / 2, large / 2), text, ink, font, anchor="mm", stroke_width=large * 0.012, stroke_fill=ink)
     return badge.resize((diameter, diameter), Image.Resampling.LANCZOS)
 
 
@@ -135,7 +122,7 @@ def _with_title(picture: Image.Image, title: str, legend: str) -> Image.Image:
     bar = max(24, picture.width // 24)
     out = Image.new("RGB", (picture.width, picture.height + bar), INK)
     out.paste(picture, (0, bar))
-    draw, font, gap = ImageDraw.Draw(out), _font(bar * 0.5), bar // 2
+    draw, font, gap = ImageDraw.Draw(out), ImageFont.load_default(bar * 0.5), bar // 2
     room = picture.width - 3 * gap - draw.textlength(legend, font)
     title = " ".join(title.split())
     if draw.textlength(title, font) > room:
@@ -167,11 +154,8 @@ def model_view(image_processor, image: Image.Image, pixel_values, size: int = 89
         return image.convert("RGB")
     _, height, width = pixel_values.shape
     factor = math.ceil(size / max(height, width))
-    scaled = {}
-    for name in ("size", "crop_size"):
-        sides = getattr(image_processor, name, None)
-        if sides:
-            scaled[name] = {key: value * factor for key, value in dict(sides).items() if value}
+    sizes = {name: dict(getattr(image_processor, name, None) or {}) for name in ("size", "crop_size")}
+    scaled = {name: {key: side * factor for key, side in sides.items() if side} for name, sides in sizes.items() if sides}
     seen = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt", **scaled)["pixel_values"][0]
     if tuple(seen.shape) != (3, height * factor, width * factor):
         mean, std = (np.array(getattr(image_processor, name)).reshape(3, 1, 1) for name in ("image_mean", "image_std"))

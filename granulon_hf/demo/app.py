@@ -21,7 +21,7 @@ import torch
 from gradio.media import get_image
 from gradio.utils import get_upload_folder
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 import granulon_hf
 from granulon_hf import overlay
@@ -54,16 +54,6 @@ class TimedStreamer(TextIteratorStreamer):
         if not self.next_tokens_are_prompt:
             self.times.append(time.perf_counter())
         super().put(value)
-
-
-class Stopped(StoppingCriteria):
-    """Ends the answer after the present token once the event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
 
 
 @dataclass(frozen=True)
@@ -109,11 +99,7 @@ def given_file(payload: Any, shown: set[Path]) -> str | None:
 
 
 def read_picture(path: str | None) -> Image.Image:
-    """Open an uploaded picture as upright RGB.
-
-    Raises:
-        ValueError: there is none, or it is too large, damaged, or no image.
-    """
+    """Open an uploaded picture as upright RGB; raise ValueError if there is none or it cannot be used."""
     if not path:
         raise ValueError("Give a picture first.")
     if os.path.getsize(path) > MAX_BYTES:
@@ -121,10 +107,8 @@ def read_picture(path: str | None) -> Image.Image:
     try:
         with Image.open(path) as opened:  # its header alone
             large = opened.width * opened.height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        large = True
-    except Exception:  # open_rgb says what is wrong
-        large = False
+    except Exception as error:  # what else is wrong, open_rgb says
+        large = isinstance(error, Image.DecompressionBombError)
     if large:
         raise ValueError(f"The picture has more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller first.")
     try:
@@ -134,11 +118,7 @@ def read_picture(path: str | None) -> Image.Image:
 
 
 def read_question(question: str | None) -> str:
-    """Strip a question of the space around it.
-
-    Raises:
-        ValueError: it is empty or too long.
-    """
+    """Strip a question of the space around it; raise ValueError if it is empty or too long."""
     question = (question or "").strip()
     if not question:
         raise ValueError("Type a question first.")
@@ -180,22 +160,30 @@ class Answerer:
             raise ValueError(f"Unknown level {level!r}; this model's levels are {', '.join(self.levels) or 'none'}.")
         with self.lock:
             before = time.perf_counter()
-            arguments, progress, draw = self._look(image, question, level)
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            seen = look(self.model, self.processor, [[{"role": "user", "content": content}]], level, self.max_new_tokens)
             looked = time.perf_counter() - before
-            progress = replace(progress, overlay=draw())
+            clusters = None
+            if seen.images is not None:
+                view = overlay.model_view(self.processor.image_processor, image, seen.pixel_values[0])
+                clusters = overlay.draw_clusters(view, seen.images.aggregation)
+            progress = Progress("", seen.levels[0], seen.probs[0], seen.pixel_tokens, seen.semantic_tokens, clusters)
             yield progress
 
             stop, streamer, failures = threading.Event(), TimedStreamer(self.processor.tokenizer), []
 
+            def is_stopped(input_ids, scores, **kwargs):
+                return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
             def work():
                 try:
                     self.model.generate(
-                        **arguments,
+                        **seen.inputs,
                         max_new_tokens=self.max_new_tokens,
                         do_sample=False,
                         num_beams=1,
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
+                        stopping_criteria=StoppingCriteriaList([is_stopped]),
                     )
                 except Exception as error:  # out of memory, a broken checkpoint
                     failures.append(error)
@@ -216,23 +204,6 @@ class Answerer:
             finally:
                 stop.set()
                 worker.join()  # the next question waits for the model, a token at most
-
-    @torch.inference_mode()
-    def _look(self, image, question, level):
-        """Return arguments of `generate`, what is known before it, and a function that draws. The tower runs once."""
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        seen = look(self.model, self.processor, [messages], level, room_for=self.max_new_tokens)
-        counts = {"pixel_tokens": seen.pixel_tokens, "semantic_tokens": seen.semantic_tokens}
-        progress = Progress(level=seen.levels[0], probs=seen.probs[0], **counts)
-
-        def draw():
-            if seen.images is None:
-                return None
-            view = overlay.model_view(self.processor.image_processor, image, seen.pixel_values[0])
-            return overlay.draw_clusters(view, seen.images.aggregation)
-
-        return seen.inputs, progress, draw
 
 
 def timings(times: list[float], started: float) -> dict[str, Any]:
@@ -260,8 +231,8 @@ def numbers(progress: Progress, forced: bool) -> str:
     """Write level, visual tokens and timings as lines of text."""
     lines = []
     if progress.probs is not None:
-        favourite = max(progress.probs, key=progress.probs.__getitem__)
-        how = f"forced; the question asks for {favourite}" if forced else "chosen by the question"
+        favorite = max(progress.probs, key=progress.probs.__getitem__)
+        how = f"forced; the question asks for {favorite}" if forced else "chosen by the question"
         lines.append(f"level: {progress.level} ({how})")
         lines.append(f"visual tokens: {progress.pixel_tokens} pixel + {progress.semantic_tokens} semantic")
     else:
@@ -283,16 +254,7 @@ def examples() -> list[list[str]]:
 
 
 def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
-    """Build the page.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
-        name (`str`): what to call the model.
-
-    Returns:
-        `gradio.Blocks`: for [`launch`].
-    """
+    """Build the page for [`launch`]; `name` is what it calls the model."""
     answerer, offered = Answerer(model, processor), examples()
     shown = {Path(path).resolve() for path, _ in offered}
     levels = answerer.levels
@@ -331,17 +293,9 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                 # would write a stub file beside this one.
                 picture.preprocess = lambda payload: given_file(payload, shown)
                 question = gr.Textbox(label="Question", max_length=MAX_QUESTION, lines=1, max_lines=4, elem_id="question")
-                stops = ["auto", *map(html.escape, levels)]
-                slider = gr.Slider(
-                    0,
-                    max(len(levels), 1),
-                    value=0,
-                    step=1,
-                    label="Granularity",
-                    info=" · ".join(f"{i} = {stop}" for i, stop in enumerate(stops)),
-                    visible=bool(levels),
-                    elem_id="granularity",
-                )
+                stops = " · ".join(f"{i} = {stop}" for i, stop in enumerate(["auto", *map(html.escape, levels)]))
+                last, leveled = max(len(levels), 1), bool(levels)
+                slider = gr.Slider(0, last, 0, step=1, label="Granularity", info=stops, visible=leveled, elem_id="granularity")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", min_width=120, elem_id="ask")
                     stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
@@ -349,25 +303,23 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id="answer")
                 if not levels:
                     gr.HTML("<p>This model has no granularity levels: there is none to choose, and no clusters to show.</p>")
-                level = gr.Label(
-                    label="Level that the question asks for", show_heading=False, visible=bool(levels), elem_id="levels"
-                )
+                asked = "Level that the question asks for"
+                level = gr.Label(label=asked, show_heading=False, visible=leveled, elem_id="levels")
                 clusters = gr.Image(
                     label="Clusters kept, 1 = best",
                     format="jpeg",
                     interactive=False,
                     buttons=["download", "fullscreen"],
-                    visible=bool(levels),
+                    visible=leveled,
                     elem_id="clusters",
                 )
                 figures = gr.Textbox(label="Tokens and time", lines=4, interactive=False, elem_id="numbers")
         gr.Examples(offered, [picture, question], cache_examples=False)
-        outputs = [answer, level, clusters, figures]
         run = gr.on(
             [ask.click, question.submit],
             respond,
             [picture, question, slider],
-            outputs,
+            [answer, level, clusters, figures],
             concurrency_limit=1,  # one model: others wait in the queue, and see their place in it
             show_progress="minimal",
             api_name="ask",
@@ -380,7 +332,6 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, sha
     """Serve the page, with nothing on it that comes from elsewhere.
 
     Args:
-        app (`gradio.Blocks`): of [`create_app`].
         host (`str`, *optional*): address to listen at; by default GRADIO_SERVER_NAME (a Space sets it), or this machine alone.
         port (`int`, *optional*): by default the first that is free from 7860.
         share (`bool`): also at a public address, through gradio's servers.
