@@ -112,15 +112,12 @@ def load_image_processor() -> CLIPImageProcessor:
 def build_demo(
     adapter: Path | None = SHIPPED, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[GranulonForConditionalGeneration, GranulonProcessor]:
-    """Assemble the demo model in memory.
+    """Assemble the demo model, in eval mode, and its processor in memory.
 
     Args:
         adapter (`Path`, *optional*): folder with `config.json` and `adapter.safetensors`; `None` leaves projector and
             controller untrained.
         dtype (`torch.dtype`): of all weights.
-
-    Returns:
-        `tuple`: model in eval mode, and processor.
 
     Raises:
         MissingBackbones: a package with weights is not installed.
@@ -156,9 +153,6 @@ def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = Tru
     Args:
         cache_dir (`str` or `os.PathLike`, *optional*): where to keep it; `granulon` in the Hugging Face home by default.
         progress (`bool`, defaults to `True`): say so in the terminal while assembling.
-
-    Returns:
-        `Path`: the folder.
 
     Raises:
         MissingBackbones: the folder is not there yet and a package with weights is not installed.

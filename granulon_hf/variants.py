@@ -16,38 +16,23 @@ from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
 @dataclass(frozen=True)
 class Encoder:
-    """A vision tower of the paper.
-
-    Args:
-        hub_id (`str`): its checkpoint.
-        tiny (`dict`): the same architecture at toy size, as a config.
-        config (`dict`): fields of [`GranulonConfig`] that make the variant.
-        gated (`bool`): whether the Hub asks for a licence first.
-        open_id (`str`, *optional*): the same weights without a gate.
-    """
+    """A vision tower of the paper."""
 
     hub_id: str
-    tiny: dict[str, Any]
-    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})
-    gated: bool = False
-    open_id: str | None = None
+    tiny: dict[str, Any]  # the same architecture at toy size, as a config
+    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})  # what makes the variant
+    gated: bool = False  # whether the Hub asks for a license first
+    open_id: str | None = None  # the same weights without a gate
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A language model of the paper.
-
-    Args:
-        hub_id (`str`): its checkpoint.
-        tiny (`dict`): the same architecture at toy size, as a config.
-        special_tokens (`list[str]`): of its tokenizer, for the toy one: start of text first, end of turn second.
-        gated (`bool`): whether the Hub asks for a licence first.
-    """
+    """A language model of the paper."""
 
     hub_id: str
-    tiny: dict[str, Any]
-    special_tokens: list[str]
-    gated: bool = False
+    tiny: dict[str, Any]  # the same architecture at toy size, as a config
+    special_tokens: list[str]  # for the toy tokenizer: start of text first, end of turn second
+    gated: bool = False  # whether the Hub asks for a license first
 
 
 _TABLES = yaml.safe_load(files(__package__).joinpath("variants.yaml").read_text(encoding="utf-8"))

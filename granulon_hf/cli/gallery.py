@@ -16,11 +16,7 @@ LARGE = 20_000_000  # bytes
 
 
 def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict[Path, str]:
-    """Read `["runs/a=x"]` as `{Path("runs/a"): "x"}`.
-
-    Raises:
-        GranulonError: an option starts with none of the folders.
-    """
+    """Read `["runs/a=x"]` as `{Path("runs/a"): "x"}`."""
     found = {}
     for option in options or []:
         # A folder's name may hold "=" itself: the longest folder that fits is meant.
@@ -75,7 +71,11 @@ def gallery(
             given.setdefault(run.folder, usual)
     judged = {run.name: work.read_scores(given[run.folder], run) for run in runs if run.folder in given}
     cases = work.join(runs, judged)
-    notes = missing(runs, cases)
+    notes = [
+        f"Left out of {run.name}, since not every folder has them: {count} of {len(run.rows)}."
+        for run in runs
+        if (count := len(run.rows) - len(cases))
+    ]
     draw, overlay_model = None, ""
     if overlay is not None:
         from granulon_hf.loading import load_model
@@ -110,11 +110,3 @@ def gallery(
     )
     if size > LARGE:
         console.print("That is a lot for a phone; a smaller --limit makes a lighter page.", style="yellow")
-
-
-def missing(runs, cases) -> list[str]:
-    """Write a sentence for each folder with samples that another one lacks."""
-    lost = [(run, len(run.rows) - len(cases)) for run in runs]
-    return [
-        f"Left out of {run.name}, since not every folder has them: {count} of {len(run.rows)}." for run, count in lost if count
-    ]

@@ -58,37 +58,23 @@ class TimedStreamer(TextIteratorStreamer):
 
 @dataclass(frozen=True)
 class Progress:
-    """What is known of an answer so far.
+    """What is known of an answer so far; a model without levels has no `level`, `probs` and `overlay`."""
 
-    Args:
-        text (`str`): the answer up to the last whole word.
-        level (`str`, *optional*): the level that is used; `None` of a model without levels.
-        probs (`dict[str, float]`, *optional*): the controller's preference among the levels.
-        pixel_tokens, semantic_tokens (`int`): visual tokens that the language model sees.
-        overlay (`PIL.Image.Image`, *optional*): the kept clusters over the picture.
-        tokens (`int`): tokens of the answer, its end token included.
-        first_token (`float`, *optional*): seconds from picture and question to the first token, the drawing left out.
-        rate (`float`, *optional*): tokens per second after the first.
-    """
-
-    text: str = ""
-    level: str | None = None
-    probs: dict[str, float] | None = None
-    pixel_tokens: int = 0
+    text: str = ""  # up to the last whole word
+    level: str | None = None  # that is used
+    probs: dict[str, float] | None = None  # the controller's preference among the levels
+    pixel_tokens: int = 0  # visual tokens that the language model sees
     semantic_tokens: int = 0
-    overlay: Image.Image | None = None
-    tokens: int = 0
-    first_token: float | None = None
-    rate: float | None = None
+    overlay: Image.Image | None = None  # the kept clusters over the picture
+    tokens: int = 0  # of the answer, its end token included
+    first_token: float | None = None  # seconds from picture and question to the first token, the drawing left out
+    rate: float | None = None  # tokens per second after the first
 
 
 def given_file(payload: Any, shown: set[Path]) -> str | None:
-    """Return the path of what was uploaded, or of an example.
+    """Return the path of what was uploaded, or of an example; raise gradio.Error for any other.
 
     gradio looks only at payloads that say that they are files; a client that leaves this out could name any file of the server.
-
-    Raises:
-        gradio.Error: another file, or none.
     """
     if not payload or not payload.path:
         return None
@@ -128,13 +114,7 @@ def read_question(question: str | None) -> str:
 
 
 class Answerer:
-    """Answers questions about pictures, one at a time, word by word.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
-        max_new_tokens (`int`): longest answer.
-    """
+    """Answers questions about pictures, one at a time, word by word."""
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int = 64):
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
@@ -142,15 +122,7 @@ class Answerer:
         self.lock = threading.Lock()
 
     def answer(self, image: Image.Image, question: str, level: str | None = None) -> Iterator[Progress]:
-        """Answer a question; closing the iterator stops the model after the present token.
-
-        Args:
-            image (`PIL.Image.Image`): in RGB.
-            question (`str`): as [`read_question`] gives it.
-            level (`str`, *optional*): forces a level; by default the controller chooses.
-
-        Yields:
-            [`Progress`]: first level, tokens and clusters, then the answer as it grows.
+        """Yield first level, tokens and clusters, then the answer as it grows; closing it stops the model after this token.
 
         Raises:
             ValueError: an unknown level, or a question that is too long for the model.
@@ -365,17 +337,7 @@ def install_backbones() -> None:
 def main(
     model: str | None = None, host: str | None = None, port: int | None = None, share: bool = False, device: str = "auto"
 ) -> None:
-    """Load a model and serve it until interrupted.
-
-    Args:
-        model (`str`, *optional*): as for [`load_model`]; by default GRANULON_MODEL, or else the embedded demo model.
-        host, port, share: as in [`launch`].
-        device (`str`): "cpu", "cuda", "cuda:1", "mps", or "auto".
-
-    Raises:
-        GranulonError: the model cannot be loaded.
-        OSError: the port is taken.
-    """
+    """Load a model, by default GRANULON_MODEL or else the embedded demo model, and [`launch`] its page until interrupted."""
     source = model or os.environ.get("GRANULON_MODEL") or "demo"
     if source == "demo" and "SPACE_ID" in os.environ:
         install_backbones()

@@ -37,25 +37,16 @@ ALIKE = tuple(frozenset(names.split()) for names in _TABLES["alike"])
 
 @dataclass(frozen=True)
 class Picture:
-    """A cut-out or a background: where it is, what it shows, and with which others it is held out.
+    """A cut-out, or a background, which has no `name`, `category` and `ends`."""
 
-    Args:
-        path (`str`): below its folder, or what is drawn.
-        size (`tuple[int, int]`): width and height, pixels; of a cut-out without its transparent border.
-        name (`str`): of a cut-out: what a question calls it.
-        category (`str`): of a cut-out.
-        group (`str`): near-duplicates share it.
-        digest (`str`): of the file.
-        ends (`tuple`): of a cut-out: its points furthest to the top left, bottom right, top right and bottom left, as shares of
-            width and height, from the centre: where tags are attached.
-    """
-
-    path: str
-    size: tuple[int, int]
-    name: str = ""
+    path: str  # below its folder, or what is drawn
+    size: tuple[int, int]  # width and height, pixels; of a cut-out without its transparent border
+    name: str = ""  # what a question calls it
     category: str = ""
-    group: str = ""
-    digest: str = ""
+    group: str = ""  # near-duplicates share it, and are held out together
+    digest: str = ""  # of the file
+    # Where tags are attached: the points furthest to the top left, bottom right, top right and bottom left, as shares of width
+    # and height, from the center.
     ends: tuple[tuple[float, float], ...] = ()
 
 
@@ -106,11 +97,7 @@ def list_files(folder: Path, endings: Sequence[str]) -> list[str]:
 
 
 def find_cutouts(folder: Path) -> list[Picture]:
-    """List the usable cut-outs of a folder, sorted; see [`Pictures`].
-
-    Raises:
-        GranulonError: there are none, or one cannot be read.
-    """
+    """List the usable cut-outs of a folder, sorted; see [`Pictures`]."""
     paths = [path for path in list_files(folder, (".png", ".webp")) if "/" in path]
     known = tuxpaint_names(path.rpartition(".")[0] for path in paths)
     found: list[Picture] = []
@@ -173,11 +160,7 @@ def caption(path: Path) -> str:
 
 
 def find_backgrounds(folder: Path) -> list[Picture]:
-    """List the usable backgrounds of a folder, sorted; see [`Pictures`].
-
-    Raises:
-        GranulonError: there are none, or one cannot be read.
-    """
+    """List the usable backgrounds of a folder, sorted; see [`Pictures`]."""
     found, digests = [], set()
     for path in list_files(folder, (".jpg", ".jpeg")) or list_files(folder, IMAGE_ENDINGS):
         digest = digest_of(folder / path)

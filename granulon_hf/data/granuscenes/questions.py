@@ -27,22 +27,14 @@ HELD_PHRASINGS = 2  # the last two of a type are asked in test_heldout alone
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene.
-
-    Args:
-        text, answer (`str`): the answer is one of `choices`.
-        type (`str`): one of the ten of `LEVELS`.
-        level (`str`): "coarse", "middle" or "fine".
-        phrasing (`str`): which of the type's `PHRASINGS`, as "type/number".
-        choices (`tuple[str, ...]`): all answers of the type; each is equally likely, whatever the question's words.
-    """
+    """A question about a scene."""
 
     text: str
-    answer: str
-    type: str
+    answer: str  # one of `choices`
+    type: str  # one of the ten of `LEVELS`
     level: str
-    phrasing: str
-    choices: tuple[str, ...]
+    phrasing: str  # which of the type's `PHRASINGS`, as "type/number"
+    choices: tuple[str, ...]  # all answers of the type; each is equally likely, whatever the question's words
 
     @property
     def chance(self) -> float:

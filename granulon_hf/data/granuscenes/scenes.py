@@ -74,19 +74,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything about a scene but its pixels; the first of its `things` is the largest.
-
-    `crop` is the background's square: how far left and top as shares of the room there is, and its side as a share of the
-    picture's shorter one.
-    """
+    """Everything about a scene but its pixels."""
 
     id: str
     split: str
     seed: int
     index: int
-    things: tuple[Thing, ...]
+    things: tuple[Thing, ...]  # the largest first
     background: Picture
-    crop: tuple[float, float, float]
+    crop: tuple[float, float, float]  # left and top as shares of the room there is, side as a share of the shorter side
     flip: bool
     questions: tuple[Question, ...]
 
