@@ -21,14 +21,7 @@ FOLDER = Path(__file__).parent
 
 
 def card_data(name: str) -> dict[str, Any]:
-    """Read the data file of a variant.
-
-    Args:
-        name (`str`): one of [`~granulon_hf.variants.NAMES`].
-
-    Returns:
-        `dict`: `title`, `metadata` (the head of the card), `parts` (`vision` and `text`: name, licence, link, hidden_size),
-        `recipe`, and for some `notice`.
+    """Read the data file of a variant: `title`, `metadata` (the head of the card), `parts`, `recipe`, and for some `notice`.
 
     Raises:
         GranulonError: an unknown name; the message lists all.
@@ -80,7 +73,7 @@ def model_card(
     text: Any = config.text_config
     if name is not None:
         check_variant(config, name)
-    variant = name or find_variant(backbones)
+    variant = name or (find_variant(backbones) if backbones else None)
     data = card_data(variant) if variant else {}
     width = data["parts"]["text"]["hidden_size"] if data else None
     other_size = name if name and text.hidden_size != width else None
@@ -153,12 +146,11 @@ def check_variant(config: GranulonConfig, name: str) -> None:
             )
 
 
-def find_variant(backbones: dict[str, Any] | None) -> str | None:
+def find_variant(backbones: dict[str, Any]) -> str | None:
     """Find a variant with these backbones: their licenses are known."""
-    named = backbones and (backbones["vision"]["name"], backbones["text"]["name"])
     for name in NAMES:
         encoder, decoder = parse(name)
-        if named in ((encoder.hub_id, decoder.hub_id), (encoder.open_id, decoder.hub_id)):
+        if backbones["vision"]["name"] in (encoder.hub_id, encoder.open_id) and backbones["text"]["name"] == decoder.hub_id:
             return name
     return None
 
@@ -192,16 +184,15 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
                 f"The results are of {', '.join(models)}; say which is this model by the name of its repository."
             )
         for data, metrics in results["scores"][found[0]].items():
+            # A set that is a folder has the folder's name: where it lies is nobody else's business.
+            failed = results.get("failed", {}).get(found[0], {}).get(data, 0)
+            of_set = {"data": data, "shown": Path(data).name, "failed": failed}
             for metric, values in metrics.items():
-                scored = [value for value in values if value is not None]
-                if not scored:
-                    continue
-                scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
-                mean, low, high = (scale * value for value in bootstrap_mean(scored))
-                # A set that is a folder has the folder's name: where it lies is nobody else's business.
-                row = {"data": data, "shown": Path(data).name, "metric": metric, "unit": unit, "mean": mean, "low": low}
-                row |= {"high": high, "n": len(scored), "unscored": len(values) - len(scored)}
-                rows.append(row | {"failed": results.get("failed", {}).get(found[0], {}).get(data, 0)})
+                if scored := [value for value in values if value is not None]:
+                    scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
+                    mean, low, high = (scale * value for value in bootstrap_mean(scored))
+                    counts = {"n": len(scored), "unscored": len(values) - len(scored)}
+                    rows.append(of_set | counts | {"metric": metric, "unit": unit, "mean": mean, "low": low, "high": high})
         sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
     except (KeyError, TypeError, AttributeError) as error:
         raise GranulonError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
 
     from granulon_hf.modeling.configuration_granulon import GranulonConfig
-    from granulon_hf.modeling.modeling_granulon import (
-        GranulonForConditionalGeneration,
-        GranulonModel,
-        GranulonPreTrainedModel,
-    )
+    from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration, GranulonModel, GranulonPreTrainedModel
     from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
     __version__: str
@@ -97,9 +93,7 @@ class _RegisterWithAuto:
 
     @staticmethod
     def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _AUTO:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target) if name == _AUTO else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -19,7 +19,7 @@ FILL = 0.5  # opacity of a cluster's color
 INK, PAPER = (20, 22, 26), (245, 245, 245)
 
 
-def colour(rank: int) -> tuple[int, int, int]:
+def rank_color(rank: int) -> tuple[int, int, int]:
     """Return the RGB of the cluster with this rank (0 = best); beyond the table, hues a golden angle apart."""
     if rank < len(COLORS):
         red, green, blue = bytes.fromhex(COLORS[rank][1:])
@@ -30,12 +30,7 @@ def colour(rank: int) -> tuple[int, int, int]:
 
 
 def ranks(aggregation, index: int = 0) -> np.ndarray:
-    """Return the rank of the kept cluster of each patch, 0 the best and -1 where its cluster was not kept; shape [H x W].
-
-    Args:
-        aggregation ([`GranulonAggregation`]): clusters of one or more images.
-        index (`int`): which image.
-    """
+    """Return the rank of the kept cluster of each patch, 0 the best and -1 where its cluster was not kept; shape [H x W]."""
     assignment = np.array(aggregation.assignment[index].tolist())
     rank = np.full(assignment.shape, -1)
     for slot, cluster in enumerate(aggregation.kept_clusters[index].tolist()):
@@ -45,7 +40,7 @@ def ranks(aggregation, index: int = 0) -> np.ndarray:
 
 
 def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str | None = None, size: int = 896) -> Image.Image:
-    """Draw the kept clusters over the photograph, each in its color with its rank (1 = best); the rest is gray and dim.
+    """Draw the kept clusters over the photograph, each in its color with its rank (1 = best), in RGB; the rest is gray and dim.
 
     Args:
         image (`PIL.Image.Image`): the picture that the grid covers: what the model saw ([`model_view`]), not the whole file.
@@ -53,9 +48,6 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
         index (`int`): which image of `aggregation`.
         title (`str`, *optional*): text of a slim bar above the picture, which also says how many clusters were kept.
         size (`int`): long side of the picture in pixels, up to rounding to whole pixels per patch.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
     """
     rank = ranks(aggregation, index)
     height, width = rank.shape
@@ -67,7 +59,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
     gray = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
 
     big = rank.repeat(cell_height, 0).repeat(cell_width, 1)
-    palette = np.array([colour(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
+    palette = np.array([rank_color(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
     kept, paint = (big >= 0)[..., None], palette[big]
     # Half of the photograph's own colors are taken away, so that those of the clusters can be told.
     out = np.where(kept, (1 - FILL) * (pixels + gray) / 2 + FILL * paint, 0.3 * gray + 25)
@@ -79,7 +71,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
 
     for slot in range(rank.max() + 1):
         row, column = _label_cell(rank == slot)
-        badge = _badge(str(slot + 1), colour(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
+        badge = _badge(str(slot + 1), rank_color(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
         corner = (int((column + 0.5) * cell_width - badge.width / 2), int((row + 0.5) * cell_height - badge.height / 2))
         picture.paste(badge, corner, badge)
     if title is None:
@@ -135,7 +127,7 @@ def _with_title(picture: Image.Image, title: str, legend: str) -> Image.Image:
 
 
 def model_view(image_processor, image: Image.Image, pixel_values, size: int = 896) -> Image.Image:
-    """Return what the model saw of an image, from the original at a resolution worth looking at.
+    """Return what the model saw of an image, in RGB, from the original at a resolution worth looking at.
 
     Where the whole image was only squeezed, that is the image itself, in its own proportions. Else the image processor itself
     is asked for the same resize and crop at a multiple of its size; where it does not scale that way, the pixel values are
@@ -146,9 +138,6 @@ def model_view(image_processor, image: Image.Image, pixel_values, size: int = 89
         image (`PIL.Image.Image`): the original.
         pixel_values (`torch.Tensor`): what the processor made of it, shape [3 x height x width].
         size (`int`): the long side is at least this many pixels.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
     """
     if not getattr(image_processor, "do_center_crop", None) and "height" in dict(image_processor.size):
         return image.convert("RGB")

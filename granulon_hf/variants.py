@@ -42,11 +42,7 @@ NAMES: tuple[str, ...] = tuple(f"{encoder}-{decoder}" for encoder in ENCODERS fo
 
 
 def parse(name: str) -> tuple[Encoder, Decoder]:
-    """Look up a variant such as `granulon-qwen2.5`.
-
-    Raises:
-        GranulonError: an unknown name; the message lists all.
-    """
+    """Look up a variant such as `granulon-qwen2.5`; raise GranulonError for an unknown one."""
     encoder, _, decoder = name.partition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
         raise GranulonError(f"Unknown variant {name!r}; the variants are {', '.join(NAMES)}.")

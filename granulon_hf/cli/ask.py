@@ -20,8 +20,6 @@ from granulon_hf.errors import GranulonError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from granulon_hf.modeling.configuration_granulon import GranulonConfig
-
 
 def is_url(source: str) -> bool:
     return source.lower().startswith(("http://", "https://", "data:"))
@@ -69,10 +67,8 @@ def check_overlay(path: Path, images: list[str]) -> None:
 
     if not images:
         raise GranulonError("--overlay needs an image to draw on.")
-    if not path.parent.is_dir():
-        raise GranulonError(f"The folder {str(path.parent)!r} for the overlay does not exist.")
-    if path.is_dir():
-        raise GranulonError(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise GranulonError(f"--overlay takes an image file to write; {str(path)!r} is a folder, or its own does not exist.")
     files = [file for file in map(os.path.expanduser, images) if os.path.exists(file)]
     if path.exists() and any(path.samefile(file) for file in files):
         raise GranulonError(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
@@ -82,16 +78,6 @@ def check_overlay(path: Path, images: list[str]) -> None:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=Image.registered_extensions()[path.suffix.lower()])
     except Exception:
         raise GranulonError(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.") from None
-
-
-def check_level(config: "GranulonConfig", granularity: str | None, overlay: Path | None) -> None:
-    """Raise GranulonError for an unknown level, or for what only a model with levels can do."""
-    levels = config.level_names
-    if not levels and (granularity or overlay):
-        option = "--granularity" if granularity else "--overlay"
-        raise GranulonError(f"This model has no granularity levels, so that {option} cannot be used with it.")
-    if granularity and granularity not in levels:
-        raise GranulonError(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
 
 
 @reports_bad_input
@@ -138,7 +124,12 @@ def ask(
         warnings.simplefilter("ignore")
     source = model or "demo"
     check_models([source], device, dtype)
-    check_level(read_config(source), granularity, overlay)
+    levels = read_config(source).level_names
+    if not levels and (granularity or overlay):
+        option = "--granularity" if granularity else "--overlay"
+        raise GranulonError(f"This model has no granularity levels, so that {option} cannot be used with it.")
+    if granularity and granularity not in levels:
+        raise GranulonError(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
 
     network, processor, _ = read_model(source, dtype)
     network = network.to(pick_device(device))

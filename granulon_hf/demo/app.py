@@ -301,13 +301,9 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
 
 
 def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any) -> Any:
-    """Serve the page, with nothing on it that comes from elsewhere.
+    """Serve the page, with nothing on it that comes from elsewhere; `kwargs` are of `gradio.Blocks.launch`.
 
-    Args:
-        host (`str`, *optional*): address to listen at; by default GRADIO_SERVER_NAME (a Space sets it), or this machine alone.
-        port (`int`, *optional*): by default the first that is free from 7860.
-        share (`bool`): also at a public address, through gradio's servers.
-        **kwargs: of `gradio.Blocks.launch`.
+    By default it listens at GRADIO_SERVER_NAME (a Space sets it) or for this machine alone, at the first free port from 7860.
     """
     theme = gr.themes.Default(  # the visitor's own fonts, and colours with more contrast than the theme's
         primary_hue="indigo", font=("ui-sans-serif", "system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")

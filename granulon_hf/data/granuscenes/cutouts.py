@@ -119,19 +119,16 @@ def find_cutouts(folder: Path) -> list[Picture]:
         digests.add(digest)
         # Photographs of one thing have the same caption, or the same file name but for a number.
         keys = [f"{name}: {words}", f"{name}: {re.sub(r'[-_ ]?[0-9]+$', '', stem)}"]
-        known_groups = sorted({groups[key] for key in keys if key in groups})
-        group = known_groups[0] if known_groups else keys[0]
-        groups.update(dict.fromkeys(keys, group))
-        if len(known_groups) > 1:  # it joins two groups
-            groups.update({key: group for key, value in groups.items() if value in known_groups})
-            found = [replace(p, group=group) if p.group in known_groups else p for p in found]
-        found.append(Picture(path, (width, height), name, category, group, digest, find_ends(image)))
+        joined = {groups[key] for key in keys if key in groups}
+        group = min(joined, default=keys[0])
+        groups |= {key: group for key, value in groups.items() if value in joined} | dict.fromkeys(keys, group)
+        found.append(Picture(path, (width, height), name, category, keys[0], digest, find_ends(image)))
     if not found:
         raise GranulonError(
             f"{str(folder)!r} holds no cut-outs: they are PNG files with transparency, at least {MIN_LENGTH} pixels long, in a "
             "folder for each category."
         )
-    return found
+    return [replace(picture, group=groups[picture.group]) for picture in found]
 
 
 def tuxpaint_names(stems: Iterable[str]) -> dict[str, tuple[str, str]]:

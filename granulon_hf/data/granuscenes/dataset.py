@@ -105,15 +105,10 @@ def make_questions(scenes: GranuScenes, index: int) -> list[dict[str, Any]]:
 
 
 def open_scenes(source: Any, split: str) -> SceneSource:
-    """Open what a user calls a source of granuscenes.
+    """Open what a user calls a source of granuscenes; of the split "holdout" the scenes are those of train.
 
-    Args:
-        source: [`GranuScenes`]; a folder with `objects/` and `backgrounds/`, "drawn" or `None`; with settings, if others than
-            the defaults are wanted: `"pictures?scenes=500&seed=7&side=224"`.
-        split (`str`): one of `SPLITS`; of "holdout" the scenes are those of train.
-
-    Raises:
-        GranulonError: a setting is not known, the scenes are another version's, or as [`GranuScenes`].
+    A source is a [`GranuScenes`], or a folder with `objects/` and `backgrounds/`, "drawn" or `None`, with settings if others
+    than the defaults are wanted: `"pictures?scenes=500&seed=7&side=224"`.
     """
     split = "train" if split == "holdout" else split
     if isinstance(source, GranuScenes):

@@ -40,11 +40,7 @@ class Pictures:
     """
 
     def __init__(
-        self,
-        objects: str | Path | None = None,
-        backgrounds: str | Path | None = None,
-        *,
-        folder: str | Path | None = None,
+        self, objects: str | Path | None = None, backgrounds: str | Path | None = None, *, folder: str | Path | None = None
     ):
         if folder is not None:
             if objects is not None or backgrounds is not None:

@@ -32,9 +32,7 @@ from granulon_hf.data.granuscenes.questions import (
     list_choices,
     nameable,
     numbers_of,
-    to_sample,
 )
-from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 
 SIDE = 192  # pixels; lengths below are in pixels of such a scene, and scale with others
@@ -91,7 +89,8 @@ class Dice:
     """Choices from the uniform numbers of a generator, which are drawn many at a time for speed."""
 
     def __init__(self, rng: np.random.Generator):
-        self.rng, self._numbers = rng, [0.0][:0]
+        self.rng = rng
+        self._numbers: list[float] = []
 
     def share(self) -> float:
         if not self._numbers:
@@ -102,12 +101,12 @@ class Dice:
         return int(self.share() * count)
 
     def pick(self, items: Sequence[Any]) -> Any:
-        return items[int(self.share() * len(items))]
+        return items[self.below(len(items))]
 
     def take(self, items: Iterable[Any], count: int | None = None) -> list[Any]:
-        """Some of the items, all by default, in random order."""
+        """Take some of the items, all by default, in random order."""
         pool = list(items)
-        return [pool.pop(int(self.share() * len(pool))) for _ in range(len(pool) if count is None else count)]
+        return [pool.pop(self.below(len(pool))) for _ in range(len(pool) if count is None else count)]
 
 
 class GranuScenes(Sequence[Scene]):
@@ -146,7 +145,7 @@ class GranuScenes(Sequence[Scene]):
         if split not in SPLITS:
             raise GranulonError(f"granuscenes has no split {split!r}; it has {', '.join(map(repr, SPLITS))}.")
         for value, what, least in ((scenes, "scenes", 1), (seed, "seed", 0), (side, "side", 96)):
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            if not isinstance(value, int | np.integer) or value < least:
                 raise GranulonError(f"{what} must be a whole number of at least {least}; got {value!r}.")
         if not isinstance(pictures, Pictures):
             pictures = Pictures(folder=None if str(pictures or DRAWN) == DRAWN else pictures)
@@ -188,11 +187,7 @@ class GranuScenes(Sequence[Scene]):
         return self.scene(int(index) % len(self))
 
     def scene(self, index: int) -> Scene:
-        """Make scene number `index`, also beyond the length; nothing is rendered.
-
-        Raises:
-            GranulonError: a negative number.
-        """
+        """Make scene number `index`, also beyond the length; nothing is rendered."""
         if index < 0:
             raise GranulonError(f"Scenes count from 0; there is no scene {index}.")
         rng = np.random.default_rng([VERSION, self.seed, SPLITS.index(self.split), index])
@@ -284,10 +279,6 @@ class GranuScenes(Sequence[Scene]):
             for number, question in enumerate(scene.questions)
         ]
 
-    def samples(self, index: int) -> list[Sample]:
-        """Make the questions of scene number `index` into [`Sample`]s, which share one image."""
-        return [to_sample(row) for row in self.question_rows(index)]
-
     def row(self, index: int) -> dict[str, Any]:
         """Make scene number `index` into a row of [`granuscenes`]."""
         scene = self.scene(index)
@@ -308,25 +299,25 @@ def arrange(dice: Dice, count: int) -> list[tuple[float, tuple[float, float]]]:
     sides = np.array([others[0] * LEAD, *others])
     while True:
         for _ in range(8):
-            centres = scatter(dice.rng, sides)
-            if centres is not None:
-                return list(zip(sides.tolist(), centres.tolist(), strict=True))
+            centers = scatter(dice.rng, sides)
+            if centers is not None:
+                return list(zip(sides.tolist(), centers.tolist(), strict=True))
         sides = sides * 0.96
 
 
 def scatter(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray | None:
     """Draw centers one after the other; `None` if the last ones found no room."""
-    centres = np.empty((len(sides), 2))
+    centers = np.empty((len(sides), 2))
     for i, side in enumerate(sides):
         tried = side / 2 + rng.random((48, 2)) * (SIDE - side)
         free = (np.abs(tried - SIDE / 2) >= MARGIN).all(1)
-        distance = np.abs(tried[:, None] - centres[None, :i]).max(2)
+        distance = np.abs(tried[:, None] - centers[None, :i]).max(2)
         free &= (distance >= (side + sides[:i]) / 2).all(1)
         first = int(free.argmax())
         if not free[first]:
             return None
-        centres[i] = tried[first]
-    return centres
+        centers[i] = tried[first]
+    return centers
 
 
 @functools.cache
