@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import PreTrainedConfig
 
@@ -291,10 +291,9 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
     check_repo_id(repo_id)
     try:
         user = api.whoami()
-    except LocalTokenNotFoundError:
-        raise GranulonError("No login on the Hub: run `hf auth login`, or set HF_TOKEN.") from None
     except Exception as error:
-        raise GranulonError(f"The Hub does not accept the login ({one_line(error)[:200]}).") from error
+        reason = one_line(error)[:200]
+        raise GranulonError(f"No login on the Hub: run `hf auth login`, or set HF_TOKEN ({reason}).") from error
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:

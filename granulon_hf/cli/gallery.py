@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 
-from granulon_hf.cli.common import Debug, quiet, reports_bad_input
+from granulon_hf.cli.common import Debug, progress_bar, quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
 
 LARGE = 20_000_000  # bytes
@@ -88,23 +87,22 @@ def gallery(
         draw = work.cluster_drawer(model, processor, levels)
         overlay_model = own.name if own else overlay_model
     order = sort or ("judge" if judged else "recall")
-    steps = iter(track(range(min(limit, len(cases))), "pictures", console=console, transient=True))
-    size = work.write_gallery(
-        out,
-        cases,
-        title=title,
-        order=order,
-        limit=limit,
-        draw=draw,
-        overlay_model=overlay_model,
-        mark_unsupported=mark_unsupported,
-        notes=notes,
-        on_progress=lambda _: next(steps, None),
-    )
-    next(steps, None)  # takes the bar off the screen
+    shown = min(limit, len(cases))
+    with progress_bar("pictures", shown) as update:
+        size = work.write_gallery(
+            out,
+            cases,
+            title=title,
+            order=order,
+            limit=limit,
+            draw=draw,
+            overlay_model=overlay_model,
+            mark_unsupported=mark_unsupported,
+            notes=notes,
+            on_progress=lambda count: update(advance=count),
+        )
     for note in notes:
         console.print(escape(note), style="yellow", soft_wrap=True)
-    shown = min(limit, len(cases))
     console.print(
         f"{escape(str(out))}: {shown} of {len(cases)} samples, {len(runs)} models, {size / 1e6:.1f} MB", soft_wrap=True
     )

@@ -57,9 +57,6 @@ def granuscenes(
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` when streaming (in shards of 100 scenes, for several workers).
-
-    Raises:
-        GranulonError: as [`GranuScenes`].
     """
     from datasets import Dataset, IterableDataset
 

@@ -145,7 +145,7 @@ class GranuScenes(Sequence[Scene]):
         if split not in SPLITS:
             raise GranulonError(f"granuscenes has no split {split!r}; it has {', '.join(map(repr, SPLITS))}.")
         for value, what, least in ((scenes, "scenes", 1), (seed, "seed", 0), (side, "side", 96)):
-            if not isinstance(value, int | np.integer) or value < least:
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise GranulonError(f"{what} must be a whole number of at least {least}; got {value!r}.")
         if not isinstance(pictures, Pictures):
             pictures = Pictures(folder=None if str(pictures or DRAWN) == DRAWN else pictures)
