@@ -95,14 +95,9 @@ def model_card(
             stacklevel=2,
         )
     called = (source, source and Path(source).name, repo_id, repo_name, name or other_size)
-    rows, command = score_rows(results, [one for one in called if one]) if results else ([], "")
-    paper: dict[tuple[str, str], float] = {}  # what it reports for the same cells
+    rows, command = score_rows(results, [one for one in called if one], name) if results else ([], "")
     if rows:
-        from granulon_hf.evaluation.benchmark import PAPER
-
         metadata["metrics"] = list(dict.fromkeys(row["metric"] for row in rows))
-        reported = PAPER.get(name or "", {})
-        paper = {cell: reported[cell] for row in rows if (cell := (row["data"], row["metric"])) in reported}
     return ModelCard.from_template(
         ModelCardData(
             **metadata,
@@ -123,7 +118,7 @@ def model_card(
         other_size=other_size,
         width=width,
         rows=rows,
-        paper=paper,
+        paper=any(row["paper"] is not None for row in rows),
         command=command,
         recorded=bool(results and results.get("command")),
     )
@@ -170,9 +165,9 @@ def inline(text: Any) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in text)
 
 
-def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str, Any]], str]:
+def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -> tuple[list[dict[str, Any]], str]:
     """Make the evaluation's table for one model, a row for each data set and metric, and the command."""
-    from granulon_hf.evaluation.benchmark import PERCENT
+    from granulon_hf.evaluation.benchmark import PAPER, PERCENT
     from granulon_hf.stats import bootstrap_mean
 
     rows: list[dict[str, Any]] = []
@@ -191,8 +186,9 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
                 if scored := [value for value in values if value is not None]:
                     scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
                     mean, low, high = (scale * value for value in bootstrap_mean(scored))
-                    counts = {"n": len(scored), "unscored": len(values) - len(scored)}
-                    rows.append(of_set | counts | {"metric": metric, "unit": unit, "mean": mean, "low": low, "high": high})
+                    row = {"metric": metric, "unit": unit, "mean": mean, "low": low, "high": high, "n": len(scored)}
+                    paper = PAPER.get(variant or "", {}).get((data, metric))
+                    rows.append(of_set | row | {"unscored": len(values) - len(scored), "paper": paper})
         sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
     except (KeyError, TypeError, AttributeError) as error:
         raise GranulonError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None
