@@ -21,14 +21,7 @@ FOLDER = Path(__file__).parent
 
 
 def card_data(name: str) -> dict[str, Any]:
-    """The data file of a variant.
-
-    Args:
-        name (`str`): one of [`~granulon_hf.variants.NAMES`].
-
-    Returns:
-        `dict`: `title`, `metadata` (the head of the card), `parts` (`vision` and `text`: name, licence, link, hidden_size),
-        `recipe`, and for some `notice`.
+    """Read the data file of a variant: `title`, `metadata` (the head of the card), `parts`, `recipe`, and for some `notice`.
 
     Raises:
         GranulonError: an unknown name; the message lists all.
@@ -80,7 +73,7 @@ def model_card(
     text: Any = config.text_config
     if name is not None:
         check_variant(config, name)
-    variant = name or find_variant(backbones)
+    variant = name or (find_variant(backbones) if backbones else None)
     data = card_data(variant) if variant else {}
     width = data["parts"]["text"]["hidden_size"] if data else None
     other_size = name if name and text.hidden_size != width else None
@@ -102,7 +95,7 @@ def model_card(
             stacklevel=2,
         )
     called = (source, source and Path(source).name, repo_id, repo_name, name or other_size)
-    rows, command = score_rows(results, [one for one in called if one]) if results else ([], "")
+    rows, command = score_rows(results, [one for one in called if one], name) if results else ([], "")
     if rows:
         metadata["metrics"] = list(dict.fromkeys(row["metric"] for row in rows))
     return ModelCard.from_template(
@@ -125,48 +118,40 @@ def model_card(
         other_size=other_size,
         width=width,
         rows=rows,
-        paper=paper_figures(name, rows),
+        paper=any(row["paper"] is not None for row in rows),
         command=command,
         recorded=bool(results and results.get("command")),
     )
 
 
 def check_variant(config: GranulonConfig, name: str) -> None:
-    """See that the model can be that variant.
-
-    Raises:
-        GranulonError: the name is unknown, or the model is another.
-    """
+    """Raise GranulonError for an unknown name, or a model that cannot be that variant."""
     encoder, decoder = parse(name)
     vision: Any = config.vision_config
     text: Any = config.text_config
-    towers = {encoder.tiny["model_type"]} | ({"timm_wrapper"} if encoder.open_id else set())
-    wanted = {
-        "vision tower": (vision.model_type, towers),
-        "language model": (text.model_type, {decoder.tiny["model_type"]}),
-        "granularity levels": (bool(config.granularity_levels), {not encoder.config}),
-    }
-    for what, (found, right) in wanted.items():
-        if found not in right:
+    timm = encoder.open_id is not None and vision.model_type == "timm_wrapper"
+    for what, found, right in (
+        ("vision tower", vision.model_type, "timm_wrapper" if timm else encoder.tiny["model_type"]),
+        ("language model", text.model_type, decoder.tiny["model_type"]),
+        ("granularity levels", bool(config.granularity_levels), not encoder.config),
+    ):
+        if found != right:
             raise GranulonError(
-                f"The model is not {name!r}: {what} {found!r} instead of {sorted(right)[0]!r}. Name its own variant, or none."
+                f"The model is not {name!r}: {what} {found!r} instead of {right!r}. Name its own variant, or none."
             )
 
 
-def find_variant(backbones: dict[str, Any] | None) -> str | None:
-    """A variant with these backbones: their licences are known."""
-    if not backbones:
-        return None
-    vision, text = backbones["vision"]["name"], backbones["text"]["name"]
+def find_variant(backbones: dict[str, Any]) -> str | None:
+    """Find a variant with these backbones: their licenses are known."""
     for name in NAMES:
         encoder, decoder = parse(name)
-        if vision in (encoder.hub_id, encoder.open_id) and text == decoder.hub_id:
+        if backbones["vision"]["name"] in (encoder.hub_id, encoder.open_id) and backbones["text"]["name"] == decoder.hub_id:
             return name
     return None
 
 
 def is_hub_id(text: str) -> bool:
-    """Whether a backbone's name can be a repository; folders are nobody else's business."""
+    """Tell whether a backbone's name can be a repository; folders are nobody else's business."""
     try:
         validate_repo_id(text)
     except HFValidationError:
@@ -175,18 +160,16 @@ def is_hub_id(text: str) -> bool:
 
 
 def inline(text: Any) -> str:
-    """Words of others as one line of plain text in Markdown."""
+    """Write words of others as one line of plain text in Markdown."""
     text = html.escape(" ".join(str(text).split()))
     return "".join(f"\\{c}" if c in "\\`*_[]|#" else c for c in text)
 
 
-def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str, Any]], str]:
-    """Rows of the evaluation's table for one model, one for each data set and metric, and the command."""
-    try:
-        from granulon_hf.evaluation.benchmark import PERCENT
-        from granulon_hf.stats import bootstrap_mean
-    except ImportError as error:
-        raise ImportError(f'{error}; a card with results needs: pip install "granulon-hf[eval]"') from None
+def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -> tuple[list[dict[str, Any]], str]:
+    """Make the evaluation's table for one model, a row for each data set and metric, and the command."""
+    from granulon_hf.evaluation.benchmark import PAPER, PERCENT
+    from granulon_hf.stats import bootstrap_mean
+
     rows: list[dict[str, Any]] = []
     try:
         models = list(results["models"])
@@ -196,16 +179,16 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
                 f"The results are of {', '.join(models)}; say which is this model by the name of its repository."
             )
         for data, metrics in results["scores"][found[0]].items():
+            # A set that is a folder has the folder's name: where it lies is nobody else's business.
+            failed = results.get("failed", {}).get(found[0], {}).get(data, 0)
+            of_set = {"data": data, "shown": Path(data).name, "failed": failed}
             for metric, values in metrics.items():
-                scored = [value for value in values if value is not None]
-                if not scored:
-                    continue
-                scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
-                mean, low, high = (scale * value for value in bootstrap_mean(scored))
-                # A set that is a folder has the folder's name: where it lies is nobody else's business.
-                row = {"data": data, "shown": Path(data).name, "metric": metric, "unit": unit, "mean": mean, "low": low}
-                row |= {"high": high, "n": len(scored), "unscored": len(values) - len(scored)}
-                rows.append(row | {"failed": results.get("failed", {}).get(found[0], {}).get(data, 0)})
+                if scored := [value for value in values if value is not None]:
+                    scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
+                    mean, low, high = (scale * value for value in bootstrap_mean(scored))
+                    row = {"metric": metric, "unit": unit, "mean": mean, "low": low, "high": high, "n": len(scored)}
+                    paper = PAPER.get(variant or "", {}).get((data, metric))
+                    rows.append(of_set | row | {"unscored": len(values) - len(scored), "paper": paper})
         sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
     except (KeyError, TypeError, AttributeError) as error:
         raise GranulonError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None
@@ -214,7 +197,7 @@ def score_rows(results: dict[str, Any], names: list[str]) -> tuple[list[dict[str
 
 
 def eval_result(row: dict[str, Any]) -> EvalResult:
-    """A row as the Hub's `model-index` has it; the interval is in the metric's arguments."""
+    """Write a row as the Hub's `model-index` has it; the interval is in the metric's arguments."""
     from granulon_hf.data.loading import ADAPTERS
 
     adapter = ADAPTERS.get(row["data"])
@@ -227,16 +210,6 @@ def eval_result(row: dict[str, Any]) -> EvalResult:
         metric_value=round(row["mean"], 2),
         metric_args={"interval_95": [round(row["low"], 2), round(row["high"], 2)], "samples": row["n"]},
     )
-
-
-def paper_figures(name: str | None, rows: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """What the paper reports for the same cells."""
-    if not (name and rows):
-        return {}
-    from granulon_hf.evaluation.benchmark import PAPER
-
-    cells = {(row["data"], row["metric"]) for row in rows}
-    return {cell: figure for cell, figure in PAPER.get(name, {}).items() if cell in cells}
 
 
 __all__ = ["card_data", "check_variant", "model_card"]

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
     from transformers import AutoModelForImageTextToText as AutoModelForVision2Seq
 
     from granulon_hf.modeling.configuration_granulon import GranulonConfig
-    from granulon_hf.modeling.modeling_granulon import (
-        GranulonForConditionalGeneration,
-        GranulonModel,
-        GranulonPreTrainedModel,
-    )
+    from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration, GranulonModel, GranulonPreTrainedModel
     from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
     __version__: str
@@ -92,20 +88,27 @@ def _register() -> None:
 class _RegisterWithAuto:
     """An import hook that registers the model family as soon as somebody has imported the Auto classes.
 
-    transformers knows no plug-ins, and importing it here would cost every `granulon --help` seconds.
+    transformers knows no plug-ins, and importing it here would cost every `granulon --help` seconds. Ours is registered when no
+    module of transformers is half imported any more: what is registered needs most of them.
     """
 
-    @staticmethod
-    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != _AUTO:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
+    depth = 0
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, path, target) if name.startswith("transformers.") else None
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
-                execute(module)
-                _register()
+                cls.depth += 1
+                try:
+                    execute(module)
+                finally:
+                    cls.depth -= 1
+                if cls.depth == 0 and _AUTO in sys.modules and cls in sys.meta_path:
+                    sys.meta_path.remove(cls)
+                    _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

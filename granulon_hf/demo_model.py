@@ -11,10 +11,8 @@ import io
 import json
 import os
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ import huggingface_hub
 import timm
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -37,6 +34,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
 from granulon_hf.errors import GranulonError
+from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
@@ -55,11 +53,7 @@ class MissingBackbones(GranulonError):
 
 
 def packaged_file(package: str, suffix: str) -> Path:
-    """Find a file of an installed distribution without importing the package.
-
-    Raises:
-        MissingBackbones: the package is not installed, or has no such file.
-    """
+    """Find a file of an installed distribution without importing the package; raise MissingBackbones where there is none."""
     try:
         paths = [Path(str(file.locate())) for file in distribution(package).files or []]
         return next(path for path in paths if path.suffix == suffix and path.is_file())
@@ -68,11 +62,7 @@ def packaged_file(package: str, suffix: str) -> Path:
 
 
 def load_language_model(dtype: torch.dtype = torch.bfloat16):
-    """Read SmolLM2-135M-Instruct and its tokenizer from the packaged GGUF, dequantized.
-
-    Raises:
-        MissingBackbones: the package is not installed.
-    """
+    """Read SmolLM2-135M-Instruct and its tokenizer from the packaged GGUF, dequantized."""
     gguf = packaged_file(LANGUAGE_PACKAGE, ".gguf")
     with redirect_stderr(io.StringIO()):  # the reader's own progress bar has no switch
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -89,9 +79,6 @@ def load_classifier() -> torch.nn.Module:
     """Read EfficientNet-Lite0 with its ImageNet head, as a timm model.
 
     The checkpoint has other names for the same tensors in the same order.
-
-    Raises:
-        MissingBackbones: the package is not installed.
     """
     path = packaged_file(VISION_PACKAGE, ".pth")
     model = timm.create_model(ARCHITECTURE, pretrained=False)
@@ -101,11 +88,7 @@ def load_classifier() -> torch.nn.Module:
 
 
 def load_vision_tower(dtype: torch.dtype = torch.bfloat16) -> TimmWrapperModel:
-    """Read EfficientNet-Lite0 without its head: pixels [I x 3 x 448 x 448] to features [I x 1280 x 14 x 14].
-
-    Raises:
-        MissingBackbones: the package is not installed.
-    """
+    """Read EfficientNet-Lite0 without its head: pixels [I x 3 x 448 x 448] to features [I x 1280 x 14 x 14]."""
     pixels = {"input_size": [3, IMAGE_SIZE, IMAGE_SIZE], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_mode": "squash"}
     fields: dict[str, Any] = {"architecture": ARCHITECTURE, "do_pooling": False, "num_labels": 0, "pretrained_cfg": pixels}
     config = TimmWrapperConfig(**fields)
@@ -129,15 +112,12 @@ def load_image_processor() -> CLIPImageProcessor:
 def build_demo(
     adapter: Path | None = SHIPPED, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[GranulonForConditionalGeneration, GranulonProcessor]:
-    """Assemble the demo model in memory.
+    """Assemble the demo model, in eval mode, and its processor in memory.
 
     Args:
         adapter (`Path`, *optional*): folder with `config.json` and `adapter.safetensors`; `None` leaves projector and
             controller untrained.
         dtype (`torch.dtype`): of all weights.
-
-    Returns:
-        `tuple`: model in eval mode, and processor.
 
     Raises:
         MissingBackbones: a package with weights is not installed.
@@ -154,11 +134,7 @@ def build_demo(
     model = GranulonForConditionalGeneration.from_backbones(config, tower, language_model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if adapter is not None:
-        weights = load_file(adapter / "adapter.safetensors")
-        for part in ("multi_modal_projector", "controller"):
-            prefix = f"{part}."
-            state = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            getattr(model.model, part).load_state_dict(state)
+        model.model.load_state_dict(model.model.state_dict() | load_file(adapter / ADAPTER_WEIGHTS))
     return model, processor
 
 
@@ -167,10 +143,8 @@ def fingerprint() -> str:
 
     The versions of the weight packages are not in it, so that a folder once made is found without them.
     """
-    digest = hashlib.sha256()
-    for path in (SHIPPED / "adapter.safetensors", SHIPPED / "config.json", Path(__file__)):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:12]
+    files = (SHIPPED / ADAPTER_WEIGHTS, SHIPPED / "config.json", Path(__file__))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = True) -> Path:
@@ -178,10 +152,7 @@ def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = Tru
 
     Args:
         cache_dir (`str` or `os.PathLike`, *optional*): where to keep it; `granulon` in the Hugging Face home by default.
-        progress (`bool`, defaults to `True`): show a progress bar while assembling.
-
-    Returns:
-        `Path`: the folder.
+        progress (`bool`, defaults to `True`): say so in the terminal while assembling.
 
     Raises:
         MissingBackbones: the folder is not there yet and a package with weights is not installed.
@@ -201,17 +172,17 @@ def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = Tru
     packaged_file(LANGUAGE_PACKAGE, ".gguf"), packaged_file(VISION_PACKAGE, ".pth")  # before anything is written
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=".granulon-demo-", dir=cache))
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
-        unfinished.chmod(0o755)
-        with _steps(2, progress) as step:
-            step("Reading the backbones")
+        with Console(stderr=True, quiet=not progress).status("Assembling the demo model, this once"):
             model, processor = build_demo()
-            step("Writing the model folder")
             model.save_pretrained(unfinished)
             processor.save_pretrained(unfinished)
             shutil.copy(SHIPPED / "README.md", unfinished)
-            for path in unfinished.iterdir():
-                path.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
+        unfinished.chmod(0o755)
+        for path in unfinished.iterdir():
+            path.chmod(0o644)  # safetensors writes for the owner alone; a cache may be shared
         try:
             # A folder appears whole or not at all; where another process was faster, its folder holds the same.
             unfinished.rename(folder)
@@ -220,22 +191,9 @@ def demo_folder(cache_dir: str | os.PathLike | None = None, progress: bool = Tru
                 raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
-
-
-@contextmanager
-def _steps(total: int, show: bool) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar over named steps on standard error, in place of the bars of transformers."""
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    try:
-        with Progress(*columns, console=Console(file=sys.stderr), disable=not show, transient=True) as bar:
-            task = bar.add_task("", total=total, completed=-1)
-            yield lambda description: bar.update(task, description=description, advance=1)
-    finally:
         if bars:
             logging.enable_progress_bar()
+    return folder
 
 
 __all__ = ["INSTALL_COMMAND", "MissingBackbones", "build_demo", "demo_folder"]

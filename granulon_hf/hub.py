@@ -9,14 +9,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import PreTrainedConfig
 
 import granulon_hf
@@ -39,9 +39,9 @@ AUTO_MAP = {
     "AutoProcessor": "processing_granulon.GranulonProcessor",
 }
 # All that is ever uploaded; pickles, optimizer states and caches match none of these.
-UPLOADED = ("*.safetensors", "*.json", "*.jinja", "*.py", "*.txt", "*.model", "README.md", "LICENSE")
+UPLOADED = ["*.safetensors", "*.json", "*.jinja", "*.py", "*.txt", "*.model", "README.md", "LICENSE"]
 # What an upload replaces at the top of a repository: shards and code that an earlier one left behind would be read too.
-REPLACED = ("*.safetensors", "*.safetensors.index.json", "*_granulon.py", "*.jinja")
+REPLACED = ["*.safetensors", "*.safetensors.index.json", "*_granulon.py", "*.jinja"]
 SECRETS = re.compile(
     rb"hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{36}|\bAKIA[0-9A-Z]{16}\b"
     rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
@@ -117,15 +117,7 @@ def export(
     shutil.rmtree(folder, ignore_errors=True)
     try:
         write_folder(model, processor, folder, form, trained)
-        card = cards.model_card(
-            model.config,
-            name=name,
-            repo_id=repo_id,
-            form=form,
-            backbones=model.config.backbones,
-            results=results,
-            source=source,
-        )
+        card = cards.model_card(model.config, name=name, repo_id=repo_id, form=form, results=results, source=source)
         card.save(folder / "README.md")
         check_export(folder)
         if validate:
@@ -155,7 +147,7 @@ def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: s
     processor.save_pretrained(folder)
     for path in (*CODE.glob("*_granulon.py"), *CODE.glob("*.jinja")):
         shutil.copyfile(path, folder / path.name)
-    (folder / "LICENSE").write_text(licence())
+    (folder / "LICENSE").write_text(read_license())
     config = json.loads((folder / "config.json").read_text())
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         part.pop("_name_or_path", None)  # paths of this machine
@@ -165,11 +157,7 @@ def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: s
 
 
 def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) -> dict[str, Any]:
-    """Return both backbones with their commits.
-
-    Raises:
-        GranulonError: one is not known, or has no commit on the Hub that could be named.
-    """
+    """Return both backbones with their commits; raise GranulonError where one is not known or has none."""
     found: dict[str, Any] = {part: (known or {}).get(part) for part in ("vision", "text")}
     for part, text in (given or {}).items():
         if part not in found:
@@ -183,40 +171,32 @@ def named_backbones(known: dict[str, Any] | None, given: dict[str, str] | None) 
                 f"(--{part} org/name), or export the full form."
             )
         if "revision" not in source and not os.path.isabs(source["name"]):
-            found[part] = source = name_backbone(source["name"], source)
-            if "revision" not in (source or {}):
-                raise GranulonError(
-                    f"The {part} backbone {found[part]['name']!r} cannot be found on the Hub to pin its commit."
-                )
+            found[part] = name_backbone(source["name"], source)
+            if "revision" not in found[part]:
+                raise GranulonError(f"The {part} backbone {source['name']!r} cannot be found on the Hub to pin its commit.")
     return found
 
 
-def licence() -> str:
+def read_license() -> str:
     """Read the license of the code, as installed or in the checkout."""
     try:
-        found = [file for file in files("granulon-hf") or [] if file.name == "LICENSE"]
+        text = distribution("granulon-hf").read_text("licenses/LICENSE")
     except PackageNotFoundError:
-        found = []
-    path = Path(str(found[0].locate())) if found else Path(__file__).parents[1] / "LICENSE"
-    return path.read_text(encoding="utf-8")
+        text = None
+    return text or (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
 
 
 def check_export(folder: Path) -> None:
-    """Look through a folder that is to be uploaded.
-
-    Raises:
-        GranulonError: a file that is not expected, code that is not this package's, or what looks like a secret.
-    """
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            continue
+    """Raise GranulonError for a file that is not expected, code that is not this package's, or what looks like a secret."""
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir()):
         if not any(path.match(pattern) for pattern in UPLOADED):
             raise GranulonError(f"{path.name} is not part of a model; it is not uploaded.")
-        if path.suffix == ".py" and ((own := CODE / path.name).is_file() is False or own.read_bytes() != path.read_bytes()):
-            raise GranulonError(f"{path.name} is not the code of this package.")
         if path.suffix == ".safetensors" or path.name == "tokenizer.json":
             continue
         content = path.read_bytes()
+        own = CODE / path.name
+        if path.suffix == ".py" and not (own.is_file() and own.read_bytes() == content):
+            raise GranulonError(f"{path.name} is not the code of this package.")
         if SECRETS.search(content):
             raise GranulonError(f"{path.name} holds what looks like a secret; it is not uploaded.")
         if path.suffix == ".json":
@@ -240,14 +220,11 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
     """Load a folder, or Hub id, in a process that cannot import this package, and compare what it says.
 
     Returns:
-        `float`: largest difference of a logit, as a part of the largest logit.
-
-    Raises:
-        GranulonError: it does not load, or says something else.
+        `float`: largest difference of a logit, as a part of the largest logit, which is small or raises GranulonError.
     """
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "logits.npz"
-        name = str(Path(folder).absolute()) if os.path.isdir(folder) else os.fspath(folder)
+        name = os.path.abspath(folder) if os.path.isdir(folder) else os.fspath(folder)
         command = [sys.executable, "-c", Path(probe.__file__).read_text(), name, str(out)]
         # A cache of its own: code that was loaded before must not stand in for the code in the folder.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules")}
@@ -256,11 +233,8 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
             reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise GranulonError(f"The exported folder does not load without granulon_hf ({reason}).")
         found = dict(np.load(out))
-    worst = 0.0
-    for level, values in expected.items():
-        scale = float(np.abs(values).max()) or 1.0
-        # A NaN is no difference for max, and none is small enough.
-        worst = float(np.maximum(worst, np.abs(found[level] - values).max() / scale))
+    differences = [np.abs(found[level] - values).max() / (np.abs(values).max() or 1) for level, values in expected.items()]
+    worst = float(np.max(differences))  # NaN if one of them is
     if not worst <= TOLERANCE:
         raise GranulonError(
             f"The exported model says something else than its source (logits differ by {worst:.1e} of the largest): the "
@@ -307,29 +281,19 @@ def push(
             folder_path=path,
             revision=revision,
             commit_message=message or f"Upload with granulon_hf {granulon_hf.__version__}",
-            allow_patterns=list(UPLOADED),
-            delete_patterns=[file for file in present if is_replaced(file)] or None,
+            allow_patterns=UPLOADED,
+            delete_patterns=list(filter_repo_objects(present, allow_patterns=REPLACED, ignore_patterns="*/*")) or None,
         )
 
 
-def is_replaced(file: str) -> bool:
-    return "/" not in file and any(Path(file).match(pattern) for pattern in REPLACED)
-
-
 def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]:
-    """Return the full name of a repository that may be written, and its files, before anything is computed.
-
-    Raises:
-        GranulonError: the name is not valid, there is no login, the repository is not as private as was meant, or it holds
-            something else than a Granulon model.
-    """
+    """Return the full name of a repository that may be written, and its files; raise GranulonError for any other."""
     check_repo_id(repo_id)
     try:
         user = api.whoami()
-    except LocalTokenNotFoundError:
-        raise GranulonError("No login on the Hub: run `hf auth login`, or set HF_TOKEN.") from None
     except Exception as error:
-        raise GranulonError(f"The Hub does not accept the login ({one_line(error)[:200]}).") from error
+        reason = one_line(error)[:200]
+        raise GranulonError(f"No login on the Hub: run `hf auth login`, or set HF_TOKEN ({reason}).") from error
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:

@@ -51,21 +51,15 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
 
 
 def read_model(source: str, dtype: str = "auto", **options: Any) -> tuple[Any, Any, str]:
-    """Load as [`load_model`] does, but onto the CPU and in the checkpoint's own dtype; `options` are of `from_pretrained`.
-
-    Raises:
-        GranulonError: something cannot be read, or weights are missing.
-    """
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    auto: Any = AutoModelForImageTextToText
+    """Load as [`load_model`] does, but onto the CPU and in the checkpoint's own dtype; `options` are of `from_pretrained`."""
     model: Any
     if source.startswith(TINY):
         model, processor = variants.build(source.removeprefix(TINY), tiny=True)
-        return model if dtype == "auto" else model.to(kind), processor, source
+        return model if dtype == "auto" else model.to(getattr(torch, dtype)), processor, source
     place = find_source(source)
     try:
         processor = AutoProcessor.from_pretrained(place)
-        model = auto.from_pretrained(place, dtype=kind, **options)
+        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **options)
     except Exception as error:  # whatever the readers raise
         reason = f"{type(error).__name__}: {first_sentence(error)}"
         raise GranulonError(f"The model {source!r} is incomplete or damaged ({reason}).") from error
@@ -83,11 +77,7 @@ def find_source(source: str) -> str:
 
 
 def read_config(source: str) -> GranulonConfig:
-    """Read the configuration of a Granulon model.
-
-    Raises:
-        GranulonError: there is none, or it is another kind of model.
-    """
+    """Read the configuration of a Granulon model; raise GranulonError if there is none, or it is another kind of model."""
     if source.startswith(TINY):
         return variants.build(source.removeprefix(TINY), tiny=True)[0].config
     place = find_source(source)

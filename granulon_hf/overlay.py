@@ -3,13 +3,15 @@
 Notation: H×W the grid of patches, K semantic slots per image.
 """
 
+import colorsys
 import math
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image, ImageDraw, ImageFont
 
 # Easy to tell apart, best ranks first; gray is kept free for what was not kept.
-COLOURS = (
+COLORS = (
     "#e6194b #3cb44b #ffe119 #4363d8 #f58231 #46f0f0 #f032e6 #bcf60c #9a6324 #fabebe "
     "#008080 #911eb4 #ffd8b1 #800000 #aaffc3 #808000 #e6beff #000075 #fffac8 #00a2ff"
 ).split()
@@ -17,25 +19,18 @@ FILL = 0.5  # opacity of a cluster's color
 INK, PAPER = (20, 22, 26), (245, 245, 245)
 
 
-def colour(rank: int) -> tuple[int, int, int]:
+def rank_color(rank: int) -> tuple[int, int, int]:
     """Return the RGB of the cluster with this rank (0 = best); beyond the table, hues a golden angle apart."""
-    if rank < len(COLOURS):
-        red, green, blue = bytes.fromhex(COLOURS[rank][1:])
+    if rank < len(COLORS):
+        red, green, blue = bytes.fromhex(COLORS[rank][1:])
     else:
         hue = int(rank * 0.618034 % 1 * 256)
-        red, green, blue = np.asarray(Image.merge("HSV", [Image.new("L", (1, 1), v) for v in (hue, 170, 230)]).convert("RGB"))[
-            0, 0
-        ].tolist()
+        red, green, blue = (round(255 * value) for value in colorsys.hsv_to_rgb(hue / 255, 170 / 255, 230 / 255))
     return red, green, blue
 
 
 def ranks(aggregation, index: int = 0) -> np.ndarray:
-    """Return the rank of the kept cluster of each patch, 0 the best and -1 where its cluster was not kept; shape [H x W].
-
-    Args:
-        aggregation ([`GranulonAggregation`]): clusters of one or more images.
-        index (`int`): which image.
-    """
+    """Return the rank of the kept cluster of each patch, 0 the best and -1 where its cluster was not kept; shape [H x W]."""
     assignment = np.array(aggregation.assignment[index].tolist())
     rank = np.full(assignment.shape, -1)
     for slot, cluster in enumerate(aggregation.kept_clusters[index].tolist()):
@@ -45,7 +40,7 @@ def ranks(aggregation, index: int = 0) -> np.ndarray:
 
 
 def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str | None = None, size: int = 896) -> Image.Image:
-    """Draw the kept clusters over the photograph, each in its color with its rank (1 = best); the rest is gray and dim.
+    """Draw the kept clusters over the photograph, each in its color with its rank (1 = best), in RGB; the rest is gray and dim.
 
     Args:
         image (`PIL.Image.Image`): the picture that the grid covers: what the model saw ([`model_view`]), not the whole file.
@@ -53,9 +48,6 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
         index (`int`): which image of `aggregation`.
         title (`str`, *optional*): text of a slim bar above the picture, which also says how many clusters were kept.
         size (`int`): long side of the picture in pixels, up to rounding to whole pixels per patch.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
     """
     rank = ranks(aggregation, index)
     height, width = rank.shape
@@ -67,7 +59,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
     gray = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
 
     big = rank.repeat(cell_height, 0).repeat(cell_width, 1)
-    palette = np.array([colour(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
+    palette = np.array([rank_color(i) for i in range(rank.max() + 1)] + [(0, 0, 0)], dtype=np.float32)  # -1 is the last row
     kept, paint = (big >= 0)[..., None], palette[big]
     # Half of the photograph's own colors are taken away, so that those of the clusters can be told.
     out = np.where(kept, (1 - FILL) * (pixels + gray) / 2 + FILL * paint, 0.3 * gray + 25)
@@ -79,7 +71,7 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
 
     for slot in range(rank.max() + 1):
         row, column = _label_cell(rank == slot)
-        badge = _badge(str(slot + 1), colour(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
+        badge = _badge(str(slot + 1), rank_color(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
         corner = (int((column + 0.5) * cell_width - badge.width / 2), int((row + 0.5) * cell_height - badge.height / 2))
         picture.paste(badge, corner, badge)
     if title is None:
@@ -99,16 +91,10 @@ def _near_edge(big: np.ndarray, reach: int) -> np.ndarray:
 def _label_cell(member: np.ndarray) -> tuple[int, int]:
     """Choose the cell for a cluster's number: the member nearest to the centroid, inner cells before those at an edge."""
     cells = np.argwhere(member)
-    padded = np.pad(member, 1)
-    shifts = [(y, x) for y in range(3) for x in range(3)]
-    inner = np.sum([padded[y : y + member.shape[0], x : x + member.shape[1]] for y, x in shifts], axis=0)
+    inner = sliding_window_view(np.pad(member, 1), (3, 3)).sum((2, 3))
     distance = np.square(cells - cells.mean(0)).sum(1) - 0.5 * inner[tuple(cells.T)]
     row, column = cells[distance.argmin()].tolist()
     return row, column
-
-
-def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
 
 
 def _badge(text: str, fill: tuple[int, int, int], diameter: int) -> Image.Image:
@@ -119,15 +105,8 @@ def _badge(text: str, fill: tuple[int, int, int], diameter: int) -> Image.Image:
     draw.ellipse((0, 0, large - 1, large - 1), fill=(*INK, 255))
     draw.ellipse((large // 14, large // 14, large - large // 14, large - large // 14), fill=(*fill, 255))
     ink = INK if 0.299 * fill[0] + 0.587 * fill[1] + 0.114 * fill[2] > 120 else PAPER
-    draw.text(
-        (large / 2, large / 2),
-        text,
-        fill=ink,
-        font=_font(large * 0.6),
-        anchor="mm",
-        stroke_width=large * 0.012,
-        stroke_fill=ink,
-    )
+    font = ImageFont.load_default(large * 0.6)
+    draw.text((large / 2, large / 2), text, ink, font, anchor="mm", stroke_width=large * 0.012, stroke_fill=ink)
     return badge.resize((diameter, diameter), Image.Resampling.LANCZOS)
 
 
@@ -135,7 +114,7 @@ def _with_title(picture: Image.Image, title: str, legend: str) -> Image.Image:
     bar = max(24, picture.width // 24)
     out = Image.new("RGB", (picture.width, picture.height + bar), INK)
     out.paste(picture, (0, bar))
-    draw, font, gap = ImageDraw.Draw(out), _font(bar * 0.5), bar // 2
+    draw, font, gap = ImageDraw.Draw(out), ImageFont.load_default(bar * 0.5), bar // 2
     room = picture.width - 3 * gap - draw.textlength(legend, font)
     title = " ".join(title.split())
     if draw.textlength(title, font) > room:
@@ -148,7 +127,7 @@ def _with_title(picture: Image.Image, title: str, legend: str) -> Image.Image:
 
 
 def model_view(image_processor, image: Image.Image, pixel_values, size: int = 896) -> Image.Image:
-    """Return what the model saw of an image, from the original at a resolution worth looking at.
+    """Return what the model saw of an image, in RGB, from the original at a resolution worth looking at.
 
     Where the whole image was only squeezed, that is the image itself, in its own proportions. Else the image processor itself
     is asked for the same resize and crop at a multiple of its size; where it does not scale that way, the pixel values are
@@ -159,19 +138,13 @@ def model_view(image_processor, image: Image.Image, pixel_values, size: int = 89
         image (`PIL.Image.Image`): the original.
         pixel_values (`torch.Tensor`): what the processor made of it, shape [3 x height x width].
         size (`int`): the long side is at least this many pixels.
-
-    Returns:
-        `PIL.Image.Image`: RGB.
     """
     if not getattr(image_processor, "do_center_crop", None) and "height" in dict(image_processor.size):
         return image.convert("RGB")
     _, height, width = pixel_values.shape
     factor = math.ceil(size / max(height, width))
-    scaled = {}
-    for name in ("size", "crop_size"):
-        sides = getattr(image_processor, name, None)
-        if sides:
-            scaled[name] = {key: value * factor for key, value in dict(sides).items() if value}
+    sizes = {name: dict(getattr(image_processor, name, None) or {}) for name in ("size", "crop_size")}
+    scaled = {name: {key: side * factor for key, side in sides.items() if side} for name, sides in sizes.items() if sides}
     seen = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt", **scaled)["pixel_values"][0]
     if tuple(seen.shape) != (3, height * factor, width * factor):
         mean, std = (np.array(getattr(image_processor, name)).reshape(3, 1, 1) for name in ("image_mean", "image_std"))

@@ -1,11 +1,10 @@
-"""The paper's encoder × LLM table as data, and `build`, which assembles any cell of it.
-
-Sources: supplement, section 1 (encoders, all 0.3–0.4 B); the Hub ids are ours.
-"""
+"""Build any cell of the paper's encoder × LLM table, which is `variants.yaml`."""
 
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, CLIPImageProcessor, PreTrainedTokenizerFast, set_seed
 
@@ -17,115 +16,33 @@ from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
 @dataclass(frozen=True)
 class Encoder:
-    """A vision tower of the paper.
-
-    Args:
-        hub_id (`str`): its checkpoint.
-        tiny (`dict`): the same architecture at toy size, as a config.
-        config (`dict`): fields of [`GranulonConfig`] that make the variant.
-        gated (`bool`): whether the Hub asks for a licence first.
-        open_id (`str`, *optional*): the same weights without a gate.
-    """
+    """A vision tower of the paper."""
 
     hub_id: str
-    tiny: dict[str, Any]
-    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})
-    gated: bool = False
-    open_id: str | None = None
+    tiny: dict[str, Any]  # the same architecture at toy size, as a config
+    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})  # what makes the variant
+    gated: bool = False  # whether the Hub asks for a license first
+    open_id: str | None = None  # the same weights without a gate
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A language model of the paper.
-
-    Args:
-        hub_id (`str`): its checkpoint.
-        tiny (`dict`): the same architecture at toy size, as a config.
-        special_tokens (`list[str]`): of its tokenizer, for the toy one: start of text first, end of turn second.
-        gated (`bool`): whether the Hub asks for a licence first.
-    """
+    """A language model of the paper."""
 
     hub_id: str
-    tiny: dict[str, Any]
-    special_tokens: tuple[str, ...]
-    gated: bool = False
+    tiny: dict[str, Any]  # the same architecture at toy size, as a config
+    special_tokens: list[str]  # for the toy tokenizer: start of text first, end of turn second
+    gated: bool = False  # whether the Hub asks for a license first
 
 
-_TINY_VIT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-_DINOV3 = Encoder(
-    "facebook/dinov3-vitl16-pretrain-lvd1689m",
-    {"model_type": "dinov3_vit", "image_size": 96, "patch_size": 16, "num_register_tokens": 4, **_TINY_VIT},
-    gated=True,
-    open_id="timm/vit_large_patch16_dinov3.lvd1689m",
-)
-ENCODERS: dict[str, Encoder] = {
-    "clip": Encoder(
-        "openai/clip-vit-large-patch14-336",
-        {"model_type": "clip_vision_model", "image_size": 84, "patch_size": 14, **_TINY_VIT},
-    ),
-    "siglip": Encoder(
-        "google/siglip-large-patch16-384",
-        {"model_type": "siglip_vision_model", "image_size": 96, "patch_size": 16, **_TINY_VIT},
-    ),
-    "dinov2": Encoder(
-        "facebook/dinov2-large",
-        {"model_type": "dinov2", "image_size": 84, "patch_size": 14, "mlp_ratio": 2, **_TINY_VIT},
-    ),
-    "dinov3": _DINOV3,
-    "granulon": Encoder(_DINOV3.hub_id, _DINOV3.tiny, config={}, gated=_DINOV3.gated, open_id=_DINOV3.open_id),
-}
-
-_TINY_LM = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-}
-DECODERS: dict[str, Decoder] = {
-    "qwen2.5": Decoder(
-        "Qwen/Qwen2.5-1.5B-Instruct",
-        {"model_type": "qwen2", "tie_word_embeddings": True, **_TINY_LM},
-        ("<|endoftext|>", "<|im_end|>", "<|im_start|>", "<|image_pad|>"),
-    ),
-    "llama3.2": Decoder(
-        "meta-llama/Llama-3.2-3B-Instruct",
-        {"model_type": "llama", "tie_word_embeddings": True, "head_dim": 8, **_TINY_LM},
-        (
-            "<|begin_of_text|>",
-            "<|eot_id|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|finetune_right_pad_id|>",
-            "<|reserved_special_token_0|>",
-        ),
-        gated=True,
-    ),
-}
-
+_TABLES = yaml.safe_load(files(__package__).joinpath("variants.yaml").read_text(encoding="utf-8"))
+ENCODERS = {name: Encoder(**fields) for name, fields in _TABLES["encoders"].items()}
+DECODERS = {name: Decoder(**fields) for name, fields in _TABLES["decoders"].items()}
 NAMES: tuple[str, ...] = tuple(f"{encoder}-{decoder}" for encoder in ENCODERS for decoder in DECODERS)
-
-# What the toy tokenizer learns its merges from: words of the kind that users ask.
-_TINY_CORPUS = (
-    "What is in the picture? Describe the image in detail. Is there an animal in this photograph?",
-    "How many objects are there? Which colour is the small car in the top left corner? Where is the cat?",
-    "a dog, a cup of coffee, a rocket, a flower, two people on a beach, red, green, blue, yellow, left, right, top, bottom",
-    "The photograph shows a large house in front of snow-covered mountains. There are three trees next to the road.",
-)
 
 
 def parse(name: str) -> tuple[Encoder, Decoder]:
-    """Look up a variant such as `granulon-qwen2.5`.
-
-    Raises:
-        GranulonError: an unknown name; the message lists all.
-    """
+    """Look up a variant such as `granulon-qwen2.5`; raise GranulonError for an unknown one."""
     encoder, _, decoder = name.partition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
         raise GranulonError(f"Unknown variant {name!r}; the variants are {', '.join(NAMES)}.")
@@ -155,7 +72,7 @@ def build(
         OSError: a checkpoint cannot be read; two of the backbones are gated on the Hub.
     """
     encoder, decoder = parse(name)
-    kwargs = {**encoder.config, **kwargs}
+    kwargs = encoder.config | kwargs
     set_seed(seed)
     if tiny:
         return _build_tiny(encoder, decoder, **kwargs)
@@ -196,26 +113,21 @@ def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
 
 
 def tiny_tokenizer(decoder: Decoder, vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer, trained on the spot, with the special tokens of the decoder's own.
-
-    Args:
-        decoder ([`Decoder`]): whose special tokens it has.
-        vocab_size (`int`, defaults to 512): with the 256 bytes, so that any text can be encoded.
-    """
+    """Train a small byte-level BPE tokenizer with the decoder's special tokens; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(decoder.special_tokens),
+        special_tokens=decoder.special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_TINY_CORPUS, trainer)
+    tokenizer.train_from_iterator(_TABLES["tiny_corpus"], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=decoder.special_tokens[0],
         eos_token=decoder.special_tokens[1],
         pad_token=decoder.special_tokens[4 if "<|finetune_right_pad_id|>" in decoder.special_tokens else 0],
-        additional_special_tokens=list(decoder.special_tokens[2:]),
+        additional_special_tokens=decoder.special_tokens[2:],
     )

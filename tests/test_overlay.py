@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from granulon_hf.modeling.aggregation_granulon import GranulonAggregation
-from granulon_hf.overlay import colour, draw_clusters, model_view, ranks, side_by_side
+from granulon_hf.overlay import draw_clusters, model_view, rank_color, ranks, side_by_side
 from tests.conftest import make_picture
 
 
@@ -34,7 +34,7 @@ def test_kept_clusters_have_their_colour_and_the_rest_is_grey():
     assert picture.shape == (400, 600, 3)
     for row, column, rank in ((0, 2, 0), (1, 0, 0), (0, 0, 1)):
         pixel = picture[row * 200 + 40, column * 200 + 40].astype(int)
-        expected = np.array(colour(rank)) * 0.5 + 128 * 0.5
+        expected = np.array(rank_color(rank)) * 0.5 + 128 * 0.5
         assert np.abs(pixel - expected).max() < 3
     for row, column in ((0, 1), (1, 1), (1, 2)):
         pixel = picture[row * 200 + 100, column * 200 + 100]
@@ -55,7 +55,7 @@ def test_any_grid_and_number_of_clusters(grid, clusters):
     cells = np.arange(grid[0] * grid[1]).reshape(grid) % clusters
     out = draw_clusters(make_picture(0), aggregation(cells.tolist(), sorted(set(cells.flatten().tolist()))), title="x" * 300)
     assert max(out.size) == pytest.approx(896, abs=60)
-    assert len({colour(rank) for rank in range(60)}) == 60
+    assert len({rank_color(rank) for rank in range(60)}) == 60
 
 
 def test_nothing_kept():

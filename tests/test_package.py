@@ -80,6 +80,8 @@ def test_an_old_transformers_is_refused_with_the_remedy(script):
         "from transformers import AutoConfig; import granulon_hf, transformers",
         "import granulon_hf.modeling.aggregation_granulon, transformers",
         "from granulon_hf import AutoModelForVision2Seq, GranulonConfig; import transformers",
+        "import granulon_hf, transformers; from transformers import Trainer",  # whose modules import the Auto classes half-way
+        "import granulon_hf, transformers; from transformers import CLIPImageProcessor",
     ],
 )
 def test_importing_the_package_registers_it(imports, build, tmp_path):

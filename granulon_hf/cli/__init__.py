@@ -26,16 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(ask)
-app.command()(demo)
-app.command()(push)
-app.command()(serve)
+for command in (ask, demo, push, serve):
+    app.command()(command)
 analyze.app.command()(gallery)
-app.add_typer(analyze.app, name="analyze")
-app.add_typer(controller.app, name="controller")
-app.add_typer(data.app, name="data")
-app.add_typer(evaluation.app, name="eval")
-app.add_typer(judge.app, name="judge")
+for name, group in {"analyze": analyze, "controller": controller, "data": data, "eval": evaluation, "judge": judge}.items():
+    app.add_typer(group.app, name=name)
 
 
 def _version(value: bool) -> None:

@@ -20,22 +20,13 @@ from granulon_hf.errors import GranulonError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from granulon_hf.modeling.configuration_granulon import GranulonConfig
-
-
-# --- what can be checked before a model is loaded ---------------------------------------------------------------------
-
 
 def is_url(source: str) -> bool:
     return source.lower().startswith(("http://", "https://", "data:"))
 
 
 def open_image(source: str) -> "Image.Image":
-    """Open an image: a path, a URL, or base64 text.
-
-    Raises:
-        GranulonError: it is missing, unreadable, truncated or unreasonably large or thin.
-    """
+    """Open an image, a path, a URL, or base64 text; raise GranulonError where it cannot be used."""
     from PIL import Image
 
     from granulon_hf.modeling.images_granulon import open_rgb
@@ -57,11 +48,7 @@ def open_image(source: str) -> "Image.Image":
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], str]:
-    """Split off the question, which comes last, from the images.
-
-    Raises:
-        GranulonError: the question is missing.
-    """
+    """Split off the question, which comes last, from the images; raise GranulonError if it is missing."""
     from PIL import Image
 
     *images, question = arguments
@@ -80,10 +67,8 @@ def check_overlay(path: Path, images: list[str]) -> None:
 
     if not images:
         raise GranulonError("--overlay needs an image to draw on.")
-    if not path.parent.is_dir():
-        raise GranulonError(f"The folder {str(path.parent)!r} for the overlay does not exist.")
-    if path.is_dir():
-        raise GranulonError(f"{str(path)!r} is a folder; --overlay takes the name of an image file, such as clusters.png.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise GranulonError(f"--overlay takes an image file to write; {str(path)!r} is a folder, or its own does not exist.")
     files = [file for file in map(os.path.expanduser, images) if os.path.exists(file)]
     if path.exists() and any(path.samefile(file) for file in files):
         raise GranulonError(f"The overlay {str(path)!r} would overwrite the image itself; choose another name.")
@@ -93,19 +78,6 @@ def check_overlay(path: Path, images: list[str]) -> None:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), format=Image.registered_extensions()[path.suffix.lower()])
     except Exception:
         raise GranulonError(f"Cannot write an overlay as {path.name!r}; give it the ending .png or .jpg.") from None
-
-
-def check_level(config: "GranulonConfig", granularity: str | None, overlay: Path | None) -> None:
-    """Raise GranulonError for an unknown level, or for what only a model with levels can do."""
-    levels = config.level_names
-    if not levels and (granularity or overlay):
-        option = "--granularity" if granularity else "--overlay"
-        raise GranulonError(f"This model has no granularity levels, so that {option} cannot be used with it.")
-    if granularity and granularity not in levels:
-        raise GranulonError(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
-
-
-# --- granulon ask -----------------------------------------------------------------------------------------------------
 
 
 @reports_bad_input
@@ -137,9 +109,11 @@ def ask(
     if max_new_tokens < 1:
         raise GranulonError(f"--max-new-tokens must be at least 1; got {max_new_tokens}.")
     import torch
+    from transformers import TextStreamer
 
     from granulon_hf import overlay as drawing
-    from granulon_hf.loading import check_models, read_config
+    from granulon_hf.evaluation.answer import look
+    from granulon_hf.loading import check_models, pick_device, read_config, read_model
 
     sources, question = split_arguments(arguments)
     images = [open_image(source) for source in sources]
@@ -150,46 +124,21 @@ def ask(
         warnings.simplefilter("ignore")
     source = model or "demo"
     check_models([source], device, dtype)
-    check_level(read_config(source), granularity, overlay)
+    levels = read_config(source).level_names
+    if not levels and (granularity or overlay):
+        option = "--granularity" if granularity else "--overlay"
+        raise GranulonError(f"This model has no granularity levels, so that {option} cannot be used with it.")
+    if granularity and granularity not in levels:
+        raise GranulonError(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
 
-    with torch.inference_mode():
-        result, aggregation, processor, pixel_values = answer(
-            source, device, dtype, images, question, granularity, max_new_tokens, stream
-        )
-    if overlay is not None:
-        title = f"{question.strip()} · {result['granularity']}"
-        views = [drawing.model_view(processor.image_processor, *pair) for pair in zip(images, pixel_values, strict=True)]
-        pictures = [drawing.draw_clusters(view, aggregation, i, title=title) for i, view in enumerate(views)]
-        drawing.side_by_side(pictures).save(overlay)
-        result["overlay"] = str(overlay)
-    result |= {"model": model or "granulon-demo", "images": sources, "seconds": round(time.time() - started, 2)}
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
-    else:
-        show(result, streamed=stream)
-
-
-def answer(
-    source, device, dtype, images, question, granularity, max_new_tokens, stream
-) -> tuple[dict[str, Any], Any, Any, Any]:
-    """Load a model and let it answer.
-
-    Returns:
-        `tuple`: answer, levels and token counts by the names that `--json` prints; for the overlay, the
-        [`GranulonAggregation`] of the images (`None` without levels or images), the processor and the pixel values.
-    """
-    from transformers import TextStreamer
-
-    from granulon_hf.evaluation.answer import look
-    from granulon_hf.loading import pick_device, read_model
-
-    model, processor, _ = read_model(source, dtype)
-    model = model.to(pick_device(device))
-    started = time.monotonic()
+    network, processor, _ = read_model(source, dtype)
+    network = network.to(pick_device(device))
+    loaded = time.monotonic()
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    seen = look(model, processor, [[{"role": "user", "content": content}]], granularity, room_for=max_new_tokens)
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    tokens = model.generate(**seen.inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    with torch.inference_mode():
+        seen = look(network, processor, [[{"role": "user", "content": content}]], granularity, room_for=max_new_tokens)
+        tokens = network.generate(**seen.inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     probs = seen.probs[0]
     result = {
         "answer": processor.decode(tokens[0, seen.inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip(),
@@ -197,10 +146,21 @@ def answer(
         "granularity_probs": probs and {name: round(value, 4) for name, value in probs.items()},
         "pixel_tokens": seen.pixel_tokens,
         "semantic_tokens": seen.semantic_tokens,
-        "overlay": None,
-        "answer_seconds": round(time.monotonic() - started, 2),
+        "overlay": overlay and str(overlay),
+        "answer_seconds": round(time.monotonic() - loaded, 2),
+        "model": model or "granulon-demo",
+        "images": sources,
     }
-    return result, seen.images and seen.images.aggregation, processor, seen.pixel_values
+    if overlay is not None:
+        title = f"{question.strip()} · {result['granularity']}"
+        views = [drawing.model_view(processor.image_processor, *pair) for pair in zip(images, seen.pixel_values, strict=True)]
+        pictures = [drawing.draw_clusters(view, seen.images.aggregation, i, title=title) for i, view in enumerate(views)]
+        drawing.side_by_side(pictures).save(overlay)
+    result["seconds"] = round(time.time() - started, 2)
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    else:
+        show(result, streamed=stream)
 
 
 def show(result: dict[str, Any], streamed: bool) -> None:

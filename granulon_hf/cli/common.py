@@ -73,13 +73,10 @@ def explain(error: Exception, extra: str | None) -> str:
 
 
 def in_options(message: str, names: Collection[str]) -> str:
-    """Put the options of a command in the place of Python's arguments, which the package's messages name.
+    """Put the options of a command, whose parameters are `names`, in the place of Python's arguments in a message.
 
     An argument stands in backticks, before `=`, begins a sentence or has an underscore: "`limit`", "source=…", "holdout=20",
     "rpm must be", "max_cost".
-
-    Args:
-        names (`Collection[str]`): the parameters of the command.
     """
 
     def option(match: re.Match) -> str:
@@ -146,11 +143,7 @@ def quiet(debug: bool = False) -> None:
 
 @contextmanager
 def progress_bar(what: str, total: int | None = None) -> Iterator[Callable[..., Any]]:
-    """Show a bar on stderr, if that is a terminal.
-
-    Yields:
-        `callable`: takes the fields of `rich.progress.Progress.update`: `advance`, `completed`, `total`, …
-    """
+    """Show a bar on stderr, if that is a terminal; yields what takes the fields of `rich.progress.Progress.update`."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -7,20 +7,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 
-from granulon_hf.cli.common import Debug, quiet, reports_bad_input
+from granulon_hf.cli.common import Debug, progress_bar, quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
 
 LARGE = 20_000_000  # bytes
 
 
 def by_folder(options: list[str] | None, folders: list[Path], name: str) -> dict[Path, str]:
-    """Read `["runs/a=x"]` as `{Path("runs/a"): "x"}`.
-
-    Raises:
-        GranulonError: an option starts with none of the folders.
-    """
+    """Read `["runs/a=x"]` as `{Path("runs/a"): "x"}`."""
     found = {}
     for option in options or []:
         # A folder's name may hold "=" itself: the longest folder that fits is meant.
@@ -75,7 +70,11 @@ def gallery(
             given.setdefault(run.folder, usual)
     judged = {run.name: work.read_scores(given[run.folder], run) for run in runs if run.folder in given}
     cases = work.join(runs, judged)
-    notes = missing(runs, cases)
+    notes = [
+        f"Left out of {run.name}, since not every folder has them: {count} of {len(run.rows)}."
+        for run in runs
+        if (count := len(run.rows) - len(cases))
+    ]
     draw, overlay_model = None, ""
     if overlay is not None:
         from granulon_hf.loading import load_model
@@ -88,33 +87,24 @@ def gallery(
         draw = work.cluster_drawer(model, processor, levels)
         overlay_model = own.name if own else overlay_model
     order = sort or ("judge" if judged else "recall")
-    steps = iter(track(range(min(limit, len(cases))), "pictures", console=console, transient=True))
-    size = work.write_gallery(
-        out,
-        cases,
-        title=title,
-        order=order,
-        limit=limit,
-        draw=draw,
-        overlay_model=overlay_model,
-        mark_unsupported=mark_unsupported,
-        notes=notes,
-        on_progress=lambda _: next(steps, None),
-    )
-    next(steps, None)  # takes the bar off the screen
+    shown = min(limit, len(cases))
+    with progress_bar("pictures", shown) as update:
+        size = work.write_gallery(
+            out,
+            cases,
+            title=title,
+            order=order,
+            limit=limit,
+            draw=draw,
+            overlay_model=overlay_model,
+            mark_unsupported=mark_unsupported,
+            notes=notes,
+            on_progress=lambda count: update(advance=count),
+        )
     for note in notes:
         console.print(escape(note), style="yellow", soft_wrap=True)
-    shown = min(limit, len(cases))
     console.print(
         f"{escape(str(out))}: {shown} of {len(cases)} samples, {len(runs)} models, {size / 1e6:.1f} MB", soft_wrap=True
     )
     if size > LARGE:
         console.print("That is a lot for a phone; a smaller --limit makes a lighter page.", style="yellow")
-
-
-def missing(runs, cases) -> list[str]:
-    """Write a sentence for each folder with samples that another one lacks."""
-    lost = [(run, len(run.rows) - len(cases)) for run in runs]
-    return [
-        f"Left out of {run.name}, since not every folder has them: {count} of {len(run.rows)}." for run, count in lost if count
-    ]

@@ -16,7 +16,7 @@ from granulon_hf.cli.common import quiet, reports_bad_input
 from granulon_hf.errors import GranulonError
 
 
-@reports_bad_input
+@reports_bad_input(extra="eval")
 def push(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a model, or the output folder of examples/train.py.")],
     repo_id: Annotated[str, typer.Argument(help="Where to, as org/name.")],
@@ -43,12 +43,8 @@ def push(
 
     scores = read_results(results)
     quiet(debug)
-    options: dict[str, Any] = {
-        "form": form,
-        "backbones": {part: value for part, value in (("vision", vision), ("text", text)) if value} or None,
-        "name": variant,
-        "results": scores,
-    }
+    backbones = {part: value for part, value in (("vision", vision), ("text", text)) if value}
+    options: dict[str, Any] = {"form": form, "backbones": backbones or None, "name": variant, "results": scores}
     console = Console(stderr=True)
     if not dry_run:
         with console.status(f"Exporting and checking {escape(model)}"):

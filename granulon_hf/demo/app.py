@@ -21,7 +21,7 @@ import torch
 from gradio.media import get_image
 from gradio.utils import get_upload_folder
 from PIL import Image
-from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 import granulon_hf
 from granulon_hf import overlay
@@ -56,49 +56,25 @@ class TimedStreamer(TextIteratorStreamer):
         super().put(value)
 
 
-class Stopped(StoppingCriteria):
-    """Ends the answer after the present token once the event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device)
-
-
 @dataclass(frozen=True)
 class Progress:
-    """What is known of an answer so far.
+    """What is known of an answer so far; a model without levels has no `level`, `probs` and `overlay`."""
 
-    Args:
-        text (`str`): the answer up to the last whole word.
-        level (`str`, *optional*): the level that is used; `None` of a model without levels.
-        probs (`dict[str, float]`, *optional*): the controller's preference among the levels.
-        pixel_tokens, semantic_tokens (`int`): visual tokens that the language model sees.
-        overlay (`PIL.Image.Image`, *optional*): the kept clusters over the picture.
-        tokens (`int`): tokens of the answer, its end token included.
-        first_token (`float`, *optional*): seconds from picture and question to the first token, the drawing left out.
-        rate (`float`, *optional*): tokens per second after the first.
-    """
-
-    text: str = ""
-    level: str | None = None
-    probs: dict[str, float] | None = None
-    pixel_tokens: int = 0
+    text: str = ""  # up to the last whole word
+    level: str | None = None  # that is used
+    probs: dict[str, float] | None = None  # the controller's preference among the levels
+    pixel_tokens: int = 0  # visual tokens that the language model sees
     semantic_tokens: int = 0
-    overlay: Image.Image | None = None
-    tokens: int = 0
-    first_token: float | None = None
-    rate: float | None = None
+    overlay: Image.Image | None = None  # the kept clusters over the picture
+    tokens: int = 0  # of the answer, its end token included
+    first_token: float | None = None  # seconds from picture and question to the first token, the drawing left out
+    rate: float | None = None  # tokens per second after the first
 
 
 def given_file(payload: Any, shown: set[Path]) -> str | None:
-    """Return the path of what was uploaded, or of an example.
+    """Return the path of what was uploaded, or of an example; raise gradio.Error for any other.
 
     gradio looks only at payloads that say that they are files; a client that leaves this out could name any file of the server.
-
-    Raises:
-        gradio.Error: another file, or none.
     """
     if not payload or not payload.path:
         return None
@@ -109,11 +85,7 @@ def given_file(payload: Any, shown: set[Path]) -> str | None:
 
 
 def read_picture(path: str | None) -> Image.Image:
-    """Open an uploaded picture as upright RGB.
-
-    Raises:
-        ValueError: there is none, or it is too large, damaged, or no image.
-    """
+    """Open an uploaded picture as upright RGB; raise ValueError if there is none or it cannot be used."""
     if not path:
         raise ValueError("Give a picture first.")
     if os.path.getsize(path) > MAX_BYTES:
@@ -121,10 +93,8 @@ def read_picture(path: str | None) -> Image.Image:
     try:
         with Image.open(path) as opened:  # its header alone
             large = opened.width * opened.height > MAX_PIXELS
-    except Image.DecompressionBombError:
-        large = True
-    except Exception:  # open_rgb says what is wrong
-        large = False
+    except Exception as error:  # what else is wrong, open_rgb says
+        large = isinstance(error, Image.DecompressionBombError)
     if large:
         raise ValueError(f"The picture has more than {MAX_PIXELS // 1_000_000} million pixels; make it smaller first.")
     try:
@@ -134,11 +104,7 @@ def read_picture(path: str | None) -> Image.Image:
 
 
 def read_question(question: str | None) -> str:
-    """Strip a question of the space around it.
-
-    Raises:
-        ValueError: it is empty or too long.
-    """
+    """Strip a question of the space around it; raise ValueError if it is empty or too long."""
     question = (question or "").strip()
     if not question:
         raise ValueError("Type a question first.")
@@ -148,13 +114,7 @@ def read_question(question: str | None) -> str:
 
 
 class Answerer:
-    """Answers questions about pictures, one at a time, word by word.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
-        max_new_tokens (`int`): longest answer.
-    """
+    """Answers questions about pictures, one at a time, word by word."""
 
     def __init__(self, model: Any, processor: Any, max_new_tokens: int = 64):
         self.model, self.processor, self.max_new_tokens = model, processor, max_new_tokens
@@ -162,15 +122,7 @@ class Answerer:
         self.lock = threading.Lock()
 
     def answer(self, image: Image.Image, question: str, level: str | None = None) -> Iterator[Progress]:
-        """Answer a question; closing the iterator stops the model after the present token.
-
-        Args:
-            image (`PIL.Image.Image`): in RGB.
-            question (`str`): as [`read_question`] gives it.
-            level (`str`, *optional*): forces a level; by default the controller chooses.
-
-        Yields:
-            [`Progress`]: first level, tokens and clusters, then the answer as it grows.
+        """Yield first level, tokens and clusters, then the answer as it grows; closing it stops the model after this token.
 
         Raises:
             ValueError: an unknown level, or a question that is too long for the model.
@@ -180,22 +132,30 @@ class Answerer:
             raise ValueError(f"Unknown level {level!r}; this model's levels are {', '.join(self.levels) or 'none'}.")
         with self.lock:
             before = time.perf_counter()
-            arguments, progress, draw = self._look(image, question, level)
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            seen = look(self.model, self.processor, [[{"role": "user", "content": content}]], level, self.max_new_tokens)
             looked = time.perf_counter() - before
-            progress = replace(progress, overlay=draw())
+            clusters = None
+            if seen.images is not None:
+                view = overlay.model_view(self.processor.image_processor, image, seen.pixel_values[0])
+                clusters = overlay.draw_clusters(view, seen.images.aggregation)
+            progress = Progress("", seen.levels[0], seen.probs[0], seen.pixel_tokens, seen.semantic_tokens, clusters)
             yield progress
 
             stop, streamer, failures = threading.Event(), TimedStreamer(self.processor.tokenizer), []
 
+            def is_stopped(input_ids, scores, **kwargs):
+                return torch.full((len(input_ids),), stop.is_set(), device=input_ids.device)
+
             def work():
                 try:
                     self.model.generate(
-                        **arguments,
+                        **seen.inputs,
                         max_new_tokens=self.max_new_tokens,
                         do_sample=False,
                         num_beams=1,
                         streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([Stopped(stop)]),
+                        stopping_criteria=StoppingCriteriaList([is_stopped]),
                     )
                 except Exception as error:  # out of memory, a broken checkpoint
                     failures.append(error)
@@ -216,23 +176,6 @@ class Answerer:
             finally:
                 stop.set()
                 worker.join()  # the next question waits for the model, a token at most
-
-    @torch.inference_mode()
-    def _look(self, image, question, level):
-        """Return arguments of `generate`, what is known before it, and a function that draws. The tower runs once."""
-        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-        messages = [{"role": "user", "content": content}]
-        seen = look(self.model, self.processor, [messages], level, room_for=self.max_new_tokens)
-        counts = {"pixel_tokens": seen.pixel_tokens, "semantic_tokens": seen.semantic_tokens}
-        progress = Progress(level=seen.levels[0], probs=seen.probs[0], **counts)
-
-        def draw():
-            if seen.images is None:
-                return None
-            view = overlay.model_view(self.processor.image_processor, image, seen.pixel_values[0])
-            return overlay.draw_clusters(view, seen.images.aggregation)
-
-        return seen.inputs, progress, draw
 
 
 def timings(times: list[float], started: float) -> dict[str, Any]:
@@ -260,8 +203,8 @@ def numbers(progress: Progress, forced: bool) -> str:
     """Write level, visual tokens and timings as lines of text."""
     lines = []
     if progress.probs is not None:
-        favourite = max(progress.probs, key=progress.probs.__getitem__)
-        how = f"forced; the question asks for {favourite}" if forced else "chosen by the question"
+        favorite = max(progress.probs, key=progress.probs.__getitem__)
+        how = f"forced; the question asks for {favorite}" if forced else "chosen by the question"
         lines.append(f"level: {progress.level} ({how})")
         lines.append(f"visual tokens: {progress.pixel_tokens} pixel + {progress.semantic_tokens} semantic")
     else:
@@ -283,16 +226,7 @@ def examples() -> list[list[str]]:
 
 
 def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
-    """Build the page.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): its processor.
-        name (`str`): what to call the model.
-
-    Returns:
-        `gradio.Blocks`: for [`launch`].
-    """
+    """Build the page for [`launch`]; `name` is what it calls the model."""
     answerer, offered = Answerer(model, processor), examples()
     shown = {Path(path).resolve() for path, _ in offered}
     levels = answerer.levels
@@ -331,17 +265,9 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                 # would write a stub file beside this one.
                 picture.preprocess = lambda payload: given_file(payload, shown)
                 question = gr.Textbox(label="Question", max_length=MAX_QUESTION, lines=1, max_lines=4, elem_id="question")
-                stops = ["auto", *map(html.escape, levels)]
-                slider = gr.Slider(
-                    0,
-                    max(len(levels), 1),
-                    value=0,
-                    step=1,
-                    label="Granularity",
-                    info=" · ".join(f"{i} = {stop}" for i, stop in enumerate(stops)),
-                    visible=bool(levels),
-                    elem_id="granularity",
-                )
+                stops = " · ".join(f"{i} = {stop}" for i, stop in enumerate(["auto", *map(html.escape, levels)]))
+                last, leveled = max(len(levels), 1), bool(levels)
+                slider = gr.Slider(0, last, 0, step=1, label="Granularity", info=stops, visible=leveled, elem_id="granularity")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", min_width=120, elem_id="ask")
                     stop = gr.Button("Stop", variant="stop", min_width=120, elem_id="stop")
@@ -349,25 +275,23 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                 answer = gr.Textbox(label="Answer", lines=2, interactive=False, elem_id="answer")
                 if not levels:
                     gr.HTML("<p>This model has no granularity levels: there is none to choose, and no clusters to show.</p>")
-                level = gr.Label(
-                    label="Level that the question asks for", show_heading=False, visible=bool(levels), elem_id="levels"
-                )
+                asked = "Level that the question asks for"
+                level = gr.Label(label=asked, show_heading=False, visible=leveled, elem_id="levels")
                 clusters = gr.Image(
                     label="Clusters kept, 1 = best",
                     format="jpeg",
                     interactive=False,
                     buttons=["download", "fullscreen"],
-                    visible=bool(levels),
+                    visible=leveled,
                     elem_id="clusters",
                 )
                 figures = gr.Textbox(label="Tokens and time", lines=4, interactive=False, elem_id="numbers")
         gr.Examples(offered, [picture, question], cache_examples=False)
-        outputs = [answer, level, clusters, figures]
         run = gr.on(
             [ask.click, question.submit],
             respond,
             [picture, question, slider],
-            outputs,
+            [answer, level, clusters, figures],
             concurrency_limit=1,  # one model: others wait in the queue, and see their place in it
             show_progress="minimal",
             api_name="ask",
@@ -377,14 +301,9 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
 
 
 def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False, **kwargs: Any) -> Any:
-    """Serve the page, with nothing on it that comes from elsewhere.
+    """Serve the page, with nothing on it that comes from elsewhere; `kwargs` are of `gradio.Blocks.launch`.
 
-    Args:
-        app (`gradio.Blocks`): of [`create_app`].
-        host (`str`, *optional*): address to listen at; by default GRADIO_SERVER_NAME (a Space sets it), or this machine alone.
-        port (`int`, *optional*): by default the first that is free from 7860.
-        share (`bool`): also at a public address, through gradio's servers.
-        **kwargs: of `gradio.Blocks.launch`.
+    By default it listens at GRADIO_SERVER_NAME (a Space sets it) or for this machine alone, at the first free port from 7860.
     """
     theme = gr.themes.Default(  # the visitor's own fonts, and colours with more contrast than the theme's
         primary_hue="indigo", font=("ui-sans-serif", "system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
@@ -414,17 +333,7 @@ def install_backbones() -> None:
 def main(
     model: str | None = None, host: str | None = None, port: int | None = None, share: bool = False, device: str = "auto"
 ) -> None:
-    """Load a model and serve it until interrupted.
-
-    Args:
-        model (`str`, *optional*): as for [`load_model`]; by default GRANULON_MODEL, or else the embedded demo model.
-        host, port, share: as in [`launch`].
-        device (`str`): "cpu", "cuda", "cuda:1", "mps", or "auto".
-
-    Raises:
-        GranulonError: the model cannot be loaded.
-        OSError: the port is taken.
-    """
+    """Load a model, by default GRANULON_MODEL or else the embedded demo model, and [`launch`] its page until interrupted."""
     source = model or os.environ.get("GRANULON_MODEL") or "demo"
     if source == "demo" and "SPACE_ID" in os.environ:
         install_backbones()

@@ -6,13 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import yaml
 from PIL import Image
 
 from granulon_hf.data.datasets.base import one_line
-from granulon_hf.data.granuscenes.tables import read_table
 from granulon_hf.data.pictures import IMAGE_ENDINGS
 from granulon_hf.errors import GranulonError
 
@@ -20,6 +22,13 @@ VERSION = 2  # of cut-outs and scenes: other scenes for the same seed are anothe
 MIN_RATIO = 0.4  # shorter to longer side of a usable cut-out
 MIN_LENGTH = 45  # pixels of its longer side
 SKIPPED = ("mirror", "cartoon", "abstract", "traditional")  # what a path says that is no photograph of its own
+
+
+def read_table(name: str) -> Any:
+    """Read a YAML file of this folder: wording, names and colors are data."""
+    return yaml.safe_load(files(__package__).joinpath(name).read_text(encoding="utf-8"))
+
+
 _TABLES = read_table("tuxpaint.yaml")
 TUXPAINT: dict[str, dict[str, str]] = _TABLES["stamps"]
 NOT_THINGS: list[str] = _TABLES["not_things"]
@@ -28,25 +37,16 @@ ALIKE = tuple(frozenset(names.split()) for names in _TABLES["alike"])
 
 @dataclass(frozen=True)
 class Picture:
-    """A cut-out or a background: where it is, what it shows, and with which others it is held out.
+    """A cut-out, or a background, which has no `name`, `category` and `ends`."""
 
-    Args:
-        path (`str`): below its folder, or what is drawn.
-        size (`tuple[int, int]`): width and height, pixels; of a cut-out without its transparent border.
-        name (`str`): of a cut-out: what a question calls it.
-        category (`str`): of a cut-out.
-        group (`str`): near-duplicates share it.
-        digest (`str`): of the file.
-        ends (`tuple`): of a cut-out: its points furthest to the top left, bottom right, top right and bottom left, as shares of
-            width and height, from the centre: where tags are attached.
-    """
-
-    path: str
-    size: tuple[int, int]
-    name: str = ""
+    path: str  # below its folder, or what is drawn
+    size: tuple[int, int]  # width and height, pixels; of a cut-out without its transparent border
+    name: str = ""  # what a question calls it
     category: str = ""
-    group: str = ""
-    digest: str = ""
+    group: str = ""  # near-duplicates share it, and are held out together
+    digest: str = ""  # of the file
+    # Where tags are attached: the points furthest to the top left, bottom right, top right and bottom left, as shares of width
+    # and height, from the center.
     ends: tuple[tuple[float, float], ...] = ()
 
 
@@ -66,7 +66,6 @@ def open_picture(path: Path, mode: str) -> Image.Image:
 
 
 def digest_of(path: Path) -> str:
-    """Return a digest of a file's bytes."""
     with naming(path):
         return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
@@ -98,11 +97,7 @@ def list_files(folder: Path, endings: Sequence[str]) -> list[str]:
 
 
 def find_cutouts(folder: Path) -> list[Picture]:
-    """List the usable cut-outs of a folder, sorted; see [`Pictures`].
-
-    Raises:
-        GranulonError: there are none, or one cannot be read.
-    """
+    """List the usable cut-outs of a folder, sorted; see [`Pictures`]."""
     paths = [path for path in list_files(folder, (".png", ".webp")) if "/" in path]
     known = tuxpaint_names(path.rpartition(".")[0] for path in paths)
     found: list[Picture] = []
@@ -124,19 +119,16 @@ def find_cutouts(folder: Path) -> list[Picture]:
         digests.add(digest)
         # Photographs of one thing have the same caption, or the same file name but for a number.
         keys = [f"{name}: {words}", f"{name}: {re.sub(r'[-_ ]?[0-9]+$', '', stem)}"]
-        known_groups = sorted({groups[key] for key in keys if key in groups})
-        group = known_groups[0] if known_groups else keys[0]
-        groups.update(dict.fromkeys(keys, group))
-        if len(known_groups) > 1:  # it joins two groups
-            groups.update({key: group for key, value in groups.items() if value in known_groups})
-            found = [replace(p, group=group) if p.group in known_groups else p for p in found]
-        found.append(Picture(path, (width, height), name, category, group, digest, find_ends(image)))
+        joined = {groups[key] for key in keys if key in groups}
+        group = min(joined, default=keys[0])
+        groups |= {key: group for key, value in groups.items() if value in joined} | dict.fromkeys(keys, group)
+        found.append(Picture(path, (width, height), name, category, keys[0], digest, find_ends(image)))
     if not found:
         raise GranulonError(
             f"{str(folder)!r} holds no cut-outs: they are PNG files with transparency, at least {MIN_LENGTH} pixels long, in a "
             "folder for each category."
         )
-    return found
+    return [replace(picture, group=groups[picture.group]) for picture in found]
 
 
 def tuxpaint_names(stems: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -165,11 +157,7 @@ def caption(path: Path) -> str:
 
 
 def find_backgrounds(folder: Path) -> list[Picture]:
-    """List the usable backgrounds of a folder, sorted; see [`Pictures`].
-
-    Raises:
-        GranulonError: there are none, or one cannot be read.
-    """
+    """List the usable backgrounds of a folder, sorted; see [`Pictures`]."""
     found, digests = [], set()
     for path in list_files(folder, (".jpg", ".jpeg")) or list_files(folder, IMAGE_ENDINGS):
         digest = digest_of(folder / path)

@@ -1,5 +1,6 @@
 """GranuScenes as a data set: rows of `datasets`, samples of `load`, and what can be scored without looking."""
 
+import functools
 import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -56,9 +57,6 @@ def granuscenes(
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` when streaming (in shards of 100 scenes, for several workers).
-
-    Raises:
-        GranulonError: as [`GranuScenes`].
     """
     from datasets import Dataset, IterableDataset
 
@@ -78,10 +76,6 @@ class SceneSource(Source):
     def __init__(self, scenes: GranuScenes):
         self.scenes, self.location, self.parts, self.roots = scenes, scenes.location, ["scenes"], []
         self.split = scenes.split
-        self._last: tuple[int, list[dict[str, Any]]] = (-1, [])
-
-    def __getstate__(self):
-        return self.__dict__ | {"_last": (-1, [])}
 
     def columns(self, part: str) -> list[str]:
         return list(COLUMNS)
@@ -95,27 +89,23 @@ class SceneSource(Source):
             if set(columns) <= {"id", "scene"}:
                 scene = f"{self.scenes.split}-{self.scenes.seed}-{index}"
                 yield row, {"id": f"{scene}-{number}", "scene": scene}
-                continue
-            if self._last[0] != index:
-                made = self.scenes.scene(index)
-                image = self.scenes.encode(made)
-                self._last = index, [question | {"image": image} for question in made.question_rows()]
-            yield row, self._last[1][number]
+            else:
+                yield row, make_questions(self.scenes, index)[number]
 
     def fingerprint(self, part: str) -> str | None:
         return f"{VERSION}-{self.scenes.pictures.digest}"
 
 
+@functools.lru_cache(8)  # one image for the questions of a scene, which tend to be asked for together
+def make_questions(scenes: GranuScenes, index: int) -> list[dict[str, Any]]:
+    return scenes.question_rows(index)
+
+
 def open_scenes(source: Any, split: str) -> SceneSource:
-    """Open what a user calls a source of granuscenes.
+    """Open what a user calls a source of granuscenes; of the split "holdout" the scenes are those of train.
 
-    Args:
-        source: [`GranuScenes`]; a folder with `objects/` and `backgrounds/`, "drawn" or `None`; with settings, if others than
-            the defaults are wanted: `"pictures?scenes=500&seed=7&side=224"`.
-        split (`str`): one of `SPLITS`; of "holdout" the scenes are those of train.
-
-    Raises:
-        GranulonError: a setting is not known, the scenes are another version's, or as [`GranuScenes`].
+    A source is a [`GranuScenes`], or a folder with `objects/` and `backgrounds/`, "drawn" or `None`, with settings if others
+    than the defaults are wanted: `"pictures?scenes=500&seed=7&side=224"`.
     """
     split = "train" if split == "holdout" else split
     if isinstance(source, GranuScenes):
@@ -124,22 +114,20 @@ def open_scenes(source: Any, split: str) -> SceneSource:
         return SceneSource(source)
     place, _, query = str(source or "").partition("?")
     given = dict(parse_qsl(query, keep_blank_values=True))
-    numbers, folders = ("scenes", "seed", "side", "version"), ("objects", "backgrounds")
-    for name, value in given.items():
-        if name not in numbers + folders or (name in numbers and not value.isdecimal()):
-            raise GranulonError(
-                f"{str(source)!r}: {name}={value} is no setting; there are {', '.join(numbers)} (whole numbers)."
-            )
-    if (version := int(given.pop("version", VERSION))) != VERSION:
-        raise GranulonError(f"These scenes were made by version {version} of granuscenes; this is version {VERSION}.")
-    parts = {name: given.pop(name) for name in folders if name in given}
-    if place and parts:
+    folders = {name: given.pop(name) for name in ("objects", "backgrounds") if name in given}
+    if place and folders:
         raise GranulonError(f"{str(source)!r}: give a folder, or objects= and backgrounds=.")
-    pictures: Pictures | str = place or DRAWN
-    if parts:
-        pictures = Pictures(**{name: None if value == DRAWN else value for name, value in parts.items()})
-    scenes, seed, side = (int(given.get(name, value)) for name, value in (("scenes", SCENES), ("seed", 0), ("side", SIDE)))
-    return SceneSource(GranuScenes(split, scenes, pictures, seed=seed, side=side))
+    settings = {"scenes": SCENES, "seed": 0, "side": SIDE, "version": VERSION}
+    for name, value in given.items():
+        if name not in settings or not value.isdecimal():
+            raise GranulonError(
+                f"{str(source)!r}: {name}={value} is no setting; there are {', '.join(settings)} (whole numbers)."
+            )
+        settings[name] = int(value)
+    if (version := settings.pop("version")) != VERSION:
+        raise GranulonError(f"These scenes were made by version {version} of granuscenes; this is version {VERSION}.")
+    apart = {name: None if folder == DRAWN else folder for name, folder in folders.items()}
+    return SceneSource(GranuScenes(split, pictures=Pictures(**apart) if apart else place, **settings))
 
 
 ADAPTER = Adapter(
@@ -168,7 +156,8 @@ def baselines(train: Iterable[Scene], test: Iterable[Scene]) -> dict[str, dict[s
     """Measure what can be scored without looking, by type of question.
 
     Args:
-        train, test (`Iterable[Scene]`): with which the classifiers are fitted, and scored. No pixels are needed.
+        train, test (`Iterable[Scene]`): with which the classifiers are fitted, and scored. No pixels are needed, but
+            scikit-learn is.
 
     Returns:
         `dict`: for each type `questions`, and the accuracies `chance` (one over the number of answers), `majority` (the most
@@ -176,14 +165,12 @@ def baselines(train: Iterable[Scene], test: Iterable[Scene]) -> dict[str, dict[s
         `shuffled` (the right answer to the next scene's question of that type: what perfect sight of a wrong image gives).
 
     Raises:
-        GranulonError: scikit-learn is missing, or there is a type without questions.
+        GranulonError: there is a type without questions.
     """
-    try:
-        from sklearn.feature_extraction.text import CountVectorizer
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-    except ModuleNotFoundError:
-        raise GranulonError("The blind baseline needs scikit-learn: pip install scikit-learn.") from None
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
     seen, asked = by_type(train), by_type(test)
     result = {}
     for kind in PHRASINGS:

@@ -1,70 +1,47 @@
 """Drawn cut-outs and backgrounds, for scenes that need no downloaded pictures."""
 
-import functools
-
 import numpy as np
 from PIL import Image, ImageDraw
 
-from granulon_hf.data.granuscenes.cutouts import VERSION, Picture, find_ends
-from granulon_hf.data.granuscenes.tables import read_table
+from granulon_hf.data.granuscenes.cutouts import VERSION, Picture, find_ends, read_table
 
-GLYPHS: dict[str, dict[str, str]] = read_table("glyphs.yaml")
+GLYPHS = read_table("glyphs.yaml")
 DRAWN = "drawn"
 SCENERY_SIDE = 384  # shorter side of the backgrounds that are kept in memory
-MAIN = {
-    "red": (206, 60, 60),
-    "blue": (66, 110, 200),
-    "teal": (50, 160, 150),
-    "violet": (150, 96, 186),
-    "ochre": (208, 156, 60),
-    "grey": (130, 134, 144),
-}
-FIXED = {"k": (20, 20, 24), "w": (248, 248, 244), "g": (60, 150, 70), "n": (130, 84, 46)}
 SCENERY = 24
 
 
 def list_cutouts() -> list[Picture]:
     """List every drawn thing in every color."""
-    return [
-        Picture(f"{category}/{name}/{colour}", shape[0], name, category, f"{name}: {colour} {name}", DRAWN, shape[1])
-        for category, names in GLYPHS.items()
-        for name in names
-        for shape in [drawn_shape(category, name)]
-        for colour in MAIN
-    ]
-
-
-@functools.cache
-def drawn_shape(category: str, name: str) -> tuple[tuple[int, int], tuple[tuple[float, float], ...]]:
-    """Return size and ends of a thing, which are the same in all colors."""
-    image = draw_thing(Picture(f"{category}/{name}/red", (0, 0)))
-    return image.size, find_ends(image)
+    found = []
+    for category, names in GLYPHS["things"].items():
+        for name in names:
+            image = draw_thing(Picture(f"{category}/{name}/red", (0, 0)))  # of the same shape in all colors
+            shown = {"size": image.size, "ends": find_ends(image), "name": name, "category": category, "digest": DRAWN}
+            found += [Picture(f"{category}/{name}/{c}", group=f"{name}: {c} {name}", **shown) for c in GLYPHS["main"]]
+    return found
 
 
 def draw_thing(picture: Picture) -> Image.Image:
     """Draw a thing with a dark contour, which keeps it apart from any background."""
-    category, name, colour = picture.path.split("/")
-    main = np.array(MAIN[colour])
-    shades = {"0": main, "1": main * 0.6, "2": main * 0.45 + 140}
-    shades |= {name: np.array(shade) for name, shade in FIXED.items()}
+    category, name, color = picture.path.split("/")
+    main = np.array(GLYPHS["main"][color])
+    shades = {"0": main, "1": main * 0.6, "2": main * 0.45 + 140, **GLYPHS["fixed"]}
     image = Image.new("RGBA", (432, 432))
     draw = ImageDraw.Draw(image)
     for grow, outline in ((9, (40, 40, 44, 255)), (0, None)):
-        for shape in GLYPHS[category][name].split(";"):
-            what, *words = shape.split()
-            numbers = [4 * float(word) for word in words]
-            red, green, blue = (int(value) for value in shades[what[1]])
-            fill = outline or (red, green, blue, 255)
-            if what[0] == "l":
-                points = [value + 16 for value in numbers[1:]]
-                draw.line(points, fill, round(numbers[0] + 1.2 * grow), "curve")
-                continue
-            points = [value + 16 for value in numbers]
-            if what[0] == "p":
+        for shape in GLYPHS["things"][category][name].split(";"):
+            (kind, shade), *words = shape.split()
+            width = 4 * float(words.pop(0)) if kind == "l" else 0.0
+            points = [4 * float(word) + 16 for word in words]
+            fill = outline or (*map(int, shades[shade]), 255)
+            if kind == "l":
+                draw.line(points, fill, round(width + 1.2 * grow), "curve")
+            elif kind == "p":
                 draw.polygon(points, fill, fill, width=2 * grow + 1)
-                continue
-            box = (points[0] - grow, points[1] - grow, points[2] + grow, points[3] + grow)
-            (draw.ellipse if what[0] == "e" else draw.rectangle)(box, fill)
+            else:
+                box = (points[0] - grow, points[1] - grow, points[2] + grow, points[3] + grow)
+                (draw.ellipse if kind == "e" else draw.rectangle)(box, fill)
     return image.crop(image.getbbox())
 
 

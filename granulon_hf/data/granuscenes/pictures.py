@@ -1,5 +1,6 @@
 """The pictures that scenes show: cut-outs and backgrounds, drawn or of a folder, split without shared ones."""
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -39,16 +40,12 @@ class Pictures:
     """
 
     def __init__(
-        self,
-        objects: str | Path | None = None,
-        backgrounds: str | Path | None = None,
-        *,
-        folder: str | Path | None = None,
+        self, objects: str | Path | None = None, backgrounds: str | Path | None = None, *, folder: str | Path | None = None
     ):
         if folder is not None:
             if objects is not None or backgrounds is not None:
                 raise GranulonError("Give objects= and backgrounds=, or the folder= that holds both.")
-            objects, backgrounds = Path(folder).expanduser() / "objects", Path(folder).expanduser() / "backgrounds"
+            objects, backgrounds = Path(folder, "objects"), Path(folder, "backgrounds")
         self.objects_folder = None if objects is None else existing(objects)
         self.backgrounds_folder = None if backgrounds is None else existing(backgrounds)
         self.drawn = ("objects",) * (objects is None) + ("backgrounds",) * (backgrounds is None)
@@ -57,42 +54,23 @@ class Pictures:
         text = "\n".join(repr(asdict(picture)) for picture in (*cutouts, *scenery))
         self.digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         self.categories = tuple(sorted({picture.category for picture in cutouts}))
-        self._split(cutouts, scenery)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._masters: dict[str, Image.Image] = {}
-        self._sizes: dict[tuple[str, int, int], Image.Image] = {}
-        self._scenery: dict[str, Image.Image] = {}
-
-    def __getstate__(self):
-        # `datasets` caches by the pickle: what is kept for speed must not change it.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_masters", "_sizes", "_scenery")}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._reset()
-
-    def _split(self, cutouts: list[Picture], scenery: list[Picture]) -> None:
-        names = sorted({picture.name for picture in cutouts})
-        held = set().union(*(hold_out(picture.group for picture in cutouts if picture.name == name) for name in names))
-        held_scenery = hold_out(picture.group for picture in scenery)
-        place = self.objects_folder or DRAWN
         if len(self.categories) < 3:
             raise GranulonError(
-                f"{str(place)!r} has cut-outs of {len(self.categories)} categories, and a scene needs at least 3: "
-                "put them into one folder for each."
+                f"{str(self.objects_folder)!r} has cut-outs of {len(self.categories)} categories, and a scene needs at least "
+                "3: put them into one folder for each."
             )
+        names = {picture.name for picture in cutouts}
+        held = set().union(*(hold_out(picture.group for picture in cutouts if picture.name == name) for name in names))
+        held_scenery = hold_out(picture.group for picture in scenery)
         # Held out or not -> category -> name -> pictures
-        self.pools: dict[bool, dict[str, dict[str, list[Picture]]]] = {}
-        self.scenery: dict[bool, list[Picture]] = {}
-        for heldout in (False, True):
-            pool: dict[str, dict[str, list[Picture]]] = {category: {} for category in self.categories}
-            for picture in cutouts:
-                if (picture.group in held) == heldout:
-                    pool[picture.category].setdefault(picture.name, []).append(picture)
-            self.pools[heldout] = pool
-            self.scenery[heldout] = [picture for picture in scenery if (picture.group in held_scenery) == heldout]
+        self.pools: dict[bool, dict[str, dict[str, list[Picture]]]] = {
+            heldout: {category: {} for category in self.categories} for heldout in (False, True)
+        }
+        for picture in cutouts:
+            self.pools[picture.group in held][picture.category].setdefault(picture.name, []).append(picture)
+        self.scenery: dict[bool, list[Picture]] = {False: [], True: []}
+        for picture in scenery:
+            self.scenery[picture.group in held_scenery].append(picture)
 
     def check(self, heldout: bool) -> None:
         """Refuse pictures, held out or not, that are too few to make scenes of."""
@@ -109,40 +87,45 @@ class Pictures:
             raise GranulonError(f"There are no {which} backgrounds in {str(self.backgrounds_folder)!r}: it needs at least 2.")
 
     def cutout(self, picture: Picture, width: int, height: int) -> Image.Image:
-        """Return a cut-out in RGBA, resized; resized ones are kept."""
-        key = (picture.path, width, height)
-        if key not in self._sizes:
-            if len(self._sizes) > 8000:
-                self._sizes.clear()
-            if picture.path not in self._masters:
-                master = (
-                    drawn.draw_thing(picture)
-                    if self.objects_folder is None
-                    else open_cutout(self.objects_folder / picture.path)
-                )
-                if master is None:
-                    raise GranulonError(f"The picture {picture.path!r} of {str(self.objects_folder)!r} is no cut-out any more.")
-                master.thumbnail((MASTER, MASTER), Image.Resampling.LANCZOS)
-                self._masters[picture.path] = master
-            self._sizes[key] = self._masters[picture.path].resize((width, height), Image.Resampling.BICUBIC)
-        return self._sizes[key]
+        """Return a cut-out in RGBA, resized."""
+        return resize_cutout(self.objects_folder, picture, width, height)
 
     def background(self, picture: Picture, crop: tuple[float, float, float], flip: bool, side: int) -> Image.Image:
         """Return a square of a background in RGB."""
-        if picture.path not in self._scenery:
-            folder = self.backgrounds_folder
-            image = drawn.draw_background(picture) if folder is None else open_picture(folder / picture.path, "RGB")
-            shrink = SCENERY_SIDE / min(image.size)
-            if shrink < 1:
-                wide, high = (round(shrink * length) for length in image.size)
-                image = image.resize((wide, high), Image.Resampling.BOX, reducing_gap=2.0)
-            self._scenery[picture.path] = image
-        image = self._scenery[picture.path]
+        image = read_background(self.backgrounds_folder, picture)
         size = crop[2] * min(image.size)
         left, top = crop[0] * (image.width - size), crop[1] * (image.height - size)
         box = (left, top, min(left + size, image.width), min(top + size, image.height))
         part = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
         return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
+
+
+# What these keep is kept for speed, outside of `Pictures`, which `datasets` pickles to tell whether a set is in its cache. A
+# `Picture` has its file's digest: a file that has changed is another one.
+
+
+@functools.lru_cache(8000)
+def resize_cutout(folder: Path | None, picture: Picture, width: int, height: int) -> Image.Image:
+    return read_cutout(folder, picture).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@functools.cache
+def read_cutout(folder: Path | None, picture: Picture) -> Image.Image:
+    image = drawn.draw_thing(picture) if folder is None else open_cutout(folder / picture.path)
+    if image is None:
+        raise GranulonError(f"The picture {picture.path!r} of {str(folder)!r} is no cut-out any more.")
+    image.thumbnail((MASTER, MASTER), Image.Resampling.LANCZOS)
+    return image
+
+
+@functools.cache
+def read_background(folder: Path | None, picture: Picture) -> Image.Image:
+    image = drawn.draw_background(picture) if folder is None else open_picture(folder / picture.path, "RGB")
+    shrink = SCENERY_SIDE / min(image.size)
+    if shrink >= 1:
+        return image
+    wide, high = (round(shrink * length) for length in image.size)
+    return image.resize((wide, high), Image.Resampling.BOX, reducing_gap=2.0)
 
 
 def existing(folder: str | Path) -> Path:

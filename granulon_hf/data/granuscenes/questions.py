@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from granulon_hf.data.datasets.base import Row, encoded, single_turn
-from granulon_hf.data.granuscenes.cutouts import ALIKE
-from granulon_hf.data.granuscenes.tables import read_table
+from granulon_hf.data.granuscenes.cutouts import ALIKE, read_table
 from granulon_hf.data.sample import Sample
 
 if TYPE_CHECKING:
@@ -15,47 +14,27 @@ if TYPE_CHECKING:
 
 AMOUNTS = {"few": (3, 4), "some": (5, 7), "many": (8, 10)}  # least and most objects
 LETTERS = tuple("ACEHLSTX")  # that a small picture keeps apart
-COLOURS = {
-    "red": (214, 30, 36),
-    "orange": (255, 138, 0),
-    "yellow": (255, 228, 30),
-    "green": (22, 140, 50),
-    "blue": (30, 80, 220),
-    "purple": (142, 50, 190),
-    "white": (250, 250, 250),
-    "black": (16, 16, 16),
-}
 QUARTERS = ("top-left", "top-right", "bottom-left", "bottom-right")
 
-LEVELS = {
-    "coarse": ("amount", "majority", "presence"),
-    "middle": ("where", "relation", "largest"),
-    "fine": ("letter", "colour", "bearer", "largest_letter"),
-}
-ASKED = {"coarse": 2, "middle": 2, "fine": 3}
+_TABLES = read_table("questions.yaml")
+COLOURS: dict[str, list[int]] = _TABLES["colors"]
+LEVELS = {level: tuple(phrasings) for level, phrasings in _TABLES["phrasings"].items()}
+PHRASINGS: dict[str, list[str]] = {kind: texts for types in _TABLES["phrasings"].values() for kind, texts in types.items()}
+ASKED: dict[str, int] = _TABLES["asked"]
 QUESTIONS = sum(ASKED.values())
-PHRASINGS: dict[str, list[str]] = read_table("phrasings.yaml")
 HELD_PHRASINGS = 2  # the last two of a type are asked in test_heldout alone
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a scene.
-
-    Args:
-        text, answer (`str`): the answer is one of `choices`.
-        type (`str`): one of the ten of `LEVELS`.
-        level (`str`): "coarse", "middle" or "fine".
-        phrasing (`str`): which of the type's `PHRASINGS`, as "type/number".
-        choices (`tuple[str, ...]`): all answers of the type; each is equally likely, whatever the question's words.
-    """
+    """A question about a scene."""
 
     text: str
-    answer: str
-    type: str
+    answer: str  # one of `choices`
+    type: str  # one of the ten of `LEVELS`
     level: str
-    phrasing: str
-    choices: tuple[str, ...]
+    phrasing: str  # which of the type's `PHRASINGS`, as "type/number"
+    choices: tuple[str, ...]  # all answers of the type; each is equally likely, whatever the question's words
 
     @property
     def chance(self) -> float:
@@ -89,28 +68,21 @@ def numbers_of(kind: str, heldout: bool) -> range:
 
 def list_choices(kind: str, categories: tuple[str, ...]) -> tuple[str, ...]:
     """Return the answers that questions of a type can have."""
-    if kind in ("majority", "largest", "bearer"):
-        return categories
     fixed: dict[str, tuple[str, ...]] = {
         "amount": tuple(AMOUNTS),
         "presence": ("yes", "no"),
         "where": QUARTERS,
         "relation": ("left", "right"),
+        "letter": LETTERS,
         "colour": tuple(COLOURS),
+        "largest_letter": LETTERS,
     }
-    return fixed.get(kind, LETTERS)
+    return fixed.get(kind, categories)
 
 
 def ask(dice: "Dice", things: Sequence["Thing"], categories: tuple[str, ...], side: int, heldout: bool) -> tuple[Question, ...]:
-    """Draw the questions of a scene.
-
-    Args:
-        things (`Sequence[Thing]`): the largest first.
-        categories (`tuple[str, ...]`): all there are, in the scene or not.
-        side (`int`): of the scene, pixels.
-        heldout (`bool`): whether to take the held-out phrasings.
-    """
-    questions = []
+    """Draw the questions of a scene; the first of its things is the largest, and `categories` are all, in it or not."""
+    questions: list[Question] = []
     named = [things[i] for i in nameable([thing.name for thing in things])]
     for level, kinds in LEVELS.items():
         left = ASKED[level]
@@ -126,7 +98,7 @@ def ask(dice: "Dice", things: Sequence["Thing"], categories: tuple[str, ...], si
 
 def find_answer(
     dice: "Dice", kind: str, things: Sequence["Thing"], named: list["Thing"], categories: tuple[str, ...], side: int
-) -> tuple[str, dict[str, str]] | None:
+) -> tuple[str, dict[str, Any]] | None:
     """Draw an answer and the words that its question needs; `None` if the scene does not allow such a question."""
     if kind == "amount":
         return next(name for name, (_, most) in AMOUNTS.items() if len(things) <= most), {}
@@ -136,7 +108,8 @@ def find_answer(
         there = {thing.category for thing in things}
         answer = dice.pick(("yes", "no"))
         asked = dice.pick([name for name in categories if (name in there) == (answer == "yes")])
-        return answer, {"category": asked, "a_category": with_article(asked)}
+        article = "" if asked in ("food", "clothing") else "an " if asked[0] in "aeiou" else "a "
+        return answer, {"category": asked, "a_category": article + asked}
     if kind == "where":
         thing = dice.pick(named)
         x, y = thing.centre
@@ -155,11 +128,10 @@ def find_answer(
         if not unique:
             return None
         thing, tag = dice.pick(unique)
-        return thing.category, {"letter": tag.letter, "colour": tag.colour}
+        return thing.category, vars(tag)
     thing = things[0] if kind == "largest_letter" else dice.pick(named)
     tag = dice.pick(thing.tags)
-    words = {"name": thing.name, "letter": tag.letter, "colour": tag.colour}
-    return tag.colour if kind == "colour" else tag.letter, words
+    return getattr(tag, "colour" if kind == "colour" else "letter"), {"name": thing.name, **vars(tag)}
 
 
 def nameable(names: Sequence[str]) -> list[int]:
@@ -170,10 +142,3 @@ def nameable(names: Sequence[str]) -> list[int]:
         for i, name in enumerate(names)
         if counts[name] == 1 and not any(name in alike and sum(counts[other] for other in alike) > 1 for alike in ALIKE)
     ]
-
-
-def with_article(noun: str) -> str:
-    """Put "a" or "an" before a noun that takes one."""
-    if noun in ("food", "clothing"):
-        return noun
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"

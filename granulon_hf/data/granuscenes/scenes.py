@@ -32,9 +32,7 @@ from granulon_hf.data.granuscenes.questions import (
     list_choices,
     nameable,
     numbers_of,
-    to_sample,
 )
-from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 
 SIDE = 192  # pixels; lengths below are in pixels of such a scene, and scale with others
@@ -74,35 +72,25 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything about a scene but its pixels; the first of its `things` is the largest.
-
-    `crop` is the background's square: how far left and top as shares of the room there is, and its side as a share of the
-    picture's shorter one.
-    """
+    """Everything about a scene but its pixels."""
 
     id: str
     split: str
     seed: int
     index: int
-    things: tuple[Thing, ...]
+    things: tuple[Thing, ...]  # the largest first
     background: Picture
-    crop: tuple[float, float, float]
+    crop: tuple[float, float, float]  # left and top as shares of the room there is, side as a share of the shorter side
     flip: bool
     questions: tuple[Question, ...]
-
-    def question_rows(self) -> list[dict[str, Any]]:
-        """Return a row for each question, without the image."""
-        return [
-            {"id": f"{self.id}-{number}", "scene": self.id, **question.to_row()}
-            for number, question in enumerate(self.questions)
-        ]
 
 
 class Dice:
     """Choices from the uniform numbers of a generator, which are drawn many at a time for speed."""
 
     def __init__(self, rng: np.random.Generator):
-        self.rng, self._numbers = rng, [0.0][:0]
+        self.rng = rng
+        self._numbers: list[float] = []
 
     def share(self) -> float:
         if not self._numbers:
@@ -113,12 +101,12 @@ class Dice:
         return int(self.share() * count)
 
     def pick(self, items: Sequence[Any]) -> Any:
-        return items[int(self.share() * len(items))]
+        return items[self.below(len(items))]
 
     def take(self, items: Iterable[Any], count: int | None = None) -> list[Any]:
-        """Some of the items, all by default, in random order."""
+        """Take some of the items, all by default, in random order."""
         pool = list(items)
-        return [pool.pop(int(self.share() * len(pool))) for _ in range(len(pool) if count is None else count)]
+        return [pool.pop(self.below(len(pool))) for _ in range(len(pool) if count is None else count)]
 
 
 class GranuScenes(Sequence[Scene]):
@@ -160,14 +148,10 @@ class GranuScenes(Sequence[Scene]):
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
                 raise GranulonError(f"{what} must be a whole number of at least {least}; got {value!r}.")
         if not isinstance(pictures, Pictures):
-            pictures = Pictures() if pictures is None or str(pictures) == DRAWN else Pictures(folder=pictures)
+            pictures = Pictures(folder=None if str(pictures or DRAWN) == DRAWN else pictures)
         self.split, self.scenes, self.seed, self.side, self.pictures = split, int(scenes), int(seed), int(side), pictures
         self.heldout = split == "test_heldout"
         pictures.check(self.heldout)
-        self._pool = {
-            category: [(name, pictures.pools[self.heldout][category][name]) for name in pictures.pools[self.heldout][category]]
-            for category in pictures.categories
-        }
 
     def __len__(self) -> int:
         return self.scenes
@@ -203,11 +187,7 @@ class GranuScenes(Sequence[Scene]):
         return self.scene(int(index) % len(self))
 
     def scene(self, index: int) -> Scene:
-        """Make scene number `index`, also beyond the length; nothing is rendered.
-
-        Raises:
-            GranulonError: a negative number.
-        """
+        """Make scene number `index`, also beyond the length; nothing is rendered."""
         if index < 0:
             raise GranulonError(f"Scenes count from 0; there is no scene {index}.")
         rng = np.random.default_rng([VERSION, self.seed, SPLITS.index(self.split), index])
@@ -215,13 +195,9 @@ class GranuScenes(Sequence[Scene]):
         least, most = AMOUNTS[dice.pick(tuple(AMOUNTS))]
         count = least + dice.below(most - least + 1)
         # Where and how large, blind to what: nothing about a place or size can tell what is there.
-        sides, centres = arrange(dice, count)
-        categories = self._categories(dice, count)
-        cast = self._cast(dice, dice.take(categories))
-        things = tuple(
-            self._thing(dice, name, category, picture, side, centre)
-            for (category, name, picture), side, centre in zip(cast, sides, centres, strict=True)
-        )
+        places = arrange(dice, count)
+        cast = self._cast(dice, dice.take(self._categories(dice, count)))
+        things = tuple(self._thing(dice, *shown, *place) for shown, place in zip(cast, places, strict=True))
         background = dice.pick(self.pictures.scenery[self.heldout])
         crop = (dice.share(), dice.share(), 0.45 + 0.5 * dice.share())
         flip = dice.share() < 0.5
@@ -242,25 +218,18 @@ class GranuScenes(Sequence[Scene]):
 
     def _cast(self, dice: Dice, categories: list[str]) -> list[tuple[str, str, Picture]]:
         """Draw names and pictures: different ones as far as there are, and at least one that a question can name."""
-        counts = Counter(categories)
+        pools = self.pictures.pools[self.heldout]
         for _ in range(1000):
-            names = {
-                category: dice.take(pool, number)
-                if len(pool := self._pool[category]) >= number
-                else [dice.pick(pool) for _ in range(number)]
-                for category, number in counts.items()
-            }
-            if nameable([name for chosen in names.values() for name, _ in chosen]):
-                break
-        else:
-            raise GranulonError(
-                f"The cut-outs of {str(self.pictures.objects_folder or DRAWN)!r} show too few different things: add pictures."
-            )
-        chosen = []
-        for category in categories:
-            name, pictures = names[category].pop()
-            chosen.append((category, name, dice.pick(pictures)))
-        return chosen
+            names = {}
+            for category, number in Counter(categories).items():
+                pool = list(pools[category])
+                enough = len(pool) >= number
+                names[category] = dice.take(pool, number) if enough else [dice.pick(pool) for _ in range(number)]
+            if nameable([name for chosen in names.values() for name in chosen]):
+                shown = [(names[category].pop(), category) for category in categories]
+                return [(name, category, dice.pick(pools[category][name])) for name, category in shown]
+        folder = str(self.pictures.objects_folder)
+        raise GranulonError(f"The cut-outs of {folder!r} show too few different things: add pictures.")
 
     def _thing(self, dice, name: str, category: str, picture: Picture, side: float, centre: tuple[float, float]) -> Thing:
         scale = self.side / SIDE
@@ -268,26 +237,23 @@ class GranuScenes(Sequence[Scene]):
         long = min(1.0, FILL / math.sqrt(ratio)) * side
         width, height = (long, long * ratio) if picture.size[0] >= picture.size[1] else (long * ratio, long)
         # At two opposite ends of what is shown, and within the square, where nothing else is.
-        room, first = (side - TAG) / 2, 2 * dice.below(2)
-        corners = tuple((x * 0.43, y * 0.43) for x, y in ((-1, -1), (1, 1)))
-        for pair in (picture.ends[first : first + 2], picture.ends[2 - first : 4 - first], corners):
+        room = (side - TAG) / 2
+        diagonals = [picture.ends[:2], picture.ends[2:]]
+        if dice.below(2):
+            diagonals.reverse()
+        for pair in (*diagonals, ((-0.43, -0.43), (0.43, 0.43))):
             offsets = [(max(-room, min(room, x * width)), max(-room, min(room, y * height))) for x, y in pair]
             if math.dist(*offsets) > TAG:
                 break
-        places = [(centre[0] + x, centre[1] + y) for x, y in offsets]
-        letters, colours = dice.take(LETTERS, 2), dice.take(COLOURS, 2)
-        tags = tuple(
-            Tag(letter, colour, (round(place[0] * scale, 2), round(place[1] * scale, 2)))
-            for letter, colour, place in zip(letters, colours, places, strict=True)
-        )
+        places = [(round((centre[0] + x) * scale, 2), round((centre[1] + y) * scale, 2)) for x, y in offsets]
+        first, second = map(Tag, dice.take(LETTERS, 2), dice.take(COLOURS, 2), places)
         wide, high = max(1, round(width * scale)), max(1, round(height * scale))
         left, top = round(centre[0] * scale - wide / 2), round(centre[1] * scale - high / 2)
-        box = (left, top, left + wide, top + high)
-        return Thing(name, category, picture, box, (tags[0], tags[1]))
+        return Thing(name, category, picture, (left, top, left + wide, top + high), (first, second))
 
     def render(self, scene: Scene) -> Image.Image:
         """Draw the scene: RGB, `side` × `side` pixels."""
-        image = self.pictures.background(scene.background, scene.crop, scene.flip, self.side).copy()
+        image = self.pictures.background(scene.background, scene.crop, scene.flip, self.side)
         for thing in scene.things:
             left, top, right, bottom = thing.box
             cutout = self.pictures.cutout(thing.picture, right - left, bottom - top)
@@ -304,11 +270,14 @@ class GranuScenes(Sequence[Scene]):
         self.render(scene).save(buffer, "PNG", compress_level=1)
         return buffer.getvalue()
 
-    def samples(self, index: int) -> list[Sample]:
-        """Make the questions of scene number `index` into [`Sample`]s, which share one image."""
+    def question_rows(self, index: int) -> list[dict[str, Any]]:
+        """Make a row for each question of scene number `index`, with the image."""
         scene = self.scene(index)
         image = self.encode(scene)
-        return [to_sample(row | {"image": image}) for row in scene.question_rows()]
+        return [
+            {"id": f"{scene.id}-{number}", "scene": scene.id, **question.to_row(), "image": image}
+            for number, question in enumerate(scene.questions)
+        ]
 
     def row(self, index: int) -> dict[str, Any]:
         """Make scene number `index` into a row of [`granuscenes`]."""
@@ -317,47 +286,38 @@ class GranuScenes(Sequence[Scene]):
             "id": scene.id,
             "image": {"bytes": self.encode(scene), "path": None},
             "questions": [question.to_row() for question in scene.questions],
-            "objects": [
-                {
-                    "name": thing.name,
-                    "category": thing.category,
-                    "picture": thing.picture.path,
-                    "box": list(thing.box),
-                    "tags": [asdict(tag) | {"centre": list(tag.centre)} for tag in thing.tags],
-                }
-                for thing in scene.things
-            ],
+            "objects": [asdict(thing) | {"picture": thing.picture.path} for thing in scene.things],
             "background": scene.background.path,
         }
 
 
-def arrange(dice: Dice, count: int) -> tuple[list[float], list[tuple[float, float]]]:
-    """Draw squares that do not overlap, the largest first: sides, and centers in a scene of `SIDE` pixels."""
+def arrange(dice: Dice, count: int) -> list[tuple[float, tuple[float, float]]]:
+    """Draw squares that do not overlap, the largest first: each one's side, and its center in a scene of `SIDE` pixels."""
     # With fewer things there is room for larger ones; two fifths of the picture can always be covered.
     top = min(LARGEST / LEAD, 1.12 * math.sqrt(0.42 * SIDE**2 / (count + LEAD**2 - 1)))
     others = sorted((SMALLEST + dice.share() * max(0.0, top - SMALLEST) for _ in range(count - 1)), reverse=True)
     sides = np.array([others[0] * LEAD, *others])
     while True:
         for _ in range(8):
-            centres = scatter(dice.rng, sides)
-            if centres is not None:
-                return sides.tolist(), [(x, y) for x, y in centres.tolist()]
+            centers = scatter(dice.rng, sides)
+            if centers is not None:
+                return list(zip(sides.tolist(), centers.tolist(), strict=True))
         sides = sides * 0.96
 
 
 def scatter(rng: np.random.Generator, sides: np.ndarray) -> np.ndarray | None:
     """Draw centers one after the other; `None` if the last ones found no room."""
-    centres = np.empty((len(sides), 2))
+    centers = np.empty((len(sides), 2))
     for i, side in enumerate(sides):
         tried = side / 2 + rng.random((48, 2)) * (SIDE - side)
         free = (np.abs(tried - SIDE / 2) >= MARGIN).all(1)
-        distance = np.abs(tried[:, None] - centres[None, :i]).max(2)
+        distance = np.abs(tried[:, None] - centers[None, :i]).max(2)
         free &= (distance >= (side + sides[:i]) / 2).all(1)
         first = int(free.argmax())
         if not free[first]:
             return None
-        centres[i] = tried[first]
-    return centres
+        centers[i] = tried[first]
+    return centers
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from granulon_hf.data import check, load, prepare
 from granulon_hf.data.granuscenes import GranuScenes, Pictures, baselines, cutouts, granuscenes, shared
 from granulon_hf.data.granuscenes.cutouts import VERSION
 from granulon_hf.data.granuscenes.dataset import by_type, open_scenes
-from granulon_hf.data.granuscenes.questions import ASKED, COLOURS, LETTERS, LEVELS, PHRASINGS, QUESTIONS
+from granulon_hf.data.granuscenes.questions import ASKED, COLOURS, LETTERS, LEVELS, PHRASINGS, QUESTIONS, to_sample
 from granulon_hf.data.granuscenes.scenes import SIDE, TAG, draw_tag
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
@@ -350,7 +350,7 @@ def test_load(tmp_path):
     samples = load("granuscenes", "test", source=source)
     scenes = GranuScenes("test", 12, tmp_path, seed=4, side=128)
     assert len(samples) == 12 * 7
-    assert samples[10].to_dict() | {"meta": {}} == scenes.samples(1)[3].to_dict() | {"meta": {}}
+    assert samples[10].to_dict() | {"meta": {}} == to_sample(scenes.question_rows(1)[3]).to_dict() | {"meta": {}}
     assert samples[10].id == "test-4-1-3" and samples[10].meta["level"] in LEVELS
     assert samples[10].question == scenes[1].questions[3].text and samples[10].reference in samples[10].choices
     assert open_rgb(samples[10].images[0]).size == (128, 128)
