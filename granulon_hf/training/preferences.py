@@ -10,21 +10,14 @@ import torch
 from granulon_hf.data import Sample
 from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.errors import GranulonError
-from granulon_hf.io import write_text
+from granulon_hf.io import Journal, write_text
 from granulon_hf.judge.judge import Judge, estimate
 from granulon_hf.modeling.images_granulon import open_rgb
 
 
 @torch.no_grad()
 def sample_answers(model: Any, processor: Any, sample: Sample, **generation: Any) -> list[str]:
-    """Sample two answers to the last question of a sample.
-
-    Args:
-        model ([`GranulonForConditionalGeneration`]): in eval mode.
-        processor ([`GranulonProcessor`]): of the model.
-        sample ([`Sample`]): its last answer is not shown.
-        **generation: arguments of `generate` (`max_new_tokens`, `temperature`, `top_p` …).
-    """
+    """Sample two answers of a model in eval mode to the last question of a sample; `generation` is for its `generate`."""
     messages = conversation(sample.prompt, [open_rgb(image) for image in sample.images])
     inputs = encode_prompts(processor, [messages]).to(model.device)
     output = model.generate(**inputs, do_sample=True, num_return_sequences=2, **generation)
@@ -33,14 +26,13 @@ def sample_answers(model: Any, processor: Any, sample: Sample, **generation: Any
 
 def sampled(path: Path, model: Any, processor: Any, samples: Sequence[Sample], **generation: Any) -> list[list[str]]:
     """Sample answers to all samples [N x 2] into a JSONL file, one by one: what a stopped run has is used again."""
-    found = {row["id"]: row["answers"] for row in read_lines(path)}
-    write_lines(path, ({"id": name, "answers": answers} for name, answers in found.items()))  # without a line that was cut off
-    with path.open("a", encoding="utf-8") as file:
-        for sample in samples:
-            if sample.id not in found:
-                found[sample.id] = sample_answers(model, processor, sample, **generation)
-                file.write(json.dumps({"id": sample.id, "answers": found[sample.id]}) + "\n")
-                file.flush()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    journal = Journal(path)
+    found = {row["id"]: row["answers"] for row in journal}
+    for sample in samples:
+        if sample.id not in found:
+            found[sample.id] = sample_answers(model, processor, sample, **generation)
+            journal.append([{"id": sample.id, "answers": found[sample.id]}])
     return [found[sample.id] for sample in samples]
 
 
@@ -63,11 +55,12 @@ def judged(samples: Sequence[Sample], answers: Sequence[Sequence[str]], *, dry_r
             f"Answers are judged about one image each, in one task; these are of {', '.join(tasks)}, with "
             f"{sorted({len(sample.images) for sample in samples})} images."
         )
+    twice = [sample for sample in samples for _ in range(2)]
     inputs: dict[str, Any] = {
         "predictions": [answer for two in answers for answer in two],
-        "images": [sample.images[0] for sample in samples for _ in range(2)],
-        "references": [sample.reference for sample in samples for _ in range(2)],
-        "questions": [sample.question for sample in samples for _ in range(2)],
+        "images": [sample.images[0] for sample in twice],
+        "references": [sample.reference for sample in twice],
+        "questions": [sample.question for sample in twice],
     }
     if dry_run:
         return estimate(**inputs, task=tasks[0], **options)
@@ -102,10 +95,8 @@ def prefer(
             counts["ties"] += 1
         else:
             counts["pairs"] += 1
-            scored = {"chosen_hallucination": low, "rejected_hallucination": high}
-            pairs.append(
-                {"id": sample.id, "prompt": sample.prompt, "chosen": turn(chosen), "rejected": turn(rejected), **scored}
-            )
+            turns = {"prompt": sample.prompt, "chosen": turn(chosen), "rejected": turn(rejected)}
+            pairs.append({"id": sample.id, **turns, "chosen_hallucination": low, "rejected_hallucination": high})
     return pairs, counts
 
 
@@ -115,11 +106,9 @@ def turn(words: str) -> list[dict[str, Any]]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a JSONL file that is there as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a JSONL file, none where there is no file; a last line that was cut off is left out."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    return [json.loads(line) for line in lines[:-1]]
+    """Read the rows of a JSONL file, none where there is no file; lines that are torn are left out."""
+    return list(Journal(path))
