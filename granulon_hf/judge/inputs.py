@@ -1,5 +1,6 @@
 """Inputs of the judge as units to be scored, and what scoring them would cost."""
 
+import contextlib
 import os
 from typing import Any
 
@@ -59,33 +60,29 @@ def foresee(units: list[Unit], options: Options) -> dict:
         unknown model), prices_date (None where `prices=` tells them). Repairs are not foreseen.
     """
     exists = options.store is not None and os.path.exists(options.store)
-    store = Store(options.store if exists else None)
-    keys, counts, images_seen = set(), {"n_unreadable": 0, "n_stored": 0}, {}
-    prompts: list[int] = []
-    too_long: list[int] = []
-    for unit in units:
-        try:
-            if unit.segment is None:
-                images_seen = {unit.sample: options.prepare(unit)}
-            digest, _, image_cost = images_seen[unit.sample]
-        except Exception:
-            counts["n_unreadable"] += unit.segment is None
-            continue
-        key = options.key(digest, unit)
-        if key not in keys:
+    keys, prompts, too_long = set(), [], set()
+    n_unreadable = n_stored = 0
+    with contextlib.closing(Store(options.store if exists else None)) as store:
+        for unit in units:
+            try:
+                key, _, tokens = options.prepare(unit)
+            except Exception:
+                n_unreadable += unit.segment is None
+                continue
+            if key in keys:
+                continue
             keys.add(key)
-            tokens = options.tokens(unit, image_cost)
             if options.settled(store.answers(key)):
-                counts["n_stored"] += 1
+                n_stored += 1
             elif options.too_long(tokens):
-                too_long.append(unit.sample)
+                too_long.add(unit.sample)
             else:
                 prompts.append(tokens)
-    store.close()
     price = price_of(options.model, options.prices, options.backend)
     return {
-        **counts,
-        "too_long": sorted(set(too_long)),
+        "n_unreadable": n_unreadable,
+        "n_stored": n_stored,
+        "too_long": sorted(too_long),
         "n_requests": len(prompts),
         "prompt_tokens": sum(prompts),
         "completion_tokens": 20 * len(prompts),

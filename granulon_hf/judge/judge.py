@@ -7,9 +7,8 @@ packages that are missing among its imports: all of them are imported here, used
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import evaluate
@@ -100,9 +99,7 @@ class Judge(evaluate.Metric):
         columns = {name: list(column) for name, column in columns.items()}
         return report(columns, ask(units_of(columns, options), options))
 
-    def estimate(self, predictions, images, references=None, questions=None, **kwargs):
-        """Count what `compute` with the same arguments would ask and cost, before anything is spent: see `inputs.estimate`."""
-        return estimate(predictions, images, references, questions, **kwargs)
+    estimate = staticmethod(estimate)
 
 
 def ask(units: list[Unit], options: Options) -> Run:
@@ -117,35 +114,26 @@ def ask(units: list[Unit], options: Options) -> Run:
     return run
 
 
-def run_blocking(function: Callable[[], Any]) -> None:
+def run_blocking(function: Callable[[], Coroutine]) -> None:
     """Run a coroutine function to its end, inside a running event loop (a notebook) too: there in a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.run(function())
         return
-    errors: list[BaseException] = []
-    running: list[tuple] = []
+    running: list[Callable] = []
 
     async def main() -> None:
-        running.append((asyncio.get_running_loop(), asyncio.current_task()))
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        running.append(lambda: loop.call_soon_threadsafe(task.cancel))
         await function()
 
-    def target() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, main())
         try:
-            asyncio.run(main())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
-        for loop, task in running:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(task.cancel)
-        thread.join()
-        raise
-    if errors:
-        raise errors[0]
+            future.result()
+        except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
+            for cancel in running:
+                with contextlib.suppress(RuntimeError):
+                    cancel()
+            raise

@@ -9,13 +9,13 @@ import math
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .images import prepare_image
 from .prices import price_of
 from .prompts import PROMPTS, REPAIR, RESPONSE_FORMATS, render
-from .replies import read_answer
+from .replies import parse, read_answer
 
 # Tokens that a judge takes, prompt and answer together; those of another model are not known.
 CONTEXTS = {"gpt-4o": 128_000, "gpt-4.1": 1_047_576}
@@ -37,11 +37,16 @@ class Unit:
 class Options:
     """The arguments of `Judge.compute`, which explains them.
 
-    `Run` and `foresee` know units only through the methods below: a subclass that overrides them asks something else on the
-    same transport, store and budget.
+    The transport knows units only through the methods below: a subclass that overrides them asks something else with the same
+    store and budget.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = tuple(PROMPTS)
+    # What a subclass asks differently. `nothing` is what an answer says where it says nothing, `repair` the user's turn after it,
+    # `formats` the values of `response_format` by name, in the order in which they are tried.
+    tasks = tuple(PROMPTS)
+    nothing: ClassVar[dict[str, None]] = {"accuracy": None, "hallucination": None}
+    repair = REPAIR
+    formats = RESPONSE_FORMATS
 
     task: str = "reasoning"
     model: str = "gpt-4o"
@@ -71,6 +76,7 @@ class Options:
     poll_seconds: float = 30.0
     n_resamples: int = 2000
     on_result: Callable[[dict], None] | None = None
+    last: tuple = field(default=(None, None), init=False, repr=False, compare=False)
 
     def __post_init__(self):
         choices = {
@@ -90,38 +96,38 @@ class Options:
         if self.max_cost is not None and not 0 <= self.max_cost < math.inf:
             raise ValueError(f"max_cost must be an amount in USD, not {self.max_cost!r}.")
         if self.max_cost is not None and price_of(self.model, self.prices, self.backend) is None:
-            raise ValueError(f"max_cost needs prices={{{self.model!r}: (USD per million prompt tokens, completion tokens)}}.")
-
-    @property
-    def formats(self) -> dict[str, dict | None]:
-        """Values of `response_format` by name, in the order in which they are tried."""
-        return RESPONSE_FORMATS
-
-    @property
-    def repair(self) -> str:
-        """The user's turn after an answer that cannot be read."""
-        return REPAIR
+            raise ValueError(
+                f"max_cost needs to know what {self.model!r} costs; say "
+                f"prices={{{self.model!r}: (USD per million prompt tokens, completion tokens)}}."
+            )
 
     def prepare(self, unit: Unit) -> tuple[str, str, int]:
-        """Return digest, data URL and prompt tokens of a unit's image. Any exception means that the unit cannot be sent."""
-        return prepare_image(unit.image, self.detail, self.model)
+        """Return a unit's key in the store, its image's data URL, and its prompt tokens, about; raise where it cannot be sent.
+
+        The key is of what the judge is shown, and how; not of the fence's mark, the server or the API key.
+        """
+        last = self.last  # segments of a sample share its image
+        if last[0] is not unit.image:
+            last = self.last = (unit.image, prepare_image(unit.image, self.detail, self.model))
+        digest, url, image_tokens = last[1]
+        parameters = [self.temperature, self.max_tokens, self.seed, self.detail, self.response_format]
+        prompt = self.prompt(unit, "" if self.hardened else None)
+        key = digest_of([digest, *prompt, unit.prediction, self.model, parameters, self.hardened])
+        return key, url, image_tokens + self.tokens(unit)
 
     def prompt(self, unit: Unit, mark: str | None) -> tuple[str | None, str]:
         """Return system message (None without hardening) and text; `mark` is that of the fence, None without hardening."""
         return render(self.task, unit.prediction, unit.question, unit.reference, mark)
 
+    def read(self, content: str) -> dict:
+        """Return what the content of an answer says, by the names of `nothing`; raise ValueError where that is in doubt."""
+        return dict(zip(self.nothing, parse(content), strict=True))
+
     def outcome(self, row: dict | None) -> tuple[dict, bool]:
         """Return what an answer says (None: there is none), with the "reason" where it says nothing, and whether a repair
         request is worth it."""
-        scores, reason, repairable = read_answer(row) if row else (None, None, False)
-        accuracy, hallucination = scores or (None, None)
-        return {"accuracy": accuracy, "hallucination": hallucination, "reason": reason}, repairable
-
-    def key(self, image_digest: str, unit: Unit) -> str:
-        """Return the key of the store: what the judge is shown, and how; not the fence's mark, the server or the API key."""
-        parameters = [self.temperature, self.max_tokens, self.seed, self.detail, self.response_format]
-        prompt = self.prompt(unit, "" if self.hardened else None)
-        return digest_of([image_digest, *prompt, unit.prediction, self.model, parameters, self.hardened])
+        found, reason, repairable = read_answer(row, self.read) if row else (None, None, False)
+        return {**(found or self.nothing), "reason": reason}, repairable
 
     def is_final(self, rows: list[dict]) -> bool:
         """Return whether the answers to a unit decide it: the first does unless it is worth a repair, the second does."""
@@ -143,10 +149,10 @@ class Options:
             messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
         return messages
 
-    def tokens(self, unit: Unit, image: int) -> int:
-        """Estimate prompt tokens: four bytes of UTF-8 each (rather too many for English), and the image's."""
+    def tokens(self, unit: Unit) -> int:
+        """Estimate the tokens of a prompt's words: four bytes of UTF-8 each (rather too many for English)."""
         system, text = self.prompt(unit, "0" * 32 if self.hardened else None)
-        return image + math.ceil(len(((system or "") + text).encode()) / 4) + 60  # the schema and the chat's frame
+        return math.ceil(len(((system or "") + text).encode()) / 4) + 60  # the schema and the chat's frame
 
     @property
     def context(self) -> int | None:

@@ -4,7 +4,6 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
 from typing import Annotated, Any
 
 import pydantic
@@ -14,24 +13,15 @@ from .prompts import SCORES
 # Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1, and "8_5" as 85.
 NoBoolean = pydantic.BeforeValidator(lambda value: None if isinstance(value, bool) else value)
 WRITTEN = re.compile(r"\s*\d{1,3}(?:\.0+)?\s*")
-
-
-def read_written(value: Any) -> Any:
-    """Return a value as it is, but None for a text that is no plain number."""
-    return None if isinstance(value, str) and not WRITTEN.fullmatch(value) else value
-
-
-Score = Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, pydantic.BeforeValidator(read_written)]
-SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Score])
+Written = pydantic.BeforeValidator(lambda value: None if isinstance(value, str) and not WRITTEN.fullmatch(value) else value)
+SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, Written]])
 # What a model thinks before it answers, between the tags of many models: <think>, [THINK], <seed:think>, <|START_THINKING|>,
 # <|begin_of_thought|>, ◁think▷, and the channels of gpt-oss. Some chat templates write the first tag into the prompt.
 THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|analysis|reflection|rationale|scratchpad)[\w:.-]{0,20}\|?[>▷]"
 OPENS = rf"(?:[<◁]\|?{THOUGHT}|\[THINK\]|<\|channel\|>(?:analysis|commentary))"
 CLOSES = rf"(?:[<◁](?:/|\|end_){THOUGHT}|\[/THINK\]|<\|channel\|>final)"
-REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
-
-
 TAGS = re.compile(f"{OPENS}|{CLOSES}", flags=re.IGNORECASE)
+REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,10 +78,6 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     if any(not any(start <= tag.start() < end for start, end in spans) for tag in TAGS.finditer(text)):
         text = REASONING.sub("", text)  # else the tags are words of a text inside of the object
     objects = list(find_objects(text, wanted))
-    rest = "".join(text[end:start] for (_, end, _), (start, _, _) in pairwise([(0, 0, {}), *objects, (len(text), 0, {})]))
-    # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
-    said = r"""\W*\s*[:=]\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
-    words = [(name, number) for name in wanted for number in re.findall(re.escape(name) + said, rest, flags=re.IGNORECASE)]
     if not objects:
         raise ValueError(f"no JSON object, or a broken one: {shown}")
     try:
@@ -101,8 +87,13 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
         raise ValueError(f"{first['loc'][0]}: {first['msg']}: {shown}") from None
     if any(one != read[0] or one.keys() != wanted for one in read):
         raise ValueError(f"not one object with {' and '.join(sorted(wanted))}: {shown}")
-    if any(float(number) != read[0][name] for name, number in words):
-        raise ValueError(f"other numbers beside the object: {shown}")
+    for start, end, _ in reversed(objects):
+        text = text[:start] + text[end:]
+    # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
+    said = r"""\W*\s*[:=]\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
+    for name, number in read[0].items():
+        if any(float(other) != number for other in re.findall(re.escape(name) + said, text, flags=re.IGNORECASE)):
+            raise ValueError(f"other numbers beside the object: {shown}")
     return read[0]
 
 

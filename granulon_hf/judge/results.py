@@ -30,12 +30,12 @@ def summarize(scored: list[dict], n_resamples: int) -> dict:
 
 def report(columns: dict[str, list], run: Run) -> dict:
     """Make the result of `compute`."""
-    options, missing = run.options, {"accuracy": None, "hallucination": None, "reason": None}
-    found = {(unit.sample, unit.segment): result or missing for unit, result in zip(run.units, run.results, strict=True)}
+    options = run.options
+    found = {(unit.sample, unit.segment): result for unit, result in zip(run.units, run.results, strict=True)}
     empty = [not text.strip() for text in columns["predictions"]]
     zero = {"accuracy": 0, "hallucination": 0, "reason": None}
     samples = [zero if is_empty else found[i, None] for i, is_empty in enumerate(empty)]
-    paid = {result["key"]: result["rows"] for result in run.results if result and result["rows"]}
+    paid = {result["key"]: result["rows"] for result in run.results if result["rows"]}
     rows = [row for answers in paid.values() for row in answers]
     tokens = {name: sum(row.get(name, 0) for row in rows) for name in ("prompt_tokens", "completion_tokens")}
     sent = [sample for sample, is_empty in zip(samples, empty, strict=True) if not is_empty]
@@ -62,6 +62,7 @@ def report(columns: dict[str, list], run: Run) -> dict:
         "parameters": {**run.extras, "detail": options.detail},
     }
     if options.segments:
+        missing = {**options.nothing, "reason": None}  # a segment without words
         places = [[found.get((i, j), missing) for i in range(len(samples))] for j in range(options.segments)]
         by_segment = [summarize(place, options.n_resamples) for place in places]
         output["segments"] = {name: [summary[name] for summary in by_segment] for name in by_segment[0]}
