@@ -105,7 +105,7 @@ class BatchRun(Run):
         batch by that name instead of submitting again.
         """
         file = await self.client.files.create(file=("requests.jsonl", b"".join(lines.values())), purpose="batch")
-        intent = {"intent": secrets.token_hex(16), "names": list(lines), "batch": None}
+        intent: dict[str, Any] = {"intent": secrets.token_hex(16), "names": list(lines), "batch": None}
         self.ledger.append(intent)
         batch = await self.create(file.id, intent["intent"])
         self.n_requests += len(lines)

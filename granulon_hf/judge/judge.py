@@ -124,9 +124,9 @@ def run_blocking(function: Callable[[], Coroutine]) -> None:
     running: list[Callable] = []
 
     async def main() -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(function())
         running.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        await function()
+        await task
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(asyncio.run, main())

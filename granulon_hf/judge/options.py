@@ -41,9 +41,8 @@ class Options:
     store and budget.
     """
 
-    # What a subclass asks differently. `nothing` is what an answer says where it says nothing, `repair` the user's turn after it,
-    # `formats` the values of `response_format` by name, in the order in which they are tried.
-    tasks = tuple(PROMPTS)
+    # What a subclass asks for instead; `nothing` is what an answer says that says nothing, `repair` the user's turn after it.
+    tasks: ClassVar[tuple[str, ...]] = tuple(PROMPTS)
     nothing: ClassVar[dict[str, None]] = {"accuracy": None, "hallucination": None}
     repair = REPAIR
     formats = RESPONSE_FORMATS

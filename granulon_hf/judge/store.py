@@ -25,7 +25,7 @@ class Log:
         self.lock = FileLock(f"{path}.lock")
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "a+b", buffering=0)
+            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
             self.refresh()
 
     def keep(self, row: dict) -> None:
