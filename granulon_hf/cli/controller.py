@@ -92,13 +92,7 @@ def label(
 def read_questions(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
     """Read the questions of a file as rows with `text` and, where the file has them, `id` and `split`.
 
-    Args:
-        path (`Path`): `.txt` with a question a line; JSONL, Parquet or a `datasets` folder with a column "question" or "text";
-            or a folder that `granulon data prepare` wrote.
-        columns (`dict[str, str]`): `{"question": name}` where the column has another name.
-
-    Raises:
-        GranulonError: it cannot be read, or a row has no question.
+    A text file has a question a line; `columns` may have another name for the column "question" (or "text").
     """
     unknown = sorted(set(columns) - {"question"})
     if unknown:

@@ -24,11 +24,7 @@ class BatchRun(Run):
     ledger: Ledger
 
     async def resolve(self, key: str, unit: Unit, url: str, tokens: int) -> dict:
-        """Return the rows that the batches brought.
-
-        Raises:
-            Stopped: there are none.
-        """
+        """Return the rows that the batches brought; raise Stopped where there are none."""
         rows = self.store.answers(key)
         if self.options.is_final(rows):
             return {"rows": rows, "cached": True}
@@ -58,11 +54,7 @@ class BatchRun(Run):
         self.stop = ""  # of max_cost: `resolve` tells it unit by unit
 
     def make_batches(self, attempt: int) -> Iterator[dict[str, bytes]]:
-        """Make the requests of all units that lack this answer, split to the limits.
-
-        Yields:
-            Lines of an input file, by their custom ids.
-        """
+        """Yield input files with the requests of all units that lack this answer: lines by their custom ids."""
         seen: set[str] = set()
         lines: dict[str, bytes] = {}
         size = 0
@@ -140,11 +132,7 @@ class BatchRun(Run):
         return None
 
     async def collect(self, intent: dict) -> None:
-        """Poll a batch to its end and store its answers.
-
-        Raises:
-            JudgeError: it failed as a whole.
-        """
+        """Poll a batch to its end and store its answers; raise JudgeError where it failed as a whole."""
         if intent["batch"] is None:
             found = await self.find(intent["intent"])
             if found is None:  # killed before it was created

@@ -36,17 +36,12 @@ class Stopped(Exception):
 
 
 def connect(options: Options) -> openai.AsyncOpenAI:
-    """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say.
-
-    Raises:
-        JudgeError: there is no key.
-    """
-    env = os.environ.get
-    local = options.base_url or env("OPENAI_BASE_URL")
-    keyed = options.api_key or env("OPENAI_API_KEY")
-    azure = options.azure_endpoint or (env("AZURE_OPENAI_ENDPOINT") and not (local or keyed))
+    """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say."""
+    local = options.base_url or os.environ.get("OPENAI_BASE_URL")
+    keyed = options.api_key or os.environ.get("OPENAI_API_KEY")
+    azure = options.azure_endpoint or (os.environ.get("AZURE_OPENAI_ENDPOINT") and not (local or keyed))
     common: dict[str, Any] = {
-        "api_key": options.api_key,
+        "api_key": "none" if local and not (keyed or azure) else options.api_key,  # a server of one's own
         "organization": options.organization,
         # Of chat completions the run repeats what failed itself, within its budgets.
         "max_retries": options.max_retries if options.backend == "batch" else 0,
@@ -54,10 +49,7 @@ def connect(options: Options) -> openai.AsyncOpenAI:
     }
     try:
         if azure:
-            common |= {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
-            return openai.AsyncAzureOpenAI(**common)
-        if local and not keyed:
-            common["api_key"] = "none"  # a server of one's own
+            return openai.AsyncAzureOpenAI(azure_endpoint=options.azure_endpoint, api_version=options.api_version, **common)
         return openai.AsyncOpenAI(base_url=options.base_url, **common)
     except (openai.OpenAIError, ValueError) as error:
         known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"
@@ -65,11 +57,7 @@ def connect(options: Options) -> openai.AsyncOpenAI:
 
 
 def triage(error: Exception) -> tuple[str, str]:
-    """Return what to do about an error, and its message.
-
-    Returns:
-        "fatal" (stop the run), "limit" (wait and ask again), "retry" (try again) or "bad" (give this unit up).
-    """
+    """Return an error's kind, "fatal" (stop the run), "limit" (wait), "retry" or "bad" (give this unit up), and its message."""
     if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
         return "retry", "timeout: the server did not answer in time"
     if isinstance(error, openai.APIConnectionError):
@@ -147,11 +135,7 @@ class Run:
                 self.pending |= {name[:-2]: reason for name in intent["names"]}
 
     async def run(self) -> None:
-        """Fill `results`.
-
-        Raises:
-            JudgeError: as soon as what is under way is stored.
-        """
+        """Fill `results`; where the run cannot go on, raise JudgeError as soon as what is under way is stored."""
         work = iter(range(len(self.units)))
 
         async def worker() -> None:
@@ -209,11 +193,7 @@ class Run:
         self.finish(index, key=key, **(outcome if first else {**outcome, "cached": True}))
 
     async def resolve(self, key: str, unit: Unit, url: str, tokens: int) -> dict:
-        """Return the rows of a key, from the store or the judge.
-
-        Raises:
-            Stopped: it was not to be had.
-        """
+        """Return the rows of a key, from the store or the judge; raise Stopped where they are not to be had."""
         claimed = False
         try:
             while True:
@@ -248,11 +228,7 @@ class Run:
         return {name: value for name, value in body.items() if value is not None}
 
     def reserve(self, tokens: int) -> float:
-        """Take a request's estimated cost off the budget, and return it.
-
-        Raises:
-            Stopped: it would exceed max_cost, or the judge's context.
-        """
+        """Take a request's estimated cost off the budget, and return it; raise Stopped beyond that or the judge's context."""
         if reason := self.options.too_long(tokens):
             raise Stopped(reason)
         if self.price is None:
@@ -265,11 +241,7 @@ class Run:
         return cost
 
     async def ask(self, key: str, unit: Unit, url: str, tokens: int, rows: list[dict]) -> None:
-        """Put one more answer than `rows` into the store.
-
-        Raises:
-            Stopped: none was to be had.
-        """
+        """Put one more answer than `rows` into the store; raise Stopped where none is to be had."""
         async with contextlib.AsyncExitStack() as stack:
             if not self.proven:
                 await stack.enter_async_context(self.probe)
@@ -338,11 +310,7 @@ class Run:
             await self.sleep(delay)
 
     def keep(self, body: Any, estimated: int = 0, **fields: Any) -> dict:
-        """Put a chat completion into the store, with how it came about and what it says, and count what it cost.
-
-        Raises:
-            ValueError: the body is no chat completion.
-        """
+        """Put a chat completion into the store, with how it came about and what it says, and count what it cost."""
         told = {name: getattr(self.options, name) for name in ("task", "hardened", "backend")}
         row = to_row(body, estimated, **fields, **told)
         row |= self.options.outcome(row)[0]

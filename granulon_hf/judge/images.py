@@ -15,11 +15,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 
 
 def open_image(image: dict) -> Image.Image:
-    """Open the image of a `{"bytes", "path"}` dict without decoding it.
-
-    Raises:
-        ValueError: it is unreasonably large when unpacked. Pillow's own errors where it is broken.
-    """
+    """Open the image of a `{"bytes", "path"}` dict without decoding it; refuse one that is unreasonably large when unpacked."""
     opened = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
     if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width}x{opened.height} pixels are unreasonably many")
@@ -78,10 +74,7 @@ def prepare_image(image: dict, detail: str, model: str) -> tuple[str, str, int]:
 
 
 def encode_image(image: Any) -> dict:
-    """Turn a path, PIL image, array or `{"bytes", "path"}` into such a dict.
-
-    Where it cannot be read, the sample will say so later, and the run goes on.
-    """
+    """Turn a path, PIL image, array or `{"bytes", "path"}` into such a dict; where it cannot be read, the sample says so later."""
     if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
         return {"bytes": b"", "path": None}
     if isinstance(image, dict):

@@ -12,11 +12,7 @@ from .store import Store
 
 
 def columns_of(predictions: Any, images: Any, references: Any, questions: Any) -> dict[str, list]:
-    """Return the inputs as columns of one length, "" for what is not given.
-
-    Raises:
-        ValueError: before anything is sent.
-    """
+    """Return the inputs as columns of one length, "" for what is not given; raise ValueError for what cannot be an input."""
     if predictions is None or images is None:
         raise ValueError("Give predictions= and images=, one image for every prediction.")
     columns = {"predictions": list(predictions), "images": [encode_image(image) for image in images]}
@@ -34,11 +30,7 @@ def columns_of(predictions: Any, images: Any, references: Any, questions: Any) -
 
 
 def units_of(columns: dict[str, list], options: Options) -> list[Unit]:
-    """Return what has to be scored: every prediction that is not empty and, with `segments`, its segments that are not.
-
-    Raises:
-        ValueError: task "vqa" with neither question nor reference.
-    """
+    """Return what has to be scored: every prediction that is not empty and, with `segments`, its segments that are not."""
     units = []
     for i, (prediction, image, reference, question) in enumerate(
         zip(columns["predictions"], columns["images"], columns["references"], columns["questions"], strict=True)

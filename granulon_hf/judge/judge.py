@@ -103,11 +103,7 @@ class Judge(evaluate.Metric):
 
 
 def ask(units: list[Unit], options: Options) -> Run:
-    """Ask for all units, by the store or the judge; return the run with its results.
-
-    Raises:
-        JudgeError: the run cannot go on; what was paid for is in the store.
-    """
+    """Ask for all units, by the store or the judge; return the run with its results."""
     with contextlib.closing(Store(options.store)) as store:
         run = (BatchRun if options.backend == "batch" else Run)(options, units, store)
         run_blocking(run.run)

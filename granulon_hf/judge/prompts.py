@@ -85,7 +85,6 @@ CONTROL = re.compile(
     r"|\[(?=/?(?:INST|IMG|SYSTEM_PROMPT|THINK)\b)",
     flags=re.IGNORECASE,
 )
-# Tokens that a judge takes, prompt and answer together; those of another model are not known.
 
 
 def fence(value: str, mark: str) -> str:

@@ -64,13 +64,8 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     """Return the numbers by these names in the one JSON object of a reply that has them.
 
     Reasoning, prose, code fences, other objects and other names are passed over. The numbers may be there twice, in an object
-    or in words, if they are the same both times.
-
-    Args:
-        numbers: what they have to be, as the adapter of a `dict`.
-
-    Raises:
-        ValueError: with what is wrong.
+    or in words, if they are the same both times. `numbers` is what they have to be, as the adapter of a `dict`; a ValueError
+    says what is wrong.
     """
     wanted, shown = set(names), repr(content.strip()[-80:])
     text = re.sub(r",(\s*[}\]])", r"\1", content)  # a comma behind the last entry
@@ -98,11 +93,7 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
 
 
 def parse(content: str) -> tuple[int, int]:
-    """Return accuracy and hallucination of a reply, integers from 0 to 100.
-
-    Raises:
-        ValueError: with what is wrong.
-    """
+    """Return accuracy and hallucination of a reply, integers from 0 to 100; raise ValueError with what is wrong."""
     scores = read_object(content, SCORES, SCORE_NUMBERS)
     return scores["accuracy_score"], scores["hallucination_score"]
 
@@ -122,11 +113,7 @@ def read_answer(row: dict, parse: Callable[[str], Any] = parse) -> tuple[Any, st
 
 
 def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
-    """Return the row of a chat completion; where the server does not count prompt tokens, the estimated ones stand in.
-
-    Raises:
-        ValueError: the body is no chat completion.
-    """
+    """Return the row of a chat completion; where the server does not count prompt tokens, the estimated ones stand in."""
     try:
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}
