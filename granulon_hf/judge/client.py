@@ -49,7 +49,8 @@ def connect(options: Options) -> openai.AsyncOpenAI:
     }
     try:
         if azure:
-            return openai.AsyncAzureOpenAI(azure_endpoint=options.azure_endpoint, api_version=options.api_version, **common)
+            common |= {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
+            return openai.AsyncAzureOpenAI(**common)
         return openai.AsyncOpenAI(base_url=options.base_url, **common)
     except (openai.OpenAIError, ValueError) as error:
         known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"

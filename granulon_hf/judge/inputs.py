@@ -21,25 +21,24 @@ def columns_of(predictions: Any, images: Any, references: Any, questions: Any) -
     for name, column in columns.items():
         if len(column) != len(columns["predictions"]):
             raise ValueError(f"There are {len(columns['predictions'])} predictions but {len(column)} {name}.")
-        if name != "images":
-            for i, text in enumerate(column):
-                if not isinstance(text, str):
-                    raise ValueError(f"{name}[{i}] is {text!r}, not a text (an empty answer is '').")
-                column[i] = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
+    for name in ("predictions", "references", "questions"):
+        for i, text in enumerate(columns[name]):
+            if not isinstance(text, str):
+                raise ValueError(f"{name}[{i}] is {text!r}, not a text (an empty answer is '').")
+            columns[name][i] = text.encode("utf-8", "replace").decode()  # lone surrogates cannot be sent
     return columns
 
 
 def units_of(columns: dict[str, list], options: Options) -> list[Unit]:
     """Return what has to be scored: every prediction that is not empty and, with `segments`, its segments that are not."""
     units = []
-    for i, (prediction, image, reference, question) in enumerate(
-        zip(columns["predictions"], columns["images"], columns["references"], columns["questions"], strict=True)
-    ):
+    rows = zip(*(columns[name] for name in ("predictions", "images", "references", "questions")), strict=True)
+    for i, (prediction, image, reference, question) in enumerate(rows):
         if options.task == "vqa" and not (question.strip() or reference.strip()):
             raise ValueError(f"Task 'vqa' needs a question or a reference; sample {i} has neither.")
-        if prediction.strip():
-            texts = [(None, prediction), *enumerate(segments_of(prediction, options.segments) if options.segments else [])]
-            units += [Unit(i, j, text, image, question, reference) for j, text in texts if text.strip()]
+        parts = segments_of(prediction, options.segments) if options.segments else []
+        texts = [(None, prediction), *enumerate(parts)]
+        units += [Unit(i, segment, text, image, question, reference) for segment, text in texts if text.strip()]
     return units
 
 

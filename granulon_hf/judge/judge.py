@@ -93,10 +93,9 @@ class Judge(evaluate.Metric):
             raise ValueError("Give predictions= too.")
         return super().compute(**kwargs)
 
-    def _compute(self, predictions, images, references, questions, **kwargs):
-        options = Options(**kwargs)
-        columns = {"predictions": predictions, "images": images, "references": references, "questions": questions}
-        columns = {name: list(column) for name, column in columns.items()}
+    def _compute(self, **inputs):
+        columns = {name: list(inputs.pop(name)) for name in self.features}
+        options = Options(**inputs)
         return report(columns, ask(units_of(columns, options), options))
 
     estimate = staticmethod(estimate)

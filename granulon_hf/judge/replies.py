@@ -48,7 +48,9 @@ def find_objects(text: str, wanted: set[str]) -> Iterator[tuple[int, int, dict[s
             value, end = {}, at
         if wanted & value.keys():
             yield at, end, value
-        at = end if wanted & value.keys() else at + 1
+            at = end
+        else:
+            at += 1
 
 
 def find_inside(value: Any, wanted: set[str]) -> Iterator[dict[str, Any]]:

@@ -34,11 +34,11 @@ def report(columns: dict[str, list], run: Run) -> dict:
     found = {(unit.sample, unit.segment): result for unit, result in zip(run.units, run.results, strict=True)}
     empty = [not text.strip() for text in columns["predictions"]]
     zero = {"accuracy": 0, "hallucination": 0, "reason": None}
-    samples = [zero if is_empty else found[i, None] for i, is_empty in enumerate(empty)]
+    samples = [found.get((i, None), zero) for i in range(len(empty))]
+    sent = [found[i, None] for i in range(len(empty)) if not empty[i]]
     paid = {result["key"]: result["rows"] for result in run.results if result["rows"]}
     rows = [row for answers in paid.values() for row in answers]
     tokens = {name: sum(row.get(name, 0) for row in rows) for name in ("prompt_tokens", "completion_tokens")}
-    sent = [sample for sample, is_empty in zip(samples, empty, strict=True) if not is_empty]
     output = {
         **summarize(samples, options.n_resamples),
         "reasons": [sample["reason"] for sample in samples],

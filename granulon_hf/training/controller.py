@@ -85,9 +85,6 @@ class Question:
     test: bool
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
 def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Question]:
     """Read the labelled questions of a JSONL file with `text`, `weights` and, if wanted, `split` ("train" or else: held out).
 
@@ -167,9 +164,6 @@ def check_levels(questions: Sequence[Question], levels: Sequence[str], variant: 
         )
 
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool = True) -> torch.Tensor:
     """Compute the mean E1 of each question, over the tokens that the model's own processor marks as the question.
@@ -234,18 +228,11 @@ def train_controller(
     Training goes on from the controller that the model has. It is done in float32 on the CPU; what is measured is the
     controller in the language model's own precision, as it will be used.
 
-    Args:
-        model ([`GranulonForConditionalGeneration`]): whose levels are those of the questions.
-        processor ([`GranulonProcessor`]): of the model.
-        questions (`Sequence[Question]`): of [`read_labels`].
-        args ([`ControllerArguments`]): how.
-        show (`bool`, defaults to `True`): progress bars.
-
     Returns:
-        `dict`: `n_train`, `n_test`, `train_loss`, and what [`measure`] says of the hold-out.
+        `dict`: `n_train`, `n_test`, `train_loss`, what [`measure`] says of the hold-out, and the questions that it gets `wrong`.
 
     Raises:
-        GranulonError: the levels are others, or the loss is not finite.
+        GranulonError: the levels of model and questions differ, or the loss is not finite.
     """
     levels = model.config.level_names
     check_levels(questions, levels, args.variant)
@@ -274,9 +261,6 @@ def train_controller(
 def weights_of(questions: Iterable[Question], levels: Sequence[str]) -> torch.Tensor:
     """Return weights of shape [Q x n], in the order of the model's levels."""
     return torch.tensor([[question.weights[name] for name in levels] for question in questions])
-
-
-# --- measures ---------------------------------------------------------------------------------------------------------
 
 
 def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -> dict[str, Any]:
@@ -333,9 +317,6 @@ def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -
 def calibration_error(confidence: np.ndarray, truth: np.ndarray, bins: np.ndarray) -> float:
     """Return Σ over bins of |mean confidence - mean truth|, weighted by how many are in the bin (Guo et al. 2017)."""
     return float(np.abs(np.bincount(bins, confidence - truth)).sum() / len(bins))
-
-
-# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def run_controller(args: ControllerArguments) -> dict[str, Any]:
