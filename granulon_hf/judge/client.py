@@ -19,6 +19,7 @@ from .replies import to_row
 from .store import Ledger, Store
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
 FATAL = {
     401: "The API key is not accepted; set OPENAI_API_KEY to one that is",
     402: "The account has no quota left; check plan and billing, then run again to go on",
@@ -340,12 +341,8 @@ class Run:
         milliseconds = seconds(headers.get("retry-after-ms"))
         asked = milliseconds / 1000 if milliseconds is not None else seconds(headers.get("retry-after"))
         if asked is None and kind == "limit":
-            resets = [
-                seconds(headers.get(f"x-ratelimit-reset-{name}"))
-                for name in ("requests", "tokens")
-                if headers.get(f"x-ratelimit-remaining-{name}") in ("0", None)
-            ]
-            asked = max((reset for reset in resets if reset is not None), default=None)
+            used_up = [name for name in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{name}") in ("0", None)]
+            asked = max((seconds(headers.get(f"x-ratelimit-reset-{name}")) or 0.0 for name in used_up), default=None)
         backoff = min(30.0, 0.5 * 2**tries) * random.uniform(0.5, 1)
         return asked + random.uniform(0, 0.05) if asked else backoff
 
@@ -358,13 +355,10 @@ class Run:
         if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 415, 422):
             return None
         clue = f"{error.param} {error.message}".lower()
-        told = any(
-            word in clue for word in ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
-        )
+        told = "use 'max_completion_tokens'" in clue or any(word in clue for word in UNSUPPORTED)
         for parameter, value in extras.items():
-            if value is None or parameter == "max_completion_tokens" or not (error.param == parameter or parameter in clue):
-                continue
-            if not told and "use 'max_completion_tokens'" not in clue and error.param != parameter:
+            meant = error.param == parameter or (parameter in clue and told)
+            if value is None or parameter == "max_completion_tokens" or not meant:
                 continue
             if parameter == "max_tokens" and "context length" in clue:
                 return None

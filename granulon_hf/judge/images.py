@@ -46,7 +46,7 @@ def fit(width: int, height: int, detail: str) -> tuple[int, int]:
 
 
 def image_tokens(width: int, height: int, detail: str, model: str) -> int:
-    """Return the prompt tokens of an image as OpenAI documents them: by 512-pixel tiles or, for small models, 32-pixel patches."""
+    """Return the prompt tokens of an image as OpenAI documents them: by tiles of 512 pixels, or by patches of 32."""
     width, height = fit(width, height, detail)
     for name, factor in (("gpt-4.1-mini", 1.62), ("gpt-4.1-nano", 2.46)):
         if model.startswith(name):

@@ -229,7 +229,7 @@ def train_controller(
     controller in the language model's own precision, as it will be used.
 
     Returns:
-        `dict`: `n_train`, `n_test`, `train_loss`, what [`measure`] says of the hold-out, and the questions that it gets `wrong`.
+        `dict`: `n_train`, `n_test`, `train_loss`, what [`measure`] says of the hold-out, and the questions it gets `wrong`.
 
     Raises:
         GranulonError: the levels of model and questions differ, or the loss is not finite.
