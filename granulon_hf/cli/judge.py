@@ -23,15 +23,13 @@ LONG = 100_000  # tokens, which most models do not take
 app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
 
 
-def pairs(
-    options: list[str] | None, name: str, form: str = "FIELD=COLUMN, such as --column prediction=answer"
-) -> dict[str, str]:
+def pairs(options: list[str] | None, name: str, form: str = "FIELD=COLUMN, as --column prediction=answer") -> dict[str, str]:
     """Read `["a=b"]` as `{"a": "b"}`."""
-    found = [option.partition("=") for option in options or []]
-    for key, sign, value in found:
-        if not (key and sign and value):
-            raise GranulonError(f"{name} takes {form}; got {key + sign + value!r}.")
-    return {key: value for key, _, value in found}
+    found = dict(option.partition("=")[::2] for option in options or [])
+    for option in options or []:
+        if not all(option.partition("=")):
+            raise GranulonError(f"{name} takes {form}; got {option!r}.")
+    return found
 
 
 Price = Annotated[

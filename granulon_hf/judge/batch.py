@@ -48,9 +48,8 @@ class BatchRun(Run):
                         await self.collect(intent)
             except openai.OpenAIError as error:
                 kind, message = triage(error)
-                raise JudgeError(
-                    message if kind == "fatal" else f"The Batch API failed ({message}); run again to go on."
-                ) from None
+                told = message if kind == "fatal" else f"The Batch API failed ({message}); run again to go on."
+                raise JudgeError(told) from None
         self.stop = ""  # of max_cost: `resolve` tells it unit by unit
 
     def make_batches(self, attempt: int) -> Iterator[dict[str, bytes]]:
@@ -99,10 +98,10 @@ class BatchRun(Run):
         file = await self.client.files.create(file=("requests.jsonl", b"".join(lines.values())), purpose="batch")
         intent: dict[str, Any] = {"intent": secrets.token_hex(16), "names": list(lines), "batch": None}
         self.ledger.append(intent)
-        batch = await self.create(file.id, intent["intent"])
+        intent["batch"] = (await self.create(file.id, intent["intent"])).id
         self.n_requests += len(lines)
-        self.ledger.append({"intent": intent["intent"], "batch": batch.id})
-        return {**intent, "batch": batch.id}
+        self.ledger.append({"intent": intent["intent"], "batch": intent["batch"]})
+        return intent
 
     async def create(self, file_id: str, name: str) -> Any:
         """Create a batch; where that fails, look whether it was made all the same before it is tried again."""

@@ -26,7 +26,7 @@ from .options import Options, Unit, columns_of, digest_of, estimate, foresee, un
 from .prices import PRICES_DATE, cost_of, price_of
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter
-from .replies import NoBoolean, parse, read_answer, read_object, to_row
+from .replies import NoBoolean, parse, read_object, to_row
 from .store import Store
 
 _INPUTS = """

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from .images import encode_image, prepare_image
 from .prices import PRICES_DATE, price_of
 from .prompts import PROMPTS, REPAIR, RESPONSE_FORMATS, render, segments_of
-from .replies import parse, read_answer
+from .replies import parse
 from .store import Store
 
 # Tokens that a judge takes, prompt and answer together; those of another model are not known.
@@ -127,8 +127,21 @@ class Options:
     def outcome(self, row: dict | None) -> tuple[dict, bool]:
         """Return what an answer says (None: there is none), with the "reason" where it says nothing, and whether a repair
         request is worth it."""
-        found, reason, repairable = read_answer(row, self.read) if row else (None, None, False)
-        return {**(found or self.nothing), "reason": reason}, repairable
+        found, reason, repairable = dict(self.nothing), None, False
+        if row is None:
+            pass
+        elif row.get("refusal"):
+            reason = f"refused: {str(row['refusal'])[:200]}"
+        elif row.get("finish_reason") == "length":
+            reason = "truncated: the answer reached the limit of its tokens"
+        elif row.get("finish_reason") == "content_filter":
+            reason = "content filter: the server withheld the answer"
+        else:
+            try:
+                found = self.read(row.get("content") or "")
+            except ValueError as error:
+                reason, repairable = f"unparsable: {error}", True
+        return {**found, "reason": reason}, repairable
 
     def is_final(self, rows: list[dict]) -> bool:
         """Return whether the answers to a unit decide it: the first does unless it is worth a repair, the second does."""
@@ -244,11 +257,7 @@ def foresee(units: list[Unit], options: Options) -> dict:
 
 
 def estimate(predictions: Any, images: Any, references: Any = None, questions: Any = None, **options: Any) -> dict:
-    """Count what `compute` with these arguments would ask and cost; send nothing, and write nothing.
-
-    Returns:
-        n, n_empty, and what `foresee` says.
-    """
+    """Count what `compute` with these arguments would ask and cost: `n`, `n_empty`, and what `foresee` says; send nothing."""
     chosen = Options(**options)
     columns = columns_of(predictions, images, references, questions)
     n_empty = sum(not text.strip() for text in columns["predictions"])

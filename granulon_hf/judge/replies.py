@@ -3,7 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import pydantic
@@ -98,20 +98,6 @@ def parse(content: str) -> tuple[int, int]:
     """Return accuracy and hallucination of a reply, integers from 0 to 100; raise ValueError with what is wrong."""
     scores = read_object(content, SCORES, SCORE_NUMBERS)
     return scores["accuracy_score"], scores["hallucination_score"]
-
-
-def read_answer(row: dict, parse: Callable[[str], Any] = parse) -> tuple[Any, str | None, bool]:
-    """Return what `parse` makes of a reply or None, the reason for None, and whether a repair request is worth it."""
-    if row.get("refusal"):
-        return None, f"refused: {str(row['refusal'])[:200]}", False
-    if row.get("finish_reason") == "length":
-        return None, "truncated: the answer reached the limit of its tokens", False
-    if row.get("finish_reason") == "content_filter":
-        return None, "content filter: the server withheld the answer", False
-    try:
-        return parse(row.get("content") or ""), None, False
-    except ValueError as error:
-        return None, f"unparsable: {error}", True
 
 
 def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
