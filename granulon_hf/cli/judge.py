@@ -237,9 +237,8 @@ def agree(
         return f"{value:.3f}" + ("" if ci is None else f" [{ci[0]:.3f}, {ci[1]:.3f}]")
 
     for r in found:
-        table.add_row(
-            r.score, str(r.n), cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci), f"{r.mean_difference:+.1f}"
-        )
+        coefficients = cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci)
+        table.add_row(r.score, str(r.n), *coefficients, f"{r.mean_difference:+.1f}")
     console = Console(highlight=False)
     console.print(table)
     for path, only in ((first, a.keys() - b.keys()), (second, b.keys() - a.keys())):

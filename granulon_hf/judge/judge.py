@@ -144,12 +144,13 @@ def mean_and_interval(scores: list, n_resamples: int) -> tuple[float | None, lis
 
 
 def summarize(scored: list[dict], n_resamples: int) -> dict:
-    """Return means, intervals and the scores themselves, of dicts with "accuracy" and "hallucination"."""
+    """Return means, intervals, the scores themselves and the reasons where there are none."""
     summary: dict[str, Any] = {}
     for name in ("accuracy", "hallucination"):
         scores = [sample[name] for sample in scored]
         summary[name], summary[f"{name}_ci"] = mean_and_interval(scores, n_resamples)
         summary[f"{name}_scores"] = scores
+    summary["reasons"] = [sample["reason"] for sample in scored]
     return summary
 
 
@@ -166,7 +167,6 @@ def report(columns: dict[str, list], run: Run) -> dict:
     tokens = {name: sum(row.get(name, 0) for row in rows) for name in ("prompt_tokens", "completion_tokens")}
     output = {
         **summarize(samples, options.n_resamples),
-        "reasons": [sample["reason"] for sample in samples],
         "empty": empty,
         "n": len(samples),
         "n_scored": sum(sample["accuracy"] is not None for sample in sent),
@@ -191,5 +191,4 @@ def report(columns: dict[str, list], run: Run) -> dict:
         places = [[found.get((i, j), missing) for i in range(len(samples))] for j in range(options.segments)]
         by_segment = [summarize(place, options.n_resamples) for place in places]
         output["segments"] = {name: [summary[name] for summary in by_segment] for name in by_segment[0]}
-        output["segments"]["reasons"] = [[sample["reason"] for sample in place] for place in places]
     return output

@@ -88,12 +88,7 @@ class Question:
 def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Question]:
     """Read the labelled questions of a JSONL file with `text`, `weights` and, if wanted, `split` ("train" or else: held out).
 
-    Without `split` a share of the different texts is drawn as hold-out; a text that is there twice stays on one side.
-
-    Args:
-        path (`str` or `Path`): of the file.
-        holdout (`float`, defaults to 0.2): the share.
-        seed (`int`, defaults to 0): of the drawing.
+    Without `split` the share `holdout` of the different texts is drawn; a text that is there twice stays on one side.
 
     Raises:
         GranulonError: no such file, a row that is not like this, weights that do not sum to 1, rows of different levels, no
