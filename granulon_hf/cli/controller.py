@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from granulon_hf.cli.common import Debug, check_out, reports_bad_input
-from granulon_hf.cli.judge import Price, judge_options, judging, pairs, show_estimate, show_reasons, spent
+from granulon_hf.cli.judge import Price, judge_errors, judge_options, pairs, progress, show_estimate, show_reasons, spent
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
@@ -69,11 +69,12 @@ def label(
         raise GranulonError(f"--out {str(out)!r} exists and was not written by this command; name another file.")
     options = judge_options(given, levels=levels, store=str(store), retry_unscored=retry_unlabelled)
     texts = [row["text"] for row in rows]
-    with judging("labelling", store) as on_result:
+    with judge_errors(store):
         if dry_run:
             show_estimate(console, labelling.estimate(texts, **options), model, "questions")
             return
-        result = labelling.label(texts, **options, on_result=on_result)
+        with progress("labelling") as on_result:
+            result = labelling.label(texts, **options, on_result=on_result)
     labelled = [
         {**row, "weights": dict(zip(levels, weights, strict=True)), "model": by}
         for row, weights, by in zip(rows, result["weights"], result["models"], strict=True)

@@ -62,21 +62,23 @@ def judge_options(given: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def judging(what: str, store: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show a bar; what is yielded is the judge's `on_result`. Why it stops becomes the command's sentence."""
+def judge_errors(store: Path) -> Iterator[None]:
+    """Turn what the judge says of its arguments, and why it stops, into the command's sentences."""
     from granulon_hf.judge.judge import JudgeError
 
     try:
-        with progress_bar(what) as update:
-
-            def on_result(event: dict[str, Any]) -> None:
-                update(completed=event["done"], total=event["total"], description=f"{what}{spent(event, '')}")
-
-            yield on_result
+        yield
     except ValueError as error:
         raise GranulonError(str(error)) from None
     except JudgeError as error:
         raise GranulonError(f"{one_line(error)} What was paid for is in {str(store)!r}; the same command goes on.") from None
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a bar with what was spent; what is yielded is the judge's `on_result`."""
+    with progress_bar(what) as update:
+        yield lambda event: update(completed=event["done"], total=event["total"], description=what + spent(event, ""))
 
 
 @app.command()
@@ -133,7 +135,7 @@ def run(
         )
     inputs = {f"{name}s": [getattr(s, name) for s in samples] for name in ("prediction", "image", "reference", "question")}
     options = judge_options(given, task=task or tasks[0], store=str(store))
-    with judging("judging", store) as on_result:
+    with judge_errors(store):
         chosen = work.judge.Options(**options)
         units = work.judge.units_of(work.judge.columns_of(**inputs), chosen)
         warn_of_lengths(console, chosen, units, [sample.id for sample in samples])
@@ -142,7 +144,8 @@ def run(
             return
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
-        result = work.judge.Judge().compute(**inputs, **options, on_result=on_result)
+        with progress("judging") as on_result:
+            result = work.judge.Judge().compute(**inputs, **options, on_result=on_result)
     rows = work.judged(samples, result)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "samples.jsonl", lines, errors="replace")
