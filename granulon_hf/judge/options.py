@@ -77,7 +77,7 @@ class Options:
     poll_seconds: float = 30.0
     n_resamples: int = 2000
     on_result: Callable[[dict], None] | None = None
-    last: tuple = field(default=(None, None), init=False, repr=False, compare=False)
+    _prepared: tuple = field(default=(None, None), init=False, repr=False, compare=False)
 
     def __post_init__(self):
         choices = {
@@ -107,10 +107,11 @@ class Options:
 
         The key is of what the judge is shown, and how; not of the fence's mark, the server or the API key.
         """
-        last = self.last  # segments of a sample share its image
-        if last[0] is not unit.image:
-            last = self.last = (unit.image, prepare_image(unit.image, self.detail, self.model))
-        digest, url, image_tokens = last[1]
+        image, prepared = self._prepared  # segments of a sample share its image
+        if image is not unit.image:
+            prepared = prepare_image(unit.image, self.detail, self.model)
+            self._prepared = unit.image, prepared
+        digest, url, image_tokens = prepared
         parameters = [self.temperature, self.max_tokens, self.seed, self.detail, self.response_format]
         prompt = self.prompt(unit, "" if self.hardened else None)
         key = digest_of([digest, *prompt, unit.prediction, self.model, parameters, self.hardened])
@@ -155,13 +156,11 @@ class Options:
         """Return the conversation; with the `bad` answer it is a repair. Without hardening that is the printed prompt again."""
         system, text = self.prompt(unit, secrets.token_hex(16) if self.hardened else None)
         picture = {"type": "image_url", "image_url": {"url": image_url, "detail": self.detail}}
-        content: Any = [{"type": "text", "text": text}, picture] if image_url else text
+        user = {"role": "user", "content": [{"type": "text", "text": text}, picture] if image_url else text}
         if system is None:
-            return [{"role": "user", "content": content}]
-        messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
-        if bad is not None:
-            messages += [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
-        return messages
+            return [user]
+        repair = [{"role": "assistant", "content": bad or "(nothing)"}, {"role": "user", "content": self.repair}]
+        return [{"role": "system", "content": system}, user, *(repair if bad is not None else [])]
 
     def tokens(self, unit: Unit) -> int:
         """Estimate the tokens of a prompt's words: four bytes of UTF-8 each (rather too many for English)."""
