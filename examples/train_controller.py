@@ -17,11 +17,68 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
+from rich.table import Table
 from transformers import set_seed
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.training.controller import parse, print_results, run_controller, save
+from granulon_hf.training.controller import parse, run_controller, save
+
+
+def print_results(results: dict, console: Console) -> None:
+    """Print accuracy, calibration, the confusion and the reliability table."""
+    levels = results["levels"]
+    numbers = Table("held out", "", "95 % interval", box=None, padding=(0, 2, 0, 0))
+    names = {
+        "accuracy": "accuracy",
+        "ece": "calibration error, to right or wrong",
+        "ece_weight": "calibration error, to the labels' weights",
+    }
+    for key, name in names.items():
+        low, high = results[f"{key}_ci95"]
+        numbers.add_row(name, f"{results[key]:.3f}", f"{low:.3f} to {high:.3f}")
+    numbers.add_row("accuracy of the most frequent level", f"{results['majority']:.3f}", "", style="dim")
+    entropies = f"{results['cross_entropy']:.3f}"
+    numbers.add_row("cross-entropy", entropies, f"at least {results['label_entropy']:.3f}", style="dim")
+    console.print(numbers)
+    confusion = Table("labelled \\ chosen", *levels, box=None, padding=(0, 2, 0, 0))
+    for name, row in zip(levels, results["confusion"], strict=True):
+        confusion.add_row(name, *map(str, row))
+    console.print(confusion)
+    reliability = Table("sure", "questions", "mean", "right", "labels' weight", box=None, padding=(0, 2, 0, 0))
+    for row in results["reliability"]:
+        cells = (f"{row[name]:.2f}" for name in ("confidence", "accuracy", "weight"))
+        reliability.add_row(f"{row['from']:.1f} to {row['to']:.1f}", str(row["n"]), *cells)
+    console.print(reliability)
+
+
+def plot(results: dict, path: Path) -> None:
+    """Draw confusion and reliability side by side, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    levels, confusion, places = results["levels"], np.array(results["confusion"]), range(len(results["levels"]))
+    left.imshow(confusion, cmap="Blues")
+    for row in places:
+        for column in places:
+            dark = confusion[row, column] > confusion.max() / 2
+            left.text(column, row, str(confusion[row, column]), ha="center", va="center", color="white" if dark else "black")
+    left.set(xticks=places, yticks=places, xticklabels=levels, yticklabels=levels, xlabel="chosen", ylabel="labelled")
+    left.set_title(f"accuracy {results['accuracy']:.3f} on {results['n_test']} held-out questions", fontsize=10)
+    bins = results["reliability"]
+    sure = [row["confidence"] for row in bins]
+    right.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8)
+    sizes = [8 + 200 * row["n"] / results["n_test"] for row in bins]
+    right.scatter(sure, [row["accuracy"] for row in bins], sizes, color="tab:blue", alpha=0.7, label="right")
+    right.scatter(sure, [row["weight"] for row in bins], sizes, color="tab:orange", alpha=0.7, label="labels' weight")
+    right.set(xlabel="confidence", ylabel="share", xlim=(0, 1.02), ylim=(0, 1.05))
+    right.set_title(f"calibration error {results['ece']:.3f} and {results['ece_weight']:.3f}", fontsize=10)
+    right.legend(loc="upper left", markerscale=0.5)
+    figure.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -34,6 +91,7 @@ def main() -> None:
     settings = {**asdict(args), "labels": Path(args.labels).name}
     results |= {"settings": settings, "command": shlex.join(["python", *sys.argv]), "seconds": time.monotonic() - started}
     save(Path(args.output_dir), model, processor, results, full=args.save_full)
+    plot(results, Path(args.output_dir) / "controller.png")
     print(f"{results['seconds']:.0f} s; written to {args.output_dir}")
 
 

@@ -9,19 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from granulon_hf.cli.common import check_out, reports_bad_input
-from granulon_hf.cli.judge import (
-    Price,
-    judge_errors,
-    judge_options,
-    judging,
-    pairs,
-    progress,
-    read_price,
-    show_estimate,
-    show_reasons,
-    spent,
-)
+from granulon_hf.cli.common import Debug, check_out, reports_bad_input
+from granulon_hf.cli.judge import Price, judge_errors, judge_options, pairs, progress, show_estimate, show_reasons, spent
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
@@ -36,7 +25,7 @@ def root() -> None:
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="judge", resumes=True)
 def label(
     questions: Annotated[Path, typer.Argument(help="Text (one a line), JSONL, Parquet, or a folder of granulon data prepare.")],
     out: Annotated[Path, typer.Option(help="JSONL of labels to write; the answers are kept beside it.")],
@@ -56,12 +45,11 @@ def label(
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.", min=1)] = 64,
     rpm: Annotated[float | None, typer.Option(help="Requests a minute; by default what the server allows.")] = None,
     tpm: Annotated[float | None, typer.Option(help="Tokens a minute; by default what the server allows.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Ask a model how far each question wants each level. A run that was stopped goes on with the same command, and pays for
     nothing twice."""
     given = dict(locals())
-    judging()  # says what to install
     from granulon_hf.training import labelling
 
     console = Console(highlight=False)
@@ -79,15 +67,13 @@ def label(
     store = out.with_suffix(".answers.jsonl")
     if out.exists() and (not store.exists() or out.samefile(questions)):
         raise GranulonError(f"--out {str(out)!r} exists and was not written by this command; name another file.")
-    changed = {"levels": levels, "store": str(store), "prices": read_price(price, model, max_cost)}
-    options = {**judge_options(given), **changed, "retry_unscored": retry_unlabelled}
+    options = judge_options(given, levels=levels, store=str(store), retry_unscored=retry_unlabelled)
     texts = [row["text"] for row in rows]
-    with judge_errors(console, store):
-        foreseen = labelling.estimate(texts, **options)
+    with judge_errors(store):
         if dry_run:
-            show_estimate(console, foreseen, model, "questions")
+            show_estimate(console, labelling.estimate(texts, **options), model, "questions")
             return
-        with progress(console, "labelling") as on_result:
+        with progress("labelling") as on_result:
             result = labelling.label(texts, **options, on_result=on_result)
     labelled = [
         {**row, "weights": dict(zip(levels, weights, strict=True)), "model": by}
@@ -107,13 +93,7 @@ def label(
 def read_questions(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
     """Read the questions of a file as rows with `text` and, where the file has them, `id` and `split`.
 
-    Args:
-        path (`Path`): `.txt` with a question a line; JSONL, Parquet or a `datasets` folder with a column "question" or "text";
-            or a folder that `granulon data prepare` wrote.
-        columns (`dict[str, str]`): `{"question": name}` where the column has another name.
-
-    Raises:
-        GranulonError: it cannot be read, or a row has no question.
+    A text file has a question a line; `columns` may have another name for the column "question" (or "text").
     """
     unknown = sorted(set(columns) - {"question"})
     if unknown:
@@ -145,4 +125,6 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         samples[0]  # says why, where not one can be used
         yield from ((f"sample {s.id}", {"id": s.id, "question": s.question}) for s in samples)
     else:
-        yield from judging().rows_of(path)
+        from granulon_hf.evaluation import judging
+
+        yield from judging.rows_of(path)

@@ -12,10 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import check_out, in_options, one_line, reports_bad_input
+from granulon_hf.cli.common import Debug, check_out, in_options, one_line, progress_bar, reports_bad_input
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
@@ -24,32 +23,13 @@ LONG = 100_000  # tokens, which most models do not take
 app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
 
 
-def judging() -> Any:
-    """Import the module that needs the packages of the extra `judge`.
-
-    Raises:
-        GranulonError: they are not installed.
-    """
-    try:
-        from granulon_hf.evaluation import judging
-    except ImportError as error:
-        raise GranulonError(f'The judge needs more packages ({error}); run: pip install "granulon-hf[judge]"') from None
-    return judging
-
-
-def pairs(
-    options: list[str] | None, name: str, form: str = "FIELD=COLUMN, such as --column prediction=answer"
-) -> dict[str, str]:
-    """Read `["a=b"]` as `{"a": "b"}`.
-
-    Raises:
-        GranulonError: one of them has another form.
-    """
-    found = [option.partition("=") for option in options or []]
-    for key, sign, value in found:
-        if not (key and sign and value):
-            raise GranulonError(f"{name} takes {form}; got {key + sign + value!r}.")
-    return {key: value for key, _, value in found}
+def pairs(options: list[str] | None, name: str, form: str = "FIELD=COLUMN, as --column prediction=answer") -> dict[str, str]:
+    """Read `["a=b"]` as `{"a": "b"}`."""
+    found = dict(option.partition("=")[::2] for option in options or [])
+    for option in options or []:
+        if not all(option.partition("=")):
+            raise GranulonError(f"{name} takes {form}; got {option!r}.")
+    return found
 
 
 Price = Annotated[
@@ -62,63 +42,47 @@ Price = Annotated[
 ]
 
 
-def read_price(price: tuple[str, str] | None, model: str, max_cost: float | None) -> dict[str, tuple[float, float]] | None:
-    """Return prices as the judge takes them.
+def judge_options(given: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return those arguments of a command that are options of the judge by the same name, the prices, and `more`."""
+    from granulon_hf.judge.judge import Options
 
-    Raises:
-        GranulonError: they are no amounts, or are not known where --max-cost needs them.
-    """
-    if price is None:
-        if max_cost is not None and judging().judge.price_of(model, None, "chat") is None:
-            raise GranulonError(f"--max-cost needs to know what {model!r} costs; say --price PROMPT COMPLETION.")
-        return None
-    try:
-        amounts = float(price[0]), float(price[1])
-    except ValueError:
-        amounts = -1.0, -1.0
-    if not all(0 <= amount < math.inf for amount in amounts):
-        raise GranulonError(
-            "--price takes two amounts with a space between, USD per million prompt tokens and per million completion tokens, "
-            f"such as --price 2.5 10; got {' '.join(price)!r}."
-        )
-    return {model: amounts}
-
-
-def judge_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return those arguments of a command that are options of the judge by the same name."""
-    return {field.name: given[field.name] for field in dataclasses.fields(judging().judge.Options) if field.name in given}
+    options = {field.name: given[field.name] for field in dataclasses.fields(Options) if field.name in given}
+    if price := given["price"]:
+        try:
+            amounts = float(price[0]), float(price[1])
+        except ValueError:
+            amounts = -1.0, -1.0
+        if not all(0 <= amount < math.inf for amount in amounts):
+            raise GranulonError(
+                "--price takes two amounts with a space between, USD per million prompt tokens and per million completion "
+                f"tokens, such as --price 2.5 10; got {' '.join(price)!r}."
+            )
+        options["prices"] = {given["model"]: amounts}
+    return {**options, **more}
 
 
 @contextmanager
-def judge_errors(console: Console, store: Path) -> Iterator[None]:
+def judge_errors(store: Path) -> Iterator[None]:
     """Turn what the judge says of its arguments, and why it stops, into the command's sentences."""
+    from granulon_hf.judge.judge import JudgeError
+
     try:
         yield
     except ValueError as error:
         raise GranulonError(str(error)) from None
-    except judging().judge.JudgeError as error:
+    except JudgeError as error:
         raise GranulonError(f"{one_line(error)} What was paid for is in {str(store)!r}; the same command goes on.") from None
-    except KeyboardInterrupt:
-        console.print(f"Stopped. What was paid for is in {escape(str(store))}; the same command goes on.", style="yellow")
-        raise typer.Exit(130) from None
 
 
 @contextmanager
-def progress(console: Console, what: str) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Show a bar; what is yielded is the judge's `on_result`."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[cost]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), *columns, console=console) as bar:
-        task = bar.add_task(what, total=None, cost="")
-
-        def on_result(event: dict[str, Any]) -> None:
-            spent = "" if event["spent_usd"] is None else f"{event['spent_usd']:.4f} USD"
-            bar.update(task, completed=event["done"], total=event["total"], cost=spent)
-
-        yield on_result
+def progress(what: str) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Show a bar with what was spent; what is yielded is the judge's `on_result`."""
+    with progress_bar(what) as update:
+        yield lambda event: update(completed=event["done"], total=event["total"], description=what + spent(event, ""))
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="judge", resumes=True)
 def run(
     predictions: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a datasets folder: columns prediction, image, …")],
     task: Annotated[
@@ -151,11 +115,12 @@ def run(
     tpm: Annotated[float | None, typer.Option(help="Tokens a minute; by default what the server allows.")] = None,
     poll_seconds: Annotated[float, typer.Option(help="Between two looks at a batch.")] = 30.0,
     show: Annotated[int, typer.Option(help="Worst samples on the report's page.", min=1)] = 200,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Score predictions. A run that was killed is started again with the same command, and pays for nothing twice."""
     given = dict(locals())
-    work = judging()
+    from granulon_hf.evaluation import judging as work
+
     console = Console(highlight=False)
     samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
     tasks = sorted({sample.task or "reasoning" for sample in samples})
@@ -168,15 +133,9 @@ def run(
         raise GranulonError(
             f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER."
         )
-    inputs = {
-        "predictions": [sample.prediction for sample in samples],
-        "images": [sample.image for sample in samples],
-        "references": [sample.reference for sample in samples],
-        "questions": [sample.question for sample in samples],
-    }
-    changed = {"task": task or tasks[0], "store": str(store), "prices": read_price(price, model, max_cost)}
-    options = {**judge_options(given), **changed}
-    with judge_errors(console, store):
+    inputs = {f"{name}s": [getattr(s, name) for s in samples] for name in ("prediction", "image", "reference", "question")}
+    options = judge_options(given, task=task or tasks[0], store=str(store))
+    with judge_errors(store):
         chosen = work.judge.Options(**options)
         units = work.judge.units_of(work.judge.columns_of(**inputs), chosen)
         warn_of_lengths(console, chosen, units, [sample.id for sample in samples])
@@ -185,23 +144,23 @@ def run(
             return
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
-        with progress(console, "judging") as on_result:
+        with progress("judging") as on_result:
             result = work.judge.Judge().compute(**inputs, **options, on_result=on_result)
     rows = work.judged(samples, result)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "samples.jsonl", lines, errors="replace")
     write_text(folder / "results.json", json.dumps({"predictions": str(predictions), **result}, indent=1) + "\n")
     work.write_report(folder / "report.html", f"{predictions.name} judged by {model}", samples, result, show)
-    show_result(console, result, rows, folder)
+    show_result(console, result, folder)
 
 
 def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[str]) -> None:
     """Name what the judge's context does not hold, which is not sent, or may not hold."""
-    tokens = [options.tokens(unit, 0) for unit in units]
+    tokens = [options.tokens(unit) for unit in units]
     too_long = list(dict.fromkeys(ids[unit.sample] for unit, n in zip(units, tokens, strict=True) if options.too_long(n)))
-    more = f" and {len(too_long) - 1} more" if len(too_long) > 1 else ""
     longest = max(tokens, default=0)
     if too_long:
+        more = f" and {len(too_long) - 1} more" if len(too_long) > 1 else ""
         note = f"{options.model} cannot take prompts as long as that of {too_long[0]!r}{more}; what is too long is not sent."
     elif options.context is None and longest > LONG:
         name = ids[units[tokens.index(longest)].sample]
@@ -212,20 +171,23 @@ def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[
 
 
 def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: str = "predictions") -> None:
+    cost, date = estimate["cost_usd"], estimate["prices_date"]
+    known = cost is not None and f"{cost:.4f} USD ({f'prices of {date}' if date else 'by --price'})"
+    lines = {
+        what: f"{estimate['n']}",
+        "empty, not sent": estimate.get("n_empty"),
+        "unreadable images": estimate["n_unreadable"],
+        "already stored": estimate["n_stored"],
+        "too long, not sent": len(estimate["too_long"]),
+        "requests": f"{estimate['n_requests']}",
+        "prompt tokens, about": f"{estimate['prompt_tokens']:,}",
+        "completion tokens, about": f"{estimate['completion_tokens']:,}",
+        "cost, about": known or f"unknown for {escape(model)}; say --price PROMPT COMPLETION",
+    }
     table = Table.grid(padding=(0, 2))
-    table.add_row(what, str(estimate["n"]))
-    for name, key in (("empty, not sent", "n_empty"), ("unreadable images", "n_unreadable"), ("already stored", "n_stored")):
-        if estimate.get(key):
-            table.add_row(name, str(estimate[key]))
-    if estimate["too_long"]:
-        table.add_row("too long, not sent", str(len(estimate["too_long"])))
-    table.add_row("requests", str(estimate["n_requests"]))
-    table.add_row("prompt tokens, about", f"{estimate['prompt_tokens']:,}")
-    table.add_row("completion tokens, about", f"{estimate['completion_tokens']:,}")
-    cost = estimate["cost_usd"]
-    unknown = f"unknown for {escape(model)}; say --price PROMPT COMPLETION"
-    source = f"prices of {estimate['prices_date']}" if estimate["prices_date"] else "by --price"
-    table.add_row("cost, about", unknown if cost is None else f"{cost:.4f} USD ({source})")
+    for name, value in lines.items():
+        if value:
+            table.add_row(name, str(value))
     console.print(table)
     console.print("Nothing was sent.", style="dim")
 
@@ -235,36 +197,34 @@ def show_reasons(console: Console, reasons: list[str | None]) -> None:
         console.print(f"  {count} × {escape(in_options(reason, ['max_cost']))}", style="yellow", soft_wrap=True)
 
 
-def spent(result: dict[str, Any]) -> str:
-    return "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD in this run"
+def spent(result: dict[str, Any], where: str = " in this run") -> str:
+    return "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD{where}"
 
 
-def show_result(console: Console, result: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
+def show_result(console: Console, result: dict[str, Any], folder: Path) -> None:
     table = Table("", "mean", "95 % interval", box=None, padding=(0, 2, 0, 0))
     for name in ("accuracy", "hallucination"):
-        ci = result[f"{name}_ci"]
-        mean = "none" if result[name] is None else f"{result[name]:.1f}"
-        table.add_row(name, mean, "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}")
-        if result["n_empty"] and result[f"{name}_nonempty"] is not None:
-            table.add_row(f"{name}, without empty answers", f"{result[f'{name}_nonempty']:.1f}", "", style="dim")
+        mean, ci, rest = result[name], result[f"{name}_ci"], result[f"{name}_nonempty"]
+        table.add_row(name, "none" if mean is None else f"{mean:.1f}", "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}")
+        if result["n_empty"] and rest is not None:
+            table.add_row(f"{name}, without empty answers", f"{rest:.1f}", "", style="dim")
     console.print(table)
     counts = f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty"
     console.print(counts + (f"{spent(result)}, {result['cost_usd']:.4f} in all" if spent(result) else ""))
-    show_reasons(console, [row["reason"] for row in rows])
+    show_reasons(console, result["reasons"])
     console.print(f"Report: {escape(str(folder / 'report.html'))}", style="dim", soft_wrap=True)
 
 
 @app.command()
-@reports_bad_input
+@reports_bad_input(extra="judge")
 def agree(
     first: Annotated[Path, typer.Argument(help="Scores by id: samples.jsonl of a run, or people's labels (JSONL, Parquet).")],
     second: Annotated[Path, typer.Argument(help="The other scores.")],
     column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the second file, as accuracy=human.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Debug = False,
 ) -> None:
     """How far two judges, or a judge and people, agree: Spearman's ρ and Krippendorff's α, with 95 % bootstrap intervals."""
-    judging()  # says what to install where something is missing
     from granulon_hf.evaluation import agreement
 
     a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
@@ -280,9 +240,8 @@ def agree(
         return f"{value:.3f}" + ("" if ci is None else f" [{ci[0]:.3f}, {ci[1]:.3f}]")
 
     for r in found:
-        table.add_row(
-            r.score, str(r.n), cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci), f"{r.mean_difference:+.1f}"
-        )
+        coefficients = cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci)
+        table.add_row(r.score, str(r.n), *coefficients, f"{r.mean_difference:+.1f}")
     console = Console(highlight=False)
     console.print(table)
     for path, only in ((first, a.keys() - b.keys()), (second, b.keys() - a.keys())):
@@ -291,8 +250,9 @@ def agree(
 
 
 @app.command()
-@reports_bad_input
-def install(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+@reports_bad_input(extra="judge")
+def install(debug: Debug = False) -> None:
     """Put the judge into evaluate's cache, so that `evaluate.load("granulon/judge")` works offline."""
-    path = judging().install()
-    typer.echo(f'Installed {path}\nNow this works without a network: evaluate.load("granulon/judge")')
+    from granulon_hf.evaluation.judging import install as put_into_cache
+
+    typer.echo(f'Installed {put_into_cache()}\nNow this works without a network: evaluate.load("granulon/judge")')

@@ -3,16 +3,13 @@
 import asyncio
 import contextlib
 import json
-import os
 import secrets
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import openai
 
-from .client import JudgeError, Run, Stopped, triage
+from .client import JudgeError, Run, Stopped, headers_of, triage
 from .options import Unit
 from .store import Ledger
 
@@ -27,11 +24,7 @@ class BatchRun(Run):
     ledger: Ledger
 
     async def resolve(self, key: str, unit: Unit, url: str, tokens: int) -> dict:
-        """Return the rows that the batches brought.
-
-        Raises:
-            Stopped: there are none.
-        """
+        """Return the rows that the batches brought; raise Stopped where there are none."""
         rows = self.store.answers(key)
         if self.options.is_final(rows):
             return {"rows": rows, "cached": True}
@@ -39,72 +32,36 @@ class BatchRun(Run):
 
     async def prepare(self) -> None:
         """Collect what is under way, then submit, poll and collect what is missing, then the same for repairs."""
-        self.ledger = Ledger(self.options.store, create=True)
+        self.ledger = Ledger(self.options.store)
         with contextlib.closing(self.ledger), self.ledger.lock:  # a second process waits, and finds the answers in the store
             self.ledger.refresh()
-            for intent in self.ledger.unfinished():
-                await self.collect(intent)
-            for attempt in (0, 1):
-                self.reserved = 0.0
-                files = await asyncio.to_thread(lambda a=attempt: list(self.write_batches(a)))  # type: ignore[misc]
-                intents = []
-                for path, names in files:
-                    try:
-                        intents.append(await self.submit(path, names))
-                    finally:
-                        os.unlink(path)
-                for intent in intents:
-                    await self.collect(intent)
-        self.stop = ""  # of max_cost: `resolve` tells it unit by unit
-
-    async def call(self, function: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
-        """Return the result of an API call that may be repeated.
-
-        Args:
-            recover: finds what a failed try may have made all the same.
-
-        Raises:
-            JudgeError: it failed for good.
-        """
-        tries = 0
-        while True:
             try:
-                return await function()
+                for intent in self.ledger.unfinished():
+                    await self.collect(intent)
+                for attempt in (0, 1):
+                    self.reserved = 0.0
+                    batches = self.make_batches(attempt)
+                    intents = []
+                    while batch := await asyncio.to_thread(next, batches, None):
+                        intents.append(await self.submit(batch))
+                    for intent in intents:
+                        await self.collect(intent)
             except openai.OpenAIError as error:
                 kind, message = triage(error)
-                if kind == "fatal":
-                    raise JudgeError(message) from None
-                if kind == "bad" or tries == self.options.max_retries:
-                    raise JudgeError(f"The Batch API failed ({message}); run again to go on.") from None
-                headers = getattr(getattr(error, "response", None), "headers", None) or {}
-                await self.sleep(min(self.delay(headers, tries, kind), self.options.max_wait))
-                if recover is not None and (found := await recover()) is not None:
-                    return found
-                tries += 1
+                told = message if kind == "fatal" else f"The Batch API failed ({message}); run again to go on."
+                raise JudgeError(told) from None
+        self.stop = ""  # of max_cost: `resolve` tells it unit by unit
 
-    def write_batches(self, attempt: int) -> Iterator[tuple[str, list[str]]]:
-        """Write input files for all units that lack this answer, split to the limits.
-
-        Yields:
-            A file, and the custom ids in it.
-        """
+    def make_batches(self, attempt: int) -> Iterator[dict[str, bytes]]:
+        """Yield input files with the requests of all units that lack this answer: lines by their custom ids."""
         seen: set[str] = set()
-        lines: list[bytes] = []
-        names: list[str] = []
+        lines: dict[str, bytes] = {}
         size = 0
-
-        def flush() -> tuple[str, list[str]]:
-            with tempfile.NamedTemporaryFile(suffix=".jsonl", delete=False) as file:
-                file.writelines(lines)
-            return file.name, list(names)
-
         for unit in self.units:
             try:
-                digest, url, tokens = self.options.prepare(unit)
+                key, url, tokens = self.options.prepare(unit)
             except Exception:  # told by `one`
                 continue
-            key = self.options.key(digest, unit)
-            self.store.refresh()
             rows = self.store.answers(key)
             if attempt == 0 and self.options.is_final(rows) and not self.options.settled(rows):
                 rows = []  # to be asked again
@@ -112,69 +69,69 @@ class BatchRun(Run):
                 continue
             seen.add(key)
             try:
-                self.reserve(self.options.tokens(unit, tokens))
+                self.reserve(tokens)
             except Stopped as error:
                 self.pending[key] = str(error)
                 continue
-            bad = (rows[0].get("content") or "") if rows else None
-            body = self.request(unit, url, bad, attempt, self.formats[0], self.extras)
             name = f"{key}-{attempt}"
-            data = json.dumps({"custom_id": name, "method": "POST", "url": self.endpoint, "body": body}).encode() + b"\n"
-            if lines and (len(lines) >= BATCH_REQUESTS or size + len(data) > BATCH_BYTES):
-                yield flush()
-                lines, names, size = [], [], 0
-            lines.append(data)
-            names.append(name)
-            size += len(data)
+            body = self.request(unit, url, rows, self.formats[0], self.extras)
+            line = json.dumps({"custom_id": name, "method": "POST", "url": self.endpoint, "body": body}).encode() + b"\n"
+            if lines and (len(lines) >= BATCH_REQUESTS or size + len(line) > BATCH_BYTES):
+                yield lines
+                lines, size = {}, 0
+            lines[name] = line
+            size += len(line)
         if lines:
-            yield flush()
+            yield lines
 
     @property
     def endpoint(self) -> str:
         """The API that answers the requests in a batch; Azure has its own name for it."""
         return "/chat/completions" if isinstance(self.client, openai.AsyncAzureOpenAI) else "/v1/chat/completions"
 
-    async def submit(self, path: str, names: list[str]) -> dict:
+    async def submit(self, lines: dict[str, bytes]) -> dict:
         """Upload and create one batch.
 
         The intent is on disk before, and named in the batch's metadata: whatever happens in between, the next run finds the
         batch by that name instead of submitting again.
         """
-        file = await self.call(lambda: self.client.files.create(file=Path(path), purpose="batch"))
-        token = secrets.token_hex(16)
-        intent: dict[str, Any] = {"intent": token, "names": names, "batch": None}
+        file = await self.client.files.create(file=("requests.jsonl", b"".join(lines.values())), purpose="batch")
+        intent: dict[str, Any] = {"intent": secrets.token_hex(16), "names": list(lines), "batch": None}
         self.ledger.append(intent)
-        create = self.client.batches.create
-        batch = await self.call(
-            lambda: create(
-                input_file_id=file.id,
-                endpoint=self.endpoint,  # type: ignore[arg-type]
-                completion_window="24h",
-                metadata={"granulon": token},
-            ),
-            lambda: self.find(token),
-        )
-        self.n_requests += len(names)
-        self.ledger.append({"intent": token, "batch": batch.id})
-        return {**intent, "batch": batch.id}
+        intent["batch"] = (await self.create(file.id, intent["intent"])).id
+        self.n_requests += len(lines)
+        self.ledger.append({"intent": intent["intent"], "batch": intent["batch"]})
+        return intent
+
+    async def create(self, file_id: str, name: str) -> Any:
+        """Create a batch; where that fails, look whether it was made all the same before it is tried again."""
+        tries = 0
+        while True:
+            try:
+                return await self.client.with_options(max_retries=0).batches.create(
+                    input_file_id=file_id,
+                    endpoint=self.endpoint,  # type: ignore[arg-type]
+                    completion_window="24h",
+                    metadata={"granulon": name},
+                )
+            except openai.OpenAIError as error:
+                kind, _ = triage(error)
+                if kind in ("fatal", "bad") or tries == self.options.max_retries:
+                    raise
+                await self.sleep(min(self.delay(headers_of(error) or {}, tries, kind), self.options.max_wait))
+                if (found := await self.find(name)) is not None:
+                    return found
+                tries += 1
 
     async def find(self, name: str) -> Any:
         """Return the batch with this name in its metadata, or None."""
-
-        async def search() -> Any:
-            async for batch in self.client.batches.list(limit=100):
-                if (batch.metadata or {}).get("granulon") == name:
-                    return batch
-            return None
-
-        return await self.call(search)
+        async for batch in self.client.batches.list(limit=100):
+            if (batch.metadata or {}).get("granulon") == name:
+                return batch
+        return None
 
     async def collect(self, intent: dict) -> None:
-        """Poll a batch to its end and store its answers.
-
-        Raises:
-            JudgeError: it failed as a whole.
-        """
+        """Poll a batch to its end and store its answers; raise JudgeError where it failed as a whole."""
         if intent["batch"] is None:
             found = await self.find(intent["intent"])
             if found is None:  # killed before it was created
@@ -183,13 +140,13 @@ class BatchRun(Run):
             intent["batch"] = found.id
             self.ledger.append({"intent": intent["intent"], "batch": found.id})
         while True:
-            batch = await self.call(lambda: self.client.batches.retrieve(intent["batch"]))
+            batch = await self.client.batches.retrieve(intent["batch"])
             if batch.status in ("completed", "failed", "expired", "cancelled"):
                 break
             await asyncio.sleep(self.options.poll_seconds)
         for file_id in (batch.output_file_id, batch.error_file_id):
             if file_id:
-                content = await self.call(lambda id=file_id: self.client.files.content(id))  # type: ignore[misc]
+                content = await self.client.files.content(file_id)
                 for line in content.text.split("\n"):  # splitlines would cut at characters inside of strings
                     self.collect_line(line, set(intent["names"]))
         self.ledger.append({"intent": intent["intent"], "done": batch.status})

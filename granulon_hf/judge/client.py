@@ -7,6 +7,7 @@ import json
 import os
 import random
 import time
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import openai
@@ -18,6 +19,7 @@ from .replies import to_row
 from .store import Ledger, Store
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
 FATAL = {
     401: "The API key is not accepted; set OPENAI_API_KEY to one that is",
     402: "The account has no quota left; check plan and billing, then run again to go on",
@@ -35,27 +37,21 @@ class Stopped(Exception):
 
 
 def connect(options: Options) -> openai.AsyncOpenAI:
-    """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say.
-
-    Raises:
-        JudgeError: there is no key.
-    """
-    env = os.environ.get
-    local = options.base_url or env("OPENAI_BASE_URL")
-    keyed = options.api_key or env("OPENAI_API_KEY")
-    azure = options.azure_endpoint or (env("AZURE_OPENAI_ENDPOINT") and not (local or keyed))
+    """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say."""
+    local = options.base_url or os.environ.get("OPENAI_BASE_URL")
+    keyed = options.api_key or os.environ.get("OPENAI_API_KEY")
+    azure = options.azure_endpoint or (os.environ.get("AZURE_OPENAI_ENDPOINT") and not (local or keyed))
     common: dict[str, Any] = {
-        "api_key": options.api_key,
+        "api_key": "none" if local and not (keyed or azure) else options.api_key,  # a server of one's own
         "organization": options.organization,
-        "max_retries": 0,
+        # Of chat completions the run repeats what failed itself, within its budgets.
+        "max_retries": options.max_retries if options.backend == "batch" else 0,
         "timeout": options.timeout,
     }
     try:
         if azure:
             common |= {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
             return openai.AsyncAzureOpenAI(**common)
-        if local and not keyed:
-            common["api_key"] = "none"  # a server of one's own
         return openai.AsyncOpenAI(base_url=options.base_url, **common)
     except (openai.OpenAIError, ValueError) as error:
         known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"
@@ -63,11 +59,7 @@ def connect(options: Options) -> openai.AsyncOpenAI:
 
 
 def triage(error: Exception) -> tuple[str, str]:
-    """Return what to do about an error, and its message.
-
-    Returns:
-        "fatal" (stop the run), "limit" (wait and ask again), "retry" (try again) or "bad" (give this unit up).
-    """
+    """Return an error's kind, "fatal" (stop the run), "limit" (wait), "retry" or "bad" (give this unit up), and its message."""
     if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
         return "retry", "timeout: the server did not answer in time"
     if isinstance(error, openai.APIConnectionError):
@@ -86,6 +78,11 @@ def triage(error: Exception) -> tuple[str, str]:
     return ("retry" if status in (408, 409) or status >= 500 else "bad"), text
 
 
+def headers_of(error: Exception) -> Any:
+    """Return the headers of the reply that an error is about, if there is one."""
+    return getattr(getattr(error, "response", None), "headers", None)
+
+
 class Run:
     """All requests of one `compute`: `results` has one dict per unit, in order."""
 
@@ -93,7 +90,7 @@ class Run:
         self.options = options
         self.units = units
         self.store = store
-        self.results: list[dict | None] = [None] * len(units)
+        self.results: list[dict] = [{}] * len(units)
         self.asked: dict[str, asyncio.Future] = {}
         # Why a request is not sent: it is in a batch that was not collected, or a batch had no answer to it.
         self.pending: dict[str, str] = {}
@@ -132,18 +129,15 @@ class Run:
 
     async def prepare(self) -> None:
         """Find out what is in batches under way, which is not to be paid for again."""
-        ledger = Ledger(self.options.store, create=False)
-        for intent in ledger.unfinished():
-            reason = f"it is in the unfinished batch {intent['batch']}; collect it with the batch backend"
-            self.pending |= {name[:-2]: reason for name in intent["names"]}
-        ledger.close()
+        if self.options.store is None or not os.path.exists(f"{self.options.store}.batches.jsonl"):
+            return
+        with contextlib.closing(Ledger(self.options.store)) as ledger:
+            for intent in ledger.unfinished():
+                reason = f"it is in the unfinished batch {intent['batch']}; collect it with the batch backend"
+                self.pending |= {name[:-2]: reason for name in intent["names"]}
 
     async def run(self) -> None:
-        """Fill `results`.
-
-        Raises:
-            JudgeError: as soon as what is under way is stored.
-        """
+        """Fill `results`; where the run cannot go on, raise JudgeError as soon as what is under way is stored."""
         work = iter(range(len(self.units)))
 
         async def worker() -> None:
@@ -171,84 +165,72 @@ class Run:
         if self.error is not None:
             raise self.error
 
-    def finish(self, index: int, rows: list[dict] | None = None, reason: str | None = None, **more: Any) -> None:
+    def finish(self, index: int, rows: Sequence[dict] = (), reason: str | None = None, **more: Any) -> None:
         outcome, repairable = self.options.outcome(rows[-1] if rows else None)
         reason = outcome["reason"] or reason
         if repairable:
             reason = f"{reason} (after one repair request)"
-        unit = self.units[index]
-        result = {**outcome, "reason": reason, "rows": rows or [], "cached": False, "key": None, **more}
+        result = {**outcome, "reason": reason, "rows": list(rows), "cached": False, "key": None, **more}
         self.results[index] = result
         self.done += 1
         if self.options.on_result is not None:
+            unit = self.units[index]
             progress = {"sample": unit.sample, "segment": unit.segment, "done": self.done, "total": len(self.units)}
             self.options.on_result({**progress, **result, "spent_usd": self.spent if self.price else None})
 
     async def one(self, index: int) -> None:
         unit = self.units[index]
         try:
-            digest, url, tokens = await asyncio.to_thread(self.options.prepare, unit)
+            key, url, tokens = await asyncio.to_thread(self.options.prepare, unit)
         except Exception as error:  # Pillow raises what its many decoders raise
             self.finish(index, reason=f"image: {' '.join(str(error).split()) or type(error).__name__}")
             return
-        key = self.options.key(digest, unit)
         first = key not in self.asked
         if first:
-            self.asked[key] = asyncio.get_running_loop().create_future()
-            outcome: dict = {"reason": "stopped"}
-            try:
-                outcome = await self.resolve(key, unit, url, self.options.tokens(unit, tokens))
-            except Stopped as error:
-                outcome = {"reason": str(error)}
-            finally:
-                self.asked[key].set_result(outcome)
-        outcome = await self.asked[key]
-        self.finish(index, **(outcome if first else {**outcome, "cached": True}), key=key)
+            self.asked[key] = asyncio.ensure_future(self.resolve(key, unit, url, tokens))
+        try:
+            outcome = await self.asked[key]
+        except Stopped as error:
+            outcome = {"reason": str(error)}
+        self.finish(index, key=key, **(outcome if first else {**outcome, "cached": True}))
 
     async def resolve(self, key: str, unit: Unit, url: str, tokens: int) -> dict:
-        """Return the rows of a key, from the store or the judge.
-
-        Raises:
-            Stopped: it was not to be had.
-        """
-        self.store.refresh()
-        rows = self.store.answers(key)
-        if self.options.settled(rows):
-            self.proven_before = True
-            return {"rows": rows, "cached": True}
-        if key in self.pending:
-            raise Stopped(self.pending[key])
-        while not self.store.claim(key):  # another process is asking
-            await asyncio.sleep(0.1)
-            self.refuse_if_stopped()
+        """Return the rows of a key, from the store or the judge; raise Stopped where they are not to be had."""
+        claimed = False
         try:
-            self.store.refresh()
-            rows = self.store.answers(key)
-            if self.options.settled(rows):
-                return {"rows": rows, "cached": True}
+            while True:
+                rows = self.store.answers(key)
+                if self.options.settled(rows):
+                    self.proven_before = True
+                    return {"rows": rows, "cached": True}
+                if key in self.pending:
+                    raise Stopped(self.pending[key])
+                if claimed:
+                    break
+                claimed = self.store.claim(key)
+                if not claimed:  # another process is asking
+                    await asyncio.sleep(0.1)
+                    self.refuse_if_stopped()
             rows = [] if self.options.is_final(rows) else rows  # final but to be asked again
             while not self.options.is_final(rows):
-                bad = (rows[0].get("content") or "") if rows else None
-                await self.ask(key, len(rows), unit, url, tokens, bad)
+                await self.ask(key, unit, url, tokens, rows)
                 rows = self.store.answers(key)
             return {"rows": rows}
         finally:
-            self.store.release(key)
+            if claimed:
+                self.store.release(key)
 
-    def request(self, unit: Unit, url: str, bad: str | None, attempt: int, form: str, extras: dict) -> dict:
-        """Return the arguments of a chat completion, in one of the `formats`."""
+    def request(self, unit: Unit, url: str, rows: list[dict], form: str, extras: dict) -> dict:
+        """Return the arguments of a chat completion in one of the `formats`; with an answer in `rows` it is a repair."""
+        bad = (rows[0].get("content") or "") if rows else None
         body = {"model": self.options.model, "messages": self.options.messages(unit, url, bad), **extras}
         if body["seed"] is not None:
-            body["seed"] += attempt
+            body["seed"] += len(rows)
         body["response_format"] = self.options.formats[form]
         return {name: value for name, value in body.items() if value is not None}
 
     def reserve(self, tokens: int) -> float:
-        """Take a request's estimated cost off the budget, and return it.
-
-        Raises:
-            Stopped: it would exceed max_cost, or the judge's context.
-        """
+        """Take a request's estimated cost off the budget, and return it; raise Stopped beyond that or the judge's context."""
         if reason := self.options.too_long(tokens):
             raise Stopped(reason)
         if self.price is None:
@@ -260,26 +242,23 @@ class Run:
         self.reserved += cost
         return cost
 
-    async def ask(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, bad: str | None) -> None:
-        """Put one answer into the store.
-
-        Raises:
-            Stopped: none was to be had.
-        """
+    async def ask(self, key: str, unit: Unit, url: str, tokens: int, rows: list[dict]) -> None:
+        """Put one more answer than `rows` into the store; raise Stopped where none is to be had."""
         async with contextlib.AsyncExitStack() as stack:
             if not self.proven:
                 await stack.enter_async_context(self.probe)
                 if self.proven:
                     await stack.aclose()
             self.refuse_if_stopped()
-            tokens += len((bad + self.options.repair).encode()) // 4 if bad is not None else 0
+            if rows:
+                tokens += len(((rows[0].get("content") or "") + self.options.repair).encode()) // 4
             cost = self.reserve(tokens)
             try:
-                await self.ask_until(key, attempt, unit, url, tokens, cost, bad)
+                await self.ask_until(key, unit, url, tokens, rows, cost)
             finally:
                 self.reserved -= cost
 
-    async def ask_until(self, key: str, attempt: int, unit: Unit, url: str, tokens: int, cost: float, bad: str | None) -> None:
+    async def ask_until(self, key: str, unit: Unit, url: str, tokens: int, rows: list[dict], cost: float) -> None:
         tries, waited = 0, 0.0
         trial: tuple[list, dict] | None = None  # simpler requests: for the whole run once one of them has worked
         while True:
@@ -289,23 +268,21 @@ class Run:
             try:
                 self.refuse_if_stopped()
                 self.n_requests += 1
-                request = self.request(unit, url, bad, attempt, formats[0], extras)
+                request = self.request(unit, url, rows, formats[0], extras)
                 # The client's own timeout is for each read: a server that sends a byte now and then would never meet it.
                 reply = self.client.chat.completions.with_raw_response.create(**request)
                 raw = await asyncio.wait_for(reply, self.options.timeout)
                 headers = raw.headers
-                row = self.keep(json.loads(raw.content), tokens, key=key, attempt=attempt, response_format=formats[0])
+                row = self.keep(json.loads(raw.content), tokens, key=key, attempt=len(rows), response_format=formats[0])
                 self.proven = True
                 self.failures = 0
                 self.excess = max(self.excess, row["prompt_tokens"] / max(1, tokens))
-                if trial is not None:
-                    self.formats, self.extras = trial
+                self.formats, self.extras = trial or (self.formats, self.extras)
                 return
             except JudgeError as error:
                 self.give_up(str(error), fatal=True)
             except (openai.OpenAIError, ValueError, RecursionError, asyncio.TimeoutError) as error:
-                response = getattr(error, "response", None)
-                headers = getattr(response, "headers", None) or headers
+                headers = headers_of(error) or headers
                 kind, message = triage(error)
                 if kind == "bad" and trial is None and (formats, extras) != (self.formats, self.extras):
                     continue  # another request has found out meanwhile
@@ -321,26 +298,21 @@ class Run:
                     self.limiter.pause(delay)
                     waited += delay
                 if max(waited, delay) > self.options.max_wait:
-                    self.give_up(f"The server makes requests wait for too long; run again later ({message}).", True)
-                if kind != "limit":
-                    nobody = not isinstance(error, openai.APIStatusError | openai.APITimeoutError)
-                    if nobody and not self.proven and tries >= 3:
-                        unreachable = isinstance(error, openai.APIConnectionError)
-                        problem = "The judge's server cannot be reached" if unreachable else "This is no judge's server"
-                        self.give_up(f"{problem}; check base_url= and the network ({message}).", fatal=True)
-                    if tries >= self.options.max_retries:
-                        self.give_up(f"{message} (after {tries} retries)")
-                tries += 1
+                    self.give_up(f"The server makes requests wait for too long; run again later ({message}).", fatal=True)
+                nobody = not isinstance(error, openai.APIStatusError | openai.APITimeoutError)
+                if nobody and not self.proven and tries >= 3:
+                    unreachable = isinstance(error, openai.APIConnectionError)
+                    problem = "The judge's server cannot be reached" if unreachable else "This is no judge's server"
+                    self.give_up(f"{problem}; check base_url= and the network ({message}).", fatal=True)
+                if kind == "retry" and tries >= self.options.max_retries:
+                    self.give_up(f"{message} (after {tries} retries)")
             finally:
                 self.limiter.learn(ticket, headers)
+            tries += 1
             await self.sleep(delay)
 
     def keep(self, body: Any, estimated: int = 0, **fields: Any) -> dict:
-        """Put a chat completion into the store, with how it came about and what it says, and count what it cost.
-
-        Raises:
-            ValueError: the body is no chat completion.
-        """
+        """Put a chat completion into the store, with how it came about and what it says, and count what it cost."""
         told = {name: getattr(self.options, name) for name in ("task", "hardened", "backend")}
         row = to_row(body, estimated, **fields, **told)
         row |= self.options.outcome(row)[0]
@@ -369,12 +341,8 @@ class Run:
         milliseconds = seconds(headers.get("retry-after-ms"))
         asked = milliseconds / 1000 if milliseconds is not None else seconds(headers.get("retry-after"))
         if asked is None and kind == "limit":
-            resets = [
-                seconds(headers.get(f"x-ratelimit-reset-{name}"))
-                for name in ("requests", "tokens")
-                if headers.get(f"x-ratelimit-remaining-{name}") in ("0", None)
-            ]
-            asked = max((reset for reset in resets if reset is not None), default=None)
+            used_up = [name for name in ("requests", "tokens") if headers.get(f"x-ratelimit-remaining-{name}") in ("0", None)]
+            asked = max((seconds(headers.get(f"x-ratelimit-reset-{name}")) or 0.0 for name in used_up), default=None)
         backoff = min(30.0, 0.5 * 2**tries) * random.uniform(0.5, 1)
         return asked + random.uniform(0, 0.05) if asked else backoff
 
@@ -387,13 +355,10 @@ class Run:
         if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 415, 422):
             return None
         clue = f"{error.param} {error.message}".lower()
-        told = any(
-            word in clue for word in ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
-        )
+        told = "use 'max_completion_tokens'" in clue or any(word in clue for word in UNSUPPORTED)
         for parameter, value in extras.items():
-            if value is None or parameter == "max_completion_tokens" or not (error.param == parameter or parameter in clue):
-                continue
-            if not told and "use 'max_completion_tokens'" not in clue and error.param != parameter:
+            meant = error.param == parameter or (parameter in clue and told)
+            if value is None or parameter == "max_completion_tokens" or not meant:
                 continue
             if parameter == "max_tokens" and "context length" in clue:
                 return None

@@ -15,11 +15,7 @@ MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb
 
 
 def open_image(image: dict) -> Image.Image:
-    """Open the image of a `{"bytes", "path"}` dict without decoding it.
-
-    Raises:
-        ValueError: it is unreasonably large when unpacked. Pillow's own errors where it is broken.
-    """
+    """Open the image of a `{"bytes", "path"}` dict without decoding it; refuse one that is unreasonably large when unpacked."""
     opened = Image.open(io.BytesIO(image["bytes"]) if image.get("bytes") is not None else image["path"])
     if opened.width * opened.height > MAX_PIXELS:
         raise ValueError(f"{opened.width}x{opened.height} pixels are unreasonably many")
@@ -42,22 +38,15 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def fit(width: int, height: int, detail: str) -> tuple[int, int]:
-    """Return width and height at a detail level, as OpenAI's servers would shrink them; an image is never enlarged.
-
-    "low" fits 512 x 512; "high" fits 2048 x 2048, then its short side is at most 768.
-    """
-    scale = min(1, 512 / max(width, height)) if detail == "low" else min(1, 2048 / max(width, height))
+    """Shrink as OpenAI's servers do: "low" to 512 x 512; "high" to 2048 x 2048, then a short side of at most 768."""
+    scale = min(1, (512 if detail == "low" else 2048) / max(width, height))
     if detail == "high":
         scale = min(scale, 768 / min(width, height))
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def image_tokens(width: int, height: int, detail: str, model: str) -> int:
-    """Return the prompt tokens of an image as OpenAI documents them.
-
-    For GPT-4o and GPT-4.1 they are a base and, with detail "high", a price per 512-pixel tile; for the small GPT-4.1 models a
-    price per 32-pixel patch.
-    """
+    """Return the prompt tokens of an image as OpenAI documents them: by tiles of 512 pixels, or by patches of 32."""
     width, height = fit(width, height, detail)
     for name, factor in (("gpt-4.1-mini", 1.62), ("gpt-4.1-nano", 2.46)):
         if model.startswith(name):
@@ -78,18 +67,14 @@ def prepare_image(image: dict, detail: str, model: str) -> tuple[str, str, int]:
 
 
 def encode_image(image: Any) -> dict:
-    """Turn a path, PIL image, array or `{"bytes", "path"}` into such a dict.
-
-    Where it cannot be read, the sample will say so later, and the run goes on.
-    """
-    if image is None or (isinstance(image, dict) and image.get("bytes") is None and image.get("path") is None):
-        return {"bytes": b"", "path": None}
+    """Turn a path, PIL image, array or `{"bytes", "path"}` into such a dict; what cannot be read, the sample says later."""
     if isinstance(image, dict):
-        return {"bytes": image.get("bytes"), "path": image.get("path")}
+        found = {"bytes": image.get("bytes"), "path": image.get("path")}
+        return found if found != {"bytes": None, "path": None} else {"bytes": b"", "path": None}
     if isinstance(image, str | os.PathLike):
         return {"bytes": None, "path": os.path.abspath(os.path.expanduser(os.fspath(image)))}
     buffer = io.BytesIO()
-    with contextlib.suppress(Exception):  # a file that Pillow opened lazily, and that is cut off
+    with contextlib.suppress(Exception):  # no image at all, or a file that Pillow opened lazily, and that is cut off
         opened = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         to_rgb(opened).save(buffer, "PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}

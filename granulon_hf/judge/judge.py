@@ -7,8 +7,8 @@ packages that are missing among its imports: all of them are imported here, used
 
 import asyncio
 import contextlib
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import datasets
@@ -22,13 +22,11 @@ import pydantic
 from .batch import BatchRun
 from .client import JudgeError, Run
 from .images import encode_image, image_tokens, open_image, to_rgb
-from .inputs import columns_of, estimate, foresee, units_of
-from .options import Options, Unit, digest_of
-from .prices import price_of
+from .options import Options, Unit, columns_of, digest_of, estimate, foresee, units_of
+from .prices import PRICES_DATE, cost_of, price_of
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter
-from .replies import NoBoolean, parse, read_answer, read_object, to_row
-from .results import report
+from .replies import NoBoolean, parse, read_object, to_row
 from .store import Store
 
 _INPUTS = """
@@ -94,58 +92,103 @@ class Judge(evaluate.Metric):
             raise ValueError("Give predictions= too.")
         return super().compute(**kwargs)
 
-    def _compute(self, predictions, images, references, questions, **kwargs):
-        options = Options(**kwargs)
-        columns = {"predictions": predictions, "images": images, "references": references, "questions": questions}
-        columns = {name: list(column) for name, column in columns.items()}
+    def _compute(self, **inputs):
+        columns = {name: list(inputs.pop(name)) for name in self.features}
+        options = Options(**inputs)
         return report(columns, ask(units_of(columns, options), options))
 
-    def estimate(self, predictions, images, references=None, questions=None, **kwargs):
-        """Count what `compute` with the same arguments would ask and cost, before anything is spent: see `inputs.estimate`."""
-        return estimate(predictions, images, references, questions, **kwargs)
+    estimate = staticmethod(estimate)
 
 
 def ask(units: list[Unit], options: Options) -> Run:
-    """Ask for all units, by the store or the judge; return the run with its results.
-
-    Raises:
-        JudgeError: the run cannot go on; what was paid for is in the store.
-    """
+    """Ask for all units, by the store or the judge; return the run with its results."""
     with contextlib.closing(Store(options.store)) as store:
         run = (BatchRun if options.backend == "batch" else Run)(options, units, store)
         run_blocking(run.run)
     return run
 
 
-def run_blocking(function: Callable[[], Any]) -> None:
+def run_blocking(function: Callable[[], Coroutine]) -> None:
     """Run a coroutine function to its end, inside a running event loop (a notebook) too: there in a thread of its own."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         asyncio.run(function())
         return
-    errors: list[BaseException] = []
-    running: list[tuple] = []
+    running: list[Callable] = []
 
     async def main() -> None:
-        running.append((asyncio.get_running_loop(), asyncio.current_task()))
-        await function()
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(function())
+        running.append(lambda: loop.call_soon_threadsafe(task.cancel))
+        await task
 
-    def target() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(asyncio.run, main())
         try:
-            asyncio.run(main())
-        except BaseException as error:
-            errors.append(error)
+            future.result()
+        except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
+            for cancel in running:
+                with contextlib.suppress(RuntimeError):
+                    cancel()
+            raise
 
-    thread = threading.Thread(target=target, daemon=True)
-    thread.start()
-    try:
-        thread.join()
-    except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
-        for loop, task in running:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(task.cancel)
-        thread.join()
-        raise
-    if errors:
-        raise errors[0]
+
+def mean_and_interval(scores: list, n_resamples: int) -> tuple[float | None, list[float] | None]:
+    """Return the mean of the scores that are not None, and its 95 % percentile bootstrap interval (seed 0)."""
+    values = numpy.array([score for score in scores if score is not None], dtype=float)
+    if not len(values):
+        return None, None
+    draw = numpy.random.default_rng(0)
+    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(n_resamples)]
+    return float(values.mean()), [float(edge) for edge in numpy.percentile(means, [2.5, 97.5])]
+
+
+def summarize(scored: list[dict], n_resamples: int) -> dict:
+    """Return means, intervals, the scores themselves and the reasons where there are none."""
+    summary: dict[str, Any] = {}
+    for name in ("accuracy", "hallucination"):
+        scores = [sample[name] for sample in scored]
+        summary[name], summary[f"{name}_ci"] = mean_and_interval(scores, n_resamples)
+        summary[f"{name}_scores"] = scores
+    summary["reasons"] = [sample["reason"] for sample in scored]
+    return summary
+
+
+def report(columns: dict[str, list], run: Run) -> dict:
+    """Make the result of `compute`."""
+    options = run.options
+    found = {(unit.sample, unit.segment): result for unit, result in zip(run.units, run.results, strict=True)}
+    empty = [not text.strip() for text in columns["predictions"]]
+    zero = {"accuracy": 0, "hallucination": 0, "reason": None}
+    samples = [found.get((i, None), zero) for i in range(len(empty))]
+    sent = [found[i, None] for i in range(len(empty)) if not empty[i]]
+    paid = {result["key"]: result["rows"] for result in run.results if result["rows"]}
+    rows = [row for answers in paid.values() for row in answers]
+    tokens = {name: sum(row.get(name, 0) for row in rows) for name in ("prompt_tokens", "completion_tokens")}
+    output = {
+        **summarize(samples, options.n_resamples),
+        "empty": empty,
+        "n": len(samples),
+        "n_scored": sum(sample["accuracy"] is not None for sample in sent),
+        "n_unscored": sum(sample["accuracy"] is None for sample in sent),
+        "n_empty": sum(empty),
+        **{f"{name}_nonempty": mean_and_interval([s[name] for s in sent], 1)[0] for name in ("accuracy", "hallucination")},
+        "n_requests": run.n_requests,
+        "n_repaired": sum(len(answers) == 2 for answers in paid.values()),
+        "tokens": {**tokens, "total_tokens": sum(tokens.values())},
+        "cost_usd": cost_of(rows, options.model, options.prices),
+        "spent_usd": run.spent if run.price else None,
+        "prices_date": PRICES_DATE,
+        "judge_models": sorted({str(row["model"]) for row in rows if row.get("model")}),
+        "task": options.task,
+        "model": options.model,
+        "hardened": options.hardened,
+        "response_formats": sorted({str(row.get("response_format")) for row in rows}),
+        "parameters": {**run.extras, "detail": options.detail},
+    }
+    if options.segments:
+        missing = {**options.nothing, "reason": None}  # a segment without words
+        places = [[found.get((i, j), missing) for i in range(len(samples))] for j in range(options.segments)]
+        by_segment = [summarize(place, options.n_resamples) for place in places]
+        output["segments"] = {name: [summary[name] for summary in by_segment] for name in by_segment[0]}
+    return output

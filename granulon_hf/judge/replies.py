@@ -3,8 +3,7 @@
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import pydantic
@@ -14,24 +13,15 @@ from .prompts import SCORES
 # Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1, and "8_5" as 85.
 NoBoolean = pydantic.BeforeValidator(lambda value: None if isinstance(value, bool) else value)
 WRITTEN = re.compile(r"\s*\d{1,3}(?:\.0+)?\s*")
-
-
-def read_written(value: Any) -> Any:
-    """Return a value as it is, but None for a text that is no plain number."""
-    return None if isinstance(value, str) and not WRITTEN.fullmatch(value) else value
-
-
-Score = Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, pydantic.BeforeValidator(read_written)]
-SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Score])
+Written = pydantic.BeforeValidator(lambda value: None if isinstance(value, str) and not WRITTEN.fullmatch(value) else value)
+SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, Written]])
 # What a model thinks before it answers, between the tags of many models: <think>, [THINK], <seed:think>, <|START_THINKING|>,
 # <|begin_of_thought|>, ◁think▷, and the channels of gpt-oss. Some chat templates write the first tag into the prompt.
 THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|analysis|reflection|rationale|scratchpad)[\w:.-]{0,20}\|?[>▷]"
 OPENS = rf"(?:[<◁]\|?{THOUGHT}|\[THINK\]|<\|channel\|>(?:analysis|commentary))"
 CLOSES = rf"(?:[<◁](?:/|\|end_){THOUGHT}|\[/THINK\]|<\|channel\|>final)"
-REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
-
-
 TAGS = re.compile(f"{OPENS}|{CLOSES}", flags=re.IGNORECASE)
+REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -58,7 +48,9 @@ def find_objects(text: str, wanted: set[str]) -> Iterator[tuple[int, int, dict[s
             value, end = {}, at
         if wanted & value.keys():
             yield at, end, value
-        at = end if wanted & value.keys() else at + 1
+            at = end
+        else:
+            at += 1
 
 
 def find_inside(value: Any, wanted: set[str]) -> Iterator[dict[str, Any]]:
@@ -74,13 +66,8 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     """Return the numbers by these names in the one JSON object of a reply that has them.
 
     Reasoning, prose, code fences, other objects and other names are passed over. The numbers may be there twice, in an object
-    or in words, if they are the same both times.
-
-    Args:
-        numbers: what they have to be, as the adapter of a `dict`.
-
-    Raises:
-        ValueError: with what is wrong.
+    or in words, if they are the same both times. `numbers` is what they have to be, as the adapter of a `dict`; a ValueError
+    says what is wrong.
     """
     wanted, shown = set(names), repr(content.strip()[-80:])
     text = re.sub(r",(\s*[}\]])", r"\1", content)  # a comma behind the last entry
@@ -88,10 +75,6 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     if any(not any(start <= tag.start() < end for start, end in spans) for tag in TAGS.finditer(text)):
         text = REASONING.sub("", text)  # else the tags are words of a text inside of the object
     objects = list(find_objects(text, wanted))
-    rest = "".join(text[end:start] for (_, end, _), (start, _, _) in pairwise([(0, 0, {}), *objects, (len(text), 0, {})]))
-    # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
-    said = r"""\W*\s*[:=]\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
-    words = [(name, number) for name in wanted for number in re.findall(re.escape(name) + said, rest, flags=re.IGNORECASE)]
     if not objects:
         raise ValueError(f"no JSON object, or a broken one: {shown}")
     try:
@@ -101,41 +84,24 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
         raise ValueError(f"{first['loc'][0]}: {first['msg']}: {shown}") from None
     if any(one != read[0] or one.keys() != wanted for one in read):
         raise ValueError(f"not one object with {' and '.join(sorted(wanted))}: {shown}")
-    if any(float(number) != read[0][name] for name, number in words):
-        raise ValueError(f"other numbers beside the object: {shown}")
+    for start, end, _ in reversed(objects):
+        text = text[:start] + text[end:]
+    # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
+    said = r"""\W*\s*[:=]\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
+    for name, number in read[0].items():
+        if any(float(other) != number for other in re.findall(re.escape(name) + said, text, flags=re.IGNORECASE)):
+            raise ValueError(f"other numbers beside the object: {shown}")
     return read[0]
 
 
 def parse(content: str) -> tuple[int, int]:
-    """Return accuracy and hallucination of a reply, integers from 0 to 100.
-
-    Raises:
-        ValueError: with what is wrong.
-    """
+    """Return accuracy and hallucination of a reply, integers from 0 to 100; raise ValueError with what is wrong."""
     scores = read_object(content, SCORES, SCORE_NUMBERS)
     return scores["accuracy_score"], scores["hallucination_score"]
 
 
-def read_answer(row: dict, parse: Callable[[str], Any] = parse) -> tuple[Any, str | None, bool]:
-    """Return what `parse` makes of a reply or None, the reason for None, and whether a repair request is worth it."""
-    if row.get("refusal"):
-        return None, f"refused: {str(row['refusal'])[:200]}", False
-    if row.get("finish_reason") == "length":
-        return None, "truncated: the answer reached the limit of its tokens", False
-    if row.get("finish_reason") == "content_filter":
-        return None, "content filter: the server withheld the answer", False
-    try:
-        return parse(row.get("content") or ""), None, False
-    except ValueError as error:
-        return None, f"unparsable: {error}", True
-
-
 def to_row(body: Any, estimated: int = 0, **fields: Any) -> dict:
-    """Return the row of a chat completion; where the server does not count prompt tokens, the estimated ones stand in.
-
-    Raises:
-        ValueError: the body is no chat completion.
-    """
+    """Return the row of a chat completion; where the server does not count prompt tokens, the estimated ones stand in."""
     try:
         choice = body["choices"][0]
         message, usage = choice["message"], body.get("usage") or {}

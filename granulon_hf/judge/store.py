@@ -3,9 +3,9 @@
 An *answer* is one reply of the judge; a *row* is an answer in the store.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,60 +15,52 @@ from filelock import FileLock, Timeout
 class Log:
     """An append-only JSONL file that several processes may write: one `write` per row, under a lock, then fsync.
 
-    A torn last line (a killed writer, a full disk) is skipped by readers and closed off by the next writer.
-
-    Args:
-        path: of the file; None keeps rows in memory.
-        add: called with every row, old ones first, rows of other processes too.
+    A torn last line (a killed writer, a full disk) is skipped by readers and closed off by the next writer. Without a path the
+    rows are in memory alone.
     """
 
-    def __init__(self, path: str | os.PathLike | None, add: Callable[[dict], None]):
+    def __init__(self, path: str | os.PathLike | None):
         self.path = path
-        self.add = add
         self.offset = 0
-        self.fd = -1
+        self.lock = FileLock(f"{path}.lock")
         if path is not None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
-        self.lock = FileLock(f"{path}.lock")
-        self.refresh()
+            self.file = open(path, "a+b", buffering=0)  # noqa: SIM115
+            self.refresh()
 
-    def read(self, start: int, size: int = -1) -> bytes:
-        with open(self.fd, "rb", closefd=False) as file:
-            file.seek(start)
-            return file.read(size)
+    def keep(self, row: dict) -> None:
+        """Take in a row, this process's or another's; what this raises says that it is no row of ours."""
+        raise NotImplementedError
 
     def refresh(self) -> None:
         """Read the rows that were added since."""
-        if self.path is None or os.fstat(self.fd).st_size <= self.offset:
+        if self.path is None:
             return
-        data = self.read(self.offset)
+        self.file.seek(self.offset)
+        data = self.file.readall()
         end = data.rfind(b"\n") + 1
         self.offset += end
         for line in data[:end].split(b"\n"):
-            try:
-                self.add(json.loads(line))
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                continue  # torn, or no row of ours
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn, or not ours
+                self.keep(json.loads(line))
 
     def append(self, row: dict) -> None:
         if self.path is None:
-            self.add(row)
+            self.keep(row)
             return
         line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with self.lock:
-            size = os.fstat(self.fd).st_size
-            if size and self.read(size - 1, 1) != b"\n":
-                line = b"\n" + line
-            if os.write(self.fd, line) != len(line):
+            if self.file.seek(0, os.SEEK_END):
+                self.file.seek(-1, os.SEEK_END)
+                line = line if self.file.read() == b"\n" else b"\n" + line
+            if self.file.write(line) != len(line):
                 raise OSError(f"{self.path} could not be written: is the disk full?")
-        os.fsync(self.fd)
+        os.fsync(self.file.fileno())
         self.refresh()
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        if self.path is not None:
+            self.file.close()
 
 
 class Store(Log):
@@ -82,7 +74,7 @@ class Store(Log):
     def __init__(self, path: str | os.PathLike | None):
         self.rows: dict[str, dict[int, dict]] = {}
         self.claims: dict[str, FileLock] = {}
-        super().__init__(path, self.keep)
+        super().__init__(path)
 
     def keep(self, row: dict) -> None:
         if not isinstance(row["key"], str) or row["attempt"] not in (0, 1):
@@ -90,6 +82,8 @@ class Store(Log):
         self.rows[row["key"]] = {**(self.rows.get(row["key"], {}) if row["attempt"] else {}), row["attempt"]: row}
 
     def answers(self, key: str) -> list[dict]:
+        """Return the answers to a request as of now, other processes' too: none, one, or one and that to a repair."""
+        self.refresh()
         return [row for _, row in sorted(self.rows.get(key, {}).items())]
 
     def claim(self, key: str) -> bool:
@@ -115,10 +109,9 @@ class Ledger(Log):
     Its `lock` is held by the one process that submits and collects for the store.
     """
 
-    def __init__(self, store: str | os.PathLike | None, create: bool):
+    def __init__(self, store: str | os.PathLike | None):
         self.intents: dict[str, dict] = {}
-        path = f"{store}.batches.jsonl"
-        super().__init__(path if create or (store is not None and os.path.exists(path)) else None, self.keep)
+        super().__init__(f"{store}.batches.jsonl")
 
     def keep(self, row: dict) -> None:
         self.intents.setdefault(row["intent"], {}).update(row)

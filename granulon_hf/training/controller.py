@@ -16,9 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from transformers import AutoConfig
 
 from granulon_hf import data, variants
@@ -72,11 +70,7 @@ class ControllerArguments:
 
 
 def parse(arguments: list[str]) -> ControllerArguments:
-    """Read the arguments of a command line.
-
-    Raises:
-        GranulonError: options that cannot be used.
-    """
+    """Read the arguments of a command line; raises GranulonError for options that cannot be used."""
     groups: Any = (ControllerArguments,)
     (args,) = OptionParser(groups, allow_abbrev=False).read(arguments)
     return args
@@ -91,18 +85,10 @@ class Question:
     test: bool
 
 
-# --- labels -----------------------------------------------------------------------------------------------------------
-
-
 def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Question]:
-    """Labelled questions of a JSONL file with `text`, `weights` and, if wanted, `split` ("train" or anything else: held out).
+    """Read the labelled questions of a JSONL file with `text`, `weights` and, if wanted, `split` ("train" or else: held out).
 
-    Without `split` a share of the different texts is drawn as hold-out; a text that is there twice stays on one side.
-
-    Args:
-        path (`str` or `Path`): of the file.
-        holdout (`float`, defaults to 0.2): the share.
-        seed (`int`, defaults to 0): of the drawing.
+    Without `split` the share `holdout` of the different texts is drawn; a text that is there twice stays on one side.
 
     Raises:
         GranulonError: no such file, a row that is not like this, weights that do not sum to 1, rows of different levels, no
@@ -123,28 +109,26 @@ def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Q
             rows.append(row)
     if not rows:
         raise GranulonError(f"{path} has no labelled questions.")
-    splits = ["split" in row for row in rows]
-    if any(splits) and not all(splits):
-        raise GranulonError(f"{path}: some rows have a split and some have none; give it to all or to none.")
-    if any(splits):
-        questions = [Question(row["text"], row["weights"], row["split"] != "train") for row in rows]
-    else:
+    splits = [row["split"] != "train" for row in rows if "split" in row]
+    if not splits:
         texts = sorted({plain(row["text"]) for row in rows})
         drawn = np.random.default_rng(seed).permutation(len(texts))[: round(holdout * len(texts))]
         held = {texts[i] for i in drawn}
-        questions = [Question(row["text"], row["weights"], plain(row["text"]) in held) for row in rows]
-    for test, what in ((False, "to train on"), (True, "held out to test on")):
-        if not any(question.test == test for question in questions):
-            hint = "the column split names none" if any(splits) else "there are too few"
-            raise GranulonError(f"{path} has no questions {what}: {hint}.")
-    both = {plain(q.text) for q in questions if q.test} & {plain(q.text) for q in questions if not q.test}
-    if both:
+        splits = [plain(row["text"]) in held for row in rows]
+    elif len(splits) < len(rows):
+        raise GranulonError(f"{path}: some rows have a split and some have none; give it to all or to none.")
+    questions = [Question(row["text"], row["weights"], test) for row, test in zip(rows, splits, strict=True)]
+    train, test = ({plain(q.text) for q in questions if q.test == side} for side in (False, True))
+    if not (train and test):
+        hint = "the column split names none" if "split" in rows[0] else "there are too few"
+        raise GranulonError(f"{path} has no questions {'held out to test on' if train else 'to train on'}: {hint}.")
+    if both := train & test:
         raise GranulonError(f"{path}: {min(both)!r} is both trained on and held out; a question belongs to one split.")
     return questions
 
 
 def problem_of(row: Any, first: dict[str, float] | None) -> str | None:
-    """What is wrong with a row of labels; `first` are the weights of the first row."""
+    """Say what is wrong with a row of labels, if anything; `first` are the weights of the first row."""
     if not isinstance(row, dict):
         return "it is no JSON object"
     if not isinstance(row.get("text"), str) or not row["text"].strip():
@@ -160,14 +144,12 @@ def problem_of(row: Any, first: dict[str, float] | None) -> str | None:
 
 
 def plain(text: str) -> str:
-    """As people also type: lower case, without the last mark."""
+    """Write a question as people also type it: in lower case, without the last mark."""
     return text.lower().strip().rstrip("?.!").rstrip()
 
 
 def check_levels(questions: Sequence[Question], levels: Sequence[str], variant: str) -> None:
-    """Raises:
-    GranulonError: the model has no levels, or others than the labels.
-    """
+    """Raise GranulonError where a model has no levels, or others than the labels."""
     if not levels:
         raise GranulonError(f"{variant} has no granularity levels, and therefore no controller to train.")
     if set(questions[0].weights) != set(levels):
@@ -177,29 +159,11 @@ def check_levels(questions: Sequence[Question], levels: Sequence[str], variant: 
         )
 
 
-def levels_before_loading(variant: str) -> list[str] | None:
-    """Names of a variant's levels without its weights; None where only loading will tell."""
-    if variant in variants.NAMES:
-        return GranulonConfig(**variants.parse(variant)[0].config).level_names
-    try:
-        return AutoConfig.from_pretrained(variant).level_names
-    except (OSError, ValueError, AttributeError):
-        return None  # `build_model` says what is wrong
-
-
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool = True) -> torch.Tensor:
-    """Mean E1 of each question, over the tokens that the model's own processor marks as the question.
+    """Compute the mean E1 of each question, over the tokens that the model's own processor marks as the question.
 
-    Args:
-        model ([`GranulonForConditionalGeneration`]): with levels.
-        processor ([`GranulonProcessor`]): its chat template and question mask are those of inference. Images are left out:
-            the question does not see them.
-        texts (`Sequence[str]`): the questions.
-        show (`bool`, defaults to `True`): a progress bar.
+    Images are left out: the question does not see them.
 
     Returns:
         `torch.Tensor`: shape [Q x E], float32, on the CPU.
@@ -217,20 +181,14 @@ def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool
 
 
 def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: ControllerArguments, show: bool = True) -> float:
-    """Train the controller in place, with the soft-label cross-entropy -Σ w log p.
+    """Train the controller (float32) in place, with the soft-label cross-entropy -Σ w log p.
 
     Args:
-        controller ([`GranularityController`]): in float32, trainable.
         states (`torch.Tensor`): mean E1, shape [Q x E].
         targets (`torch.Tensor`): weights, shape [Q x n].
-        args ([`ControllerArguments`]): steps, batch size, learning rate, weight decay, seed.
-        show (`bool`, defaults to `True`): a progress bar.
 
     Returns:
         `float`: mean loss of the last tenth of the steps.
-
-    Raises:
-        GranulonError: the loss is not finite.
     """
     optimizer = torch.optim.AdamW(controller.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
@@ -253,7 +211,7 @@ def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: Cont
 
 
 def logits_of(controller: Any, states: torch.Tensor) -> torch.Tensor:
-    """Logits [Q x n] of mean states [Q x E]: the mean of one token is the token."""
+    """Return logits [Q x n] of mean states [Q x E]: the mean of one token is the token."""
     return controller(states.unsqueeze(1), torch.ones(len(states), 1, dtype=torch.bool))
 
 
@@ -265,18 +223,11 @@ def train_controller(
     Training goes on from the controller that the model has. It is done in float32 on the CPU; what is measured is the
     controller in the language model's own precision, as it will be used.
 
-    Args:
-        model ([`GranulonForConditionalGeneration`]): whose levels are those of the questions.
-        processor ([`GranulonProcessor`]): of the model.
-        questions (`Sequence[Question]`): of [`read_labels`].
-        args ([`ControllerArguments`]): how.
-        show (`bool`, defaults to `True`): progress bars.
-
     Returns:
-        `dict`: `n_train`, `n_test`, `train_loss`, and what [`measure`] says of the hold-out.
+        `dict`: `n_train`, `n_test`, `train_loss`, what [`measure`] says of the hold-out, and the questions it gets `wrong`.
 
     Raises:
-        GranulonError: the levels are others, or the loss is not finite.
+        GranulonError: the levels of model and questions differ, or the loss is not finite.
     """
     levels = model.config.level_names
     check_levels(questions, levels, args.variant)
@@ -294,29 +245,21 @@ def train_controller(
         probs = logits_of(controller, states[len(texts) :]).softmax(-1)
     controller.to(device)
     found = measure(probs.numpy(), weights_of(test, levels).numpy(), weights_of(train, levels).numpy())
-    wrong = [
-        {
-            "text": q.text,
-            "labelled": max(q.weights, key=q.weights.__getitem__),
-            "chosen": levels[p.argmax()],
-            "p": max(p.tolist()),
-        }
-        for q, p in zip(test, probs, strict=True)
-        if q.weights[levels[p.argmax()]] < max(q.weights.values())
-    ]
+    wrong = []
+    for q, p in zip(test, probs, strict=True):
+        chosen, most = levels[p.argmax()], max(q.weights, key=q.weights.__getitem__)
+        if q.weights[chosen] < q.weights[most]:
+            wrong.append({"text": q.text, "labelled": most, "chosen": chosen, "p": p.max().item()})
     return {"levels": levels, "n_train": len(train), "n_test": len(test), "train_loss": loss, **found, "wrong": wrong}
 
 
 def weights_of(questions: Iterable[Question], levels: Sequence[str]) -> torch.Tensor:
-    """Shape [Q x n], in the order of the model's levels."""
+    """Return weights of shape [Q x n], in the order of the model's levels."""
     return torch.tensor([[question.weights[name] for name in levels] for question in questions])
 
 
-# --- measures ---------------------------------------------------------------------------------------------------------
-
-
 def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -> dict[str, Any]:
-    """How well probabilities [Q x n] meet the weights [Q x n] of held-out questions.
+    """Measure how well probabilities [Q x n] meet the weights [Q x n] of held-out questions.
 
     Soft labels make two questions of calibration. `ece` asks whether the controller is right as often as it is sure, the usual
     one; a controller that fits labels of 0.8 perfectly is right more often than that, and underconfident by it. `ece_weight`
@@ -332,7 +275,8 @@ def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -
     probs, weights = probs.astype(np.float64), weights.astype(np.float64)
     chosen, each = probs.argmax(1), np.arange(len(probs))
     confidence, weight = probs[each, chosen], weights[each, chosen]
-    right = (weight >= weights.max(1) - 1e-9).astype(float)
+    best = weights.max(1) - 1e-9
+    right = (weight >= best).astype(float)
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     usual = np.bincount(train_weights.argmax(1), minlength=weights.shape[1]).argmax()
     draws = np.random.default_rng(0).integers(len(probs), size=(RESAMPLES, len(probs)))
@@ -345,21 +289,19 @@ def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -
     for name, of in measures.items():
         found[name] = float(of(each))
         found[f"{name}_ci95"] = np.percentile([of(draw) for draw in draws], [2.5, 97.5]).tolist()
+    reliability = []
+    for b in np.unique(bins):
+        inside = bins == b
+        columns = {"confidence": confidence, "accuracy": right, "weight": weight}
+        means = {name: float(column[inside].mean()) for name, column in columns.items()}
+        reliability.append({"from": int(b) / BINS, "to": int(b + 1) / BINS, "n": int(inside.sum()), **means})
     confusion = np.zeros((weights.shape[1],) * 2, dtype=int)
     np.add.at(confusion, (weights.argmax(1), chosen), 1)
-    reliability = [
-        {
-            **{"from": b / BINS, "to": (b + 1) / BINS, "n": int(inside.sum()), "confidence": float(confidence[inside].mean())},
-            **{"accuracy": float(right[inside].mean()), "weight": float(weight[inside].mean())},
-        }
-        for b in range(BINS)
-        if (inside := bins == b).any()
-    ]
     logs = np.log(np.maximum(probs, 1e-12)), np.log(np.maximum(weights, 1e-12))
     entropies = [float(-(weights * log).sum(1).mean()) for log in logs]
     return {
         **found,
-        "majority": float((weights[:, usual] >= weights.max(1) - 1e-9).mean()),
+        "majority": float((weights[:, usual] >= best).mean()),
         "cross_entropy": entropies[0],
         "label_entropy": entropies[1],
         "reliability": reliability,
@@ -368,18 +310,12 @@ def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -
 
 
 def calibration_error(confidence: np.ndarray, truth: np.ndarray, bins: np.ndarray) -> float:
-    """Σ over bins of |mean confidence - mean truth|, weighted by how many are in the bin (Guo et al. 2017)."""
+    """Return Σ over bins of |mean confidence - mean truth|, weighted by how many are in the bin (Guo et al. 2017)."""
     return float(np.abs(np.bincount(bins, confidence - truth)).sum() / len(bins))
 
 
-# --- a run ------------------------------------------------------------------------------------------------------------
-
-
 def run_controller(args: ControllerArguments) -> dict[str, Any]:
-    """From arguments to a trained controller: everything that can be wrong is looked at first, the cheapest before the rest.
-
-    Args:
-        args ([`ControllerArguments`]): what and how.
+    """Train a controller as told; everything that can be wrong is looked at first, the cheapest before the rest.
 
     Returns:
         `dict`: of [`train_controller`]; `model` and `processor` beside it.
@@ -390,77 +326,26 @@ def run_controller(args: ControllerArguments) -> dict[str, Any]:
     check_output_dir(args.output_dir)
     check_unused(args.output_dir)
     questions = read_labels(args.labels, args.holdout, args.seed)
-    if args.variant != "demo" and (levels := levels_before_loading(args.variant)) is not None:
-        check_levels(questions, levels, args.variant)
+    if args.variant in variants.NAMES:  # weights come last
+        check_levels(questions, GranulonConfig(**variants.parse(args.variant)[0].config).level_names, args.variant)
+    elif args.variant != "demo":
+        try:
+            levels = AutoConfig.from_pretrained(args.variant).level_names
+        except (OSError, ValueError, AttributeError):
+            pass  # `build_model` says what is wrong
+        else:
+            check_levels(questions, levels, args.variant)
     shown = ModelArguments(variant=args.variant, tiny=args.tiny, open_weights=args.open_weights)
     model, processor = build_model(shown, fresh=True)
     return {"model": model, "processor": processor, **train_controller(model, processor, questions, args)}
 
 
 def save(folder: Path, model: Any, processor: Any, results: dict[str, Any], full: bool = False) -> None:
-    """`adapter.safetensors` with the controller alone, `config.json`, `results.json`, and `controller.png` where matplotlib is
-    installed; with `full` the whole model too."""
+    """Write `adapter.safetensors` with the controller alone, `config.json` and `results.json`; with `full` the whole model."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value for name, value in adapter_state(model).items() if name.startswith("controller.")}
-    save_adapter(folder, model, state)
+    save_adapter(folder, model, {name: v for name, v in adapter_state(model).items() if name.startswith("controller.")})
     if full:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     described = {**results, "versions": versions()}
     (folder / "results.json").write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n")
-    plot(results, folder / "controller.png")
-
-
-def print_results(results: dict[str, Any], console: Console) -> None:
-    """Accuracy, calibration, the reliability and the confusion table."""
-    levels = results["levels"]
-    numbers = Table("held out", "", "95 % interval", box=None, padding=(0, 2, 0, 0))
-    names = {
-        "accuracy": "accuracy",
-        "ece": "calibration error, to right or wrong",
-        "ece_weight": "calibration error, to the labels' weights",
-    }
-    for key, name in names.items():
-        low, high = results[f"{key}_ci95"]
-        numbers.add_row(name, f"{results[key]:.3f}", f"{low:.3f} to {high:.3f}")
-    numbers.add_row("accuracy of the most frequent level", f"{results['majority']:.3f}", "", style="dim")
-    entropies = f"{results['cross_entropy']:.3f}"
-    numbers.add_row("cross-entropy", entropies, f"at least {results['label_entropy']:.3f}", style="dim")
-    console.print(numbers)
-    confusion = Table("labelled \\ chosen", *levels, box=None, padding=(0, 2, 0, 0))
-    for name, row in zip(levels, results["confusion"], strict=True):
-        confusion.add_row(name, *map(str, row))
-    console.print(confusion)
-    reliability = Table("sure", "questions", "mean", "right", "labels' weight", box=None, padding=(0, 2, 0, 0))
-    for row in results["reliability"]:
-        cells = (f"{row[name]:.2f}" for name in ("confidence", "accuracy", "weight"))
-        reliability.add_row(f"{row['from']:.1f} to {row['to']:.1f}", str(row["n"]), *cells)
-    console.print(reliability)
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Confusion and reliability side by side; left out where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    levels, confusion, places = results["levels"], np.array(results["confusion"]), range(len(results["levels"]))
-    left.imshow(confusion, cmap="Blues")
-    for row in places:
-        for column in places:
-            dark = confusion[row, column] > confusion.max() / 2
-            left.text(column, row, str(confusion[row, column]), ha="center", va="center", color="white" if dark else "black")
-    left.set(xticks=places, yticks=places, xticklabels=levels, yticklabels=levels, xlabel="chosen", ylabel="labelled")
-    left.set_title(f"accuracy {results['accuracy']:.3f} on {results['n_test']} held-out questions", fontsize=10)
-    bins = results["reliability"]
-    sure = [row["confidence"] for row in bins]
-    right.plot([0, 1], [0, 1], color="tab:gray", linewidth=0.8)
-    sizes = [8 + 200 * row["n"] / results["n_test"] for row in bins]
-    right.scatter(sure, [row["accuracy"] for row in bins], sizes, color="tab:blue", alpha=0.7, label="right")
-    right.scatter(sure, [row["weight"] for row in bins], sizes, color="tab:orange", alpha=0.7, label="labels' weight")
-    right.set(xlabel="confidence", ylabel="share", xlim=(0, 1.02), ylim=(0, 1.05))
-    right.set_title(f"calibration error {results['ece']:.3f} and {results['ece_weight']:.3f}", fontsize=10)
-    right.legend(loc="upper left", markerscale=0.5)
-    figure.savefig(path, dpi=120)

@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
-from granulon_hf.training.preferences import prefer, read_lines
+from granulon_hf.io import Journal
 from tests.conftest import build_tiny
 from tests.judge.server import Reply, Server, prediction_of
 
@@ -147,7 +147,7 @@ def test_dpo(tmp_path):
         assert not server.requests and not (tmp_path / "pairs.jsonl").exists()
         trainer = dpo.main(arguments)
         asked = len(server.requests)
-        pairs = read_lines(tmp_path / "pairs.jsonl")
+        pairs = list(Journal(tmp_path / "pairs.jsonl"))
         assert 0 < len(pairs) <= 4 and 0 < asked <= 8
         for pair in pairs:
             scores = [zlib.crc32(pair[name][0]["content"][0]["text"].encode()) % 101 for name in ("chosen", "rejected")]
@@ -155,7 +155,7 @@ def test_dpo(tmp_path):
         (tmp_path / "pairs.jsonl").unlink()
         again = dpo.main([*arguments, "--max_steps", "1"])
         assert len(server.requests) == asked  # answers and scores were kept
-    assert read_lines(tmp_path / "pairs.jsonl") == pairs
+    assert list(Journal(tmp_path / "pairs.jsonl")) == pairs
     assert losses(trainer)[0] == pytest.approx(math.log(2), abs=1e-5)  # the reference is the model
     assert losses(trainer)[-1] < losses(trainer)[0] and math.isfinite(losses(again)[0])
     names = moved(trainer)
@@ -176,16 +176,10 @@ def test_bad_input_is_refused_before_anything_is_sampled(tmp_path):
 def test_what_is_no_pair_is_dropped_and_counted():
     samples = [Shapes(5)[i] for i in range(5)]
     answers = [["a", "b"], ["c", "d"], ["e", "e"], ["f", "g"], ["h", " "]]
-    pairs, counts = prefer(samples, answers, [[40, 0], [0, 90], [5, 5], [None, 7], [30, 0]])
+    pairs, counts = example("dpo_trl").prefer(samples, answers, [[40, 0], [0, 90], [5, 5], [None, 7], [30, 0]])
     assert [(pair["chosen"][0]["content"][0]["text"], pair["rejected_hallucination"]) for pair in pairs] == [
         ("b", 40),
         ("c", 90),
     ]
     assert counts == {"pairs": 2, "ties": 1, "unscored": 1, "empty": 1}
     assert pairs[0]["id"] == samples[0].id and pairs[0]["prompt"] == samples[0].prompt
-
-
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": 2}\n{"id"')
-    assert read_lines(tmp_path / "a.jsonl") == [{"id": 1}, {"id": 2}]
-    assert read_lines(tmp_path / "b.jsonl") == []

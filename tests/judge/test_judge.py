@@ -901,7 +901,8 @@ import importlib.util, sys
 spec = importlib.util.spec_from_file_location("store", sys.argv[1])
 store = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(store)
-assert store.Store("scores.jsonl").claim(sys.argv[2])
+holder = store.Store("scores.jsonl")
+assert holder.claim(sys.argv[2])
 print("held", flush=True)
 sys.stdin.read()
 """
