@@ -214,7 +214,7 @@ class Samples(Sequence[Sample]):
         named = [part for part in self._rows if column in self.source.columns(part)]
         if not named:
             return None
-        values = self.source.column_of(named, column)
+        values = self.source.gather(lambda part: self.source.column(part, column), named)
         return {
             part: [name_of(values[part][i]) if part in values else "" for i in numbers] for part, numbers in self._rows.items()
         }

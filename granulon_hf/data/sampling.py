@@ -3,7 +3,6 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,15 +15,6 @@ from granulon_hf.errors import GranulonError
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
 HOLDOUT_SHARE = 10  # a hold-out is taken from at least so many times its rows
 Taken = tuple[int, frozenset[str]]  # a level, and the names on it that are held out
-
-
-@dataclass
-class Choice:
-    """Chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason."""
-
-    rows: dict[str, np.ndarray]
-    holdout: int
-    filtered: Counter[str] = field(default_factory=Counter)
 
 
 def file_order(parts: Iterable[str], seed: int) -> list[str]:
@@ -55,12 +45,12 @@ class Population:
     def find(self, parts: list[str]) -> None:
         """Look at parts: which of their rows are eligible."""
         parts = [part for part in parts if part not in self.rows]
-        self.source.prepare(parts)
-        self.rows |= {part: np.arange(self.source.count(part) if self.source.readable(part) else 0) for part in parts}
+        readable = self.source.gather(self.source.readable, parts)
+        self.rows |= {part: np.arange(self.source.count(part) if readable[part] else 0) for part in parts}
         if self.unwanted is not None:
             column, judge = self.unwanted
-            parts = [part for part in parts if len(self.rows[part])]
-            for part, values in self.source.column_of(parts, column).items():
+            parts = [part for part in parts if readable[part]]
+            for part, values in self.source.gather(lambda part: self.source.column(part, column), parts).items():
                 reasons = [judge(value) for value in values]
                 self.filtered.update(reason for reason in reasons if reason)
                 self.rows[part] = self.rows[part][[reason is None for reason in reasons]]
@@ -79,8 +69,8 @@ class Population:
         """Return what each row shares with others, level by level."""
         if part not in self._names:
             column, name = self.group
-            every = list(self.source.cells(part, column)) or [None] * self.source.count(part)
-            self._names[part] = [name(every[row]) for row in self.rows[part]]
+            names = [name(value) for value in self.source.cells(part, column)]
+            self._names[part] = [names[row] for row in self.rows[part]]
         return self._names[part]
 
     def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> tuple[dict[str, np.ndarray], Taken] | None:
@@ -127,7 +117,7 @@ def choose(
     draw_holdout: bool,
     holdout: int | None,
     max_files: int,
-) -> Choice:
+) -> tuple[dict[str, np.ndarray], int, Counter[str]]:
     """Draw a subset.
 
     The hold-out is drawn first: `holdout` rows from the first 32 parts of its own seeded order (more where these are small).
@@ -140,6 +130,9 @@ def choose(
         draw_holdout (`bool`): whether the hold-out is wanted, and not what is left.
         holdout (`int`, *optional*): rows held out; by default the adapter's if the set has ten times as many, else none.
         max_files (`int`): parts that a limited subset is drawn from, 0 for all.
+
+    Returns:
+        `tuple`: chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason.
 
     Raises:
         GranulonError: the hold-out does not fit.
@@ -176,7 +169,7 @@ def choose(
         if limit is not None and 0 < (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
         chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
-    return Choice({part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered)
+    return {part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered
 
 
 def trim(rows: dict[str, np.ndarray], count: int, random: np.random.Generator) -> dict[str, np.ndarray]:

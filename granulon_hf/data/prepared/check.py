@@ -14,7 +14,6 @@ from granulon_hf.data.opening import open_source
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.samples import Problem, Samples, none_usable
-from granulon_hf.data.splits import splits_of
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -59,7 +58,7 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     if not path.is_dir():
         raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     prepared.missing_shards(path)
-    splits: list[str | None] = [*splits_of(open_source(path))]
+    splits: list[str | None] = [*open_source(path).splits]
     for split in splits or [None]:
         yield load(folder, split=split, verify="none")
 
