@@ -7,18 +7,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from numbers import Number
 from pathlib import PurePosixPath
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
+from granulon_hf.errors import one_line as one_line
 
 Row = Mapping[str, Any]
 Levels = Sequence[Sequence[str]]
 BYTES = (bytes, bytearray, memoryview)
+WORDS = yaml.safe_load(files("granulon_hf.data.datasets").joinpath("words.yaml").read_text(encoding="utf-8"))
 
 
 class NoHoldout(GranulonError):
@@ -99,11 +103,6 @@ def kind_of(value: Any) -> str:
     return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
-def one_line(error: Exception) -> str:
-    """Return what an error says on one line, or its kind if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def has_lone_surrogate(words: str) -> bool:
     """Tell whether a text has a lone surrogate, which no file can hold: JSON can, as half of an escaped pair."""
     return re.search("[\ud800-\udfff]", words) is not None
@@ -115,11 +114,6 @@ def text(value: Any, what: str) -> str:
     if not words:
         raise BadRow(f"the {what} is empty")
     return words
-
-
-def row_id(row: Row, column: str) -> str:
-    """Return the row's name, or an empty string: then file and row name it."""
-    return plain(row.get(column), "id")
 
 
 def parse_list(value: Any, what: str) -> list[Any]:
@@ -142,27 +136,24 @@ def pick(choices: Sequence[str], index: Any, what: str) -> str:
     return choices[number]
 
 
-def image_names(images: Any) -> list[str]:
-    """Return what tells the images of a cell from others: a digest of the bytes, or the path; none if it has no image."""
+def find_images(images: Any) -> list[dict[str, Any]]:
+    """Read the images of a cell; none if it has none that could be used."""
     with suppress(BadRow):
-        found = encoded_list(images)
-        return [hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else image["path"] for image in found]
+        return encoded_list(images)
     return []
 
 
 def by_image(images: Any) -> Levels:
-    """Group rows by image."""
-    return [image_names(images)]
+    """Group rows by what tells images from others: a digest of the bytes, or the path."""
+    return [[hashlib.sha256(i["bytes"]).hexdigest() if i["bytes"] else i["path"] for i in find_images(images)]]
 
 
 def by_video(images: Any) -> Levels:
     """Group rows by folder and file name without the frame's number (`video1/25.jpg`, `images/video1_25.jpg`); and by image."""
-    names, videos = image_names(images), []
-    with suppress(BadRow):
-        paths = [PurePosixPath(image["path"] or "") for image in encoded_list(images)]
-        stems = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
-        videos = [stem for stem in stems if stem != "."]
-    return [[*videos, *names], names]
+    (names,) = by_image(images)
+    paths = [PurePosixPath(image["path"] or "") for image in find_images(images)]
+    videos = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
+    return [[*(video for video in videos if video != "."), *names], names]
 
 
 def encoded(image: Any) -> dict[str, Any]:
@@ -192,16 +183,6 @@ def encoded_list(images: Any) -> list[dict[str, Any]]:
     return found
 
 
-def user(question: str, images: int = 1) -> dict[str, Any]:
-    """Make a user's turn, the images first."""
-    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]}
-
-
-def assistant(answer: str) -> dict[str, Any]:
-    """Make an assistant's turn."""
-    return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-
-
 def single_turn(
     row: Row,
     *,
@@ -214,10 +195,12 @@ def single_turn(
     meta: dict[str, Any] | None = None,
 ) -> Sample:
     """Make a sample of a question about images, the images first, and its answer."""
+    asked = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    said = [{"type": "text", "text": answer}]
     return Sample(
-        id=row_id(row, id_column),
+        id=plain(row.get(id_column), "id"),
         images=images,
-        messages=[user(question, len(images)), assistant(answer)],
+        messages=[{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
         reference=answer,
         task=task,
         choices=choices,

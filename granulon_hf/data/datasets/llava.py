@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded_list, row_id, text
+from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded_list, plain, text
 from granulon_hf.data.sample import Sample
 
 MARKER = "<image>"
@@ -43,7 +43,7 @@ def to_sample(row: Row, task: str = "reasoning") -> Sample:
     if markers != len(images):
         raise BadRow(f"there are {markers} {MARKER} markers for {len(images)} images")
     return Sample(
-        id=row_id(row, "id"),
+        id=plain(row.get("id"), "id"),
         images=images,
         messages=messages,
         reference=messages[-1]["content"][0]["text"],

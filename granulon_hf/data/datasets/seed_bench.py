@@ -1,22 +1,9 @@
 """SEED-Bench: multiple choice about images; its video rows are filtered out, as in the paper."""
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, Row, encoded_list, list_options, plain, single_turn, text
+from granulon_hf.data.datasets.base import WORDS, Adapter, BadRow, Row, encoded_list, list_options, single_turn, text
+from granulon_hf.data.datasets.custom import by_group
 from granulon_hf.data.sample import Sample
 
-QUESTION_TYPES = (
-    "Scene Understanding",
-    "Instance Identity",
-    "Instance Attributes",
-    "Instance Location",
-    "Instances Counting",
-    "Spatial Relation",
-    "Instance Interaction",
-    "Visual Reasoning",
-    "Text Understanding",
-    "Action Recognition",
-    "Action Prediction",
-    "Procedure Understanding",
-)
 LETTERS = "ABCD"
 
 
@@ -35,10 +22,7 @@ def to_sample(row: Row) -> Sample:
         answer=choices[LETTERS.index(letter)],
         task="vqa",
         choices=choices,
-        meta={
-            "category": QUESTION_TYPES[kind - 1] if 1 <= kind <= len(QUESTION_TYPES) else None,
-            "data_id": row.get("data_id"),
-        },
+        meta={"category": dict(enumerate(WORDS["question_types"], 1)).get(kind), "data_id": row.get("data_id")},
     )
 
 
@@ -56,7 +40,7 @@ ADAPTER = Adapter(
     default_split="test",
     id_column="question_id",
     unwanted=("data_type", is_video),
-    group=("data_id", lambda name: [[plain(name, "data_id")]] if name else [[]]),
+    group=("data_id", by_group),
     paper={"test": 1_000},
     license="cc-by-nc-4.0",
 )

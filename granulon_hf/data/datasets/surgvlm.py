@@ -6,26 +6,16 @@ SurgVLM has no repository of its own; SurgSigma/SurgSigma-DB is partly released 
 import re
 
 from granulon_hf.data.datasets import llava
-from granulon_hf.data.datasets.base import Adapter, Row, by_video, encoded_list, single_turn, text
+from granulon_hf.data.datasets.base import WORDS, Adapter, Row, by_video, encoded_list, single_turn, text
 from granulon_hf.data.sample import Sample
 
-PHASES = (
-    "Preparation",
-    "CalotTriangleDissection",
-    "ClippingCutting",
-    "GallbladderDissection",
-    "GallbladderPackaging",
-    "CleaningCoagulation",
-    "GallbladderRetraction",
-)
-TOOLS = ("Grasper", "Bipolar", "Hook", "Scissors", "Clipper", "Irrigator", "SpecimenBag")
+TOPICS = {"phase": WORDS["phases"], "instrument": WORDS["instruments"]}
 
 
 def find_topic(answer: str) -> str | None:
     """Tell whether an answer names a phase or an instrument, however spaced and cased: the paper scores the two apart."""
     name = re.sub(r"[^a-z]", "", answer.lower())
-    groups = {"phase": PHASES, "instrument": TOOLS}
-    return next((topic for topic, names in groups.items() if name in map(str.lower, names)), None)
+    return next((topic for topic, names in TOPICS.items() if name in map(str.lower, names)), None)
 
 
 def to_sample(row: Row) -> Sample:
