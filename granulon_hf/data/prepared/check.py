@@ -58,14 +58,8 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     if not path.is_dir():
         raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     prepared.missing_shards(path)
-    splits: list[str | None] = [*open_source(path).splits]
-    for split in splits or [None]:
+    for split in open_source(path).splits or [None]:
         yield load(folder, split=split, verify="none")
-
-
-def hash_pixels(image) -> bytes:
-    """Hash the decoded RGB pixels: two files of one picture, losslessly stored in two formats, are the same."""
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
 
 
 def check(
@@ -85,34 +79,33 @@ def check(
     Raises:
         GranulonError: this is no prepared folder, or nothing in it can be used.
     """
-    report = Report(unit="tokens" if tokenizer is not None else "words")
-    progress = progress or (lambda done, total: None)
+    report = Report(unit="words" if tokenizer is None else "tokens")
 
     def measure(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer is not None else len(text.split())
+        return len(text.split() if tokenizer is None else tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    own, others = list(open_splits(folder)), list(open_splits(against)) if against is not None else []
-    total, done = sum(map(len, own + others)), 0
-    seen: dict[bytes, tuple[str, str]] = {}
-    rows = sum(map(len, own))
-    for i, samples in enumerate(own + others):
-        mine = i < len(own)
+    own = list(open_splits(folder))
+    others = [] if against is None else list(open_splits(against))
+    rows, done, seen = sum(map(len, own)), 0, {}
+    for samples in own + others:
+        mine = samples not in others
         label = samples.split if mine else ELSEWHERE
+        usable = 0
         for part, row, sample in samples.walk():
             done += 1
-            progress(done, total)
+            if progress is not None:
+                progress(done, rows + sum(map(len, others)))
             if sample is None:
                 continue
-            place = Problem(part if mine else f"{against}/{part}", row, "")
+            usable += 1
             if mine:
-                report.samples[label] = report.samples.get(label, 0) + 1
                 report.lengths["question"].append(measure(sample.question))
                 report.lengths["answer"].append(measure(sample.reference))
-            _check_sample(report, sample, place, label, seen)
+            _check_sample(report, sample, Problem(part if mine else f"{against}/{part}", row, ""), label, seen)
         if mine:
-            report.samples.setdefault(label, 0)
+            report.samples[label] = usable
             report.errors += samples.problems + samples.renamed
-            if not report.samples[label]:
+            if not usable:
                 report.errors.append(Problem(f"split {label}", None, "not one sample can be used"))
     if not any(report.samples.values()):
         raise none_usable(str(folder), rows, (problem.reason for samples in own for problem in samples.problems))
@@ -131,12 +124,13 @@ def _check_sample(report: Report, sample: Sample, place: Problem, label: str, se
             if mine:
                 report.errors.append(place._replace(reason=str(error)))
             continue
-        digests.append(hash_pixels(picture))
+        # Of the decoded pixels: two files of one picture, losslessly stored in two formats, are the same.
+        digests.append(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest())
         if mine:
             report.lengths["image"].append(max(picture.size))
             if min(picture.size) < TINY:
-                size = f"{picture.width} x {picture.height} pixels"
-                report.warnings.append(place._replace(reason=f"the image is only {size}"))
+                reason = f"the image is only {picture.width} x {picture.height} pixels"
+                report.warnings.append(place._replace(reason=reason))
     turns = json.dumps([[message["role"], message["content"]] for message in sample.messages]).encode()
     whole = hashlib.sha256(b"".join(digests) + turns).digest()
     here = (label, f"{place.file}, row {place.row}")
@@ -156,11 +150,11 @@ def _check_manifest(report: Report, folder: Path, rows: int) -> None:
     """Compare the manifest with what is there."""
     try:
         done = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["prepared"]
-        complete, samples = done["complete"], done["samples"] if done["complete"] else None
+        samples = done["samples"] if done["complete"] else None
     except (OSError, ValueError, KeyError, TypeError):
         report.warnings.append(Problem("manifest.json", None, "there is none that can be read"))
         return
-    if not complete:
-        report.errors.append(Problem("manifest.json", None, "the preparation was interrupted; run granulon data prepare again"))
-    elif rows != samples:
-        report.errors.append(Problem("manifest.json", None, f"there are {rows} rows instead of {samples}"))
+    if rows != samples:
+        interrupted = "the preparation was interrupted; run granulon data prepare again"
+        reason = interrupted if samples is None else f"there are {rows} rows instead of {samples}"
+        report.errors.append(Problem("manifest.json", None, reason))
