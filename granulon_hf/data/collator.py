@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from granulon_hf.data.sample import Sample
+from granulon_hf.io import batches
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
 from granulon_hf.modeling.prompt_granulon import Prompt, tokens_in
@@ -84,31 +85,46 @@ class GranulonCollator:
             [I x channels x height x width]; padded also `attention_mask` [B x L], packed (B = 1) also `seq_idx` and
             `position_ids` [1 x L].
         """
-        try:
-            features = self._encode(list(samples))  # together: each call of the processor has its price
-        except Exception:  # some sample is bad: find out which
-            features = [feature for sample in samples if (feature := self.encode(sample)) is not None]
-        features = self._or_last(features)
+        features = self._or_last(self._usable(samples))
         return self._packed(features) if self.packing else self._padded(features)
 
+    def encode(self, sample: Sample | Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+        """One sample's `input_ids`, `labels`, `question_mask` [L] and `pixel_values` [I x channels x height x width] (not
+        without images); `None`, and a note in `problems`, where it cannot be used."""
+        return next(iter(self._usable([sample])), None)
+
+    def _usable(self, samples):
+        """Encode samples together, since each call of the processor has its price; if some are bad, find out which."""
+        try:
+            return self._encode(samples)
+        except Exception as error:  # one bad sample must not end an epoch
+            if len(samples) != 1:
+                return [feature for sample in samples for feature in self._usable([sample])]
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            problem = {"id": str(as_row(samples[0]).get("id")), "reason": reason}
+            if not self.problems:
+                logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return []
+
     def _or_last(self, features):
-        if not features:
-            return [self._last if self._last is not None else self._nothing()]
+        """Give one token without a label where there never was a good sample: an epoch must not end there."""
+        features = features or [self._last or self._nothing()]
         self._last = features[-1]
         return features
 
     def _nothing(self):
-        """One token without a label: a worker's first batch may be its only bad one, and an epoch must not end there."""
         token = torch.tensor([self.processor.tokenizer.pad_token_id])
         return {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
 
     def _packed(self, features):
         batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}
         lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
-        seq_idx = torch.arange(len(features)).repeat_interleave(lengths)[None]
+        batch["seq_idx"] = torch.arange(len(features)).repeat_interleave(lengths)[None]
         # The model counts positions itself; trainers take these for a sign of packing, and count tokens with them.
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-        return batch | {"seq_idx": seq_idx, "position_ids": position_ids} | stacked_images(features)
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        return batch | stacked_images(features)
 
     def _padded(self, features):
         fill = {**FILL, "input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
@@ -120,43 +136,26 @@ class GranulonCollator:
             batch[name] = pad(rows, (over, 0) if self.padding_side == "left" else (0, over), value=value)
         return batch | stacked_images(features)
 
-    def encode(self, sample: Sample | Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-        """One sample's `input_ids`, `labels`, `question_mask` [L] and `pixel_values` [I x channels x height x width] (not
-        without images); `None`, and a note in `problems`, where it cannot be used."""
-        try:
-            return self._encode([sample])[0]
-        except Exception as error:  # one bad sample must not end an epoch
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            problem = {"id": str(as_row(sample).get("id")), "reason": reason}
-            if not self.problems:
-                logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
-            if problem not in self.problems:
-                self.problems.append(problem)
-            return None
-
     def _encode(self, samples):
         rows = [as_row(sample) for sample in samples]
-        images = [[self._open(image) for image in row.get("images") or []] for row in rows]
-        prompts = self.processor.apply_chat_template([conversation(row["messages"], row.get("images") or []) for row in rows])
+        pictures = [row.get("images") or [] for row in rows]
+        opened = [[self._open(image) for image in images] for images in pictures]
+        prompts = self.processor.apply_chat_template(
+            [conversation(row["messages"], images) for row, images in zip(rows, pictures, strict=True)]
+        )
         inputs = self.processor(
-            images=images, prompts=prompts, return_offsets_mapping=True, return_text_replacement_offsets=True
+            images=opened, prompts=prompts, return_offsets_mapping=True, return_text_replacement_offsets=True
         )
         pixels = iter(inputs.get("pixel_values", ()))
         if self.image_features is not None:
-            pixels = iter([self.image_features(image) for row in rows for image in row.get("images") or []])
+            pixels = (self.image_features(image) for images in pictures for image in images)
         features = []
-        for row, pictures, prompt, replaced, *tokens in zip(
-            rows,
-            images,
-            prompts,
-            inputs["text_replacement_offsets"],
-            *(inputs[name] for name in ("input_ids", "question_mask", "offset_mapping")),
-            strict=True,
-        ):
-            prompt = prompt.expand([(one["span"], one["replacement"]) for one in replaced])
+        for i, row in enumerate(rows):
+            prompt = prompts[i].expand([(one["span"], one["replacement"]) for one in inputs["text_replacement_offsets"][i]])
+            tokens = (inputs[name][i] for name in ("input_ids", "question_mask", "offset_mapping"))
             features.append(self._labelled(*tokens, *self._answer_spans(row["messages"], prompt)))
-            if pictures:
-                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures])
+            if pictures[i]:
+                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures[i]])
         return features
 
     def _open(self, image):
@@ -196,32 +195,33 @@ class GranulonCollator:
     def _add_ends(self, ids, answer):
         """An answer goes on to the special token that ends it, if only white space lies between."""
         for end in (answer[:-1] & ~answer[1:]).nonzero().flatten().tolist():
-            stop = end + 1
-            while stop < len(ids) - 1 and ids[stop].item() not in self._end_tokens:
+            for stop in range(end + 1, len(ids)):
+                if ids[stop].item() in self._end_tokens:
+                    answer[end : stop + 1] = True
+                    break
                 if self.processor.tokenizer.decode([ids[stop].item()]).strip():
                     break
-                stop += 1
-            if ids[stop].item() in self._end_tokens:
-                answer[end : stop + 1] = True
 
     def _decoded_side(self) -> int | None:
         """Pixels that a decoded side must have so that nothing is lost when the image processor resizes it."""
         processor = self.processor.image_processor
-        size = processor.size
-        sides = [size.get(name) for name in ("shortest_edge", "height", "width")]
-        if self.jpeg_reduction is None or not getattr(processor, "do_resize", False) or not any(sides):
+        side = max(processor.size.get(name) or 0 for name in ("shortest_edge", "height", "width"))
+        if self.jpeg_reduction is None or not getattr(processor, "do_resize", False) or not side:
             return None
-        return int(self.jpeg_reduction * max(side or 0 for side in sides))
+        return int(self.jpeg_reduction * side)
 
     def lengths(self, samples: Sequence[Sample | Mapping[str, Any]]) -> list[int]:
         """Tokens of the sample at each index, image slots included, without opening an image: for `LengthGroupedSampler` and
         [`~granulon_hf.data.packing.PackSampler`]. A sample that the chat template refuses counts as none.
         """
-        found: list[int] = []
-        for start in range(0, len(samples), 1000):
+        (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
+        counts: list[int] = []
+        for numbers in batches(range(len(samples)), 1000):
             # By index, as a sampler asks for them: what iterates may leave bad rows out.
-            found += self._lengths([as_row(samples[i]) for i in range(start, min(start + 1000, len(samples)))])
-        return found
+            rows = [as_row(samples[i]) for i in numbers]
+            tokens = self.processor._tokenize([self._prompt(row) for row in rows], return_attention_mask=False)["input_ids"]
+            counts += [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
+        return [min(count, self.max_length or count) for count in counts]
 
     def _prompt(self, row) -> Prompt:
         try:
@@ -230,12 +230,6 @@ class GranulonCollator:
             return prompt
         except Exception:  # `encode` will say what is wrong with it
             return Prompt("")
-
-    def _lengths(self, rows):
-        tokens = self.processor._tokenize([self._prompt(row) for row in rows], return_attention_mask=False)["input_ids"]
-        (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
-        counts = [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
-        return [min(count, self.max_length or count) for count in counts]
 
 
 class GranulonPreferenceCollator(GranulonCollator):
@@ -265,12 +259,9 @@ class GranulonPreferenceCollator(GranulonCollator):
             `dict`: `input_ids`, `attention_mask`, `question_mask`, `completion_mask` [2 B x L] and, where there are images,
             `pixel_values`: first what was chosen, then what was rejected.
         """
-        pairs = []
-        for row in samples:
-            pair = [self.encode({**row, "messages": [*row["prompt"], *row[name]]}) for name in ("chosen", "rejected")]
-            if None not in pair:
-                pairs.append(pair)
-        chosen, rejected = zip(*self._or_last(pairs), strict=True)
+        names = ("chosen", "rejected")
+        pairs = [[self.encode({**row, "messages": [*row["prompt"], *row[name]]}) for name in names] for row in samples]
+        chosen, rejected = zip(*self._or_last([pair for pair in pairs if None not in pair]), strict=True)
         batch = self._padded([*chosen, *rejected])
         return batch | {"completion_mask": (batch.pop("labels") != -100).long()}
 
@@ -313,9 +304,8 @@ def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | 
     filled, parts = [], 0
     for message in messages:
         content = message["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
         new: list[dict[str, Any]] = []
-        for part in content:
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if part["type"] == "image":
                 parts += 1
                 new.append({"type": "image"} if images is None else {"type": "image", "image": next(rest, None)})
