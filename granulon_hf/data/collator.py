@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from granulon_hf.data.sample import Sample
+from granulon_hf.data.sample import Sample, conversation
 from granulon_hf.io import batches
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
@@ -292,26 +292,3 @@ def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     )
-
-
-def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
-    """Messages with their contents as parts, the image parts filled with images in their order where these are given.
-
-    Raises:
-        ValueError: there are more or fewer images than image parts.
-    """
-    rest = iter(images or [])
-    filled, parts = [], 0
-    for message in messages:
-        content = message["content"]
-        new: list[dict[str, Any]] = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if part["type"] == "image":
-                parts += 1
-                new.append({"type": "image"} if images is None else {"type": "image", "image": next(rest, None)})
-            else:  # without the empty fields that a table's rows have
-                new.append({name: value for name, value in part.items() if value is not None})
-        filled.append({"role": message["role"], "content": new})
-    if images is not None and parts != len(images):
-        raise ValueError(f"{len(images)} images for {parts} image parts")
-    return filled

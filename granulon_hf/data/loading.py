@@ -52,18 +52,6 @@ def load(
         load("prepared/folder")                                      # of `granulon data prepare`
         load(manifest="manifest.json")                               # the very same rows again
 
-    From a set to training batches:
-
-        from torch.utils.data import DataLoader
-        from transformers import AutoProcessor
-        from granulon_hf.data import load
-        from granulon_hf.data.collator import GranulonCollator
-
-        samples = load("a-okvqa", "train", source="folder/with/parquet")
-        collator = GranulonCollator(AutoProcessor.from_pretrained("path/to/model"), max_length=2048)
-        for batch in DataLoader(samples, batch_size=8, shuffle=True, num_workers=2, collate_fn=collator):
-            model(**batch).loss.backward()
-
     Args:
         name: a set (`ADAPTERS`), a prepared folder, or with `columns` any table.
         split (`str`, *optional*): by default the set's own: one that the source names in its files, folders or keys ("val" is
@@ -133,7 +121,7 @@ def load(
         return Samples(adapter, opened, split, {"stream": span}, on_error=on_error, verify=verify)
     bound = adapter.max_files if max_files is None else max_files
     draws: dict[str, Any] = {"limit": limit, "seed": seed, "holdout_seed": holdout_seed, "max_files": bound}
-    rows, held, filtered = choose(opened, adapter, draw_holdout=drawn, holdout=holdout, **draws)
+    rows, held, filtered = choose(opened, adapter, drawn=drawn, holdout=holdout, **draws)
     if not rows:
         reasons = tell_reasons([*filtered.elements(), *opened.broken.values()])
         what = f"the split {split!r} of {opened.location!r}" if opened.splits else repr(opened.location)

@@ -38,28 +38,19 @@ class BrokenFile(GranulonError):
 
 
 class Source:
-    """Parts with rows; the kinds below say how they are read.
+    """Parts with rows; the kinds below say how they are read."""
 
-    Attributes:
-        location (`str`): repository or path, as it is written into manifests.
-        revision (`str`, *optional*): commit of a repository.
-        parts (`list[str]`): names of the files, relative to the location.
-        roots (`list[Path]`): folders that images given as paths are relative to.
-        tolerant (`bool`): whether files that cannot be read are left out.
-        broken (`dict[str, str]`): those that were, and why.
-        split (`str`, *optional*): the split that all of it is, where it was opened as one of several.
-    """
-
-    location: str
-    revision: str | None = None
-    split: str | None = None
-    parts: list[str]
-    roots: list[Path]
+    location: str  # repository or path, as it is written into manifests
+    revision: str | None = None  # commit of a repository
+    split: str | None = None  # the split that all of it is, where it was opened as one of several
+    parts: list[str]  # names of the files, relative to the location
+    roots: list[Path]  # folders that images given as paths are relative to
     remote = False
-    tolerant = False
+    tolerant = False  # whether files that cannot be read are noted as broken, and left out
 
     @cached_property
     def broken(self) -> dict[str, str]:
+        """The files that cannot be read, and why."""
         return {}
 
     @property
@@ -68,7 +59,7 @@ class Source:
         return [self.split] if self.split else sorted({split for split in map(split_of, self.parts) if split})
 
     def readable(self, part: str) -> bool:
-        """Tell whether the part can be read at all; if not, it is noted as broken, or refused with [`BrokenFile`]."""
+        """Tell whether the part can be read at all; raise [`BrokenFile`] if it cannot, and the source is not tolerant."""
         try:
             self.columns(part)
         except BrokenFile as error:
@@ -117,11 +108,7 @@ class Source:
 
 
 class ParquetSource(Source):
-    """Parquet files under one root of a file system.
-
-    Args:
-        fs (`fsspec.AbstractFileSystem`, *optional*): of a remote root; `None` for files of this machine.
-    """
+    """Parquet files under one root: of a remote `fsspec` file system, or of this machine."""
 
     def __init__(self, location: str, root: str, parts: list[str], fs: Any = None, revision: str | None = None):
         self.location = location
@@ -131,14 +118,12 @@ class ParquetSource(Source):
         self.revision = revision
         self.remote = fs is not None
         self.roots = [] if self.remote else [Path(root), Path(root) / "images"]
-        self.__dict__ |= self._nothing_read()
-
-    @staticmethod
-    def _nothing_read() -> dict[str, Any]:
-        return {"_metadata": {}, "_files": {}, "_group": (None, None)}
+        self._metadata: dict[str, Any] = {}
+        self._files: dict[tuple[int, str], pq.ParquetFile] = {}
+        self._group: tuple[Any, Any] = (None, None)
 
     def __getstate__(self):
-        return self.__dict__ | self._nothing_read()
+        return self.__dict__ | {"_metadata": {}, "_files": {}, "_group": (None, None)}
 
     def _file(self, part: str) -> pq.ParquetFile:
         key = (os.getpid(), part)  # after a fork handles would be shared
@@ -158,9 +143,8 @@ class ParquetSource(Source):
             raise GranulonError(f"The file {part!r} of {self.location!r} is gone.") from None
         except (pa.ArrowException, OSError) as error:
             self._refuse_network(error, part)
-            raise BrokenFile(
-                f"The file {part!r} of {self.location!r} cannot be read as Parquet ({one_line(error)})."
-            ) from error
+            reason = f"cannot be read as Parquet ({one_line(error)})"
+            raise BrokenFile(f"The file {part!r} of {self.location!r} {reason}.") from error
         self._metadata[part] = file.metadata
         return file
 
@@ -197,8 +181,8 @@ class ParquetSource(Source):
         return table
 
     def rows(self, part, wanted, columns):
-        metadata = self._meta(part)
-        sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        meta = self._meta(part)
+        sizes = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
         starts = list(itertools.accumulate(sizes, initial=0))
         for row in wanted:
             group = bisect.bisect_right(starts, row) - 1
@@ -221,9 +205,7 @@ class ParquetSource(Source):
 class RecordSource(Source):
     """Rows that are read at once because they are small: LLaVA's JSON, lines of text.
 
-    Args:
-        tables (`dict`): part -> (file, number in the file from 0, record or what is wrong with it) of every row.
-        digest (`dict`): part -> what changes when the part changes.
+    Of every row of a part, `tables` has the file, its number there, and the record or what is wrong with it.
     """
 
     def __init__(self, location: str, root: Path, tables: dict[str, list[tuple[str, int, Any]]], digest: dict[str, str]):

@@ -91,7 +91,7 @@ class Population:
             members, taken = list(groups.values()), list[int]()
             for group in random.permutation(len(members)):
                 taken += members[group] if len(taken) < count else []
-            kept = np.sort(random.permutation(taken)[:count])
+            kept = random.permutation(taken)[:count]
             shared = frozenset(name for i in kept for name in names[i])
             free = sum(shared.isdisjoint(own) for own in names) - sum(not names[i] for i in kept)
             if free >= len(names) / 2 or (free and level == last - 1):
@@ -114,7 +114,7 @@ def choose(
     seed: int,
     holdout_seed: int,
     limit: int | None,
-    draw_holdout: bool,
+    drawn: bool,
     holdout: int | None,
     max_files: int,
 ) -> tuple[dict[str, np.ndarray], int, Counter[str]]:
@@ -126,16 +126,11 @@ def choose(
     "uniformly sampling" and "hold out".)
 
     Args:
-        seed, holdout_seed (`int`): of what is drawn from the rest, or of the held out rows; and of what is held out.
-        draw_holdout (`bool`): whether the hold-out is wanted, and not what is left.
-        holdout (`int`, *optional*): rows held out; by default the adapter's if the set has ten times as many, else none.
+        drawn (`bool`): whether the hold-out is wanted, and not what is left.
         max_files (`int`): parts that a limited subset is drawn from, 0 for all.
 
     Returns:
         `tuple`: chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason.
-
-    Raises:
-        GranulonError: the hold-out does not fit.
     """
     population, order = Population(source, adapter), file_order(source.parts, seed)
     held: dict[str, np.ndarray] = {}
@@ -154,34 +149,32 @@ def choose(
         else:
             reason = "too few" if asked >= total else "but too few that share no video or image with others,"
             raise GranulonError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
-    if draw_holdout:
+    if drawn:
         if not asked:
             raise NoHoldout(
                 f"{source.location!r} has no hold-out by default; say how many rows: holdout=… here and for training alike."
             )
-        chosen = held if limit is None else trim(held, limit, np.random.default_rng([seed, 2]))
         if limit is not None and limit > asked:
             raise GranulonError(f"The hold-out has {asked} rows, not {limit}; ask for holdout={limit} here and for training.")
+        free = held
     else:
         bound = max_files if max_files and limit is not None else len(order)
         parts, _ = population.prefix(order, bound, (limit or 0) + asked)
         free = {part: population.without(part, held.get(part), taken) for part in sorted(parts)}
         if limit is not None and 0 < (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
-        chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
+    chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
     return {part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered
 
 
 def trim(rows: dict[str, np.ndarray], count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw `count` of the rows, uniformly."""
-    return share_out(rows, np.sort(random.permutation(sum(map(len, rows.values())))[:count]))
+    return share_out(rows, random.permutation(sum(map(len, rows.values())))[:count])
 
 
 def share_out(rows: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the rows at positions, ascending, that count through all parts."""
+    """Return the rows at positions that count through all parts, in their order."""
     ends = np.cumsum([len(numbers) for numbers in rows.values()])
-    pieces = np.split(kept, np.searchsorted(kept, ends))
-    return {
-        part: numbers[piece - end + len(numbers)]
-        for (part, numbers), end, piece in zip(rows.items(), ends, pieces, strict=False)
-    }
+    chosen = np.zeros(sum(map(len, rows.values())), dtype=bool)
+    chosen[kept] = True
+    return {part: numbers[piece] for (part, numbers), piece in zip(rows.items(), np.split(chosen, ends), strict=False)}

@@ -3,12 +3,15 @@
 from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded, parse_list, pick, plain, single_turn, text
 from granulon_hf.data.sample import Sample
 
+EXTRA = ("rationales", "difficult_direct_answer")
+
 
 def to_sample(row: Row) -> Sample:
     """Make a sample of the question alone, answered by the correct choice (ours: the paper may have listed the options)."""
     given = parse_list(row["direct_answers"], "direct_answers")  # a string that holds a Python list
     direct_answers = [answer for answer in (plain(item, "direct answer") for item in given) if answer]
     choices = [text(choice, "choice") for choice in parse_list(row["choices"], "choices")]
+    extra = {name: row.get(name) for name in EXTRA}
     if row["correct_choice_idx"] is None and not direct_answers:
         raise BadRow("the answer is withheld, as in the test split; use validation")
     answer = pick(choices, row["correct_choice_idx"], "correct_choice_idx")
@@ -20,11 +23,7 @@ def to_sample(row: Row) -> Sample:
         answer=answer,
         task="vqa",
         choices=choices,
-        meta={
-            "direct_answers": direct_answers,
-            "rationales": row.get("rationales"),
-            "difficult_direct_answer": row.get("difficult_direct_answer"),
-        },
+        meta={"direct_answers": direct_answers, **extra},
     )
 
 
@@ -33,7 +32,7 @@ ADAPTER = Adapter(
     repo="HuggingFaceM4/A-OKVQA",
     to_sample=to_sample,
     columns=("image", "question_id", "question", "choices", "correct_choice_idx", "direct_answers"),
-    optional=("rationales", "difficult_direct_answer"),
+    optional=EXTRA,
     default_split="validation",
     id_column="question_id",
     group=("image", by_image),

@@ -46,17 +46,17 @@ class Adapter:
         default_split (`str`): the split that `load` takes unless told.
         eval_split (`str`, *optional*): the split that evaluation takes unless told, where the default one is trained on.
         id_column (`str`, *optional*): where the row's name is; rows without one are named by file and row.
-        unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are no part of the
-            set, or `None`; they are counted, and no limit or hold-out ever counts on them.
+        unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are filtered out, or
+            `None`; no limit or hold-out ever counts on them.
         group (`tuple`, *optional*): a column, and a function of its value that says what the row shares with others: names on
             one or more levels, the coarsest first (`[[video], [image]]`). No hold-out shares a name with training.
         paper (`dict[str, int]`): rows of the paper's subset by split (supplement, section 1: preset `"paper"`).
         holdout (`int`): rows that are kept out of training by default, in a set that has no test split.
-        max_files (`int`): files that a sample of limited size is drawn from at most, 0 for all: what bounds reading (ours).
+        max_files (`int`): files that a sample of limited size is drawn from, 0 for all: what bounds reading (ours).
         withheld (`dict[str, str]`): splits without public answers, and the split to use instead.
         license (`str`, *optional*): of the images and texts, for the card.
-        opener (`Callable`, *optional*): of a set that is made, not read: (what the user calls its source or `None`, split) to
-            a [`~granulon_hf.data.readers.Source`].
+        opener (`Callable`, *optional*): makes the [`~granulon_hf.data.readers.Source`] of a generated set from (what the user
+            calls its source or `None`, split).
         verify (`str`): how far images are checked by default: see [`~granulon_hf.data.load`].
     """
 
@@ -97,10 +97,9 @@ def plain(value: Any, what: str) -> str:
 
 def kind_of(value: Any) -> str:
     """Say what a value is, in the words of JSON."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "true or false"
-    kinds = ((str, "a text"), (Number, "a number"), (Mapping, "an object"), ((list, tuple), "a list"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
+    kinds = {type(None): "null", bool: "true or false", str: "a text", Number: "a number", Mapping: "an object"}
+    kinds |= {list: "a list", tuple: "a list"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def has_lone_surrogate(words: str) -> bool:

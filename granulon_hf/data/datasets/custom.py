@@ -1,7 +1,7 @@
 """Your own data: any table whose columns you name."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,15 +17,13 @@ def pick_choice(answer: Any, choices: list[str]) -> str:
     """Return the content of the answer: one of the choices by content or, if none reads so, by letter."""
     words = base.text(answer, "answer")
     whole = str(int(answer)) if isinstance(answer, float) and answer.is_integer() else words
-    for content in (words, whole):
+    labels = {base.label(i): choice for i, choice in enumerate(choices)}
+    for content in (words, whole, labels.get(words.upper())):
         if content in choices:
             return content
-    labels = {base.label(i): choice for i, choice in enumerate(choices)}
-    if words.upper() not in labels:
-        raise base.BadRow(
-            "the answer is none of the choices nor the letter of one (a column that counts from 0 is 'index', not 'answer')"
-        )
-    return labels[words.upper()]
+    raise base.BadRow(
+        "the answer is none of the choices nor the letter of one (a column that counts from 0 is 'index', not 'answer')"
+    )
 
 
 def by_group(value: Any) -> Levels:
@@ -71,7 +69,7 @@ def make_adapter(columns: Mapping[str, str]) -> Adapter:
         columns["index"] = columns.pop("answer")  # its name says that it counts
     if "index" in columns and "choices" not in columns:
         raise GranulonError("An 'index' counts choices from 0: name the column of the 'choices' too.")
-    group: tuple[str, Callable[[Any], Levels]] | None = (columns["image"], base.by_image) if "image" in columns else None
+    group: Any = (columns["image"], base.by_image) if "image" in columns else None
     if "group" in columns:
         group = (columns["group"], by_group)
     return Adapter(
