@@ -51,9 +51,9 @@ class Samples(Sequence[Sample]):
     """The samples of chosen rows, made when they are asked for; what [`load`] returns.
 
     Iterating goes through the files in order and reads each row group once: shuffle when training. Samples of local files can
-    be indexed too. Bad rows are skipped: iterating leaves them out, so that `len`, the number of chosen rows, may be larger;
-    an index gives the next good sample instead, so that no epoch ends in the middle. `on_error="raise"` refuses them.
-    An index reads a row group: this is quick in prepared folders, whose groups are small.
+    be indexed too, which reads a row group: this is quick in prepared folders, whose groups are small. Bad rows are skipped:
+    iterating leaves them out, so that `len`, the number of chosen rows, may be larger; an index gives the next good sample
+    instead, so that no epoch ends in the middle. `on_error="raise"` refuses them.
 
     Attributes:
         adapter ([`Adapter`]): how rows become samples.
@@ -170,25 +170,24 @@ class Samples(Sequence[Sample]):
             known = "|".join([*self.adapter.columns, *self.adapter.optional]).split("|")
             self._columns[part] = [name for name in self.source.columns(part) if name in known]
         for number, row in self.source.rows(part, wanted, self._columns[part]):
+            sample = None
             try:
-                yield part, number, self._make(part, number, row)
-            except BadRow as error:
-                reason = str(error).encode("utf-8", "backslashreplace").decode()  # it may cite what is no text
+                sample = self._make(part, number, row)
+            except Exception as error:  # a value of a type that nobody thought of must not end an epoch
+                unforeseen = f"the row is not as it should be ({type(error).__name__}: {error})"
+                reason = str(error) if isinstance(error, BadRow) else unforeseen
+                # It may cite what is no text.
+                reason = reason.encode("utf-8", "backslashreplace").decode()
                 problem = Problem(*self.source.where(part, number), reason)
                 if self._on_error == "raise":
                     raise GranulonError(f"Bad row in {self.source.location!r}: {problem}.") from None
                 self._problems[part, number] = problem
-                yield part, number, None
+            yield part, number, sample
 
     def _make(self, part: str, number: int, row: dict[str, Any] | Exception) -> Sample:
         if isinstance(row, Exception):
             raise BadRow(f"the row cannot be read ({one_line(row)})")
-        try:
-            sample = self.adapter.to_sample(row)
-        except BadRow:
-            raise
-        except Exception as error:  # a value of a type that nobody thought of must not end an epoch
-            raise BadRow(f"the row is not as it should be ({type(error).__name__}: {error})") from error
+        sample = self.adapter.to_sample(row)
         paths = [image["path"] or "" for image in sample.images]
         if has_lone_surrogate("".join([*paths, json.dumps(sample.meta, ensure_ascii=False, default=str)])):
             raise BadRow("the path of an image or the meta holds a lone surrogate")

@@ -9,13 +9,8 @@ from granulon_hf.data.datasets import llava
 from granulon_hf.data.datasets.base import WORDS, Adapter, Row, by_video, encoded_list, single_turn, text
 from granulon_hf.data.sample import Sample
 
+# The paper scores the two apart: an answer names a phase or an instrument, however spaced and cased.
 TOPICS = {"phase": WORDS["phases"], "instrument": WORDS["instruments"]}
-
-
-def find_topic(answer: str) -> str | None:
-    """Tell whether an answer names a phase or an instrument, however spaced and cased: the paper scores the two apart."""
-    name = re.sub(r"[^a-z]", "", answer.lower())
-    return next((topic for topic, names in TOPICS.items() if name in map(str.lower, names)), None)
 
 
 def to_sample(row: Row) -> Sample:
@@ -26,8 +21,10 @@ def to_sample(row: Row) -> Sample:
         question, answer = text(row.get("question"), "question"), text(row.get("answer"), "answer")
         images = encoded_list(row.get("image"))
         sample = single_turn(row, id_column="id", images=images, question=question, answer=answer, task="vqa")
-    if (topic := find_topic(sample.reference)) is not None:
-        sample.meta["category"] = topic
+    name = re.sub(r"[^a-z]", "", sample.reference.lower())
+    for topic, names in TOPICS.items():
+        if name in map(str.lower, names):
+            sample.meta["category"] = topic
     return sample
 
 

@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from granulon_hf.data import pictures
 from granulon_hf.data.loading import load
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.readers import StreamSource
@@ -115,13 +114,8 @@ def write(folder: Path, samples: Samples, settings: dict[str, Any], note: Callab
     done = {"complete": True, "settings": settings, "samples": written, "shards": len(firsts)}
     manifest = samples.manifest | {"prepared": done | {"problems": problems, "renamed": renamed}}
     write_text(folder / "README.md", make_card(samples, manifest, tasks))
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a folder, whole or not at all."""
     write_text(folder / "manifest.json", json.dumps(manifest, ensure_ascii=False) + "\n")
+    return manifest
 
 
 def is_whole(path: Path) -> bool:
@@ -145,11 +139,10 @@ def start(folder: Path, name: Any, settings: dict[str, Any], options: dict[str, 
                 raise
     samples = load(name, **given)
     if isinstance(samples.source, StreamSource):
-        raise GranulonError(
-            "A stream cannot be prepared: its rows cannot be counted. Give it as files or as a datasets.Dataset."
-        )
+        raise GranulonError("A stream cannot be prepared: its rows cannot be counted; give it as files or a datasets.Dataset.")
     shutil.rmtree(folder / "data", ignore_errors=True)  # of a subset that is written over
-    write_manifest(folder, samples.manifest | {"prepared": {"complete": False, "settings": settings}})
+    manifest = samples.manifest | {"prepared": {"complete": False, "settings": settings}}
+    write_text(folder / "manifest.json", json.dumps(manifest, ensure_ascii=False) + "\n")
     return samples
 
 
@@ -192,10 +185,10 @@ def embedded_rows(samples: Samples, tasks: Counter[str], progress: Callable[[int
     """Make samples into rows with their images in them; of an image's path the file's name is kept."""
     for done, (_, _, sample) in enumerate(samples.walk(), start=1):
         if sample is not None:
-            sample.images = [
-                image if image["bytes"] else {"bytes": pictures.read(image), "path": Path(image["path"]).name}
-                for image in sample.images
-            ]
+            for image in sample.images:
+                if not image["bytes"]:
+                    path = Path(image["path"])
+                    image |= {"bytes": path.read_bytes(), "path": path.name}
             tasks[sample.task] += 1
             yield prepared.to_row(sample)
         progress(done)
