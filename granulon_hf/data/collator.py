@@ -36,15 +36,14 @@ class GranulonCollator:
     Args:
         processor ([`GranulonProcessor`]): of the model.
         max_length (`int`, *optional*): tokens per sample, image slots included. A longer sample loses the end of its last
-            answer; where the prompt leaves no room for one token of it, the sample is left out. Image slots are never cut.
+            answer, but no image slot; where the prompt leaves no room for one token of the answer, it is left out.
         padding_side (`str`, defaults to `"right"`): `"left"` or `"right"`.
-        packing (`bool`, defaults to `False`): no padding; all samples of the batch follow each other in one row, told apart by
-            `seq_idx`.
+        packing (`bool`, defaults to `False`): no padding: the samples follow each other in one row, told apart by `seq_idx`.
         pad_to_multiple_of (`int`, *optional*): make the row length a multiple; not with `packing`.
         last_answer_only (`bool`, defaults to `False`): labels on the last assistant turn only.
         jpeg_reduction (`float`, *optional*, defaults to 2.0): a JPEG file is decoded at a half, quarter or eighth of its size
-            where that is still this many times the size that the image processor wants. At 2 hardly a pixel changes, at 1 it
-            is faster and edges differ (figures: examples/benchmarks/data_loading.py); `None` always decodes it in full.
+            where that is still this many times the size that the image processor wants (what that changes:
+            examples/benchmarks/data_loading.py); `None` always decodes it in full.
         image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
             ([`~granulon_hf.training.feature_cache.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
 
@@ -65,7 +64,7 @@ class GranulonCollator:
     jpeg_reduction: float | None = 2.0
     image_features: Callable[[Any], torch.Tensor] | None = None
     problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
-    _last: Any = field(default=None, init=False, repr=False)
+    _last: Any = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.padding_side not in ("left", "right"):
@@ -74,6 +73,9 @@ class GranulonCollator:
             raise ValueError("A packed batch has no padding: leave out pad_to_multiple_of, or packing.")
         tokens = self.processor.tokenizer.added_tokens_decoder.items()
         self._end_tokens = {index for index, token in tokens if token.special} - {self.processor.image_token_id}
+        # One token without a label: a worker's first batch may be its only bad one, and an epoch must not end there.
+        token = torch.tensor([self.processor.tokenizer.pad_token_id or 0])
+        self._last = {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
 
     def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -109,14 +111,8 @@ class GranulonCollator:
             return []
 
     def _or_last(self, features):
-        """Give one token without a label where there never was a good sample: an epoch must not end there."""
-        features = features or [self._last or self._nothing()]
-        self._last = features[-1]
-        return features
-
-    def _nothing(self):
-        token = torch.tensor([self.processor.tokenizer.pad_token_id])
-        return {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
+        self._last = (features or [self._last])[-1]
+        return features or [self._last]
 
     def _packed(self, features):
         batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}
@@ -138,24 +134,22 @@ class GranulonCollator:
 
     def _encode(self, samples):
         rows = [as_row(sample) for sample in samples]
-        pictures = [row.get("images") or [] for row in rows]
-        opened = [[self._open(image) for image in images] for images in pictures]
-        prompts = self.processor.apply_chat_template(
-            [conversation(row["messages"], images) for row, images in zip(rows, pictures, strict=True)]
-        )
+        opened = [[self._open(image) for image in row["images"]] for row in rows]
+        dialogues = [conversation(row["messages"], row["images"]) for row in rows]
+        prompts = self.processor.apply_chat_template(dialogues)
         inputs = self.processor(
             images=opened, prompts=prompts, return_offsets_mapping=True, return_text_replacement_offsets=True
         )
         pixels = iter(inputs.get("pixel_values", ()))
         if self.image_features is not None:
-            pixels = (self.image_features(image) for images in pictures for image in images)
+            pixels = (self.image_features(image) for row in rows for image in row["images"])
         features = []
         for i, row in enumerate(rows):
             prompt = prompts[i].expand([(one["span"], one["replacement"]) for one in inputs["text_replacement_offsets"][i]])
             tokens = (inputs[name][i] for name in ("input_ids", "question_mask", "offset_mapping"))
-            features.append(self._labelled(*tokens, *self._answer_spans(row["messages"], prompt)))
-            if pictures[i]:
-                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures[i]])
+            features.append(self._labelled(*tokens, *self._answer_spans(dialogues[i], prompt)))
+            if row["images"]:
+                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in row["images"]])
         return features
 
     def _open(self, image):
@@ -163,9 +157,9 @@ class GranulonCollator:
             return Image.new("RGB", (self._decoded_side() or 8,) * 2)
         return open_rgb(image, self._decoded_side())
 
-    def _answer_spans(self, messages, prompt: Prompt):
-        """The characters of every answer, or of the last one, and of the last one."""
-        answers = [message["content"] for message in conversation(messages) if message["role"] == "assistant"]
+    def _answer_spans(self, dialogue, prompt: Prompt):
+        """Return the characters of every answer, or of the last one, and of the last one."""
+        answers = [message["content"] for message in dialogue if message["role"] == "assistant"]
         counts = [sum(bool(part.get("text", "").strip()) for part in content) for content in answers]
         if not sum(counts):
             raise ValueError("it has no answer")
@@ -184,9 +178,8 @@ class GranulonCollator:
         if self.max_length is not None and len(ids) > self.max_length:
             prompt = tokens_in(offsets, last).index(1)
             if prompt >= self.max_length or (ids[self.max_length :] == self.processor.image_token_id).any():
-                raise ValueError(
-                    f"{len(ids)} tokens, {prompt} of them before the last answer, do not fit max_length={self.max_length}"
-                )
+                counts = f"{len(ids)} tokens, {prompt} of them before the last answer"
+                raise ValueError(f"{counts}, do not fit max_length={self.max_length}")
             features = {name: value[: self.max_length] for name, value in features.items()}
         if (features["labels"] == -100).all():
             raise ValueError("no token of it carries a label")
@@ -220,7 +213,7 @@ class GranulonCollator:
             # By index, as a sampler asks for them: what iterates may leave bad rows out.
             rows = [as_row(samples[i]) for i in numbers]
             tokens = self.processor._tokenize([self._prompt(row) for row in rows], return_attention_mask=False)["input_ids"]
-            counts += [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
+            counts += [len(ids) + len(row["images"]) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
         return [min(count, self.max_length or count) for count in counts]
 
     def _prompt(self, row) -> Prompt:
@@ -246,9 +239,7 @@ class GranulonPreferenceCollator(GranulonCollator):
         if self.packing:
             raise ValueError("DPOTrainer compares rows: preference pairs cannot be packed.")
         self.last_answer_only = True
-
-    def _nothing(self):
-        return [super()._nothing()] * 2
+        self._last = [self._last, self._last]
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:  # type: ignore[override]
         """
@@ -270,10 +261,12 @@ class GranulonPreferenceCollator(GranulonCollator):
 FILL = {"input_ids": 0, "labels": -100, "question_mask": 0}
 
 
-def as_row(sample: Sample | Mapping[str, Any]) -> Mapping[str, Any]:
-    row = vars(sample) if isinstance(sample, Sample) else sample
-    # The other form of TRL's rows.
-    return {**row, "messages": [*row["prompt"], *row["completion"]]} if "completion" in row else row
+def as_row(sample: Sample | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample as a dictionary with `messages` and `images`; TRL's rows also come as prompt and completion."""
+    row = dict(vars(sample) if isinstance(sample, Sample) else sample)
+    if "completion" in row:
+        row["messages"] = [*row["prompt"], *row["completion"]]
+    return row | {"images": row.get("images") or []}
 
 
 def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -48,7 +48,7 @@ class Sample:
 
 
 def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
-    """Messages with their contents as parts, the image parts filled with images in their order where these are given.
+    """Return messages with their contents as parts, the image parts filled with images in their order where these are given.
 
     Raises:
         ValueError: there are more or fewer images than image parts.
@@ -57,13 +57,13 @@ def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | 
     filled, parts = [], 0
     for message in messages:
         content = message["content"]
-        new: list[dict[str, Any]] = []
-        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        # Without the empty fields that a table's rows have.
+        given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        new = [{name: value for name, value in part.items() if value is not None} for part in given]
+        for i, part in enumerate(new):
             if part["type"] == "image":
                 parts += 1
-                new.append({"type": "image"} if images is None else {"type": "image", "image": next(rest, None)})
-            else:  # without the empty fields that a table's rows have
-                new.append({name: value for name, value in part.items() if value is not None})
+                new[i] = {"type": "image"} if images is None else {"type": "image", "image": next(rest, None)}
         filled.append({"role": message["role"], "content": new})
     if images is not None and parts != len(images):
         raise ValueError(f"{len(images)} images for {parts} image parts")
