@@ -13,10 +13,9 @@ from granulon_hf.data.datasets.custom import make_adapter
 from granulon_hf.data.datasets.registry import ADAPTERS
 from granulon_hf.data.opening import check_columns, open_source
 from granulon_hf.data.prepared import format as prepared
-from granulon_hf.data.readers import DatasetSource, Source, StreamSource
+from granulon_hf.data.readers import SPLIT_WORDS, SPLITS, DatasetSource, Source, StreamSource, split_of
 from granulon_hf.data.samples import Samples, tell_reasons
 from granulon_hf.data.sampling import choose
-from granulon_hf.data.splits import SPLIT_WORDS, SPLITS, split_of
 from granulon_hf.errors import GranulonError
 
 KNOWN = ", ".join(name for name in ADAPTERS if name != "prepared")

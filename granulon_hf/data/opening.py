@@ -7,27 +7,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from granulon_hf.data import readers
 from granulon_hf.data.datasets.base import Adapter, one_line
-from granulon_hf.data.readers import DatasetSource, ParquetSource, Source, StreamSource, read_json, read_lines
-from granulon_hf.data.splits import pick_split
+from granulon_hf.data.readers import SPLIT_WORDS, DatasetSource, ParquetSource, Source, StreamSource
 from granulon_hf.errors import GranulonError
 
 
 def open_source(source: Any, revision: str | None = None, split: str = "train") -> Source:
-    """Open what a user calls a source.
+    """Open what a user calls a source, the split of it where `datasets` keeps them apart.
 
     Args:
         source: `owner/name` on the Hub; a folder, file or list of files (Parquet, JSON, lines); a folder of `save_to_disk`; or
             a `datasets.Dataset`, `IterableDataset` or dictionary of these by split.
-        split (`str`): which of the splits, where `datasets` keeps them apart.
-
-    Raises:
-        GranulonError: it does not exist, or holds nothing that can be read.
     """
     if isinstance(source, Mapping):
-        picked = pick_split(source, split)
-        found = open_source(source[picked], revision, split)
-        found.split = picked
+        known = {SPLIT_WORDS.get(name, name): name for name in source} | {name: name for name in source}
+        # A hold-out is a part of train, unless it is a split of its own.
+        wanted = [name for name in (split, SPLIT_WORDS.get(split), "train" if split == "holdout" else None) if name in known]
+        if not wanted:
+            raise GranulonError(f"The source has no split {split!r}; it has {', '.join(map(repr, source))}.")
+        found = open_source(source[known[wanted[0]]], revision, split)
+        found.split = known[wanted[0]]
         return found
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
         return DatasetSource(source) if hasattr(source, "__len__") else StreamSource(source)
@@ -73,9 +73,9 @@ def open_files(root: Path, files: list[Path], location: str) -> Source:
     if parquet := of_kind(".parquet"):
         return ParquetSource(location, str(root), [file.relative_to(root).as_posix() for file in parquet])
     if chats := of_kind(".json", ".jsonl"):
-        return read_json(root, chats, location)
+        return readers.read_json(root, chats, location)
     if lines := of_kind(".txt"):
-        return read_lines(root, lines, location)
+        return readers.read_lines(root, lines, location)
     raise GranulonError(f"{location!r} holds no Parquet, JSON or question|answer files.")
 
 
@@ -102,17 +102,14 @@ def check_columns(adapter: Adapter, source: Source, parts: Iterable[str]) -> Non
     """Refuse files that lack a column which the adapter needs, before any work; a file without rows lacks nothing."""
     for part in parts:
         present = source.columns(part)
-        if not present:
-            if isinstance(source, StreamSource):
-                raise GranulonError(f"{source.location!r} is empty.")
-            if not source.count(part):
-                continue
-            reason = next(source.rows(part, range(1), []))[1] or "its first record is empty"
-            raise GranulonError(f"{part!r} of {source.location!r} is not {adapter.name}: {reason}.")
         missing = [column for column in adapter.columns if not set(column.split("|")) & set(present)]
-        if missing:
+        if present and missing:
             lacks = ", ".join(" or ".join(map(repr, column.split("|"))) for column in missing)
             what = "" if adapter.name == "columns" else f" is not {adapter.name}: it"
-            raise GranulonError(
-                f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {', '.join(map(repr, present))}."
-            )
+            has = ", ".join(map(repr, present))
+            raise GranulonError(f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {has}.")
+        if not present and isinstance(source, StreamSource):
+            raise GranulonError(f"{source.location!r} is empty.")
+        if not present and source.count(part):
+            reason = next(source.rows(part, range(1), []))[1] or "its first record is empty"
+            raise GranulonError(f"{part!r} of {source.location!r} is not {adapter.name}: {reason}.")

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +23,6 @@ import pyarrow.parquet as pq
 
 from granulon_hf.data.datasets.base import kind_of, one_line
 from granulon_hf.data.pictures import IMAGE_ENDINGS
-from granulon_hf.data.splits import split_of
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import batches
 
@@ -31,6 +30,21 @@ FINGERPRINT_BYTES = 1 << 16
 REQUESTS = 16  # at a time: footers and single columns are small, latency is all they cost
 OPEN_FILES = 32
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+SPLIT_WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+SPLIT_WORDS |= {"test": "test", "holdout": "holdout"}
+SPLITS = tuple(dict.fromkeys(SPLIT_WORDS.values()))  # what a source that names no split can be called
+
+
+def split_of(part: str) -> str | None:
+    """Return the split that a file's name or folder says it belongs to: `data/train-00000-of-00002.parquet`, `val/x.parquet`.
+
+    Shards in `data/` may name any split, as for `datasets.load_dataset`; other files only a usual one.
+    """
+    if shard := re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.parquet", part):
+        return SPLIT_WORDS.get(shard[1], shard[1])
+    pieces = reversed(PurePosixPath(part).with_suffix("").parts)
+    words = (word for piece in pieces for word in re.split(r"[^a-z]+", piece.lower()))
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 class BrokenFile(GranulonError):

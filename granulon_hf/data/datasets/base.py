@@ -22,7 +22,7 @@ from granulon_hf.errors import one_line as one_line
 Row = Mapping[str, Any]
 Levels = Sequence[Sequence[str]]
 BYTES = (bytes, bytearray, memoryview)
-WORDS = yaml.safe_load(files("granulon_hf.data.datasets").joinpath("words.yaml").read_text(encoding="utf-8"))
+TABLES = yaml.safe_load(files("granulon_hf.data.datasets").joinpath("sets.yaml").read_text(encoding="utf-8"))
 
 
 class NoHoldout(GranulonError):
@@ -40,8 +40,8 @@ class Adapter:
     Args:
         name (`str`): what `load` calls it.
         to_sample (`Callable`): a pure function of one row; raises [`BadRow`]. Images may be raw bytes, structs or paths.
-        columns (`tuple[str]`): columns without which it cannot work; `"a|b"` means one of the two.
-        optional (`tuple[str]`): columns that are read where they exist.
+        columns (`Sequence[str]`): columns without which it cannot work; `"a|b"` means one of the two.
+        optional (`Sequence[str]`): columns that are read where they exist.
         repo (`str`, *optional*): its repository on the Hub.
         default_split (`str`): the split that `load` takes unless told.
         eval_split (`str`, *optional*): the split that evaluation takes unless told, where the default one is trained on.
@@ -62,8 +62,8 @@ class Adapter:
 
     name: str
     to_sample: Callable[[Row], Sample]
-    columns: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    columns: Sequence[str]
+    optional: Sequence[str] = ()
     repo: str | None = None
     default_split: str = "train"
     eval_split: str | None = None
@@ -77,6 +77,11 @@ class Adapter:
     license: str | None = None
     opener: Callable[[Any, str], Any] | None = None
     verify: str = "decode"
+
+
+def define(name: str, to_sample: Callable[[Row], Sample], **functions: Any) -> Adapter:
+    """Make the adapter of a set that `sets.yaml` describes."""
+    return Adapter(name, to_sample, **TABLES["adapters"][name], **functions)
 
 
 def plain(value: Any, what: str) -> str:

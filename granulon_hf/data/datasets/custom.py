@@ -46,7 +46,7 @@ def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
     if "question" in columns:
         question = base.text(cell["question"], "question")
     else:
-        question = base.draw(base.WORDS["caption_instructions"], base.plain(row.get(id_column), "id"))
+        question = base.draw(base.TABLES["caption_instructions"], base.plain(row.get(id_column), "id"))
     return base.single_turn(
         row,
         id_column=id_column,

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded_list, plain, text
+from granulon_hf.data.datasets.base import BadRow, Row, by_image, define, encoded_list, plain, text
 from granulon_hf.data.sample import Sample
 
 MARKER = "<image>"
@@ -44,9 +44,7 @@ def to_sample(row: Row, task: str = "reasoning") -> Sample:
     return Sample(plain(row.get("id"), "id"), images, messages, messages[-1]["content"][0]["text"], task)
 
 
-ADAPTER = Adapter(
-    name="llava", to_sample=to_sample, columns=("conversations",), optional=("id", "image"), group=("image", by_image)
-)
+ADAPTER = define("llava", to_sample, group=("image", by_image))
 
 
 def is_chat(name: str | Path) -> bool:

@@ -6,11 +6,10 @@ SurgVLM has no repository of its own; SurgSigma/SurgSigma-DB is partly released 
 import re
 
 from granulon_hf.data.datasets import llava
-from granulon_hf.data.datasets.base import WORDS, Adapter, Row, by_video, encoded_list, single_turn, text
+from granulon_hf.data.datasets.base import TABLES, Row, by_video, define, encoded_list, single_turn, text
 from granulon_hf.data.sample import Sample
 
-# The paper scores the two apart: an answer names a phase or an instrument, however spaced and cased.
-TOPICS = {"phase": WORDS["phases"], "instrument": WORDS["instruments"]}
+TOPICS = TABLES["topics"]
 
 
 def to_sample(row: Row) -> Sample:
@@ -28,13 +27,4 @@ def to_sample(row: Row) -> Sample:
     return sample
 
 
-ADAPTER = Adapter(
-    name="surgvlm",
-    to_sample=to_sample,
-    columns=("conversations|question",),
-    optional=("id", "image", "answer"),
-    group=("image", by_video),
-    paper={"train": 50_000, "holdout": 1_000},
-    holdout=1_000,
-    eval_split="holdout",
-)
+ADAPTER = define("surgvlm", to_sample, group=("image", by_video))
