@@ -57,8 +57,7 @@ def load(
             "validation"); a source that names none can be called train, validation or test. "holdout" is what training never
             sees.
         source (*optional*): local files, a `datasets.Dataset` or another repository; by default the set's own on the Hub.
-        limit (`int`, *optional*): rows, drawn uniformly; of a stream the first (shuffle it before). Bad ones among them are
-            left out and not replaced.
+        limit (`int`, *optional*): rows, drawn uniformly; of a stream the first. Bad ones are left out and not replaced.
         seed (`int`): the same seed draws the same rows from the same files.
         holdout (`int`, *optional*): rows held out of training; give both loads the same. By default the set's own (1,000 for
             flux-reason and surgvlm) if there are ten times as many rows. Where several rows may show one image or video, none
@@ -71,15 +70,13 @@ def load(
             "index" instead of "answer" where a number from 0 says which choice is right (so does an answer's column that is
             called `…_idx` or `…_index`); "group" where rows belong together that no hold-out may part, such as patients.
         max_files (`int`, *optional*): files that a limited subset is drawn from, spread over the folders in proportion; 0 for
-            all. By default the set's own: 118 of FLUX-Reason's 1,180 and 64 of recap's 8,700, because drawing rows from all of
-            them reads nearly all of them.
+            all. By default the set's own, because drawing rows from all files reads nearly all of them.
         revision (`str`, *optional*): of the repository; by default the newest commit, which the manifest names.
-        verify (`str`, *optional*): "decode" images in full before they are given out, read only the "header", or "none"; by
-            default "decode", and "header" for prepared folders, which were decoded when they were written.
+        verify (`str`, *optional*): "decode" images in full, read only the "header", or "none"; by default "decode", and
+            "header" for prepared folders, which were decoded when they were written.
 
     Raises:
-        GranulonError: what was asked for cannot be had, or there is no row of it; one sentence, which names arguments in
-            backticks.
+        GranulonError: what was asked for cannot be had, or there is no row of it.
     """
     for what, word, words in (
         ("on_error", on_error, ("skip", "raise")),
@@ -152,12 +149,10 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
 
 
 def open_place(adapter: Adapter, place: Any, revision: str | None, split: str) -> Source:
-    """Open the source of a set, which may be generated."""
     return adapter.opener(place, split) if adapter.opener else open_source(place, revision, split)
 
 
 def refuse_withheld(adapter: Adapter, split: str | None) -> None:
-    """Refuse a split without public answers."""
     if split in adapter.withheld:
         raise GranulonError(f"The answers of {adapter.name}'s split {split!r} are withheld; use {adapter.withheld[split]!r}.")
 

@@ -56,7 +56,7 @@ def open_folder(path: Path, split: str) -> Source:
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        return DatasetSource(load_from_disk(path), str(path), stored=True)
+        return DatasetSource(load_from_disk(path), path)
     files = sorted(path.rglob("*"))
     if (path / "chat.json").is_file():
         files = [path / "chat.json"]
@@ -89,9 +89,8 @@ def open_hub(repo: str, revision: str | None) -> Source:
         root = f"datasets/{repo}@{sha}"
         files = fs.find(root)  # lists with sizes, so that opening a file asks no more
     except Exception as error:  # the client raises what its many layers raise
-        raise GranulonError(
-            f"Cannot reach the data set {repo!r} on the Hub ({one_line(error)}); give source=… for a local copy."
-        ) from error
+        reason = f"({one_line(error)}); give source=… for a local copy"
+        raise GranulonError(f"Cannot reach the data set {repo!r} on the Hub {reason}.") from error
     parts = sorted(file.removeprefix(f"{root}/") for file in files if file.endswith(".parquet"))
     if not parts:
         raise GranulonError(f"The data set {repo!r} has no Parquet files; try revision='refs/convert/parquet'.")

@@ -110,7 +110,7 @@ class Source:
         if not self.remote:
             return {part: function(part) for part in parts}
         with ThreadPoolExecutor(REQUESTS) as pool:
-            return dict(zip(parts := list(parts), pool.map(function, parts), strict=True))
+            return dict(pool.map(lambda part: (part, function(part)), parts))
 
     def fingerprint(self, part: str) -> str | None:
         """Return what changes when the part changes; `None` if a revision or nothing says so."""
@@ -313,12 +313,16 @@ def read_lines(root: Path, files: list[Path], location: str) -> RecordSource:
 class DatasetSource(Source):
     """A `datasets.Dataset`, by object or as `save_to_disk` left it. Images stay encoded, class labels become their names."""
 
-    def __init__(self, dataset: Any, location: str = "datasets.Dataset", stored: bool = False):
+    location = "datasets.Dataset"
+    parts = ["dataset"]
+
+    def __init__(self, dataset: Any, folder: Path | None = None):
         self.dataset = dataset
-        self.location = location
-        self.stored = stored
-        self.parts = ["dataset"]
-        self.roots = [Path.cwd()] + ([Path(location)] if stored else [])
+        self.stored = folder is not None
+        self.roots = [Path.cwd()]
+        if folder is not None:
+            self.location = str(folder)
+            self.roots.append(folder)
 
     def columns(self, part: str) -> list[str]:
         return list(self.dataset.column_names)
@@ -341,16 +345,12 @@ class DatasetSource(Source):
         return self.dataset._fingerprint if self.stored else None
 
 
-class StreamSource(Source):
+class StreamSource(DatasetSource):
     """A `datasets.IterableDataset`: its rows in its own order, as many as there are."""
 
-    remote = True
     location = "datasets.IterableDataset"
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-        self.parts = ["stream"]
-        self.roots = [Path.cwd()]
+    parts = ["stream"]
+    remote = True
 
     def columns(self, part: str) -> list[str]:
         return list(self.dataset.column_names or next(iter(self.dataset), {}))

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,9 @@ from granulon_hf.io import write_text
 
 NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repetitions nor written into manifests
 REASONS = 3  # that are told of many
+
+
+Progress = Callable[[int, int], None]  # takes what is done, and all that there is to do
 
 
 class Problem(NamedTuple):
@@ -112,9 +115,8 @@ class Samples(Sequence[Sample]):
                 raise GranulonError(f"A slice of samples takes every row; got a step of {step}.")
             return self.slice(start, stop)
         if self.source.remote:
-            raise GranulonError(
-                f"{self.source.location!r} is streamed and has no random access: iterate, or `granulon data prepare` it first."
-            )
+            advice = "iterate, or `granulon data prepare` it first"
+            raise GranulonError(f"{self.source.location!r} is streamed and has no random access: {advice}.")
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} samples")
         for step in range(len(self)):

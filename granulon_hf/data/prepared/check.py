@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from granulon_hf.data.loading import load
 from granulon_hf.data.opening import open_source
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.sample import Sample
-from granulon_hf.data.samples import Problem, Samples, none_usable
+from granulon_hf.data.samples import Problem, Progress, Samples, none_usable
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -27,9 +27,8 @@ class Report:
 
     Attributes:
         samples (`dict[str, int]`): usable samples by split.
-        errors (`list[Problem]`): broken images, empty answers, repeated ids, duplicates, what is in both training and test,
-            missing rows. Duplicates are samples of one split with the same pixels, whatever the format of the files, and the
-            same turns, whatever their ids.
+        errors (`list[Problem]`): broken images, empty answers, repeated ids, missing rows, duplicates within a split, and what
+            is in both training and test.
         warnings (`list[Problem]`): what is odd but can be used.
         lengths (`dict[str, list[int]]`): of every question and answer (words, or tokens) and image (longer side, pixels).
         unit (`str`): "words" or "tokens".
@@ -47,8 +46,8 @@ class Report:
         result = {}
         for what, values in self.lengths.items():
             if values:
-                least, median, p95, most = np.percentile(values, (0, 50, 95, 100)).tolist()
-                result[what] = {"min": least, "median": median, "mean": float(np.mean(values)), "p95": p95, "max": most}
+                low, median, p95, high = np.percentile(values, (0, 50, 95, 100)).tolist()
+                result[what] = {"min": low, "median": median, "mean": float(np.mean(values)), "p95": p95, "max": high}
         return result
 
 
@@ -63,16 +62,13 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
 
 
 def check(
-    folder: str | Path,
-    against: str | Path | None = None,
-    tokenizer: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    folder: str | Path, against: str | Path | None = None, tokenizer: Any = None, progress: Progress | None = None
 ) -> Report:
     """Read every sample and decode every image of a prepared folder.
 
     Args:
-        against (*optional*): another prepared folder that must share no image with it, such as the test set. The splits of one
-            folder are held against each other anyway.
+        against (*optional*): another prepared folder that must share no image with it, such as the test set; neither may the
+            splits of one folder.
         tokenizer (*optional*): measures lengths in its tokens instead of words.
         progress (`Callable`, *optional*): called with samples done and samples in all.
 

@@ -20,24 +20,17 @@ from filelock import FileLock, Timeout
 from granulon_hf.data.loading import load
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.readers import StreamSource
-from granulon_hf.data.samples import Samples, none_usable
+from granulon_hf.data.samples import Progress, Samples, none_usable
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import batches, replacing, write_text
 
-SHARD_ROWS = 1000
 GROUP_ROWS = 16  # what is read to get at one sample
 LOCK = ".lock"
 NOTE = b"granulon"  # bad and renamed rows of a shard, in its own metadata
 
 
 def prepare(
-    name: Any,
-    out: str | Path,
-    *,
-    overwrite: bool = False,
-    shard_rows: int = SHARD_ROWS,
-    progress: Callable[[int, int], None] | None = None,
-    **options,
+    name: Any, out: str | Path, *, overwrite: bool = False, shard_rows: int = 1000, progress: Progress | None = None, **options
 ) -> dict[str, Any]:
     """Write a subset; finished shards of an earlier, interrupted call with the same settings are kept.
 
@@ -78,15 +71,14 @@ def locked(folder: Path) -> Iterator[None]:
                 with suppress(PermissionError):
                     (folder / LOCK).unlink(missing_ok=True)
     except Timeout:
-        raise GranulonError(
-            f"Another granulon data prepare is writing to {str(folder)!r}; wait for it, or take another folder."
-        ) from None
+        advice = "wait for it, or take another folder"
+        raise GranulonError(f"Another granulon data prepare is writing to {str(folder)!r}; {advice}.") from None
     finally:
         if new and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def write(folder: Path, samples: Samples, settings: dict[str, Any], note: Callable[[int, int], None]) -> dict[str, Any]:
+def write(folder: Path, samples: Samples, settings: dict[str, Any], note: Progress) -> dict[str, Any]:
     """Write the shards that are missing, then card and manifest; return the manifest."""
     total, shard_rows = len(samples), settings["shard_rows"]
     firsts = range(0, total, shard_rows)
@@ -163,9 +155,8 @@ def find_earlier(folder: Path, settings: dict[str, Any], overwrite: bool) -> dic
     if overwrite and (differing or complete):
         return None
     if differing:
-        raise GranulonError(
-            f"{str(folder)!r} was prepared with another {' and '.join(differing)}; take another folder, or --overwrite it."
-        )
+        advice = "take another folder, or --overwrite it"
+        raise GranulonError(f"{str(folder)!r} was prepared with another {' and '.join(differing)}; {advice}.")
     return earlier
 
 
