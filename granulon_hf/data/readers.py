@@ -250,13 +250,9 @@ def parse_json(data: bytes, what: str) -> Any:
     """Parse JSON, or return a `ValueError` that says why it cannot be read."""
     try:
         return json.loads(data)
-    except RecursionError:
-        fault = "it is nested too deeply"
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        fault = str(error)
-    except ValueError:
-        fault = "a number in it has too many digits"
-    return ValueError(f"{what} is not JSON that can be read: {fault}")
+    except (ValueError, RecursionError) as error:
+        faults = {RecursionError: "it is nested too deeply", ValueError: "a number in it has too many digits"}
+        return ValueError(f"{what} is not JSON that can be read: {faults.get(type(error), error)}")
 
 
 def read_json(root: Path, files: list[Path], location: str) -> RecordSource:

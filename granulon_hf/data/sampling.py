@@ -14,7 +14,6 @@ from granulon_hf.errors import GranulonError
 
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
 HOLDOUT_SHARE = 10  # a hold-out is taken from at least so many times its rows
-Taken = tuple[int, frozenset[str]]  # a level, and the names on it that are held out
 
 
 def file_order(parts: Iterable[str], seed: int) -> list[str]:
@@ -40,6 +39,9 @@ class Population:
         self.group: Any = adapter.group
         self.rows: dict[str, np.ndarray] = {}
         self.filtered: Counter[str] = Counter()
+        self.held: dict[str, np.ndarray] = {}
+        self.level = 0
+        self.shared: frozenset[str] = frozenset()  # names on that level, which are held out
         self._names: dict[str, list[Levels]] = {}
 
     def find(self, parts: list[str]) -> None:
@@ -73,15 +75,16 @@ class Population:
             self._names[part] = [names[row] for row in self.rows[part]]
         return self._names[part]
 
-    def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> tuple[dict[str, np.ndarray], Taken] | None:
-        """Draw `count` rows and say what no other row may then share with them; `None` if too few rows would be left.
+    def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> bool:
+        """Draw `count` rows, and note what no other row may then share with them; tell whether enough others are left.
 
         Rows are taken by whole groups: of the coarsest level (videos) that leaves half of the rows, or else of the finest
         (images). Of the last group only so many as are wanted: its other rows are on neither side.
         """
         rows = {part: self.rows[part] for part in pool}
         if self.group is None:
-            return trim(rows, count, random), (0, frozenset())
+            self.held = trim(rows, count, random)
+            return True
         every = [levels for part in pool for levels in self.names(part)]
         for level in range(last := len(every[0])):
             names = [levels[level] for levels in every]
@@ -95,16 +98,16 @@ class Population:
             shared = frozenset(name for i in kept for name in names[i])
             free = sum(shared.isdisjoint(own) for own in names) - sum(not names[i] for i in kept)
             if free >= len(names) / 2 or (free and level == last - 1):
-                return share_out(rows, kept), (level, shared)
-        return None
+                self.held, self.level, self.shared = share_out(rows, kept), level, shared
+                return True
+        return False
 
-    def without(self, part: str, held: np.ndarray | None, taken: Taken) -> np.ndarray:
+    def free(self, part: str) -> np.ndarray:
         """Return the rows of a part that are not held out and share nothing with those that are."""
-        level, shared = taken
         rows = self.rows[part]
-        if shared:
-            rows = rows[[shared.isdisjoint(levels[level]) for levels in self.names(part)]]
-        return rows if held is None else np.setdiff1d(rows, held)
+        if self.shared:
+            rows = rows[[self.shared.isdisjoint(levels[self.level]) for levels in self.names(part)]]
+        return np.setdiff1d(rows, self.held.get(part, rows[:0]))
 
 
 def choose(
@@ -133,34 +136,27 @@ def choose(
         `tuple`: chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason.
     """
     population, order = Population(source, adapter), file_order(source.parts, seed)
-    held: dict[str, np.ndarray] = {}
-    taken: Taken = (0, frozenset())
     asked = adapter.holdout if holdout is None else holdout
     if asked:
         pool, total = population.prefix(file_order(source.parts, holdout_seed), HOLDOUT_FILES, HOLDOUT_SHARE * asked)
-        found = None
-        if asked < total and (holdout is not None or total >= HOLDOUT_SHARE * asked):
-            # Sorted names: the permutation, not the order of files, decides.
-            found = population.hold_out(sorted(pool), asked, np.random.default_rng([holdout_seed, 1]))
-        if found is not None:
-            held, taken = found
-        elif holdout is None:
+        enough = asked < total and (holdout is not None or total >= HOLDOUT_SHARE * asked)
+        # Sorted names: the permutation, not the order of files, decides.
+        if not enough or not population.hold_out(sorted(pool), asked, np.random.default_rng([holdout_seed, 1])):
+            if holdout is not None:
+                reason = "too few" if asked >= total else "but too few that share no video or image with others,"
+                raise GranulonError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
             asked = 0
-        else:
-            reason = "too few" if asked >= total else "but too few that share no video or image with others,"
-            raise GranulonError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
     if drawn:
         if not asked:
-            raise NoHoldout(
-                f"{source.location!r} has no hold-out by default; say how many rows: holdout=… here and for training alike."
-            )
+            advice = "say how many rows: holdout=… here and for training alike"
+            raise NoHoldout(f"{source.location!r} has no hold-out by default; {advice}.")
         if limit is not None and limit > asked:
             raise GranulonError(f"The hold-out has {asked} rows, not {limit}; ask for holdout={limit} here and for training.")
-        free = held
+        free = population.held
     else:
         bound = max_files if max_files and limit is not None else len(order)
         parts, _ = population.prefix(order, bound, (limit or 0) + asked)
-        free = {part: population.without(part, held.get(part), taken) for part in sorted(parts)}
+        free = {part: population.free(part) for part in sorted(parts)}
         if limit is not None and 0 < (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
     chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))

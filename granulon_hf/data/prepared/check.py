@@ -57,7 +57,8 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     if not path.is_dir():
         raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     prepared.missing_shards(path)
-    for split in open_source(path).splits or [None]:
+    splits: list[str | None] = [*open_source(path).splits]
+    for split in splits or [None]:
         yield load(folder, split=split, verify="none")
 
 
@@ -82,51 +83,51 @@ def check(
 
     own = list(open_splits(folder))
     others = [] if against is None else list(open_splits(against))
-    rows, done, seen = sum(map(len, own)), 0, {}
+    rows = sum(map(len, own))
+    total = rows + sum(map(len, others))
+    done = 0
+    seen: dict[bytes, tuple[str, str]] = {}
     for samples in own + others:
         mine = samples not in others
         label = samples.split if mine else ELSEWHERE
-        usable = 0
+        # Of the other folder nothing but what it shares is reported.
+        about = report if mine else Report()
+        about.samples[label] = 0
         for part, row, sample in samples.walk():
             done += 1
             if progress is not None:
-                progress(done, rows + sum(map(len, others)))
-            if sample is None:
-                continue
-            usable += 1
-            if mine:
-                report.lengths["question"].append(measure(sample.question))
-                report.lengths["answer"].append(measure(sample.reference))
-            _check_sample(report, sample, Problem(part if mine else f"{against}/{part}", row, ""), label, seen)
-        if mine:
-            report.samples[label] = usable
-            report.errors += samples.problems + samples.renamed
-            if not usable:
-                report.errors.append(Problem(f"split {label}", None, "not one sample can be used"))
+                progress(done, total)
+            if sample is not None:
+                about.samples[label] += 1
+                about.lengths["question"].append(measure(sample.question))
+                about.lengths["answer"].append(measure(sample.reference))
+                place = Problem(part if mine else f"{against}/{part}", row, "")
+                check_sample(sample, place, label, seen, about, report)
+        about.errors += samples.problems + samples.renamed
+        if not about.samples[label]:
+            about.errors.append(Problem(f"split {label}", None, "not one sample can be used"))
     if not any(report.samples.values()):
         raise none_usable(str(folder), rows, (problem.reason for samples in own for problem in samples.problems))
-    _check_manifest(report, Path(folder).expanduser(), rows)
+    check_manifest(report, Path(folder).expanduser(), rows)
     return report
 
 
-def _check_sample(report: Report, sample: Sample, place: Problem, label: str, seen: dict[bytes, tuple[str, str]]) -> None:
+def check_sample(
+    sample: Sample, place: Problem, label: str, seen: dict[bytes, tuple[str, str]], about: Report, report: Report
+) -> None:
     """Look at a sample, and whether another split has one of its images, or its own split all of it."""
-    mine = label != ELSEWHERE
     digests = []
     for encoded in sample.images:
         try:
             picture = open_rgb(encoded)
         except ValueError as error:
-            if mine:
-                report.errors.append(place._replace(reason=str(error)))
+            about.errors.append(place._replace(reason=str(error)))
             continue
         # Of the decoded pixels: two files of one picture, losslessly stored in two formats, are the same.
         digests.append(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest())
-        if mine:
-            report.lengths["image"].append(max(picture.size))
-            if min(picture.size) < TINY:
-                reason = f"the image is only {picture.width} x {picture.height} pixels"
-                report.warnings.append(place._replace(reason=reason))
+        about.lengths["image"].append(max(picture.size))
+        if min(picture.size) < TINY:
+            about.warnings.append(place._replace(reason=f"the image is only {picture.width} x {picture.height} pixels"))
     turns = json.dumps([[message["role"], message["content"]] for message in sample.messages]).encode()
     whole = hashlib.sha256(b"".join(digests) + turns).digest()
     here = (label, f"{place.file}, row {place.row}")
@@ -135,14 +136,13 @@ def _check_sample(report: Report, sample: Sample, place: Problem, label: str, se
         if split != label:
             what = "image" if sample.images else "text"
             report.errors.append(place._replace(reason=f"the {what} is also in {split} ({where})"))
-    if mine and len(digests) == len(sample.images):
-        first = seen.setdefault(label.encode() + whole, here)
-        if first != here:
-            reason = f"it is a duplicate: {first[1]}, has the same images, questions and answers"
-            report.errors.append(place._replace(reason=reason))
+    first = seen.setdefault(label.encode() + whole, here) if len(digests) == len(sample.images) else here
+    if first != here:
+        reason = f"it is a duplicate: {first[1]}, has the same images, questions and answers"
+        about.errors.append(place._replace(reason=reason))
 
 
-def _check_manifest(report: Report, folder: Path, rows: int) -> None:
+def check_manifest(report: Report, folder: Path, rows: int) -> None:
     """Compare the manifest with what is there."""
     try:
         done = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["prepared"]

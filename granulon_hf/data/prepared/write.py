@@ -102,7 +102,7 @@ def write(folder: Path, samples: Samples, settings: dict[str, Any], note: Progre
     if not written:  # a folder of nothing would look finished
         shutil.rmtree(folder / "data")
         (folder / "manifest.json").unlink()
-        raise none_usable(samples.source.location, total, (reason for _, _, reason in problems))
+        raise none_usable(samples.source.location, total, (str(reason) for *_, reason in problems))
     done = {"complete": True, "settings": settings, "samples": written, "shards": len(firsts)}
     manifest = samples.manifest | {"prepared": done | {"problems": problems, "renamed": renamed}}
     write_text(folder / "README.md", make_card(samples, manifest, tasks))
