@@ -23,11 +23,11 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
     if isinstance(source, Mapping):
         known = {SPLIT_WORDS.get(name, name): name for name in source} | {name: name for name in source}
         # A hold-out is a part of train, unless it is a split of its own.
-        wanted = [name for name in (split, SPLIT_WORDS.get(split), "train" if split == "holdout" else None) if name in known]
-        if not wanted:
+        words = (split, SPLIT_WORDS.get(split), "train" if split == "holdout" else None)
+        if (picked := next((known[word] for word in words if word in known), None)) is None:
             raise GranulonError(f"The source has no split {split!r}; it has {', '.join(map(repr, source))}.")
-        found = open_source(source[known[wanted[0]]], revision, split)
-        found.split = known[wanted[0]]
+        found = open_source(source[picked], revision, split)
+        found.split = picked
         return found
     if hasattr(source, "with_format") and hasattr(source, "column_names"):
         return DatasetSource(source) if hasattr(source, "__len__") else StreamSource(source)

@@ -293,16 +293,17 @@ def read_lines(root: Path, files: list[Path], location: str) -> RecordSource:
         name, split = relative.as_posix(), split_of(f"{relative.parent.as_posix()}/lines")
         # One part per split: a set has tens of thousands of such files, with a line or two each.
         part = f"{split}/lines" if split else "lines"
+        tables[part] += []  # also a file without a line is one
         digests[part].update(f"{name} {len(data)}\n".encode("utf-8", "surrogateescape") + data)
         stem = re.sub(r"_QA$", "", path.stem, flags=re.IGNORECASE)
         image = max(frames[stem], key=lambda frame: len(set(frame.parts) & set(relative.parts)), default=None)
-        rows = tables[part]
         for i, line in enumerate(data.decode("utf-8", "replace").splitlines()):
             question, bar, answer = line.partition("|")
-            record = {"id": f"{relative.with_suffix('').as_posix()}:{i}", "question": question, "answer": answer}
-            record["image"] = image and image.as_posix()
+            record = {"question": question, "answer": answer, "image": image.as_posix() if image else None}
+            record["id"] = f"{relative.with_suffix('').as_posix()}:{i}"
             if line.strip():
-                rows.append((name, i, record if bar else ValueError("the line has no | between question and answer")))
+                fault = ValueError("the line has no | between question and answer")
+                tables[part].append((name, i, record if bar else fault))
     return RecordSource(location, root, tables, {part: digest.hexdigest()[:24] for part, digest in digests.items()})
 
 

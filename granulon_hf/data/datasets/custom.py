@@ -43,10 +43,9 @@ def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
     image = cell.get("image", [])
     images = [] if isinstance(image, list | tuple) and not image else base.encoded_list(image)
     id_column = columns.get("id", "id")
+    question = base.draw(base.TABLES["caption_instructions"], base.plain(row.get(id_column), "id"))
     if "question" in columns:
         question = base.text(cell["question"], "question")
-    else:
-        question = base.draw(base.TABLES["caption_instructions"], base.plain(row.get(id_column), "id"))
     return base.single_turn(
         row,
         id_column=id_column,
@@ -69,9 +68,8 @@ def make_adapter(columns: Mapping[str, str]) -> Adapter:
         columns["index"] = columns.pop("answer")  # its name says that it counts
     if "index" in columns and "choices" not in columns:
         raise GranulonError("An 'index' counts choices from 0: name the column of the 'choices' too.")
-    group: Any = (columns["image"], base.by_image) if "image" in columns else None
-    if "group" in columns:
-        group = (columns["group"], by_group)
+    groups = {"group": by_group, "image": base.by_image}
+    group = next(((columns[name], by) for name, by in groups.items() if name in columns), None)
     return Adapter(
         name="columns",
         to_sample=partial(to_sample, columns=columns),

@@ -72,12 +72,7 @@ def make_sample(index: int, seed: int = 0) -> Sample:
 
 
 class Shapes:
-    """A sequence of drawn samples, made when they are asked for.
-
-    Args:
-        length (`int`): number of samples.
-        seed (`int`): other seeds give other scenes.
-    """
+    """A sequence of `length` drawn samples, made when they are asked for; other seeds give other scenes."""
 
     def __init__(self, length: int = 2000, seed: int = 0):
         self.length, self.seed = length, seed

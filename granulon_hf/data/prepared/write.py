@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,14 @@ def write(folder: Path, samples: Samples, settings: dict[str, Any], note: Progre
     problems, renamed = [list(problem) for problem in samples.unreadable], []
     written = 0
     tasks: Counter[str] = Counter()
+
+    def note_from(first: int, done: int) -> None:
+        note(first + done, total)
+
     for i, first in enumerate(firsts):
         path = folder / prepared.shard_name(samples.split, i, len(firsts))
         if not is_whole(path):
-            write_shard(path, samples.slice(first, first + shard_rows), lambda done, first=first: note(first + done, total))
+            write_shard(path, samples.slice(first, first + shard_rows), partial(note_from, first))
         note(min(total, first + shard_rows), total)
         found = pq.read_metadata(path)
         remarks = json.loads(found.metadata[NOTE])
