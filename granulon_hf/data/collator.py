@@ -78,9 +78,7 @@ class GranulonCollator:
         self._last = {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
 
     def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            samples (`list[Sample | dict]`): [`Sample`]s, or dictionaries with `messages` and `images`.
+        """Make a batch of [`Sample`]s, or of dictionaries with `messages` and `images`.
 
         Returns:
             `dict`: `input_ids`, `labels`, `question_mask` [B x L] and, where there are images, `pixel_values`
@@ -91,8 +89,8 @@ class GranulonCollator:
         return self._packed(features) if self.packing else self._padded(features)
 
     def encode(self, sample: Sample | Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-        """One sample's `input_ids`, `labels`, `question_mask` [L] and `pixel_values` [I x channels x height x width] (not
-        without images); `None`, and a note in `problems`, where it cannot be used."""
+        """Return one sample's `input_ids`, `labels`, `question_mask` [L] and, with images, `pixel_values` [I x channels x
+        height x width]; `None`, and a note in `problems`, where it cannot be used."""
         return next(iter(self._usable([sample])), None)
 
     def _usable(self, samples):
@@ -204,8 +202,8 @@ class GranulonCollator:
         return int(self.jpeg_reduction * side)
 
     def lengths(self, samples: Sequence[Sample | Mapping[str, Any]]) -> list[int]:
-        """Tokens of the sample at each index, image slots included, without opening an image: for `LengthGroupedSampler` and
-        [`~granulon_hf.data.packing.PackSampler`]. A sample that the chat template refuses counts as none.
+        """Count the tokens of the sample at each index, image slots included, without opening an image: for
+        `LengthGroupedSampler` and [`~granulon_hf.data.packing.PackSampler`]. A sample that the chat template refuses has none.
         """
         (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
         counts: list[int] = []
@@ -226,12 +224,10 @@ class GranulonCollator:
 
 
 class GranulonPreferenceCollator(GranulonCollator):
-    """Turns preference pairs into a batch for TRL's `DPOTrainer`.
+    """Turns preference pairs into a batch for TRL's `DPOTrainer`; it takes what [`GranulonCollator`] does, but no `packing`.
 
     TRL's own collator has no `question_mask`: the controller would read the answers, and could choose another level for the
     rejected one than for the chosen one.
-
-    Args: those of [`GranulonCollator`], without `packing`.
     """
 
     def __post_init__(self):
@@ -242,9 +238,7 @@ class GranulonPreferenceCollator(GranulonCollator):
         self._last = [self._last, self._last]
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """
-        Args:
-            samples (`list[dict]`): rows with `images`, `prompt`, `chosen` and `rejected`, the last three lists of messages.
+        """Make a batch of rows with `images`, `prompt`, `chosen` and `rejected`, the last three lists of messages.
 
         Returns:
             `dict`: `input_ids`, `attention_mask`, `question_mask`, `completion_mask` [2 B x L] and, where there are images,
@@ -275,7 +269,7 @@ def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
 
 
 def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
-    """Inputs of `generate` for conversations with their images, padded on the left."""
+    """Return inputs of `generate` for conversations with their images, padded on the left."""
     processor.tokenizer.padding_side = "left"
     return processor.apply_chat_template(
         conversations,

@@ -252,7 +252,7 @@ class Samples(Sequence[Sample]):
         write_text(Path(path), json.dumps(self.manifest, ensure_ascii=False) + "\n")
 
     def to_dataset(self):
-        """A `datasets.Dataset` with the fields of [`Sample`] as columns (images decoded when looked at, `meta` as JSON).
+        """Return a `datasets.Dataset` with the fields of [`Sample`] as columns (images decoded when looked at, `meta` as JSON).
 
         `datasets` caches it: bad rows are among `problems` only when it is made for the first time.
         """

@@ -44,9 +44,18 @@ class Population:
         self.shared: frozenset[str] = frozenset()  # names on that level, which are held out
         self._names: dict[str, list[Levels]] = {}
 
+    def prefix(self, order: list[str], files: int, rows: int) -> tuple[list[str], int]:
+        """Take the first parts, at least `files` and with at least `rows` eligible rows, or all; return them and their rows."""
+        taken, total = 0, 0
+        while taken < len(order) and (taken < files or total < rows):
+            batch = order[taken : max(files, taken + 1)]
+            self.find([part for part in batch if part not in self.rows])
+            total += sum(len(self.rows[part]) for part in batch)
+            taken += len(batch)
+        return order[:taken], total
+
     def find(self, parts: list[str]) -> None:
-        """Look at parts: which of their rows are eligible."""
-        parts = [part for part in parts if part not in self.rows]
+        """Look at new parts: which of their rows are eligible."""
         readable = self.source.gather(self.source.readable, parts)
         self.rows |= {part: np.arange(self.source.count(part) if readable[part] else 0) for part in parts}
         if self.unwanted is not None:
@@ -56,16 +65,6 @@ class Population:
                 reasons = [judge(value) for value in values]
                 self.filtered.update(reason for reason in reasons if reason)
                 self.rows[part] = self.rows[part][[reason is None for reason in reasons]]
-
-    def prefix(self, order: list[str], files: int, rows: int) -> tuple[list[str], int]:
-        """Take the first parts, at least `files` and with at least `rows` rows, or all; return them and their row count."""
-        taken, total = 0, 0
-        while taken < len(order) and (taken < files or total < rows):
-            batch = order[taken : max(files, taken + 1)]
-            self.find(batch)
-            total += sum(len(self.rows[part]) for part in batch)
-            taken += len(batch)
-        return order[:taken], total
 
     def names(self, part: str) -> list[Levels]:
         """Return what each row shares with others, level by level."""
