@@ -78,12 +78,9 @@ def load(
     Raises:
         GranulonError: what was asked for cannot be had, or there is no row of it.
     """
-    for what, word, words in (
-        ("on_error", on_error, ("skip", "raise")),
-        ("verify", verify, (None, "decode", "header", "none")),
-    ):
+    for what, word, words in (("on_error", on_error, ON_ERROR), ("verify", verify or "none", VERIFY)):
         if word not in words:
-            raise GranulonError(f"`{what}` must be {' or '.join(repr(word) for word in words if word)}; got {word!r}.")
+            raise GranulonError(f"`{what}` must be {' or '.join(map(repr, words))}; got {word!r}.")
     numbers = {"limit": limit, "holdout": holdout, "max_files": max_files, "seed": seed, "holdout_seed": holdout_seed}
     for what, value in numbers.items():
         least = 1 if what == "limit" else 0
@@ -143,9 +140,8 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     if source is None and name and (folder := Path(name).expanduser()).is_dir():
         prepared.missing_shards(folder)
         return prepared.ADAPTER, folder
-    raise GranulonError(
-        f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
-    )
+    known = f"{KNOWN}, and with columns=… your own"
+    raise GranulonError(f"There is no data set or prepared folder {str(name)!r}; known are {known}.")
 
 
 def open_place(adapter: Adapter, place: Any, revision: str | None, split: str) -> Source:

@@ -1,7 +1,6 @@
 """Which samples make a batch: packs of a token budget.
 
-For padded batches of similar lengths transformers has it all: `TrainingArguments(train_sampling_strategy="group_by_length",
-length_column_name="length")`, or `LengthGroupedSampler(batch_size, lengths=collator.lengths(samples))`.
+For padded batches of similar lengths, transformers has `LengthGroupedSampler(batch_size, lengths=collator.lengths(samples))`.
 """
 
 from collections.abc import Iterator, Sequence
