@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -46,35 +46,19 @@ def prepare(
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
     columns = dict(pair.partition("=")[::2] for pair in column) if column else None
     if columns and (not all(columns.values()) or len(columns) < len(column or ())):
-        raise GranulonError(
-            "--column takes image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…, "
-            "each of them once."
-        )
+        names = "image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…"
+        raise GranulonError(f"--column takes {names}, each of them once.")
     if shard_rows < 1:
         raise GranulonError(f"--shard-rows must be at least 1; got {shard_rows}.")
     check_out(out)
     from granulon_hf.data import Problem
     from granulon_hf.data import prepare as write
 
+    options: dict[str, Any] = {"source": source, "split": split, "limit": limit, "preset": preset, "seed": seed}
+    options |= {"holdout": holdout, "holdout_seed": holdout_seed, "max_files": max_files, "columns": columns}
+    options |= {"revision": revision, "on_error": on_error, "shard_rows": shard_rows, "overwrite": overwrite}
     with progress_bar("Preparing") as update, plain_warnings():
-        manifest = write(
-            name,
-            out,
-            source=source,
-            split=split,
-            limit=limit,
-            preset=preset,
-            seed=seed,
-            holdout=holdout,
-            holdout_seed=holdout_seed,
-            max_files=max_files,
-            columns=columns,
-            revision=revision,
-            on_error=on_error,
-            shard_rows=shard_rows,
-            overwrite=overwrite,
-            progress=lambda done, total: update(completed=done, total=total),
-        )
+        manifest = write(name, out, **options, progress=lambda done, total: update(completed=done, total=total))
     done, console = manifest["prepared"], Console(highlight=False)
     for reason, count in manifest["filtered"].items():
         console.print(f"{count} rows are no part of the set: {escape(reason)}")
@@ -103,18 +87,16 @@ def check(
     """
     from granulon_hf.data import check as inspect
 
-    tokens = load_tokenizer(tokenizer)
+    tokens = load_tokenizer(tokenizer) if tokenizer is not None else None
     with progress_bar("Checking") as update:
         report = inspect(folder, against, tokens, lambda done, total: update(completed=done, total=total))
     console = Console(highlight=False)
-    table = Table("", "min", "median", "mean", "p95", "max", title=escape(str(folder)))
+    shown = ("min", "median", "mean", "p95", "max")
+    table = Table("", *shown, title=escape(str(folder)))
     units = {"question": report.unit, "answer": report.unit, "image": "pixels, longer side"}
     for what, values in report.statistics.items():
-        numbers = (
-            f"{values[name]:,.0f}" if values[name] >= 100 else f"{values[name]:.3g}"
-            for name in ("min", "median", "mean", "p95", "max")
-        )
-        table.add_row(f"{what} ({units[what]})", *numbers)
+        numbers = (values[name] for name in shown)
+        table.add_row(f"{what} ({units[what]})", *(f"{n:,.0f}" if n >= 100 else f"{n:.3g}" for n in numbers))
     if table.row_count:
         console.print(table)
     print_problems(console, report.warnings, "yellow")
@@ -126,16 +108,15 @@ def check(
         raise typer.Exit(1)
 
 
-def load_tokenizer(name: str | None):
+def load_tokenizer(name: str) -> Any:
     """Load a tokenizer, or raise GranulonError where there is none."""
-    if name is None:
-        return None
     from transformers import AutoTokenizer
 
-    if os.path.isfile(os.path.expanduser(name)):
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
         raise GranulonError(f"{name!r} is a file; --tokenizer takes the folder that it is in.")
     try:
-        return AutoTokenizer.from_pretrained(os.path.expanduser(name))
+        return AutoTokenizer.from_pretrained(path)
     except Exception as error:
         raise GranulonError(f"Cannot load the tokenizer {name!r} ({first_sentence(error)}).") from error
 
@@ -157,8 +138,6 @@ def show(
     from granulon_hf.data.loading import load
     from granulon_hf.data.prepared.preview import contact_sheet
 
-    if not folder.is_dir():
-        raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     samples = load(folder, split=split, verify="none")
     out.write_text(contact_sheet(samples, limit), encoding="utf-8")
     for problem in samples.unreadable:

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from granulon_hf.data.sample import Sample
+from granulon_hf.data.sample import Sample, conversation
+from granulon_hf.io import batches
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
 from granulon_hf.modeling.prompt_granulon import Prompt, tokens_in
@@ -35,15 +36,14 @@ class GranulonCollator:
     Args:
         processor ([`GranulonProcessor`]): of the model.
         max_length (`int`, *optional*): tokens per sample, image slots included. A longer sample loses the end of its last
-            answer; where the prompt leaves no room for one token of it, the sample is left out. Image slots are never cut.
+            answer, but no image slot; where the prompt leaves no room for one token of the answer, it is left out.
         padding_side (`str`, defaults to `"right"`): `"left"` or `"right"`.
-        packing (`bool`, defaults to `False`): no padding; all samples of the batch follow each other in one row, told apart by
-            `seq_idx`.
+        packing (`bool`, defaults to `False`): no padding: the samples follow each other in one row, told apart by `seq_idx`.
         pad_to_multiple_of (`int`, *optional*): make the row length a multiple; not with `packing`.
         last_answer_only (`bool`, defaults to `False`): labels on the last assistant turn only.
         jpeg_reduction (`float`, *optional*, defaults to 2.0): a JPEG file is decoded at a half, quarter or eighth of its size
-            where that is still this many times the size that the image processor wants. At 2 hardly a pixel changes, at 1 it
-            is faster and edges differ (figures: examples/benchmarks/data_loading.py); `None` always decodes it in full.
+            where that is still this many times the size that the image processor wants (what that changes:
+            examples/benchmarks/data_loading.py); `None` always decodes it in full.
         image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
             ([`~granulon_hf.training.feature_cache.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
 
@@ -64,7 +64,7 @@ class GranulonCollator:
     jpeg_reduction: float | None = 2.0
     image_features: Callable[[Any], torch.Tensor] | None = None
     problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
-    _last: Any = field(default=None, init=False, repr=False)
+    _last: Any = field(init=False, repr=False)
 
     def __post_init__(self):
         if self.padding_side not in ("left", "right"):
@@ -73,42 +73,52 @@ class GranulonCollator:
             raise ValueError("A packed batch has no padding: leave out pad_to_multiple_of, or packing.")
         tokens = self.processor.tokenizer.added_tokens_decoder.items()
         self._end_tokens = {index for index, token in tokens if token.special} - {self.processor.image_token_id}
+        # One token without a label: a worker's first batch may be its only bad one, and an epoch must not end there.
+        token = torch.tensor([self.processor.tokenizer.pad_token_id or 0])
+        self._last = {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
 
     def __call__(self, samples: Sequence[Sample | Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """
-        Args:
-            samples (`list[Sample | dict]`): [`Sample`]s, or dictionaries with `messages` and `images`.
+        """Make a batch of [`Sample`]s, or of dictionaries with `messages` and `images`.
 
         Returns:
             `dict`: `input_ids`, `labels`, `question_mask` [B x L] and, where there are images, `pixel_values`
             [I x channels x height x width]; padded also `attention_mask` [B x L], packed (B = 1) also `seq_idx` and
             `position_ids` [1 x L].
         """
-        try:
-            features = self._encode(list(samples))  # together: each call of the processor has its price
-        except Exception:  # some sample is bad: find out which
-            features = [feature for sample in samples if (feature := self.encode(sample)) is not None]
-        features = self._or_last(features)
+        features = self._or_last(self._usable(samples))
         return self._packed(features) if self.packing else self._padded(features)
 
-    def _or_last(self, features):
-        if not features:
-            return [self._last if self._last is not None else self._nothing()]
-        self._last = features[-1]
-        return features
+    def encode(self, sample: Sample | Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
+        """Return one sample's `input_ids`, `labels`, `question_mask` [L] and, with images, `pixel_values` [I x channels x
+        height x width]; `None`, and a note in `problems`, where it cannot be used."""
+        return next(iter(self._usable([sample])), None)
 
-    def _nothing(self):
-        """One token without a label: a worker's first batch may be its only bad one, and an epoch must not end there."""
-        token = torch.tensor([self.processor.tokenizer.pad_token_id])
-        return {"input_ids": token, "labels": torch.full_like(token, -100), "question_mask": torch.zeros_like(token)}
+    def _usable(self, samples):
+        """Encode samples together, since each call of the processor has its price; if some are bad, find out which."""
+        try:
+            return self._encode(samples)
+        except Exception as error:  # one bad sample must not end an epoch
+            if len(samples) != 1:
+                return [feature for sample in samples for feature in self._usable([sample])]
+            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            problem = {"id": str(as_row(samples[0]).get("id")), "reason": reason}
+            if not self.problems:
+                logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
+            if problem not in self.problems:
+                self.problems.append(problem)
+            return []
+
+    def _or_last(self, features):
+        self._last = (features or [self._last])[-1]
+        return features or [self._last]
 
     def _packed(self, features):
         batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}
         lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
-        seq_idx = torch.arange(len(features)).repeat_interleave(lengths)[None]
+        batch["seq_idx"] = torch.arange(len(features)).repeat_interleave(lengths)[None]
         # The model counts positions itself; trainers take these for a sign of packing, and count tokens with them.
-        position_ids = torch.cat([torch.arange(length) for length in lengths])[None]
-        return batch | {"seq_idx": seq_idx, "position_ids": position_ids} | stacked_images(features)
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+        return batch | stacked_images(features)
 
     def _padded(self, features):
         fill = {**FILL, "input_ids": self.processor.tokenizer.pad_token_id, "attention_mask": 0}
@@ -120,43 +130,24 @@ class GranulonCollator:
             batch[name] = pad(rows, (over, 0) if self.padding_side == "left" else (0, over), value=value)
         return batch | stacked_images(features)
 
-    def encode(self, sample: Sample | Mapping[str, Any]) -> dict[str, torch.Tensor] | None:
-        """One sample's `input_ids`, `labels`, `question_mask` [L] and `pixel_values` [I x channels x height x width] (not
-        without images); `None`, and a note in `problems`, where it cannot be used."""
-        try:
-            return self._encode([sample])[0]
-        except Exception as error:  # one bad sample must not end an epoch
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            problem = {"id": str(as_row(sample).get("id")), "reason": reason}
-            if not self.problems:
-                logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
-            if problem not in self.problems:
-                self.problems.append(problem)
-            return None
-
     def _encode(self, samples):
         rows = [as_row(sample) for sample in samples]
-        images = [[self._open(image) for image in row.get("images") or []] for row in rows]
-        prompts = self.processor.apply_chat_template([conversation(row["messages"], row.get("images") or []) for row in rows])
+        opened = [[self._open(image) for image in row["images"]] for row in rows]
+        dialogues = [conversation(row["messages"], row["images"]) for row in rows]
+        prompts = self.processor.apply_chat_template(dialogues)
         inputs = self.processor(
-            images=images, prompts=prompts, return_offsets_mapping=True, return_text_replacement_offsets=True
+            images=opened, prompts=prompts, return_offsets_mapping=True, return_text_replacement_offsets=True
         )
         pixels = iter(inputs.get("pixel_values", ()))
         if self.image_features is not None:
-            pixels = iter([self.image_features(image) for row in rows for image in row.get("images") or []])
+            pixels = (self.image_features(image) for row in rows for image in row["images"])
         features = []
-        for row, pictures, prompt, replaced, *tokens in zip(
-            rows,
-            images,
-            prompts,
-            inputs["text_replacement_offsets"],
-            *(inputs[name] for name in ("input_ids", "question_mask", "offset_mapping")),
-            strict=True,
-        ):
-            prompt = prompt.expand([(one["span"], one["replacement"]) for one in replaced])
-            features.append(self._labelled(*tokens, *self._answer_spans(row["messages"], prompt)))
-            if pictures:
-                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in pictures])
+        for i, row in enumerate(rows):
+            prompt = prompts[i].expand([(one["span"], one["replacement"]) for one in inputs["text_replacement_offsets"][i]])
+            tokens = (inputs[name][i] for name in ("input_ids", "question_mask", "offset_mapping"))
+            features.append(self._labelled(*tokens, *self._answer_spans(dialogues[i], prompt)))
+            if row["images"]:
+                features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in row["images"]])
         return features
 
     def _open(self, image):
@@ -164,9 +155,9 @@ class GranulonCollator:
             return Image.new("RGB", (self._decoded_side() or 8,) * 2)
         return open_rgb(image, self._decoded_side())
 
-    def _answer_spans(self, messages, prompt: Prompt):
-        """The characters of every answer, or of the last one, and of the last one."""
-        answers = [message["content"] for message in conversation(messages) if message["role"] == "assistant"]
+    def _answer_spans(self, dialogue, prompt: Prompt):
+        """Return the characters of every answer, or of the last one, and of the last one."""
+        answers = [message["content"] for message in dialogue if message["role"] == "assistant"]
         counts = [sum(bool(part.get("text", "").strip()) for part in content) for content in answers]
         if not sum(counts):
             raise ValueError("it has no answer")
@@ -185,9 +176,8 @@ class GranulonCollator:
         if self.max_length is not None and len(ids) > self.max_length:
             prompt = tokens_in(offsets, last).index(1)
             if prompt >= self.max_length or (ids[self.max_length :] == self.processor.image_token_id).any():
-                raise ValueError(
-                    f"{len(ids)} tokens, {prompt} of them before the last answer, do not fit max_length={self.max_length}"
-                )
+                counts = f"{len(ids)} tokens, {prompt} of them before the last answer"
+                raise ValueError(f"{counts}, do not fit max_length={self.max_length}")
             features = {name: value[: self.max_length] for name, value in features.items()}
         if (features["labels"] == -100).all():
             raise ValueError("no token of it carries a label")
@@ -196,32 +186,33 @@ class GranulonCollator:
     def _add_ends(self, ids, answer):
         """An answer goes on to the special token that ends it, if only white space lies between."""
         for end in (answer[:-1] & ~answer[1:]).nonzero().flatten().tolist():
-            stop = end + 1
-            while stop < len(ids) - 1 and ids[stop].item() not in self._end_tokens:
+            for stop in range(end + 1, len(ids)):
+                if ids[stop].item() in self._end_tokens:
+                    answer[end : stop + 1] = True
+                    break
                 if self.processor.tokenizer.decode([ids[stop].item()]).strip():
                     break
-                stop += 1
-            if ids[stop].item() in self._end_tokens:
-                answer[end : stop + 1] = True
 
     def _decoded_side(self) -> int | None:
         """Pixels that a decoded side must have so that nothing is lost when the image processor resizes it."""
         processor = self.processor.image_processor
-        size = processor.size
-        sides = [size.get(name) for name in ("shortest_edge", "height", "width")]
-        if self.jpeg_reduction is None or not getattr(processor, "do_resize", False) or not any(sides):
+        side = max(processor.size.get(name) or 0 for name in ("shortest_edge", "height", "width"))
+        if self.jpeg_reduction is None or not getattr(processor, "do_resize", False) or not side:
             return None
-        return int(self.jpeg_reduction * max(side or 0 for side in sides))
+        return int(self.jpeg_reduction * side)
 
     def lengths(self, samples: Sequence[Sample | Mapping[str, Any]]) -> list[int]:
-        """Tokens of the sample at each index, image slots included, without opening an image: for `LengthGroupedSampler` and
-        [`~granulon_hf.data.packing.PackSampler`]. A sample that the chat template refuses counts as none.
+        """Count the tokens of the sample at each index, image slots included, without opening an image: for
+        `LengthGroupedSampler` and [`~granulon_hf.data.packing.PackSampler`]. A sample that the chat template refuses has none.
         """
-        found: list[int] = []
-        for start in range(0, len(samples), 1000):
+        (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
+        counts: list[int] = []
+        for numbers in batches(range(len(samples)), 1000):
             # By index, as a sampler asks for them: what iterates may leave bad rows out.
-            found += self._lengths([as_row(samples[i]) for i in range(start, min(start + 1000, len(samples)))])
-        return found
+            rows = [as_row(samples[i]) for i in numbers]
+            tokens = self.processor._tokenize([self._prompt(row) for row in rows], return_attention_mask=False)["input_ids"]
+            counts += [len(ids) + len(row["images"]) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
+        return [min(count, self.max_length or count) for count in counts]
 
     def _prompt(self, row) -> Prompt:
         try:
@@ -231,20 +222,12 @@ class GranulonCollator:
         except Exception:  # `encode` will say what is wrong with it
             return Prompt("")
 
-    def _lengths(self, rows):
-        tokens = self.processor._tokenize([self._prompt(row) for row in rows], return_attention_mask=False)["input_ids"]
-        (slots,) = self.processor._get_num_multimodal_tokens(image_sizes=[(1, 1)]).num_image_tokens or [1]
-        counts = [len(ids) + len(row.get("images") or []) * (slots - 1) for ids, row in zip(tokens, rows, strict=True)]
-        return [min(count, self.max_length or count) for count in counts]
-
 
 class GranulonPreferenceCollator(GranulonCollator):
-    """Turns preference pairs into a batch for TRL's `DPOTrainer`.
+    """Turns preference pairs into a batch for TRL's `DPOTrainer`; it takes what [`GranulonCollator`] does, but no `packing`.
 
     TRL's own collator has no `question_mask`: the controller would read the answers, and could choose another level for the
     rejected one than for the chosen one.
-
-    Args: those of [`GranulonCollator`], without `packing`.
     """
 
     def __post_init__(self):
@@ -252,25 +235,18 @@ class GranulonPreferenceCollator(GranulonCollator):
         if self.packing:
             raise ValueError("DPOTrainer compares rows: preference pairs cannot be packed.")
         self.last_answer_only = True
-
-    def _nothing(self):
-        return [super()._nothing()] * 2
+        self._last = [self._last, self._last]
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:  # type: ignore[override]
-        """
-        Args:
-            samples (`list[dict]`): rows with `images`, `prompt`, `chosen` and `rejected`, the last three lists of messages.
+        """Make a batch of rows with `images`, `prompt`, `chosen` and `rejected`, the last three lists of messages.
 
         Returns:
             `dict`: `input_ids`, `attention_mask`, `question_mask`, `completion_mask` [2 B x L] and, where there are images,
             `pixel_values`: first what was chosen, then what was rejected.
         """
-        pairs = []
-        for row in samples:
-            pair = [self.encode({**row, "messages": [*row["prompt"], *row[name]]}) for name in ("chosen", "rejected")]
-            if None not in pair:
-                pairs.append(pair)
-        chosen, rejected = zip(*self._or_last(pairs), strict=True)
+        names = ("chosen", "rejected")
+        pairs = [[self.encode({**row, "messages": [*row["prompt"], *row[name]]}) for name in names] for row in samples]
+        chosen, rejected = zip(*self._or_last([pair for pair in pairs if None not in pair]), strict=True)
         batch = self._padded([*chosen, *rejected])
         return batch | {"completion_mask": (batch.pop("labels") != -100).long()}
 
@@ -279,10 +255,12 @@ class GranulonPreferenceCollator(GranulonCollator):
 FILL = {"input_ids": 0, "labels": -100, "question_mask": 0}
 
 
-def as_row(sample: Sample | Mapping[str, Any]) -> Mapping[str, Any]:
-    row = vars(sample) if isinstance(sample, Sample) else sample
-    # The other form of TRL's rows.
-    return {**row, "messages": [*row["prompt"], *row["completion"]]} if "completion" in row else row
+def as_row(sample: Sample | Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample as a dictionary with `messages` and `images`; TRL's rows also come as prompt and completion."""
+    row = dict(vars(sample) if isinstance(sample, Sample) else sample)
+    if "completion" in row:
+        row["messages"] = [*row["prompt"], *row["completion"]]
+    return row | {"images": row.get("images") or []}
 
 
 def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
@@ -291,7 +269,7 @@ def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
 
 
 def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
-    """Inputs of `generate` for conversations with their images, padded on the left."""
+    """Return inputs of `generate` for conversations with their images, padded on the left."""
     processor.tokenizer.padding_side = "left"
     return processor.apply_chat_template(
         conversations,
@@ -301,27 +279,3 @@ def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
     )
-
-
-def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
-    """Messages with their contents as parts, the image parts filled with images in their order where these are given.
-
-    Raises:
-        ValueError: there are more or fewer images than image parts.
-    """
-    rest = iter(images or [])
-    filled, parts = [], 0
-    for message in messages:
-        content = message["content"]
-        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        new: list[dict[str, Any]] = []
-        for part in content:
-            if part["type"] == "image":
-                parts += 1
-                new.append({"type": "image"} if images is None else {"type": "image", "image": next(rest, None)})
-            else:  # without the empty fields that a table's rows have
-                new.append({name: value for name, value in part.items() if value is not None})
-        filled.append({"role": message["role"], "content": new})
-    if images is not None and parts != len(images):
-        raise ValueError(f"{len(images)} images for {parts} image parts")
-    return filled

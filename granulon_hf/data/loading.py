@@ -1,25 +1,27 @@
-"""`load`: a data set, or a described subset of one, as samples."""
+"""`load`: a data set, or a described subset of one, as samples; manifests name every row of a subset, to load it again."""
 
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from granulon_hf.data.datasets.base import Adapter
 from granulon_hf.data.datasets.custom import make_adapter
 from granulon_hf.data.datasets.registry import ADAPTERS
-from granulon_hf.data.manifests import describe, load_manifest
-from granulon_hf.data.opening import check_columns, open_place
+from granulon_hf.data.opening import check_columns, open_source
 from granulon_hf.data.prepared import format as prepared
-from granulon_hf.data.readers import Source, StreamSource
+from granulon_hf.data.readers import SPLIT_WORDS, SPLITS, DatasetSource, Source, StreamSource, split_of
 from granulon_hf.data.samples import Samples, tell_reasons
 from granulon_hf.data.sampling import choose
-from granulon_hf.data.splits import SPLIT_WORDS, SPLITS, split_of, splits_of, take_split
 from granulon_hf.errors import GranulonError
 
 KNOWN = ", ".join(name for name in ADAPTERS if name != "prepared")
 ON_ERROR = ("skip", "raise")
 VERIFY = ("decode", "header", "none")
+MANIFEST_FORMAT = 1
 
 
 def load(
@@ -49,26 +51,13 @@ def load(
         load("prepared/folder")                                      # of `granulon data prepare`
         load(manifest="manifest.json")                               # the very same rows again
 
-    From a set to training batches:
-
-        from torch.utils.data import DataLoader
-        from transformers import AutoProcessor
-        from granulon_hf.data import load
-        from granulon_hf.data.collator import GranulonCollator
-
-        samples = load("a-okvqa", "train", source="folder/with/parquet")
-        collator = GranulonCollator(AutoProcessor.from_pretrained("path/to/model"), max_length=2048)
-        for batch in DataLoader(samples, batch_size=8, shuffle=True, num_workers=2, collate_fn=collator):
-            model(**batch).loss.backward()
-
     Args:
         name: a set (`ADAPTERS`), a prepared folder, or with `columns` any table.
         split (`str`, *optional*): by default the set's own: one that the source names in its files, folders or keys ("val" is
             "validation"); a source that names none can be called train, validation or test. "holdout" is what training never
             sees.
         source (*optional*): local files, a `datasets.Dataset` or another repository; by default the set's own on the Hub.
-        limit (`int`, *optional*): rows, drawn uniformly; of a stream the first (shuffle it before). Bad ones among them are
-            left out and not replaced.
+        limit (`int`, *optional*): rows, drawn uniformly; of a stream the first. Bad ones are left out and not replaced.
         seed (`int`): the same seed draws the same rows from the same files.
         holdout (`int`, *optional*): rows held out of training; give both loads the same. By default the set's own (1,000 for
             flux-reason and surgvlm) if there are ten times as many rows. Where several rows may show one image or video, none
@@ -81,15 +70,13 @@ def load(
             "index" instead of "answer" where a number from 0 says which choice is right (so does an answer's column that is
             called `…_idx` or `…_index`); "group" where rows belong together that no hold-out may part, such as patients.
         max_files (`int`, *optional*): files that a limited subset is drawn from, spread over the folders in proportion; 0 for
-            all. By default the set's own: 118 of FLUX-Reason's 1,180 and 64 of recap's 8,700, because drawing rows from all of
-            them reads nearly all of them.
+            all. By default the set's own, because drawing rows from all files reads nearly all of them.
         revision (`str`, *optional*): of the repository; by default the newest commit, which the manifest names.
-        verify (`str`, *optional*): "decode" images in full before they are given out, read only the "header", or "none"; by
-            default "decode", and "header" for prepared folders, which were decoded when they were written.
+        verify (`str`, *optional*): "decode" images in full, read only the "header", or "none"; by default "decode", and
+            "header" for prepared folders, which were decoded when they were written.
 
     Raises:
-        GranulonError: what was asked for cannot be had, or there is no row of it; one sentence, which names arguments in
-            backticks.
+        GranulonError: what was asked for cannot be had, or there is no row of it.
     """
     for what, word, words in (("on_error", on_error, ON_ERROR), ("verify", verify or "none", VERIFY)):
         if word not in words:
@@ -112,42 +99,30 @@ def load(
     if revision is not None and not opened.remote:
         raise GranulonError(f"revision={revision!r} is of a repository, and {opened.location!r} is none; leave it out.")
     opened.tolerant = on_error == "skip"
-    present = splits_of(opened)
-    default = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
-    split = default if split is None else split
-    if split not in present:
-        split = opened.split if opened.split and split != "holdout" else SPLIT_WORDS.get(split, split)
-    refuse_withheld(adapter, split)
+    split, drawn = take_split(adapter, opened, split)
     if preset is not None:
         if preset != "paper" or not adapter.paper:
-            raise GranulonError(
-                f"There is no preset {preset!r} of {adapter.name!r}; there is {'paper' if adapter.paper else 'none'}."
-            )
+            known = "paper" if adapter.paper else "none"
+            raise GranulonError(f"There is no preset {preset!r} of {adapter.name!r}; there is {known}.")
         if split not in adapter.paper:
-            raise GranulonError(
-                f"The paper has no subset of {adapter.name}'s split {split!r}, only of {', '.join(adapter.paper)}."
-            )
-        limit = adapter.paper[split] if limit is None else limit
-    drawn = split == "holdout" and split not in present
-    names = (adapter.default_split, "holdout") if adapter.holdout else SPLITS
-    take_split(opened, default if drawn else split, names)
-    bound = adapter.max_files if max_files is None else max_files
-    note_missing(adapter, opened, split)
-    check_columns(adapter, opened, first_readable(opened))
+            known = ", ".join(adapter.paper)
+            raise GranulonError(f"The paper has no subset of {adapter.name}'s split {split!r}, only of {known}.")
+        limit = limit or adapter.paper[split]
+    check_files(adapter, opened, split)
     if isinstance(opened, StreamSource):
-        opened, rows = open_stream(adapter, opened, split, limit, holdout or 0)
-        return Samples(adapter, opened, split, rows, on_error=on_error, verify=verify)
-    seeds = {"seed": seed, "holdout_seed": holdout_seed}
-    choice = choose(opened, adapter, **seeds, limit=limit, draw_holdout=drawn, holdout=holdout, max_files=bound)
-    if not choice.rows:
-        reasons = tell_reasons([*choice.filtered.elements(), *opened.broken.values()])
-        what = f"the split {split!r} of {opened.location!r}" if present else repr(opened.location)
+        opened, span = open_stream(adapter, opened, split, limit, holdout or 0)
+        return Samples(adapter, opened, split, {"stream": span}, on_error=on_error, verify=verify)
+    bound = adapter.max_files if max_files is None else max_files
+    draws: dict[str, Any] = {"limit": limit, "seed": seed, "holdout_seed": holdout_seed, "max_files": bound}
+    rows, held, filtered = choose(opened, adapter, drawn=drawn, holdout=holdout, **draws)
+    if not rows:
+        reasons = tell_reasons([*filtered.elements(), *opened.broken.values()])
+        what = f"the split {split!r} of {opened.location!r}" if opened.splits else repr(opened.location)
         raise GranulonError(f"There are no rows that can be used in {what}: {reasons or 'it is empty'}.")
-    check_columns(adapter, opened, choice.rows)
+    check_columns(adapter, opened, rows)
     description = describe(adapter, opened, place, columns) | {"split": split, "preset": preset, "limit": limit}
-    description |= {"seed": seed, "holdout": choice.holdout, "holdout_seed": holdout_seed, "max_files": bound}
-    options: dict[str, Any] = {"on_error": on_error, "verify": verify, "description": description}
-    return Samples(adapter, opened, split, choice.rows, filtered=choice.filtered, **options)
+    description |= {"seed": seed, "holdout": held, "holdout_seed": holdout_seed, "max_files": bound}
+    return Samples(adapter, opened, split, rows, on_error=on_error, verify=verify, description=description, filtered=filtered)
 
 
 def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> tuple[Adapter, Any]:
@@ -165,27 +140,50 @@ def find_adapter(name: Any, source: Any, columns: Mapping[str, str] | None) -> t
     if source is None and name and (folder := Path(name).expanduser()).is_dir():
         prepared.missing_shards(folder)
         return prepared.ADAPTER, folder
-    raise GranulonError(
-        f"There is no data set or prepared folder {str(name)!r}; known are {KNOWN}, and with columns=… your own."
-    )
+    known = f"{KNOWN}, and with columns=… your own"
+    raise GranulonError(f"There is no data set or prepared folder {str(name)!r}; known are {known}.")
 
 
-def note_missing(adapter: Adapter, source: Source, split: str) -> None:
-    """Note the missing shards of a prepared folder as broken, or refuse them if files are not to be skipped."""
+def open_place(adapter: Adapter, place: Any, revision: str | None, split: str) -> Source:
+    return adapter.opener(place, split) if adapter.opener else open_source(place, revision, split)
+
+
+def refuse_withheld(adapter: Adapter, split: str | None) -> None:
+    if split in adapter.withheld:
+        raise GranulonError(f"The answers of {adapter.name}'s split {split!r} are withheld; use {adapter.withheld[split]!r}.")
+
+
+def take_split(adapter: Adapter, source: Source, split: str | None) -> tuple[str, bool]:
+    """Keep the parts of a split, by default the set's own; return its name, and whether it is a hold-out yet to be drawn."""
+    present = source.splits
+    default = adapter.default_split if adapter.default_split in present or len(present) != 1 else present[0]
+    split = default if split is None else split
+    if split not in present:
+        split = source.split if source.split and split != "holdout" else SPLIT_WORDS.get(split, split)
+    refuse_withheld(adapter, split)
+    drawn = split == "holdout" and split not in present
+    wanted = default if drawn else split
+    if wanted not in (known := present or ((adapter.default_split, "holdout") if adapter.holdout else SPLITS)):
+        has = "it has" if present else "its files name none, and it can be called"
+        raise GranulonError(f"{source.location!r} has no split {wanted!r}; {has} {', '.join(map(repr, known))}.")
+    if present and not source.split:
+        source.parts = [part for part in source.parts if split_of(part) == wanted]
+    return split, drawn
+
+
+def check_files(adapter: Adapter, source: Source, split: str) -> None:
+    """Note files that are missing or cannot be read, or refuse them if they are not to be skipped; check the first good one."""
     for shard in prepared.missing_shards(Path(source.location)) if adapter is prepared.ADAPTER else []:
         if split_of(shard) in (split, None):
             if not source.tolerant:
                 raise GranulonError(f"{source.location!r}: {shard}: {prepared.MISSING}.")
             source.broken[shard] = prepared.MISSING
-
-
-def first_readable(source: Source) -> list[str]:
-    """Return the first part that can be read, in a list; refuse a source of which no part can be read."""
-    first = next(([part] for part in source.parts if source.readable(part)), [])
-    if source.parts and not first:
+    first = next((part for part in source.parts if source.readable(part)), None)
+    if first is not None:
+        check_columns(adapter, source, [first])
+    elif source.parts:
         reason = source.broken[source.parts[0]]
         raise GranulonError(reason if len(source.parts) == 1 else f"Not one of {len(source.parts)} files can be read: {reason}")
-    return first
 
 
 def open_stream(adapter: Adapter, source: StreamSource, split: str, limit: int | None, holdout: int):
@@ -194,10 +192,84 @@ def open_stream(adapter: Adapter, source: StreamSource, split: str, limit: int |
         column, judge = adapter.unwanted
         source = StreamSource(source.dataset.filter(lambda value: judge(value) is None, input_columns=[column]))
     first, last = (0, holdout) if split == "holdout" else (holdout, sys.maxsize)
-    return source, {"stream": range(first, min(last, sys.maxsize if limit is None else first + limit))}
+    return source, range(first, last if limit is None else min(last, first + limit))
 
 
-def refuse_withheld(adapter: Adapter, split: str | None) -> None:
-    """Refuse a split without public answers."""
-    if split in adapter.withheld:
-        raise GranulonError(f"The answers of {adapter.name}'s split {split!r} are withheld; use {adapter.withheld[split]!r}.")
+def describe(adapter: Adapter, source: Source, place: Any, columns: Mapping[str, str] | None) -> dict[str, Any]:
+    """Return the head of a manifest: which set, from where."""
+    from granulon_hf import __version__
+
+    in_memory = adapter.opener is not None or (isinstance(source, DatasetSource) and not source.stored)
+    several = [str(path) for path in place] if isinstance(place, list | tuple) else None
+    location = source.location if source.remote or in_memory else str(Path(source.location).resolve())
+    return {
+        "format": MANIFEST_FORMAT,
+        "granulon_hf": __version__,
+        "name": adapter.name,
+        "columns": dict(columns) if columns is not None else None,
+        "source": several or location,
+        "revision": source.revision,
+    }
+
+
+def load_manifest(manifest, name, source, columns, on_error, verify) -> Samples:
+    """Load the rows of a manifest; refuse files that are no longer those that it describes."""
+    manifest = read_manifest(manifest)
+    if name is not None and name != manifest["name"]:
+        raise GranulonError(f"The manifest describes {manifest['name']!r}, not {name!r}.")
+    columns = columns or manifest["columns"]
+    adapter = make_adapter(columns) if columns is not None else ADAPTERS.get(manifest["name"])
+    if adapter is None:
+        raise GranulonError(f"The manifest's data set {manifest['name']!r} is not known.")
+    if source is None and manifest["source"] == "datasets.Dataset":
+        raise GranulonError("The manifest describes a datasets.Dataset that was in memory: give it again with source=….")
+    place = manifest["source"] if source is None else source
+    opened = open_place(adapter, place, manifest["revision"], manifest["split"])
+    opened.broken.update(manifest.get("unreadable", {}))
+
+    def refuse(part: str, what: str) -> None:
+        raise GranulonError(f"{part!r} of {opened.location!r} has changed since the manifest was written: {what}.")
+
+    counts = opened.gather(opened.count, manifest["files"].keys() & set(opened.parts))
+    rows = {}
+    for part, entry in manifest["files"].items():
+        if part not in counts:
+            refuse(part, "it is gone")
+        if counts[part] != entry["rows"]:
+            refuse(part, f"it has {counts[part]} rows instead of {entry['rows']}")
+        found = opened.fingerprint(part)
+        if found and entry["fingerprint"] and found != entry["fingerprint"]:
+            refuse(part, "its content is another")
+        rows[part] = np.arange(entry["rows"]) if entry["take"] == "all" else np.asarray(entry["take"], dtype=np.int64)
+    check_columns(adapter, opened, rows)
+    header = {key: value for key, value in manifest.items() if key not in ("files", "filtered", "unreadable")}
+    options: dict[str, Any] = {"on_error": on_error, "verify": verify, "description": header}
+    samples = Samples(adapter, opened, manifest["split"], rows, filtered=manifest["filtered"], **options)
+    for part, entry in manifest["files"].items():
+        if entry["ids"] is not None and entry["ids"] != (samples.ids or {}).get(part):
+            refuse(part, "its rows have other ids")
+    return samples
+
+
+def read_manifest(manifest: Any) -> Mapping[str, Any]:
+    """Read a manifest, if it is a file; refuse one that lacks something, or lists rows that its files do not have."""
+    if not isinstance(manifest, Mapping):
+        try:
+            manifest = json.loads(Path(manifest).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise GranulonError(f"Cannot read the manifest {str(manifest)!r} ({error}).") from None
+    if not isinstance(manifest, Mapping) or manifest.get("format") != MANIFEST_FORMAT or "files" not in manifest:
+        raise GranulonError("This is no manifest of a subset that this version of granulon_hf can read.")
+    files: Mapping[str, Any] = manifest["files"] if isinstance(manifest["files"], Mapping) else {"files": None}
+    own = ("name", "columns", "source", "revision", "split", "filtered")
+    wanted: list[tuple[str, Any, tuple[str, ...]]] = [("the manifest", manifest, own)]
+    wanted += [(repr(part), entry, ("rows", "fingerprint", "take", "ids")) for part, entry in files.items()]
+    for where, entry, keys in wanted:
+        if lacking := [key for key in keys if not isinstance(entry, Mapping) or key not in entry]:
+            raise GranulonError(f"The manifest is not whole: {where} lacks {', '.join(map(repr, lacking))}.")
+    for part, entry in files.items():
+        rows, take = entry["rows"], entry["take"]
+        listed = isinstance(take, list) and all(isinstance(row, int) and 0 <= row < rows for row in take)
+        if take != "all" and not listed:
+            raise GranulonError(f"The manifest is wrong: it takes rows of {part!r} that are none of its {rows}.")
+    return manifest

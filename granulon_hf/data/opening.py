@@ -7,30 +7,25 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from granulon_hf.data import readers
 from granulon_hf.data.datasets.base import Adapter, one_line
-from granulon_hf.data.readers import DatasetSource, ParquetSource, Source, StreamSource, read_json, read_lines
-from granulon_hf.data.splits import pick_split
+from granulon_hf.data.readers import SPLIT_WORDS, DatasetSource, ParquetSource, Source, StreamSource
 from granulon_hf.errors import GranulonError
 
 
-def open_place(adapter: Adapter, place: Any, revision: str | None, split: str) -> Source:
-    """Open the source of a set, which may be generated."""
-    return adapter.opener(place, split) if adapter.opener else open_source(place, revision, split)
-
-
 def open_source(source: Any, revision: str | None = None, split: str = "train") -> Source:
-    """Open what a user calls a source.
+    """Open what a user calls a source, the split of it where `datasets` keeps them apart.
 
     Args:
         source: `owner/name` on the Hub; a folder, file or list of files (Parquet, JSON, lines); a folder of `save_to_disk`; or
             a `datasets.Dataset`, `IterableDataset` or dictionary of these by split.
-        split (`str`): which of the splits, where `datasets` keeps them apart.
-
-    Raises:
-        GranulonError: it does not exist, or holds nothing that can be read.
     """
     if isinstance(source, Mapping):
-        picked = pick_split(source, split, "The dictionary of data sets")
+        known = {SPLIT_WORDS.get(name, name): name for name in source} | {name: name for name in source}
+        # A hold-out is a part of train, unless it is a split of its own.
+        words = (split, SPLIT_WORDS.get(split), "train" if split == "holdout" else None)
+        if (picked := next((known[word] for word in words if word in known), None)) is None:
+            raise GranulonError(f"The source has no split {split!r}; it has {', '.join(map(repr, source))}.")
         found = open_source(source[picked], revision, split)
         found.split = picked
         return found
@@ -38,54 +33,50 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
         return DatasetSource(source) if hasattr(source, "__len__") else StreamSource(source)
     if isinstance(source, list | tuple):
         files = [Path(path).expanduser().resolve() for path in source]
-        return open_files(Path(os.path.commonpath([path.parent for path in files])), files, "the list of files")
-    source = str(source).removeprefix("hf://datasets/")
-    path = Path(source).expanduser()
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise GranulonError(f"There is no file {missing[0]!r}.")
+        root = Path(os.path.commonpath([file.parent for file in files]))
+        return open_files(root, files, str(root))
+    name = str(source).removeprefix("hf://datasets/")
+    path = Path(name).expanduser()
     if path.is_file():
-        found = open_files(path.parent, [path], source)
-        found.location = str(path)
-        return found
+        return open_files(path.parent, [path], str(path))
     if path.is_dir():
         return open_folder(path, split)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not source.startswith("."):
-        return open_hub(source, revision)
-    raise GranulonError(f"There is no file or folder {source!r}, and it is no owner/name of a data set on the Hub.")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return open_hub(name, revision)
+    raise GranulonError(f"There is no file or folder {name!r}, and it is no owner/name of a data set on the Hub.")
 
 
 def open_folder(path: Path, split: str) -> Source:
     """Open a folder of files, or one that `save_to_disk` wrote."""
     if (path / "dataset_dict.json").is_file():
         names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-        picked = pick_split(names, split, repr(str(path)))
-        found = open_folder(path / picked, split)
-        found.split = picked
-        return found
+        return open_source({name: path / name for name in names}, split=split)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         from datasets import load_from_disk
 
-        return DatasetSource(load_from_disk(path), str(path), stored=True)
-    if (path / "chat.json").is_file():
-        return open_files(path, [path / "chat.json"], str(path))
-    hidden = (".", "_")
+        return DatasetSource(load_from_disk(path), path)
     files = sorted(path.rglob("*"))
-    shown = [file for file in files if not any(name.startswith(hidden) for name in file.relative_to(path).parts)]
+    if (path / "chat.json").is_file():
+        files = [path / "chat.json"]
+    shown = [file for file in files if not any(name.startswith((".", "_")) for name in file.relative_to(path).parts)]
     return open_files(path, [file for file in shown if file.is_file()], str(path))
 
 
-def open_files(root: Path, files: list[Path], name: str) -> Source:
+def open_files(root: Path, files: list[Path], location: str) -> Source:
     """Open the files of the first kind of which there are any: Parquet, JSON, lines."""
-    by_kind: dict[str, list[Path]] = {}
-    for file in files:
-        by_kind.setdefault(file.suffix.lower(), []).append(file)
-    if parquet := by_kind.get(".parquet"):
-        if missing := [str(file) for file in parquet if not file.is_file()]:
-            raise GranulonError(f"There is no file {missing[0]!r}.")
-        return ParquetSource(str(root), str(root), [file.relative_to(root).as_posix() for file in parquet])
-    if chats := [file for file in files if file.suffix.lower() in (".json", ".jsonl")]:
-        return read_json(root, chats)
-    if lines := by_kind.get(".txt"):
-        return read_lines(root, lines)
-    raise GranulonError(f"{name!r} holds no Parquet, JSON or question|answer files.")
+
+    def of_kind(*endings: str) -> list[Path]:
+        return [file for file in files if file.suffix.lower() in endings]
+
+    if parquet := of_kind(".parquet"):
+        return ParquetSource(location, str(root), [file.relative_to(root).as_posix() for file in parquet])
+    if chats := of_kind(".json", ".jsonl"):
+        return readers.read_json(root, chats, location)
+    if lines := of_kind(".txt"):
+        return readers.read_lines(root, lines, location)
+    raise GranulonError(f"{location!r} holds no Parquet, JSON or question|answer files.")
 
 
 def open_hub(repo: str, revision: str | None) -> Source:
@@ -98,9 +89,8 @@ def open_hub(repo: str, revision: str | None) -> Source:
         root = f"datasets/{repo}@{sha}"
         files = fs.find(root)  # lists with sizes, so that opening a file asks no more
     except Exception as error:  # the client raises what its many layers raise
-        raise GranulonError(
-            f"Cannot reach the data set {repo!r} on the Hub ({one_line(error)}); give source=… for a local copy."
-        ) from error
+        reason = f"({one_line(error)}); give source=… for a local copy"
+        raise GranulonError(f"Cannot reach the data set {repo!r} on the Hub {reason}.") from error
     parts = sorted(file.removeprefix(f"{root}/") for file in files if file.endswith(".parquet"))
     if not parts:
         raise GranulonError(f"The data set {repo!r} has no Parquet files; try revision='refs/convert/parquet'.")
@@ -111,19 +101,14 @@ def check_columns(adapter: Adapter, source: Source, parts: Iterable[str]) -> Non
     """Refuse files that lack a column which the adapter needs, before any work; a file without rows lacks nothing."""
     for part in parts:
         present = source.columns(part)
-        if not present:
-            if isinstance(source, StreamSource):
-                raise GranulonError(f"{source.location!r} is empty.")
-            if not source.count(part):
-                continue
-            reason = next(source.rows(part, range(1), []))[1]
-            raise GranulonError(
-                f"{part!r} of {source.location!r} is not {adapter.name}: {reason or 'its first record is empty'}."
-            )
         missing = [column for column in adapter.columns if not set(column.split("|")) & set(present)]
-        if missing:
+        if present and missing:
             lacks = ", ".join(" or ".join(map(repr, column.split("|"))) for column in missing)
             what = "" if adapter.name == "columns" else f" is not {adapter.name}: it"
-            raise GranulonError(
-                f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {', '.join(map(repr, present))}."
-            )
+            has = ", ".join(map(repr, present))
+            raise GranulonError(f"{part!r} of {source.location!r}{what} lacks the columns {lacks}; it has {has}.")
+        if not present and isinstance(source, StreamSource):
+            raise GranulonError(f"{source.location!r} is empty.")
+        if not present and source.count(part):
+            reason = next(source.rows(part, range(1), []))[1] or "its first record is empty"
+            raise GranulonError(f"{part!r} of {source.location!r} is not {adapter.name}: {reason}.")

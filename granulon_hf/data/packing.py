@@ -1,7 +1,6 @@
 """Which samples make a batch: packs of a token budget.
 
-For padded batches of similar lengths transformers has it all: `TrainingArguments(train_sampling_strategy="group_by_length",
-length_column_name="length")`, or `LengthGroupedSampler(batch_size, lengths=collator.lengths(samples))`.
+For padded batches of similar lengths, transformers has `LengthGroupedSampler(batch_size, lengths=collator.lengths(samples))`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +17,10 @@ class PackSampler(Sampler[list[int]]):
 
     Args:
         lengths (`Sequence[int]`): tokens of each sample, image slots included ([`GranulonCollator.lengths`]).
-        budget (`int`): tokens per batch. A longer sample makes a batch of its own.
+        budget (`int`): tokens per batch, 1 or more. A longer sample makes a batch of its own.
         window (`int`, defaults to 1024): samples that are packed together.
         shuffle (`bool`, defaults to `True`): whether to shuffle samples and batches.
         seed (`int`, defaults to 0): of the shuffling, together with the epoch.
-
-    Raises:
-        ValueError: a budget or a window below 1.
 
     Example:
 
@@ -71,9 +67,8 @@ class PackSampler(Sampler[list[int]]):
         packs, rooms = [], []
         for index in sorted(indices, key=lambda index: -self.lengths[index]):
             length = self.lengths[index]
-            place = next((place for place, room in enumerate(rooms) if room >= length), None)
-            if place is None:
-                place = len(packs)
+            place = next((place for place, room in enumerate(rooms) if room >= length), len(packs))
+            if place == len(packs):
                 packs.append([])
                 rooms.append(self.budget)
             packs[place].append(index)

@@ -1,6 +1,5 @@
 """Encoded images: where they are, and whether they can be used."""
 
-import io
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,31 +7,19 @@ from typing import Any
 from PIL import Image
 
 from granulon_hf.data.datasets.base import BadRow, one_line
-from granulon_hf.modeling.images_granulon import checked, open_rgb
+from granulon_hf.modeling.images_granulon import checked, find_source, open_rgb
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 def locate(image: dict[str, Any], roots: list[Path]) -> dict[str, Any]:
-    """Find the file of an image that is only a path.
-
-    Args:
-        roots (`list[Path]`): folders that the path may be relative to; none for a remote set.
-
-    Raises:
-        BadRow: there is no such file.
-    """
+    """Find the file of an image that is only a path relative to one of the folders, or raise [`BadRow`]."""
     if image["bytes"]:
         return image
     for root in roots:
         if (root / image["path"]).is_file():
             return {"bytes": None, "path": str(root / image["path"])}
     raise BadRow(f"the image {image['path']!r} is missing")
-
-
-def read(image: dict[str, Any]) -> bytes:
-    """Return the encoded image."""
-    return image["bytes"] or Path(image["path"]).read_bytes()
 
 
 def verify(image: dict[str, Any], decode: bool) -> None:
@@ -43,7 +30,7 @@ def verify(image: dict[str, Any], decode: bool) -> None:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]) as opened:
+            with Image.open(find_source(image)) as opened:
                 checked(opened)
     except Exception as error:  # Pillow raises what its many decoders raise
         reason = one_line(error).split(" <_io")[0].removeprefix("unusable image: ")

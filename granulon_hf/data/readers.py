@@ -11,12 +11,11 @@ import itertools
 import json
 import os
 import re
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -24,12 +23,28 @@ import pyarrow.parquet as pq
 
 from granulon_hf.data.datasets.base import kind_of, one_line
 from granulon_hf.data.pictures import IMAGE_ENDINGS
-from granulon_hf.data.splits import split_of
 from granulon_hf.errors import GranulonError
+from granulon_hf.io import batches
 
 FINGERPRINT_BYTES = 1 << 16
 REQUESTS = 16  # at a time: footers and single columns are small, latency is all they cost
+OPEN_FILES = 32
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+SPLIT_WORDS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation"}
+SPLIT_WORDS |= {"test": "test", "holdout": "holdout"}
+SPLITS = tuple(dict.fromkeys(SPLIT_WORDS.values()))  # what a source that names no split can be called
+
+
+def split_of(part: str) -> str | None:
+    """Return the split that a file's name or folder says it belongs to: `data/train-00000-of-00002.parquet`, `val/x.parquet`.
+
+    Shards in `data/` may name any split, as for `datasets.load_dataset`; other files only a usual one.
+    """
+    if shard := re.fullmatch(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}\.parquet", part):
+        return SPLIT_WORDS.get(shard[1], shard[1])
+    pieces = reversed(PurePosixPath(part).with_suffix("").parts)
+    words = (word for piece in pieces for word in re.split(r"[^a-z]+", piece.lower()))
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
 
 
 class BrokenFile(GranulonError):
@@ -37,32 +52,28 @@ class BrokenFile(GranulonError):
 
 
 class Source:
-    """Parts with rows; the kinds below say how they are read.
+    """Parts with rows; the kinds below say how they are read."""
 
-    Attributes:
-        location (`str`): repository or path, as it is written into manifests.
-        revision (`str`, *optional*): commit of a repository.
-        parts (`list[str]`): names of the files, relative to the location.
-        roots (`list[Path]`): folders that images given as paths are relative to.
-        tolerant (`bool`): whether files that cannot be read are left out.
-        broken (`dict[str, str]`): those that were, and why.
-        split (`str`, *optional*): the split that all of it is, where it was opened as one of several.
-    """
-
-    location: str
-    revision: str | None = None
-    split: str | None = None
-    parts: list[str]
-    roots: list[Path]
+    location: str  # repository or path, as it is written into manifests
+    revision: str | None = None  # commit of a repository
+    split: str | None = None  # the split that all of it is, where it was opened as one of several
+    parts: list[str]  # names of the files, relative to the location
+    roots: list[Path]  # folders that images given as paths are relative to
     remote = False
-    tolerant = False
+    tolerant = False  # whether files that cannot be read are noted as broken, and left out
 
     @cached_property
     def broken(self) -> dict[str, str]:
+        """The files that cannot be read, and why."""
         return {}
 
+    @property
+    def splits(self) -> list[str]:
+        """The splits that the source names, sorted."""
+        return [self.split] if self.split else sorted({split for split in map(split_of, self.parts) if split})
+
     def readable(self, part: str) -> bool:
-        """Tell whether the part can be read at all; if not, it is noted as broken, or refused with [`BrokenFile`]."""
+        """Tell whether the part can be read at all; raise [`BrokenFile`] if it cannot, and the source is not tolerant."""
         try:
             self.columns(part)
         except BrokenFile as error:
@@ -77,23 +88,29 @@ class Source:
     def count(self, part: str) -> int:
         raise NotImplementedError
 
-    def column(self, part: str, name: str) -> list[Any]:
-        """Return all values of one column, `None` for those that cannot be read."""
-        return list(self.cells(part, name))
-
-    def cells(self, part: str, name: str) -> Iterator[Any]:
-        """Give the values of one column one by one, `None` for those that cannot be read or do not exist."""
-        wanted = range(self.count(part)) if name in self.columns(part) else ()
-        for _, row in self.rows(part, wanted, [name]):
-            yield row.get(name) if isinstance(row, dict) else None
-
-    def column_of(self, parts: Sequence[str], name: str) -> dict[str, list[Any]]:
-        """Return all values of one column of several parts."""
-        return {part: self.column(part, name) for part in parts}
-
     def rows(self, part: str, wanted: Sequence[int], columns: list[str]) -> Iterator[tuple[int, dict[str, Any] | Exception]]:
         """Give the wanted rows (ascending) with their numbers; in place of one that cannot be read, the reason."""
         raise NotImplementedError
+
+    def cells(self, part: str, name: str) -> Iterator[Any]:
+        """Give the values of one column one by one, `None` for those that cannot be read or do not exist."""
+        rows = range(self.count(part))
+        if name not in self.columns(part):
+            yield from (None for _ in rows)
+            return
+        for _, row in self.rows(part, rows, [name]):
+            yield row.get(name) if isinstance(row, dict) else None
+
+    def column(self, part: str, name: str) -> list[Any]:
+        """Return all values of one column at once."""
+        return list(self.cells(part, name))
+
+    def gather(self, function: Callable[[str], Any], parts: Iterable[str]) -> dict[str, Any]:
+        """Return what a function says of every part; several are asked at a time where that is slow one by one."""
+        if not self.remote:
+            return {part: function(part) for part in parts}
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            return dict(pool.map(lambda part: (part, function(part)), parts))
 
     def fingerprint(self, part: str) -> str | None:
         """Return what changes when the part changes; `None` if a revision or nothing says so."""
@@ -103,28 +120,9 @@ class Source:
         """Return file and row (from 0) as a person would look for them."""
         return part, row
 
-    def prepare(self, parts: Iterable[str]) -> None:
-        """Fetch what `count` and `columns` need, in one go where that is slow one by one."""
-
-
-def hash_ends(path: Path) -> str:
-    """Return the size, and a hash of the first and last 64 KiB: a Parquet footer is at the end, and says where the rest is."""
-    digest, size = hashlib.sha256(), path.stat().st_size
-    with path.open("rb") as file:
-        digest.update(file.read(FINGERPRINT_BYTES))
-        file.seek(max(0, size - FINGERPRINT_BYTES))
-        digest.update(file.read(FINGERPRINT_BYTES))
-    return f"{size}-{digest.hexdigest()[:16]}"
-
 
 class ParquetSource(Source):
-    """Parquet files under one root of a file system.
-
-    Args:
-        fs (`fsspec.AbstractFileSystem`, *optional*): of a remote root; `None` for files of this machine.
-    """
-
-    OPEN_FILES = 32
+    """Parquet files under one root: of a remote `fsspec` file system, or of this machine."""
 
     def __init__(self, location: str, root: str, parts: list[str], fs: Any = None, revision: str | None = None):
         self.location = location
@@ -134,30 +132,20 @@ class ParquetSource(Source):
         self.revision = revision
         self.remote = fs is not None
         self.roots = [] if self.remote else [Path(root), Path(root) / "images"]
-        self._reset()
-
-    def _reset(self) -> None:
         self._metadata: dict[str, Any] = {}
-        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
-        self._last: tuple[Any, Any] = (None, None)
-        self._pid = os.getpid()
+        self._files: dict[tuple[int, str], pq.ParquetFile] = {}
+        self._group: tuple[Any, Any] = (None, None)
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._reset()
+        return self.__dict__ | {"_metadata": {}, "_files": {}, "_group": (None, None)}
 
     def _file(self, part: str) -> pq.ParquetFile:
-        if self._pid != os.getpid():  # after a fork handles would be shared
-            self._files, self._last, self._pid = OrderedDict(), (None, None), os.getpid()
-        if part not in self._files:
-            self._files[part] = self._open(part)
-            while len(self._files) > self.OPEN_FILES:
-                self._files.popitem(last=False)[1].close(force=True)
-        self._files.move_to_end(part)
-        return self._files[part]
+        key = (os.getpid(), part)  # after a fork handles would be shared
+        if key not in self._files:
+            self._files[key] = self._open(part)
+            for oldest in list(self._files)[:-OPEN_FILES]:
+                self._files.pop(oldest, None)
+        return self._files[key]
 
     def _open(self, part: str) -> pq.ParquetFile:
         path, known = f"{self.root}/{part}", self._metadata.get(part)
@@ -168,29 +156,18 @@ class ParquetSource(Source):
         except FileNotFoundError:
             raise GranulonError(f"The file {part!r} of {self.location!r} is gone.") from None
         except (pa.ArrowException, OSError) as error:
-            self._refuse_network(error, f"The file {part!r}")
-            raise BrokenFile(
-                f"The file {part!r} of {self.location!r} cannot be read as Parquet ({one_line(error)})."
-            ) from error
+            self._refuse_network(error, part)
+            reason = f"cannot be read as Parquet ({one_line(error)})"
+            raise BrokenFile(f"The file {part!r} of {self.location!r} {reason}.") from error
         self._metadata[part] = file.metadata
         return file
 
-    def _refuse_network(self, error: Exception, what: str) -> None:
+    def _refuse_network(self, error: Exception, part: str) -> None:
         """Raise if it is the network that failed, and not the file or the row."""
         if self.remote and isinstance(error, OSError):
-            raise GranulonError(f"{what} of {self.location!r} cannot be fetched ({one_line(error)}).") from error
+            raise GranulonError(f"The file {part!r} of {self.location!r} cannot be fetched ({one_line(error)}).") from error
 
-    def prepare(self, parts: Iterable[str]) -> None:
-        missing = [part for part in parts if part not in self._metadata]
-        if self.remote and len(missing) > 1:
-            with ThreadPoolExecutor(REQUESTS) as pool:
-                list(pool.map(self._footer, missing))
-
-    def _footer(self, part: str) -> None:
-        with suppress(BrokenFile):  # said when the part is needed
-            self._open(part).close(force=True)
-
-    def _meta(self, part: str):
+    def _meta(self, part: str) -> Any:
         if part not in self._metadata:
             self._file(part)
         return self._metadata[part]
@@ -202,50 +179,48 @@ class ParquetSource(Source):
         return self._meta(part).num_rows
 
     def column(self, part: str, name: str) -> list[Any]:
-        values = self._column(self._file(part), part, name)
-        return super().column(part, name) if values is None else values
-
-    def _column(self, file: pq.ParquetFile, part: str, name: str) -> list[Any] | None:
-        """Return all values at once, or `None` if one of them cannot be read."""
         try:
-            return file.read(columns=[name]).column(name).to_pylist() if name in self.columns(part) else None
-        except UNREADABLE as error:
-            self._refuse_network(error, f"Column {name!r} of the file {part!r}")
-            return None
+            return self._file(part).read(columns=[name]).column(name).to_pylist()
+        except (*UNREADABLE, KeyError) as error:  # of one row or, in an earlier group, of many; or there is none
+            self._refuse_network(error, part)
+            return super().column(part, name)
 
-    def column_of(self, parts: Sequence[str], name: str) -> dict[str, list[Any]]:
-        if not self.remote:
-            return super().column_of(parts, name)
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            found = pool.map(lambda part: self._column(self._open(part), part, name), parts)
-            return {p: self.column(p, name) if values is None else values for p, values in zip(parts, found, strict=True)}
-
-    def _group(self, part: str, group: int, columns: list[str]) -> pa.Table:
-        key = (part, group, tuple(columns))
-        if self._last[0] != key:
-            self._last = (None, None)  # one row group at a time in memory
-            self._last = (key, self._file(part).read_row_group(group, columns=columns))
-        return self._last[1]
+    def _read_group(self, part: str, group: int, columns: list[str]) -> pa.Table:
+        wanted = (part, group, tuple(columns))
+        found, table = self._group
+        if found != wanted:
+            self._group = table = None, None  # one row group at a time in memory
+            table = self._file(part).read_row_group(group, columns=columns)
+            self._group = wanted, table
+        return table
 
     def rows(self, part, wanted, columns):
-        metadata = self._meta(part)
-        sizes = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        meta = self._meta(part)
+        sizes = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
         starts = list(itertools.accumulate(sizes, initial=0))
-        for group, members in itertools.groupby(wanted, key=lambda row: bisect.bisect_right(starts, row) - 1):
-            for row in members:
-                try:
-                    table = self._group(part, group, columns)
-                    yield row, table.slice(row - starts[group], 1).to_pylist()[0]
-                except UNREADABLE as error:
-                    self._refuse_network(error, f"The file {part!r}")
-                    yield row, error
+        for row in wanted:
+            group = bisect.bisect_right(starts, row) - 1
+            try:
+                yield row, self._read_group(part, group, columns).slice(row - starts[group], 1).to_pylist()[0]
+            except UNREADABLE as error:
+                self._refuse_network(error, part)
+                yield row, error
 
     def fingerprint(self, part: str) -> str | None:
-        return None if self.remote else hash_ends(Path(self.root) / part)
+        """Return size and hash of the first and last 64 KiB: a Parquet footer is at the end, and says where the rest is."""
+        if self.remote:
+            return None
+        with Path(self.root, part).open("rb") as file:
+            head, size = file.read(FINGERPRINT_BYTES), file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - FINGERPRINT_BYTES))
+            return f"{size}-{hashlib.sha256(head + file.read()).hexdigest()[:16]}"
 
 
 class RecordSource(Source):
-    """Rows that are read at once because they are small: LLaVA's JSON, lines of text."""
+    """Rows that are read at once because they are small: LLaVA's JSON, lines of text.
+
+    Of every row of a part, `tables` has the file, its number there, and the record or what is wrong with it.
+    """
 
     def __init__(self, location: str, root: Path, tables: dict[str, list[tuple[str, int, Any]]], digest: dict[str, str]):
         self.location = location
@@ -255,27 +230,14 @@ class RecordSource(Source):
         self.roots = [root, root / "images"]
 
     def columns(self, part: str) -> list[str]:
-        records = (self._parse(record) for _, _, record in self.tables[part][:1000])
-        return list(dict.fromkeys(key for record in records if isinstance(record, dict) for key in record))
+        return list(dict.fromkeys(key for _, _, record in self.tables[part] if isinstance(record, dict) for key in record))
 
     def count(self, part: str) -> int:
         return len(self.tables[part])
 
-    def cells(self, part: str, name: str) -> Iterator[Any]:  # a record may have what the first thousand have not
-        for _, row in self.rows(part, range(self.count(part)), [name]):
-            yield row.get(name) if isinstance(row, dict) else None
-
     def rows(self, part, wanted, columns):
         for row in wanted:
-            yield row, self._parse(self.tables[part][row][2])
-
-    def _parse(self, record: Any) -> Any:
-        if isinstance(record, bytes):
-            try:
-                record = json.loads(record)
-            except (ValueError, RecursionError) as error:
-                return ValueError(f"the line is not JSON that can be read: {json_fault(error)}")
-        return record if isinstance(record, dict | Exception) else ValueError(f"the record is {kind_of(record)}, not an object")
+            yield row, self.tables[part][row][2]
 
     def fingerprint(self, part: str) -> str | None:
         return self.digest[part]
@@ -284,75 +246,80 @@ class RecordSource(Source):
         return self.tables[part][row][:2]
 
 
-def json_fault(error: ValueError | RecursionError) -> str:
-    """Say what is wrong with a text that `json` refuses."""
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    return str(error) if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) else "a number in it has too many digits"
+def parse_json(data: bytes, what: str) -> Any:
+    """Parse JSON, or return a `ValueError` that says why it cannot be read."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        faults = {RecursionError: "it is nested too deeply", ValueError: "a number in it has too many digits"}
+        return ValueError(f"{what} is not JSON that can be read: {faults.get(type(error), error)}")
 
 
-def read_json(root: Path, files: list[Path]) -> RecordSource:
+def read_json(root: Path, files: list[Path], location: str) -> RecordSource:
     """Read `.json` files that hold a list, and `.jsonl` files with an object per line."""
     tables, digest = {}, {}
     for path in files:
         data, name = path.read_bytes(), path.relative_to(root).as_posix()
         if path.suffix.lower() == ".jsonl":
-            records: list[Any] = data.splitlines()
+            records = {i: parse_json(line, "the line") for i, line in enumerate(data.splitlines()) if line}
         else:
-            try:
-                records = json.loads(data.strip() or b"[]")
-            except (ValueError, RecursionError) as error:
-                raise GranulonError(f"The file {str(path)!r} is not JSON that can be read: {json_fault(error)}.") from None
-            if not isinstance(records, list):
-                raise GranulonError(f"The file {str(path)!r} holds {kind_of(records)}, not a list of conversations.")
-        rows = [(name, i, record) for i, record in enumerate(records) if record != b""]
-        tables[name], digest[name] = rows, f"{len(data)}-{hashlib.sha256(data).hexdigest()[:16]}"
-    return RecordSource(str(root), root, tables, digest)
+            found = parse_json(data.strip() or b"[]", f"The file {str(path)!r}")
+            if isinstance(found, ValueError):
+                raise GranulonError(f"{found}.")
+            if not isinstance(found, list):
+                raise GranulonError(f"The file {str(path)!r} holds {kind_of(found)}, not a list of conversations.")
+            records = dict(enumerate(found))
+        for i, record in records.items():
+            if not isinstance(record, dict | ValueError):
+                records[i] = ValueError(f"the record is {kind_of(record)}, not an object")
+        tables[name] = [(name, i, record) for i, record in records.items()]
+        digest[name] = f"{len(data)}-{hashlib.sha256(data).hexdigest()[:16]}"
+    return RecordSource(location, root, tables, digest)
 
 
-def read_lines(root: Path, files: list[Path]) -> RecordSource:
+def read_lines(root: Path, files: list[Path], location: str) -> RecordSource:
     """Read `question|answer` lines: `<video>/…/<frame>_QA.txt`, with the frame's image anywhere below the same root.
 
     Of several images of that name it takes the one that shares most folders with the text. Folders say the split.
     """
-    frames: dict[str, list[Path]] = {}
+    frames: dict[str, list[Path]] = defaultdict(list)
     for path in sorted(root.rglob("*")):
         if path.suffix.lower() in IMAGE_ENDINGS:
-            frames.setdefault(path.stem, []).append(path.relative_to(root))
-    digests: dict[str, Any] = {}
-    tables: dict[str, list[tuple[str, int, Any]]] = {}
+            frames[path.stem].append(path.relative_to(root))
+    digests: dict[str, Any] = defaultdict(hashlib.sha256)
+    tables: dict[str, list[tuple[str, int, Any]]] = defaultdict(list)
     for path in files:
         data, relative = path.read_bytes(), path.relative_to(root)
-        split = split_of(f"{relative.parent.as_posix()}/lines")
+        name, split = relative.as_posix(), split_of(f"{relative.parent.as_posix()}/lines")
         # One part per split: a set has tens of thousands of such files, with a line or two each.
         part = f"{split}/lines" if split else "lines"
-        rows = tables.setdefault(part, [])
-        digest = digests.setdefault(part, hashlib.sha256())
-        digest.update(f"{relative.as_posix()} {len(data)}\n".encode("utf-8", "surrogateescape") + data)
+        tables[part] += []  # also a file without a line is one
+        digests[part].update(f"{name} {len(data)}\n".encode("utf-8", "surrogateescape") + data)
         stem = re.sub(r"_QA$", "", path.stem, flags=re.IGNORECASE)
-        found = max(frames.get(stem, []), key=lambda frame: len(set(frame.parts) & set(relative.parts)), default=None)
+        image = max(frames[stem], key=lambda frame: len(set(frame.parts) & set(relative.parts)), default=None)
         for i, line in enumerate(data.decode("utf-8", "replace").splitlines()):
             question, bar, answer = line.partition("|")
-            if not line.strip():
-                continue
-            record: Any = ValueError("the line has no | between question and answer")
-            if bar:
-                name = f"{relative.with_suffix('').as_posix()}:{i}"
-                image = found.as_posix() if found else None
-                record = {"id": name, "image": image, "question": question, "answer": answer}
-            rows.append((relative.as_posix(), i, record))
-    return RecordSource(str(root), root, tables, {part: digest.hexdigest()[:24] for part, digest in digests.items()})
+            record = {"question": question, "answer": answer, "image": image.as_posix() if image else None}
+            record["id"] = f"{relative.with_suffix('').as_posix()}:{i}"
+            if line.strip():
+                fault = ValueError("the line has no | between question and answer")
+                tables[part].append((name, i, record if bar else fault))
+    return RecordSource(location, root, tables, {part: digest.hexdigest()[:24] for part, digest in digests.items()})
 
 
 class DatasetSource(Source):
     """A `datasets.Dataset`, by object or as `save_to_disk` left it. Images stay encoded, class labels become their names."""
 
-    def __init__(self, dataset: Any, location: str = "datasets.Dataset", stored: bool = False):
+    location = "datasets.Dataset"
+    parts = ["dataset"]
+
+    def __init__(self, dataset: Any, folder: Path | None = None):
         self.dataset = dataset
-        self.location = location
-        self.stored = stored
-        self.parts = ["dataset"]
-        self.roots = [Path.cwd()] + ([Path(location)] if stored else [])
+        self.stored = folder is not None
+        self.roots = [Path.cwd()]
+        if folder is not None:
+            self.location = str(folder)
+            self.roots.append(folder)
 
     def columns(self, part: str) -> list[str]:
         return list(self.dataset.column_names)
@@ -360,18 +327,10 @@ class DatasetSource(Source):
     def count(self, part: str) -> int:
         return len(self.dataset)
 
-    def column(self, part: str, name: str) -> list[Any]:
-        try:
-            values = self.dataset.select_columns([name]).with_format("arrow")[:][name].to_pylist()
-        except UnicodeDecodeError:
-            return super().column(part, name)
-        return [name_labels({name: value}, self.dataset.features)[name] for value in values]
-
     def rows(self, part, wanted, columns):
         # The Arrow format leaves images encoded, and text that is not UTF-8 fails in its own row alone.
         dataset = self.dataset.select_columns(columns).with_format("arrow")
-        for start in range(0, len(wanted), 16):
-            numbers = [int(row) for row in wanted[start : start + 16]]
+        for numbers in batches(map(int, wanted), 64):
             table = dataset[numbers]
             for i, number in enumerate(numbers):
                 try:
@@ -383,16 +342,12 @@ class DatasetSource(Source):
         return self.dataset._fingerprint if self.stored else None
 
 
-class StreamSource(Source):
+class StreamSource(DatasetSource):
     """A `datasets.IterableDataset`: its rows in its own order, as many as there are."""
 
-    remote = True
     location = "datasets.IterableDataset"
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-        self.parts = ["stream"]
-        self.roots = [Path.cwd()]
+    parts = ["stream"]
+    remote = True
 
     def columns(self, part: str) -> list[str]:
         return list(self.dataset.column_names or next(iter(self.dataset), {}))

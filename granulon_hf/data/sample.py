@@ -1,5 +1,6 @@
 """The one record that every data set becomes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -44,3 +45,26 @@ class Sample:
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary of the fields: a row for `datasets.Dataset.from_list`."""
         return asdict(self)
+
+
+def conversation(messages: Sequence[Mapping[str, Any]], images: Sequence[Any] | None = None) -> list[dict[str, Any]]:
+    """Return messages with their contents as parts, the image parts filled with images in their order where these are given.
+
+    Raises:
+        ValueError: there are more or fewer images than image parts.
+    """
+    rest = iter(images or [])
+    filled, parts = [], 0
+    for message in messages:
+        content = message["content"]
+        # Without the empty fields that a table's rows have.
+        given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        new = [{name: value for name, value in part.items() if value is not None} for part in given]
+        for i, part in enumerate(new):
+            if part["type"] == "image":
+                parts += 1
+                new[i] = {"type": "image"} if images is None else {"type": "image", "image": next(rest, None)}
+        filled.append({"role": message["role"], "content": new})
+    if images is not None and parts != len(images):
+        raise ValueError(f"{len(images)} images for {parts} image parts")
+    return filled

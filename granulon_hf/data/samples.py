@@ -3,7 +3,8 @@
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -20,6 +21,9 @@ from granulon_hf.io import write_text
 
 NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repetitions nor written into manifests
 REASONS = 3  # that are told of many
+
+
+Progress = Callable[[int, int], None]  # takes what is done, and all that there is to do
 
 
 class Problem(NamedTuple):
@@ -50,9 +54,9 @@ class Samples(Sequence[Sample]):
     """The samples of chosen rows, made when they are asked for; what [`load`] returns.
 
     Iterating goes through the files in order and reads each row group once: shuffle when training. Samples of local files can
-    be indexed too. Bad rows are skipped: iterating leaves them out, so that `len`, the number of chosen rows, may be larger;
-    an index gives the next good sample instead, so that no epoch ends in the middle. `on_error="raise"` refuses them.
-    An index reads a row group: this is quick in prepared folders, whose groups are small.
+    be indexed too, which reads a row group: this is quick in prepared folders, whose groups are small. Bad rows are skipped:
+    iterating leaves them out, so that `len`, the number of chosen rows, may be larger; an index gives the next good sample
+    instead, so that no epoch ends in the middle. `on_error="raise"` refuses them.
 
     Attributes:
         adapter ([`Adapter`]): how rows become samples.
@@ -62,9 +66,7 @@ class Samples(Sequence[Sample]):
         filtered (`Counter`): rows that were filtered out, by reason.
     """
 
-    def __init__(
-        self, adapter, source, split, rows, *, on_error="skip", verify=None, description=None, filtered=None, names=None
-    ):
+    def __init__(self, adapter, source, split, rows, *, on_error="skip", verify=None, description=None, filtered=None):
         self.adapter: Adapter = adapter
         self.split: str = split
         self.source: Source = source
@@ -74,7 +76,7 @@ class Samples(Sequence[Sample]):
         self._verify = verify or adapter.verify
         self._description: dict[str, Any] = description or {}
         self._problems: dict[tuple[str, int], Problem] = {}
-        self._given_names: dict[tuple[str, int], tuple[str, str]] | None = names
+        self._given_names: dict[tuple[str, int], tuple[str, str]] | None = None
         self._fingerprints = {part: source.fingerprint(part) for part in rows}  # also what `datasets` caches by
         self._ends = np.cumsum([len(numbers) for numbers in rows.values()])
         self._columns: dict[str, list[str]] = {}
@@ -113,21 +115,17 @@ class Samples(Sequence[Sample]):
                 raise GranulonError(f"A slice of samples takes every row; got a step of {step}.")
             return self.slice(start, stop)
         if self.source.remote:
-            raise GranulonError(
-                f"{self.source.location!r} is streamed and has no random access: iterate, or `granulon data prepare` it first."
-            )
+            advice = "iterate, or `granulon data prepare` it first"
+            raise GranulonError(f"{self.source.location!r} is streamed and has no random access: {advice}.")
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} samples")
         for step in range(len(self)):
-            position = (int(index) % len(self) + step) % len(self)
-            part_number = int(np.searchsorted(self._ends, position, side="right"))
-            part = list(self._rows)[part_number]
-            start = int(self._ends[part_number - 1]) if part_number else 0
-            row = int(self._rows[part][position - start])
-            if (part, row) not in self._problems:
-                sample = next(self._read(part, [row]))[2]
-                if sample is not None:
-                    return sample
+            position = (int(index) + step) % len(self)
+            number = int(np.searchsorted(self._ends, position, side="right"))
+            part, numbers = list(self._rows.items())[number]
+            row = int(numbers[position - self._ends[number]])  # counted from the end
+            if (part, row) not in self._problems and (sample := next(self._read(part, [row]))[2]) is not None:
+                return sample
         raise none_usable(self.source.location, len(self), (problem.reason for problem in self.problems))
 
     @property
@@ -161,36 +159,37 @@ class Samples(Sequence[Sample]):
             if len(taken := numbers[max(0, start - first) : max(0, stop - first)]):
                 rows[part] = taken
             first += len(numbers)
-        kwargs = {"on_error": self._on_error, "verify": self._verify, "description": self._description}
-        own = {part: set(map(int, numbers)) for part, numbers in rows.items()}
-        names = {(part, row): name for (part, row), name in self._names.items() if row in own.get(part, ())}
-        return Samples(self.adapter, self.source, self.split, rows, filtered=self.filtered, names=names, **kwargs)
+        places = ((part, int(number)) for part, numbers in rows.items() for number in numbers)
+        piece = copy(self)
+        piece._rows = rows
+        piece._ends = np.cumsum([len(numbers) for numbers in rows.values()])
+        piece._given_names = {place: self._names[place] for place in places if place in self._names}
+        return piece
 
     def _read(self, part, numbers) -> Iterator[tuple[str, int, Sample | None]]:
         wanted = numbers if isinstance(numbers, range) else [int(number) for number in numbers]
         if part not in self._columns:
-            present, names = self.source.columns(part), [name for column in self.adapter.columns for name in column.split("|")]
-            self._columns[part] = [name for name in dict.fromkeys([*names, *self.adapter.optional]) if name in present]
+            known = "|".join([*self.adapter.columns, *self.adapter.optional]).split("|")
+            self._columns[part] = [name for name in self.source.columns(part) if name in known]
         for number, row in self.source.rows(part, wanted, self._columns[part]):
+            sample = None
             try:
-                yield part, number, self._make(part, number, row)
-            except BadRow as error:
-                reason = str(error).encode("utf-8", "backslashreplace").decode()  # it may cite what is no text
+                sample = self._make(part, number, row)
+            except Exception as error:  # a value of a type that nobody thought of must not end an epoch
+                unforeseen = f"the row is not as it should be ({type(error).__name__}: {error})"
+                reason = str(error) if isinstance(error, BadRow) else unforeseen
+                # It may cite what is no text.
+                reason = reason.encode("utf-8", "backslashreplace").decode()
                 problem = Problem(*self.source.where(part, number), reason)
                 if self._on_error == "raise":
                     raise GranulonError(f"Bad row in {self.source.location!r}: {problem}.") from None
                 self._problems[part, number] = problem
-                yield part, number, None
+            yield part, number, sample
 
     def _make(self, part: str, number: int, row: dict[str, Any] | Exception) -> Sample:
         if isinstance(row, Exception):
             raise BadRow(f"the row cannot be read ({one_line(row)})")
-        try:
-            sample = self.adapter.to_sample(row)
-        except BadRow:
-            raise
-        except Exception as error:  # a value of a type that nobody thought of must not end an epoch
-            raise BadRow(f"the row is not as it should be ({type(error).__name__}: {error})") from error
+        sample = self.adapter.to_sample(row)
         paths = [image["path"] or "" for image in sample.images]
         if has_lone_surrogate("".join([*paths, json.dumps(sample.meta, ensure_ascii=False, default=str)])):
             raise BadRow("the path of an image or the meta holds a lone surrogate")
@@ -211,29 +210,24 @@ class Samples(Sequence[Sample]):
         column = self.adapter.id_column
         if not column or isinstance(self.source, StreamSource) or len(self) > NAMED_ROWS:
             return None
-        named = [part for part in self._rows if column in self.source.columns(part)]
-        if not named:
+        if not any(column in self.source.columns(part) for part in self._rows):
             return None
-        values = self.source.column_of(named, column)
-        return {
-            part: [name_of(values[part][i]) if part in values else "" for i in numbers] for part, numbers in self._rows.items()
-        }
+        values = self.source.gather(lambda part: self.source.column(part, column), self._rows)
+        return {part: [name_of(values[part][number]) for number in numbers] for part, numbers in self._rows.items()}
 
     @cached_property
     def _names(self) -> dict[tuple[str, int], tuple[str, str]]:
         """Old and new id by part and row, for every repetition of an id."""
         if self._given_names is not None or self.ids is None:
             return self._given_names or {}
-        seen = Counter(name for names in self.ids.values() for name in names)
-        if max(seen.values(), default=0) < 2:
-            return {}
+        taken = {name for names in self.ids.values() for name in names}
         result, met = {}, Counter[str]()
         for part, names in self.ids.items():
             for row, old in zip(self._rows[part], names, strict=True):
                 met[old] += 1
                 if old and met[old] > 1:
                     new = f"{old}#{met[old]}"
-                    while new in seen:
+                    while new in taken:
                         new += "'"
                     result[part, int(row)] = (old, new)
         return result
@@ -241,15 +235,15 @@ class Samples(Sequence[Sample]):
     @property
     def manifest(self) -> dict[str, Any]:
         """What is needed to load the very same subset again: where from, which commit, which rows and their ids."""
-        files = {
-            part: {
-                "rows": self.source.count(part),
+        files = {}
+        for part, numbers in self._rows.items():
+            count = self.source.count(part)
+            files[part] = {
+                "rows": count,
                 "fingerprint": self._fingerprints[part],
-                "take": [int(number) for number in numbers] if len(numbers) < self.source.count(part) else "all",
+                "take": [int(number) for number in numbers] if len(numbers) < count else "all",
                 "ids": self.ids[part] if self.ids is not None else None,
             }
-            for part, numbers in self._rows.items()
-        }
         remarks = {"filtered": dict(self.filtered), "unreadable": dict(self.source.broken)}
         return {**self._description, **remarks, "files": files}
 
@@ -258,7 +252,7 @@ class Samples(Sequence[Sample]):
         write_text(Path(path), json.dumps(self.manifest, ensure_ascii=False) + "\n")
 
     def to_dataset(self):
-        """A `datasets.Dataset` with the fields of [`Sample`] as columns (images decoded when looked at, `meta` as JSON).
+        """Return a `datasets.Dataset` with the fields of [`Sample`] as columns (images decoded when looked at, `meta` as JSON).
 
         `datasets` caches it: bad rows are among `problems` only when it is made for the first time.
         """

@@ -3,7 +3,6 @@
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -15,16 +14,6 @@ from granulon_hf.errors import GranulonError
 
 HOLDOUT_FILES = 32  # that a hold-out is drawn from
 HOLDOUT_SHARE = 10  # a hold-out is taken from at least so many times its rows
-Taken = tuple[int, frozenset[str]]  # a level, and the names on it that are held out
-
-
-@dataclass
-class Choice:
-    """Chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason."""
-
-    rows: dict[str, np.ndarray]
-    holdout: int
-    filtered: Counter[str] = field(default_factory=Counter)
 
 
 def file_order(parts: Iterable[str], seed: int) -> list[str]:
@@ -50,48 +39,51 @@ class Population:
         self.group: Any = adapter.group
         self.rows: dict[str, np.ndarray] = {}
         self.filtered: Counter[str] = Counter()
+        self.held: dict[str, np.ndarray] = {}
+        self.level = 0
+        self.shared: frozenset[str] = frozenset()  # names on that level, which are held out
         self._names: dict[str, list[Levels]] = {}
 
-    def find(self, parts: list[str]) -> None:
-        """Look at parts: which of their rows are eligible."""
-        parts = [part for part in parts if part not in self.rows]
-        self.source.prepare(parts)
-        self.rows |= {part: np.arange(self.source.count(part) if self.source.readable(part) else 0) for part in parts}
-        if self.unwanted is not None:
-            column, judge = self.unwanted
-            parts = [part for part in parts if len(self.rows[part])]
-            for part, values in self.source.column_of(parts, column).items():
-                reasons = [judge(value) for value in values]
-                self.filtered.update(reason for reason in reasons if reason)
-                self.rows[part] = self.rows[part][[reason is None for reason in reasons]]
-
     def prefix(self, order: list[str], files: int, rows: int) -> tuple[list[str], int]:
-        """Take the first parts, at least `files` and with at least `rows` rows, or all; return them and their row count."""
+        """Take the first parts, at least `files` and with at least `rows` eligible rows, or all; return them and their rows."""
         taken, total = 0, 0
         while taken < len(order) and (taken < files or total < rows):
             batch = order[taken : max(files, taken + 1)]
-            self.find(batch)
+            self.find([part for part in batch if part not in self.rows])
             total += sum(len(self.rows[part]) for part in batch)
             taken += len(batch)
         return order[:taken], total
+
+    def find(self, parts: list[str]) -> None:
+        """Look at new parts: which of their rows are eligible."""
+        readable = self.source.gather(self.source.readable, parts)
+        self.rows |= {part: np.arange(self.source.count(part) if readable[part] else 0) for part in parts}
+        if self.unwanted is not None:
+            column, judge = self.unwanted
+            parts = [part for part in parts if readable[part]]
+            for part, values in self.source.gather(lambda part: self.source.column(part, column), parts).items():
+                reasons = [judge(value) for value in values]
+                self.filtered.update(reason for reason in reasons if reason)
+                self.rows[part] = self.rows[part][[reason is None for reason in reasons]]
 
     def names(self, part: str) -> list[Levels]:
         """Return what each row shares with others, level by level."""
         if part not in self._names:
             column, name = self.group
-            every = list(self.source.cells(part, column)) or [None] * self.source.count(part)
-            self._names[part] = [name(every[row]) for row in self.rows[part]]
+            names = [name(value) for value in self.source.cells(part, column)]
+            self._names[part] = [names[row] for row in self.rows[part]]
         return self._names[part]
 
-    def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> tuple[dict[str, np.ndarray], Taken] | None:
-        """Draw `count` rows and say what no other row may then share with them; `None` if too few rows would be left.
+    def hold_out(self, pool: list[str], count: int, random: np.random.Generator) -> bool:
+        """Draw `count` rows, and note what no other row may then share with them; tell whether enough others are left.
 
         Rows are taken by whole groups: of the coarsest level (videos) that leaves half of the rows, or else of the finest
         (images). Of the last group only so many as are wanted: its other rows are on neither side.
         """
         rows = {part: self.rows[part] for part in pool}
         if self.group is None:
-            return trim(rows, count, random), (0, frozenset())
+            self.held = trim(rows, count, random)
+            return True
         every = [levels for part in pool for levels in self.names(part)]
         for level in range(last := len(every[0])):
             names = [levels[level] for levels in every]
@@ -101,20 +93,20 @@ class Population:
             members, taken = list(groups.values()), list[int]()
             for group in random.permutation(len(members)):
                 taken += members[group] if len(taken) < count else []
-            kept = np.sort(random.permutation(taken)[:count])
+            kept = random.permutation(taken)[:count]
             shared = frozenset(name for i in kept for name in names[i])
             free = sum(shared.isdisjoint(own) for own in names) - sum(not names[i] for i in kept)
             if free >= len(names) / 2 or (free and level == last - 1):
-                return share_out(rows, kept), (level, shared)
-        return None
+                self.held, self.level, self.shared = share_out(rows, kept), level, shared
+                return True
+        return False
 
-    def without(self, part: str, held: np.ndarray | None, taken: Taken) -> np.ndarray:
+    def free(self, part: str) -> np.ndarray:
         """Return the rows of a part that are not held out and share nothing with those that are."""
-        level, shared = taken
         rows = self.rows[part]
-        if shared:
-            rows = rows[[shared.isdisjoint(levels[level]) for levels in self.names(part)]]
-        return rows if held is None else np.setdiff1d(rows, held)
+        if self.shared:
+            rows = rows[[self.shared.isdisjoint(levels[self.level]) for levels in self.names(part)]]
+        return np.setdiff1d(rows, self.held.get(part, rows[:0]))
 
 
 def choose(
@@ -124,10 +116,10 @@ def choose(
     seed: int,
     holdout_seed: int,
     limit: int | None,
-    draw_holdout: bool,
+    drawn: bool,
     holdout: int | None,
     max_files: int,
-) -> Choice:
+) -> tuple[dict[str, np.ndarray], int, Counter[str]]:
     """Draw a subset.
 
     The hold-out is drawn first: `holdout` rows from the first 32 parts of its own seeded order (more where these are small).
@@ -136,59 +128,48 @@ def choose(
     "uniformly sampling" and "hold out".)
 
     Args:
-        seed, holdout_seed (`int`): of what is drawn from the rest, or of the held out rows; and of what is held out.
-        draw_holdout (`bool`): whether the hold-out is wanted, and not what is left.
-        holdout (`int`, *optional*): rows held out; by default the adapter's if the set has ten times as many, else none.
+        drawn (`bool`): whether the hold-out is wanted, and not what is left.
         max_files (`int`): parts that a limited subset is drawn from, 0 for all.
 
-    Raises:
-        GranulonError: the hold-out does not fit.
+    Returns:
+        `tuple`: chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason.
     """
     population, order = Population(source, adapter), file_order(source.parts, seed)
-    held: dict[str, np.ndarray] = {}
-    taken: Taken = (0, frozenset())
     asked = adapter.holdout if holdout is None else holdout
     if asked:
         pool, total = population.prefix(file_order(source.parts, holdout_seed), HOLDOUT_FILES, HOLDOUT_SHARE * asked)
-        found = None
-        if asked < total and (holdout is not None or total >= HOLDOUT_SHARE * asked):
-            # Sorted names: the permutation, not the order of files, decides.
-            found = population.hold_out(sorted(pool), asked, np.random.default_rng([holdout_seed, 1]))
-        if found is not None:
-            held, taken = found
-        elif holdout is None:
+        enough = asked < total and (holdout is not None or total >= HOLDOUT_SHARE * asked)
+        # Sorted names: the permutation, not the order of files, decides.
+        if not enough or not population.hold_out(sorted(pool), asked, np.random.default_rng([holdout_seed, 1])):
+            if holdout is not None:
+                reason = "too few" if asked >= total else "but too few that share no video or image with others,"
+                raise GranulonError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
             asked = 0
-        else:
-            reason = "too few" if asked >= total else "but too few that share no video or image with others,"
-            raise GranulonError(f"{source.location!r} has {total} rows, {reason} to hold out {asked}.")
-    if draw_holdout:
+    if drawn:
         if not asked:
-            raise NoHoldout(
-                f"{source.location!r} has no hold-out by default; say how many rows: holdout=… here and for training alike."
-            )
-        chosen = held if limit is None else trim(held, limit, np.random.default_rng([seed, 2]))
+            advice = "say how many rows: holdout=… here and for training alike"
+            raise NoHoldout(f"{source.location!r} has no hold-out by default; {advice}.")
         if limit is not None and limit > asked:
             raise GranulonError(f"The hold-out has {asked} rows, not {limit}; ask for holdout={limit} here and for training.")
+        free = population.held
     else:
         bound = max_files if max_files and limit is not None else len(order)
         parts, _ = population.prefix(order, bound, (limit or 0) + asked)
-        free = {part: population.without(part, held.get(part), taken) for part in sorted(parts)}
+        free = {part: population.free(part) for part in sorted(parts)}
         if limit is not None and 0 < (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
-        chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
-    return Choice({part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered)
+    chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
+    return {part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered
 
 
 def trim(rows: dict[str, np.ndarray], count: int, random: np.random.Generator) -> dict[str, np.ndarray]:
     """Draw `count` of the rows, uniformly."""
-    return share_out(rows, np.sort(random.permutation(sum(map(len, rows.values())))[:count]))
+    return share_out(rows, random.permutation(sum(map(len, rows.values())))[:count])
 
 
 def share_out(rows: dict[str, np.ndarray], kept: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the rows at positions, ascending, that count through all parts."""
+    """Return the rows at positions that count through all parts, in their order."""
     ends = np.cumsum([len(numbers) for numbers in rows.values()])
-    pieces = np.split(kept, np.searchsorted(kept, ends))
-    return {
-        part: numbers[piece - end + len(numbers)]
-        for (part, numbers), end, piece in zip(rows.items(), ends, pieces, strict=False)
-    }
+    chosen = np.zeros(sum(map(len, rows.values())), dtype=bool)
+    chosen[kept] = True
+    return {part: numbers[piece] for (part, numbers), piece in zip(rows.items(), np.split(chosen, ends), strict=False)}

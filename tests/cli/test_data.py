@@ -100,7 +100,7 @@ def test_an_interrupted_preparation_goes_on(flux, run, tmp_path, monkeypatch):
 
     def interrupted(path, samples, progress):
         if len(written) == 2:
-            path.with_name(f".{path.name}.tmp").write_bytes(b"half of it")
+            path.with_name(f".{path.name}.1.part").write_bytes(b"half of it")
             raise KeyboardInterrupt
         written.append(path.name)
         write(path, samples, progress)
@@ -116,7 +116,7 @@ def test_an_interrupted_preparation_goes_on(flux, run, tmp_path, monkeypatch):
     assert "40 samples" in ok(run(*arguments))
     assert written == [f"train-0000{i}-of-00005.parquet" for i in range(5)]  # each once
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.part"))
     same(granulon_hf.data.load(tmp_path / "out"), granulon_hf.data.load("flux-reason", source=flux))
     ok(run(*arguments))
     assert len(written) == 5  # nothing to do

@@ -11,9 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from granulon_hf.data import ADAPTERS, load
-from granulon_hf.data.readers import ParquetSource
+from granulon_hf.data.readers import ParquetSource, split_of
 from granulon_hf.data.sampling import file_order
-from granulon_hf.data.splits import split_of
 from granulon_hf.errors import GranulonError
 from tests.data import tables
 

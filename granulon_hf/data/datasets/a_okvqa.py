@@ -1,6 +1,6 @@
 """A-OKVQA: questions that need knowledge beyond the image. The test split's answers are withheld."""
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded, parse_list, pick, plain, single_turn, text
+from granulon_hf.data.datasets.base import BadRow, Row, by_image, define, encoded, parse_list, pick, plain, single_turn, text
 from granulon_hf.data.sample import Sample
 
 
@@ -9,6 +9,7 @@ def to_sample(row: Row) -> Sample:
     given = parse_list(row["direct_answers"], "direct_answers")  # a string that holds a Python list
     direct_answers = [answer for answer in (plain(item, "direct answer") for item in given) if answer]
     choices = [text(choice, "choice") for choice in parse_list(row["choices"], "choices")]
+    extra = {name: row.get(name) for name in ADAPTER.optional}
     if row["correct_choice_idx"] is None and not direct_answers:
         raise BadRow("the answer is withheld, as in the test split; use validation")
     answer = pick(choices, row["correct_choice_idx"], "correct_choice_idx")
@@ -20,23 +21,8 @@ def to_sample(row: Row) -> Sample:
         answer=answer,
         task="vqa",
         choices=choices,
-        meta={
-            "direct_answers": direct_answers,
-            "rationales": row.get("rationales"),
-            "difficult_direct_answer": row.get("difficult_direct_answer"),
-        },
+        meta={"direct_answers": direct_answers, **extra},
     )
 
 
-ADAPTER = Adapter(
-    name="a-okvqa",
-    repo="HuggingFaceM4/A-OKVQA",
-    to_sample=to_sample,
-    columns=("image", "question_id", "question", "choices", "correct_choice_idx", "direct_answers"),
-    optional=("rationales", "difficult_direct_answer"),
-    default_split="validation",
-    id_column="question_id",
-    group=("image", by_image),
-    paper={"validation": 1_000},
-    withheld={"test": "validation"},
-)
+ADAPTER = define("a-okvqa", to_sample, group=("image", by_image))

@@ -7,18 +7,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from numbers import Number
 from pathlib import PurePosixPath
 from typing import Any
 
+import yaml
 from PIL import Image
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
+from granulon_hf.errors import one_line as one_line
 
 Row = Mapping[str, Any]
 Levels = Sequence[Sequence[str]]
 BYTES = (bytes, bytearray, memoryview)
+TABLES = yaml.safe_load(files("granulon_hf.data.datasets").joinpath("sets.yaml").read_text(encoding="utf-8"))
 
 
 class NoHoldout(GranulonError):
@@ -36,30 +40,30 @@ class Adapter:
     Args:
         name (`str`): what `load` calls it.
         to_sample (`Callable`): a pure function of one row; raises [`BadRow`]. Images may be raw bytes, structs or paths.
-        columns (`tuple[str]`): columns without which it cannot work; `"a|b"` means one of the two.
-        optional (`tuple[str]`): columns that are read where they exist.
+        columns (`Sequence[str]`): columns without which it cannot work; `"a|b"` means one of the two.
+        optional (`Sequence[str]`): columns that are read where they exist.
         repo (`str`, *optional*): its repository on the Hub.
         default_split (`str`): the split that `load` takes unless told.
         eval_split (`str`, *optional*): the split that evaluation takes unless told, where the default one is trained on.
         id_column (`str`, *optional*): where the row's name is; rows without one are named by file and row.
-        unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are no part of the
-            set, or `None`; they are counted, and no limit or hold-out ever counts on them.
+        unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are filtered out, or
+            `None`; no limit or hold-out ever counts on them.
         group (`tuple`, *optional*): a column, and a function of its value that says what the row shares with others: names on
             one or more levels, the coarsest first (`[[video], [image]]`). No hold-out shares a name with training.
         paper (`dict[str, int]`): rows of the paper's subset by split (supplement, section 1: preset `"paper"`).
         holdout (`int`): rows that are kept out of training by default, in a set that has no test split.
-        max_files (`int`): files that a sample of limited size is drawn from at most, 0 for all: what bounds reading (ours).
+        max_files (`int`): files that a sample of limited size is drawn from, 0 for all: what bounds reading (ours).
         withheld (`dict[str, str]`): splits without public answers, and the split to use instead.
         license (`str`, *optional*): of the images and texts, for the card.
-        opener (`Callable`, *optional*): of a set that is made, not read: (what the user calls its source or `None`, split) to
-            a [`~granulon_hf.data.readers.Source`].
+        opener (`Callable`, *optional*): makes the [`~granulon_hf.data.readers.Source`] of a generated set from (what the user
+            calls its source or `None`, split).
         verify (`str`): how far images are checked by default: see [`~granulon_hf.data.load`].
     """
 
     name: str
     to_sample: Callable[[Row], Sample]
-    columns: tuple[str, ...]
-    optional: tuple[str, ...] = ()
+    columns: Sequence[str]
+    optional: Sequence[str] = ()
     repo: str | None = None
     default_split: str = "train"
     eval_split: str | None = None
@@ -73,6 +77,11 @@ class Adapter:
     license: str | None = None
     opener: Callable[[Any, str], Any] | None = None
     verify: str = "decode"
+
+
+def define(name: str, to_sample: Callable[[Row], Sample], **functions: Any) -> Adapter:
+    """Make the adapter of a set that `sets.yaml` describes."""
+    return Adapter(name, to_sample, **TABLES["adapters"][name], **functions)
 
 
 def plain(value: Any, what: str) -> str:
@@ -93,15 +102,9 @@ def plain(value: Any, what: str) -> str:
 
 def kind_of(value: Any) -> str:
     """Say what a value is, in the words of JSON."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else "true or false"
-    kinds = ((str, "a text"), (Number, "a number"), (Mapping, "an object"), ((list, tuple), "a list"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
-
-
-def one_line(error: Exception) -> str:
-    """Return what an error says on one line, or its kind if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    kinds = {type(None): "null", bool: "true or false", str: "a text", Number: "a number", Mapping: "an object"}
+    kinds |= {list: "a list", tuple: "a list"}
+    return next((name for kind, name in kinds.items() if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def has_lone_surrogate(words: str) -> bool:
@@ -115,11 +118,6 @@ def text(value: Any, what: str) -> str:
     if not words:
         raise BadRow(f"the {what} is empty")
     return words
-
-
-def row_id(row: Row, column: str) -> str:
-    """Return the row's name, or an empty string: then file and row name it."""
-    return plain(row.get(column), "id")
 
 
 def parse_list(value: Any, what: str) -> list[Any]:
@@ -142,27 +140,24 @@ def pick(choices: Sequence[str], index: Any, what: str) -> str:
     return choices[number]
 
 
-def image_names(images: Any) -> list[str]:
-    """Return what tells the images of a cell from others: a digest of the bytes, or the path; none if it has no image."""
+def find_images(images: Any) -> list[dict[str, Any]]:
+    """Read the images of a cell; none if it has none that could be used."""
     with suppress(BadRow):
-        found = encoded_list(images)
-        return [hashlib.sha256(image["bytes"]).hexdigest() if image["bytes"] else image["path"] for image in found]
+        return encoded_list(images)
     return []
 
 
 def by_image(images: Any) -> Levels:
-    """Group rows by image."""
-    return [image_names(images)]
+    """Group rows by what tells images from others: a digest of the bytes, or the path."""
+    return [[hashlib.sha256(i["bytes"]).hexdigest() if i["bytes"] else i["path"] for i in find_images(images)]]
 
 
 def by_video(images: Any) -> Levels:
     """Group rows by folder and file name without the frame's number (`video1/25.jpg`, `images/video1_25.jpg`); and by image."""
-    names, videos = image_names(images), []
-    with suppress(BadRow):
-        paths = [PurePosixPath(image["path"] or "") for image in encoded_list(images)]
-        stems = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
-        videos = [stem for stem in stems if stem != "."]
-    return [[*videos, *names], names]
+    (names,) = by_image(images)
+    paths = [PurePosixPath(image["path"] or "") for image in find_images(images)]
+    videos = [(path.parent / re.sub(r"\d+$", "", path.stem)).as_posix() for path in paths]
+    return [[*(video for video in videos if video != "."), *names], names]
 
 
 def encoded(image: Any) -> dict[str, Any]:
@@ -192,16 +187,6 @@ def encoded_list(images: Any) -> list[dict[str, Any]]:
     return found
 
 
-def user(question: str, images: int = 1) -> dict[str, Any]:
-    """Make a user's turn, the images first."""
-    return {"role": "user", "content": [*({"type": "image"} for _ in range(images)), {"type": "text", "text": question}]}
-
-
-def assistant(answer: str) -> dict[str, Any]:
-    """Make an assistant's turn."""
-    return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-
-
 def single_turn(
     row: Row,
     *,
@@ -214,10 +199,12 @@ def single_turn(
     meta: dict[str, Any] | None = None,
 ) -> Sample:
     """Make a sample of a question about images, the images first, and its answer."""
+    asked = [*({"type": "image"} for _ in images), {"type": "text", "text": question}]
+    said = [{"type": "text", "text": answer}]
     return Sample(
-        id=row_id(row, id_column),
+        id=plain(row.get(id_column), "id"),
         images=images,
-        messages=[user(question, len(images)), assistant(answer)],
+        messages=[{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
         reference=answer,
         task=task,
         choices=choices,

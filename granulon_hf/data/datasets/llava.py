@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, Row, by_image, encoded_list, row_id, text
+from granulon_hf.data.datasets.base import BadRow, Row, by_image, define, encoded_list, plain, text
 from granulon_hf.data.sample import Sample
 
 MARKER = "<image>"
@@ -14,9 +14,8 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 def parse_turn(turn: Any) -> dict[str, Any]:
     """Read `{"from", "value"}` as a message; every `<image>` in the value becomes an image part where it stands."""
     if not isinstance(turn, dict) or turn.get("from") not in list(ROLES):
-        raise BadRow(
-            f"a turn is not from {', '.join(map(repr, ROLES))}: {json.dumps(turn, ensure_ascii=False, default=str)[:60]}"
-        )
+        shown = json.dumps(turn, ensure_ascii=False, default=str)[:60]
+        raise BadRow(f"a turn is not from {', '.join(map(repr, ROLES))}: {shown}")
     role, value = ROLES[turn["from"]], text(turn.get("value"), "answer" if ROLES[turn["from"]] == "assistant" else "turn")
     if MARKER in value and role != "user":
         raise BadRow(f"{MARKER} stands in a turn of the {role}, not in a question")
@@ -42,18 +41,10 @@ def to_sample(row: Row, task: str = "reasoning") -> Sample:
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(images):
         raise BadRow(f"there are {markers} {MARKER} markers for {len(images)} images")
-    return Sample(
-        id=row_id(row, "id"),
-        images=images,
-        messages=messages,
-        reference=messages[-1]["content"][0]["text"],
-        task=task,
-    )
+    return Sample(plain(row.get("id"), "id"), images, messages, messages[-1]["content"][0]["text"], task)
 
 
-ADAPTER = Adapter(
-    name="llava", to_sample=to_sample, columns=("conversations",), optional=("id", "image"), group=("image", by_image)
-)
+ADAPTER = define("llava", to_sample, group=("image", by_image))
 
 
 def is_chat(name: str | Path) -> bool:

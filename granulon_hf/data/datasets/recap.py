@@ -1,14 +1,7 @@
 """CC12M and ImageNet21K, recaptioned: a long and a short caption per image."""
 
-from granulon_hf.data.datasets.base import Adapter, Row, draw, encoded, plain, row_id, single_turn, text
+from granulon_hf.data.datasets.base import TABLES, Row, define, draw, encoded, plain, single_turn, text
 from granulon_hf.data.sample import Sample
-
-INSTRUCTIONS = (
-    "Write a caption for this image.",
-    "Describe this image.",
-    "What is in this image? Answer with a caption.",
-    "Caption this picture so that nothing important is left out.",
-)
 
 
 def to_sample(row: Row) -> Sample:
@@ -25,18 +18,11 @@ def to_sample(row: Row) -> Sample:
         row,
         id_column="id",
         images=[encoded(row["image"])],
-        question=draw(INSTRUCTIONS, row_id(row, "id")),
+        question=draw(TABLES["caption_instructions"], plain(row.get("id"), "id")),
         answer=text(long, "recaption"),
         task="caption",
         meta={"category": row.get("class"), "caption_short": short, "swapped": swapped},
     )
 
 
-ADAPTER = Adapter(
-    name="recap",
-    repo="gmongaras/CC12M_and_Imagenet21K_Recap",
-    to_sample=to_sample,
-    columns=("image", "class", "id", "recaption", "recaption_short"),
-    paper={"train": 1_000},
-    max_files=64,  # of about 8,700 with 0.5 GB each
-)
+ADAPTER = define("recap", to_sample)

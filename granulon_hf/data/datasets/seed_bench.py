@@ -1,22 +1,9 @@
 """SEED-Bench: multiple choice about images; its video rows are filtered out, as in the paper."""
 
-from granulon_hf.data.datasets.base import Adapter, BadRow, Row, encoded_list, list_options, plain, single_turn, text
+from granulon_hf.data.datasets.base import TABLES, BadRow, Row, define, encoded_list, list_options, single_turn, text
+from granulon_hf.data.datasets.custom import by_group
 from granulon_hf.data.sample import Sample
 
-QUESTION_TYPES = (
-    "Scene Understanding",
-    "Instance Identity",
-    "Instance Attributes",
-    "Instance Location",
-    "Instances Counting",
-    "Spatial Relation",
-    "Instance Interaction",
-    "Visual Reasoning",
-    "Text Understanding",
-    "Action Recognition",
-    "Action Prediction",
-    "Procedure Understanding",
-)
 LETTERS = "ABCD"
 
 
@@ -35,10 +22,7 @@ def to_sample(row: Row) -> Sample:
         answer=choices[LETTERS.index(letter)],
         task="vqa",
         choices=choices,
-        meta={
-            "category": QUESTION_TYPES[kind - 1] if 1 <= kind <= len(QUESTION_TYPES) else None,
-            "data_id": row.get("data_id"),
-        },
+        meta={"category": dict(enumerate(TABLES["question_types"], 1)).get(kind), "data_id": row.get("data_id")},
     )
 
 
@@ -47,16 +31,4 @@ def is_video(data_type: str | None) -> str | None:
     return "a video row" if data_type == "video" else None
 
 
-ADAPTER = Adapter(
-    name="seed-bench",
-    repo="lmms-lab/SEED-Bench",
-    to_sample=to_sample,
-    columns=("answer", "choice_a", "choice_b", "choice_c", "choice_d", "data_type", "image", "question", "question_id"),
-    optional=("question_type_id", "data_id"),
-    default_split="test",
-    id_column="question_id",
-    unwanted=("data_type", is_video),
-    group=("data_id", lambda name: [[plain(name, "data_id")]] if name else [[]]),
-    paper={"test": 1_000},
-    license="cc-by-nc-4.0",
-)
+ADAPTER = define("seed-bench", to_sample, unwanted=("data_type", is_video), group=("data_id", by_group))

@@ -1,6 +1,6 @@
 """Drawn scenes with questions at three levels: data for examples and tests that needs no download (ours).
 
-A scene is a few coloured shapes in the quarters of a plain background. It shows that a recipe runs and learns; it says nothing
+A scene is a few colored shapes in the quarters of a plain background. It shows that a recipe runs and learns; it says nothing
 about photographs.
 """
 
@@ -9,42 +9,35 @@ import random
 
 from PIL import Image, ImageDraw
 
-from granulon_hf.data.datasets.base import encoded, single_turn
+from granulon_hf.data.datasets.base import single_turn
 from granulon_hf.data.sample import Sample
 
 SIDE = 224  # pixels
-COLOURS = {
-    "red": "#d62728",
-    "green": "#2ca02c",
-    "blue": "#1f4fd8",
-    "yellow": "#f2c511",
-    "purple": "#8a3ffc",
-    "orange": "#ff7f0e",
-}
+COLORS = {"red": "#d62728", "green": "#2ca02c", "blue": "#1f4fd8"}
+COLORS |= {"yellow": "#f2c511", "purple": "#8a3ffc", "orange": "#ff7f0e"}
 SHAPES = ("circle", "square", "triangle")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 LEVELS = ("coarse", "middle", "fine")
 
 
 def draw_scene(seed: int) -> tuple[Image.Image, dict[str, tuple[str, str]]]:
-    """Draw a picture and say what it shows: place -> (colour, shape), one to four of them."""
+    """Draw a picture and say what it shows: place -> (color, shape), one to four of them."""
     rng = random.Random(f"granulon shapes {seed}")
     image = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(200, 245) for _ in range(3)))
     draw = ImageDraw.Draw(image)
     things = {}
     for place in sorted(rng.sample(PLACES, rng.randint(1, 4))):
-        colour, shape = rng.choice(list(COLOURS)), rng.choice(SHAPES)
-        half = SIDE // 2
-        left = (half if "right" in place else 0) + rng.randint(8, 28)
-        top = (half if "bottom" in place else 0) + rng.randint(8, 28)
+        color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
+        left = SIDE // 2 * ("right" in place) + rng.randint(8, 28)
+        top = SIDE // 2 * ("bottom" in place) + rng.randint(8, 28)
         box = (left, top, left + 68, top + 68)
         if shape == "circle":
-            draw.ellipse(box, COLOURS[colour])
+            draw.ellipse(box, COLORS[color])
         elif shape == "square":
-            draw.rectangle(box, COLOURS[colour])
+            draw.rectangle(box, COLORS[color])
         else:
-            draw.polygon([(left, top + 68), (left + 34, top), (left + 68, top + 68)], COLOURS[colour])
-        things[place] = (colour, shape)
+            draw.polygon([(left, top + 68), (left + 34, top), (left + 68, top + 68)], COLORS[color])
+        things[place] = (color, shape)
     return image, things
 
 
@@ -53,15 +46,15 @@ def question_and_answer(things: dict[str, tuple[str, str]], level: str, rng: ran
     if level == "coarse":
         if rng.random() < 0.5:
             return "Is there one thing in the picture, or are there several?", "one" if len(things) == 1 else "several"
-        colour = rng.choice([colour for colour, _ in things.values()] if rng.random() < 0.5 else list(COLOURS))
-        return f"Is anything {colour}?", "yes" if any(colour == seen for seen, _ in things.values()) else "no"
+        color = rng.choice([color for color, _ in things.values()] if rng.random() < 0.5 else list(COLORS))
+        return f"Is anything {color}?", "yes" if any(color == seen for seen, _ in things.values()) else "no"
     if level == "middle":
         return "How many shapes are there?", ("one", "two", "three", "four")[len(things) - 1]
     place = rng.choice(sorted(things))
-    colour, shape = things[place]
+    color, shape = things[place]
     if rng.random() < 0.5:
-        return f"What is in the {place} corner?", f"a {colour} {shape}"
-    return f"Which colour is the shape in the {place} corner?", colour
+        return f"What is in the {place} corner?", f"a {color} {shape}"
+    return f"Which colour is the shape in the {place} corner?", color
 
 
 def make_sample(index: int, seed: int = 0) -> Sample:
@@ -73,18 +66,13 @@ def make_sample(index: int, seed: int = 0) -> Sample:
     question, answer = question_and_answer(things, level, rng)
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
-    row = {"id": f"shapes-{seed}-{index}"}
-    images = [encoded(buffer.getvalue())]
-    return single_turn(row, id_column="id", images=images, question=question, answer=answer, task="vqa", meta={"level": level})
+    images = [{"bytes": buffer.getvalue(), "path": None}]
+    row, meta = {"id": f"shapes-{seed}-{index}"}, {"level": level}
+    return single_turn(row, id_column="id", images=images, question=question, answer=answer, task="vqa", meta=meta)
 
 
 class Shapes:
-    """A sequence of drawn samples, made when they are asked for.
-
-    Args:
-        length (`int`): number of samples.
-        seed (`int`): other seeds give other scenes.
-    """
+    """A sequence of `length` drawn samples, made when they are asked for; other seeds give other scenes."""
 
     def __init__(self, length: int = 2000, seed: int = 0):
         self.length, self.seed = length, seed

@@ -6,26 +6,10 @@ SurgVLM has no repository of its own; SurgSigma/SurgSigma-DB is partly released 
 import re
 
 from granulon_hf.data.datasets import llava
-from granulon_hf.data.datasets.base import Adapter, Row, by_video, encoded_list, single_turn, text
+from granulon_hf.data.datasets.base import TABLES, Row, by_video, define, encoded_list, single_turn, text
 from granulon_hf.data.sample import Sample
 
-PHASES = (
-    "Preparation",
-    "CalotTriangleDissection",
-    "ClippingCutting",
-    "GallbladderDissection",
-    "GallbladderPackaging",
-    "CleaningCoagulation",
-    "GallbladderRetraction",
-)
-TOOLS = ("Grasper", "Bipolar", "Hook", "Scissors", "Clipper", "Irrigator", "SpecimenBag")
-
-
-def find_topic(answer: str) -> str | None:
-    """Tell whether an answer names a phase or an instrument, however spaced and cased: the paper scores the two apart."""
-    name = re.sub(r"[^a-z]", "", answer.lower())
-    groups = {"phase": PHASES, "instrument": TOOLS}
-    return next((topic for topic, names in groups.items() if name in map(str.lower, names)), None)
+TOPICS = TABLES["topics"]
 
 
 def to_sample(row: Row) -> Sample:
@@ -36,18 +20,11 @@ def to_sample(row: Row) -> Sample:
         question, answer = text(row.get("question"), "question"), text(row.get("answer"), "answer")
         images = encoded_list(row.get("image"))
         sample = single_turn(row, id_column="id", images=images, question=question, answer=answer, task="vqa")
-    if (topic := find_topic(sample.reference)) is not None:
-        sample.meta["category"] = topic
+    name = re.sub(r"[^a-z]", "", sample.reference.lower())
+    for topic, names in TOPICS.items():
+        if name in map(str.lower, names):
+            sample.meta["category"] = topic
     return sample
 
 
-ADAPTER = Adapter(
-    name="surgvlm",
-    to_sample=to_sample,
-    columns=("conversations|question",),
-    optional=("id", "image", "answer"),
-    group=("image", by_video),
-    paper={"train": 50_000, "holdout": 1_000},
-    holdout=1_000,
-    eval_split="holdout",
-)
+ADAPTER = define("surgvlm", to_sample, group=("image", by_video))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,7 @@ from granulon_hf.data.loading import load
 from granulon_hf.data.opening import open_source
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.sample import Sample
-from granulon_hf.data.samples import Problem, Samples, none_usable
-from granulon_hf.data.splits import splits_of
+from granulon_hf.data.samples import Problem, Progress, Samples, none_usable
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.images_granulon import open_rgb
 
@@ -28,9 +27,8 @@ class Report:
 
     Attributes:
         samples (`dict[str, int]`): usable samples by split.
-        errors (`list[Problem]`): broken images, empty answers, repeated ids, duplicates, what is in both training and test,
-            missing rows. Duplicates are samples of one split with the same pixels, whatever the format of the files, and the
-            same turns, whatever their ids.
+        errors (`list[Problem]`): broken images, empty answers, repeated ids, missing rows, duplicates within a split, and what
+            is in both training and test.
         warnings (`list[Problem]`): what is odd but can be used.
         lengths (`dict[str, list[int]]`): of every question and answer (words, or tokens) and image (longer side, pixels).
         unit (`str`): "words" or "tokens".
@@ -48,8 +46,8 @@ class Report:
         result = {}
         for what, values in self.lengths.items():
             if values:
-                least, median, p95, most = np.percentile(values, (0, 50, 95, 100)).tolist()
-                result[what] = {"min": least, "median": median, "mean": float(np.mean(values)), "p95": p95, "max": most}
+                low, median, p95, high = np.percentile(values, (0, 50, 95, 100)).tolist()
+                result[what] = {"min": low, "median": median, "mean": float(np.mean(values)), "p95": p95, "max": high}
         return result
 
 
@@ -59,85 +57,77 @@ def open_splits(folder: str | Path) -> Iterator[Samples]:
     if not path.is_dir():
         raise GranulonError(f"{str(folder)!r} is no folder; `granulon data prepare` writes what is checked and shown here.")
     prepared.missing_shards(path)
-    splits: list[str | None] = [*splits_of(open_source(path))]
+    splits: list[str | None] = [*open_source(path).splits]
     for split in splits or [None]:
         yield load(folder, split=split, verify="none")
 
 
-def hash_pixels(image) -> bytes:
-    """Hash the decoded RGB pixels: two files of one picture, losslessly stored in two formats, are the same."""
-    return hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest()
-
-
 def check(
-    folder: str | Path,
-    against: str | Path | None = None,
-    tokenizer: Any = None,
-    progress: Callable[[int, int], None] | None = None,
+    folder: str | Path, against: str | Path | None = None, tokenizer: Any = None, progress: Progress | None = None
 ) -> Report:
     """Read every sample and decode every image of a prepared folder.
 
     Args:
-        against (*optional*): another prepared folder that must share no image with it, such as the test set. The splits of one
-            folder are held against each other anyway.
+        against (*optional*): another prepared folder that must share no image with it, such as the test set; neither may the
+            splits of one folder.
         tokenizer (*optional*): measures lengths in its tokens instead of words.
         progress (`Callable`, *optional*): called with samples done and samples in all.
 
     Raises:
         GranulonError: this is no prepared folder, or nothing in it can be used.
     """
-    report = Report(unit="tokens" if tokenizer is not None else "words")
-    progress = progress or (lambda done, total: None)
+    report = Report(unit="words" if tokenizer is None else "tokens")
 
     def measure(text: str) -> int:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"]) if tokenizer is not None else len(text.split())
+        return len(text.split() if tokenizer is None else tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    own, others = list(open_splits(folder)), list(open_splits(against)) if against is not None else []
-    total, done = sum(map(len, own + others)), 0
-    seen: dict[bytes, tuple[str, str]] = {}
+    own = list(open_splits(folder))
+    others = [] if against is None else list(open_splits(against))
     rows = sum(map(len, own))
-    for i, samples in enumerate(own + others):
-        mine = i < len(own)
+    total = rows + sum(map(len, others))
+    done = 0
+    seen: dict[bytes, tuple[str, str]] = {}
+    for samples in own + others:
+        mine = samples not in others
         label = samples.split if mine else ELSEWHERE
+        # Of the other folder nothing but what it shares is reported.
+        about = report if mine else Report()
+        about.samples[label] = 0
         for part, row, sample in samples.walk():
             done += 1
-            progress(done, total)
-            if sample is None:
-                continue
-            place = Problem(part if mine else f"{against}/{part}", row, "")
-            if mine:
-                report.samples[label] = report.samples.get(label, 0) + 1
-                report.lengths["question"].append(measure(sample.question))
-                report.lengths["answer"].append(measure(sample.reference))
-            _check_sample(report, sample, place, label, seen)
-        if mine:
-            report.samples.setdefault(label, 0)
-            report.errors += samples.problems + samples.renamed
-            if not report.samples[label]:
-                report.errors.append(Problem(f"split {label}", None, "not one sample can be used"))
+            if progress is not None:
+                progress(done, total)
+            if sample is not None:
+                about.samples[label] += 1
+                about.lengths["question"].append(measure(sample.question))
+                about.lengths["answer"].append(measure(sample.reference))
+                place = Problem(part if mine else f"{against}/{part}", row, "")
+                check_sample(sample, place, label, seen, about, report)
+        about.errors += samples.problems + samples.renamed
+        if not about.samples[label]:
+            about.errors.append(Problem(f"split {label}", None, "not one sample can be used"))
     if not any(report.samples.values()):
         raise none_usable(str(folder), rows, (problem.reason for samples in own for problem in samples.problems))
-    _check_manifest(report, Path(folder).expanduser(), rows)
+    check_manifest(report, Path(folder).expanduser(), rows)
     return report
 
 
-def _check_sample(report: Report, sample: Sample, place: Problem, label: str, seen: dict[bytes, tuple[str, str]]) -> None:
+def check_sample(
+    sample: Sample, place: Problem, label: str, seen: dict[bytes, tuple[str, str]], about: Report, report: Report
+) -> None:
     """Look at a sample, and whether another split has one of its images, or its own split all of it."""
-    mine = label != ELSEWHERE
     digests = []
     for encoded in sample.images:
         try:
             picture = open_rgb(encoded)
         except ValueError as error:
-            if mine:
-                report.errors.append(place._replace(reason=str(error)))
+            about.errors.append(place._replace(reason=str(error)))
             continue
-        digests.append(hash_pixels(picture))
-        if mine:
-            report.lengths["image"].append(max(picture.size))
-            if min(picture.size) < TINY:
-                size = f"{picture.width} x {picture.height} pixels"
-                report.warnings.append(place._replace(reason=f"the image is only {size}"))
+        # Of the decoded pixels: two files of one picture, losslessly stored in two formats, are the same.
+        digests.append(hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest())
+        about.lengths["image"].append(max(picture.size))
+        if min(picture.size) < TINY:
+            about.warnings.append(place._replace(reason=f"the image is only {picture.width} x {picture.height} pixels"))
     turns = json.dumps([[message["role"], message["content"]] for message in sample.messages]).encode()
     whole = hashlib.sha256(b"".join(digests) + turns).digest()
     here = (label, f"{place.file}, row {place.row}")
@@ -146,22 +136,21 @@ def _check_sample(report: Report, sample: Sample, place: Problem, label: str, se
         if split != label:
             what = "image" if sample.images else "text"
             report.errors.append(place._replace(reason=f"the {what} is also in {split} ({where})"))
-    if mine and len(digests) == len(sample.images):
-        first = seen.setdefault(label.encode() + whole, here)
-        if first != here:
-            reason = f"it is a duplicate: {first[1]}, has the same images, questions and answers"
-            report.errors.append(place._replace(reason=reason))
+    first = seen.setdefault(label.encode() + whole, here) if len(digests) == len(sample.images) else here
+    if first != here:
+        reason = f"it is a duplicate: {first[1]}, has the same images, questions and answers"
+        about.errors.append(place._replace(reason=reason))
 
 
-def _check_manifest(report: Report, folder: Path, rows: int) -> None:
+def check_manifest(report: Report, folder: Path, rows: int) -> None:
     """Compare the manifest with what is there."""
     try:
         done = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["prepared"]
-        complete, samples = done["complete"], done["samples"] if done["complete"] else None
+        samples = done["samples"] if done["complete"] else None
     except (OSError, ValueError, KeyError, TypeError):
         report.warnings.append(Problem("manifest.json", None, "there is none that can be read"))
         return
-    if not complete:
-        report.errors.append(Problem("manifest.json", None, "the preparation was interrupted; run granulon data prepare again"))
-    elif rows != samples:
-        report.errors.append(Problem("manifest.json", None, f"there are {rows} rows instead of {samples}"))
+    if rows != samples:
+        interrupted = "the preparation was interrupted; run granulon data prepare again"
+        reason = interrupted if samples is None else f"there are {rows} rows instead of {samples}"
+        report.errors.append(Problem("manifest.json", None, reason))

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from granulon_hf.data.datasets.base import Adapter, BadRow, Row, encoded
-from granulon_hf.data.sample import TASKS, Sample
+from granulon_hf.data.sample import TASKS, Sample, conversation
 from granulon_hf.errors import GranulonError
 
 COLUMNS = ("id", "images", "messages", "reference", "task", "choices", "meta")
@@ -57,16 +57,7 @@ def to_row(sample: Sample) -> dict[str, Any]:
 
 def to_sample(row: Row) -> Sample:
     """Make a row of a prepared folder into the sample that it was."""
-    messages = [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
-                for part in message["content"]
-            ],
-        }
-        for message in row["messages"] or []
-    ]
+    messages = conversation(row["messages"] or [])
     if not messages or messages[-1]["role"] != "assistant" or not (row["reference"] or "").strip():
         raise BadRow("the answer is empty")
     if all(message["role"] != "user" for message in messages):
@@ -79,15 +70,8 @@ def to_sample(row: Row) -> Sample:
         meta = None
     if not isinstance(meta, dict):
         raise BadRow("the meta is not a JSON object")
-    return Sample(
-        id=row["id"] or "",
-        images=[encoded(image) for image in row["images"] or []],
-        messages=messages,
-        reference=row["reference"],
-        task=row["task"],
-        choices=row["choices"],
-        meta=meta,
-    )
+    images = [encoded(image) for image in row["images"] or []]
+    return Sample(row["id"] or "", images, messages, row["reference"], row["task"], row["choices"], meta)
 
 
 # The images were decoded when they were written.

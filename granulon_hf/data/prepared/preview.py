@@ -4,24 +4,16 @@ import base64
 import io
 import json
 from html import escape
+from importlib.resources import files
 from itertools import islice
+from string import Template
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.data.samples import Samples, none_usable
 from granulon_hf.modeling.images_granulon import open_rgb
 
 THUMBNAIL = 256  # longer side, pixels
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1400px; padding: 0 1rem; }
-main { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); align-items: start; }
-article { border: 1px solid #8886; border-radius: 8px; padding: .8rem; overflow-wrap: anywhere; }
-img { max-width: 100%; border-radius: 4px; margin-right: .3rem; }
-p { margin: .4rem 0; white-space: pre-wrap; }
-.question { font-weight: 600; }
-.answer { max-height: 16rem; overflow: auto; }
-.note, summary { color: #777; font-size: .85rem; }
-"""
+PAGE = Template(files("granulon_hf.data.prepared").joinpath("sheet.html").read_text(encoding="utf-8"))
 
 
 def thumbnail(image: dict) -> str:
@@ -57,7 +49,4 @@ def contact_sheet(samples: Samples, limit: int) -> str:
     if not cards:
         raise none_usable(samples.source.location, len(samples), (problem.reason for problem in samples.problems))
     title = escape(f"{samples.source.location}, {samples.split}: {len(cards)} of {len(samples)} samples")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n'
-        f"<body><h1>{title}</h1>\n<main>\n" + "\n".join(cards) + "\n</main></body></html>\n"
-    )
+    return PAGE.substitute(title=title, cards="\n".join(cards))

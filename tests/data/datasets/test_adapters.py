@@ -11,7 +11,7 @@ import pytest
 
 import granulon_hf.data.datasets as datasets_package
 from granulon_hf.data import ADAPTERS, BadRow, load, prepare
-from granulon_hf.data.datasets.surgvlm import PHASES
+from granulon_hf.data.datasets.surgvlm import TOPICS
 from granulon_hf.data.granuscenes import GranuScenes
 from granulon_hf.data.granuscenes.dataset import SceneSource
 from granulon_hf.data.prepared.format import to_row
@@ -251,7 +251,7 @@ def test_medical_conversations_and_lines(tmp_path):
         {"id": "v", "image": "a.jpg", "conversations": tables.turn("<image>\nWhich phase?", "Calot triangle dissection")}
     ]
     (sample,) = load("surgvlm", source=tables.chat(tmp_path / "chat", records))
-    assert sample.task == "vqa" and sample.meta["category"] == "phase" and len(PHASES) == 7
+    assert sample.task == "vqa" and sample.meta["category"] == "phase" and len(TOPICS["phase"]) == 7
 
     root = tmp_path / "lines"
     for video in ("1", "2"):
