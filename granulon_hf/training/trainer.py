@@ -1,11 +1,13 @@
 """transformers' Trainer, lean: labels only where they count, frozen parts left alone, small atomic checkpoints."""
 
+import contextlib
 import functools
 import math
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +75,10 @@ class GranulonTrainer(Trainer):
             apply_liger(self.model.model.language_model, self.args.liger_kernel_config)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
         self.whole = False
-        self.seen: dict[str, Any] = {}
+        self.seen: Counter[Any] = Counter()
         self.since: float | None = None
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
-        self.add_callback(Guard())
         # DeepSpeed loads strictly, and frozen weights are not in its checkpoints.
         self.model.register_load_state_dict_pre_hook(fill_missing)
 
@@ -107,17 +108,10 @@ class GranulonTrainer(Trainer):
         """Add to what the next log says; sums stay on the device until then."""
         mask = inputs.get("attention_mask")
         cells = inputs["input_ids"].numel()
-        counts = {
-            "cells": cells,
-            "tokens": mask.sum() if mask is not None else cells,
-            "images": len(inputs["pixel_values"]) if "pixel_values" in inputs else 0,
-        }
-        level = outputs.get("granularity")
-        if level is not None:
+        self.seen.update(cells=cells, tokens=cells if mask is None else mask.sum(), images=len(inputs.get("pixel_values", ())))
+        if (level := outputs.get("granularity")) is not None:
             for index, name in enumerate(self.model.config.level_names):
-                counts[f"level_{name}"] = (level == index).sum()
-        for name, value in counts.items():
-            self.seen[name] = self.seen.get(name, 0) + value
+                self.seen[f"level_{name}"] += (level == index).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.monotonic()
@@ -130,12 +124,19 @@ class GranulonTrainer(Trainer):
             logs["padding"] = round(1 - seen["tokens"] / seen["cells"], 4)
             levels = {name: value for name, value in seen.items() if name.startswith("level_")}
             logs |= {name: round(value / max(sum(levels.values()), 1), 3) for name, value in levels.items()}
-            self.seen, self.since = {}, now
+            self.seen, self.since = Counter(), now
         super().log(logs, start_time)
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise TrainingFailed(
+                f"The loss became {loss} between two logs, the last at step {self.state.global_step}. {REMEDY}"
+            )
 
     def step_flops(self, seen: dict[str, float]) -> float:
-        """FLOPs of the matrix products of what was seen: 2 a weight and token forward, 2 for gradients of activations, 2 more
-        for those of trained weights; the tower forward only. The usual estimate, without attention."""
+        """Estimate the FLOPs of the matrix products of what was seen, without attention, as is usual.
+
+        A weight and token take 2 forward, 2 for gradients of activations, 2 more for those of trained weights; the tower runs
+        forward only.
+        """
         parts = self.model.model
 
         def weights(module):
@@ -252,11 +253,10 @@ class GroupedSampler(Sampler[int]):
 
 def sync(folder: Path) -> None:
     """Have the system write a folder's files before it is renamed: a name must not appear before its content."""
-    for path in [*folder.rglob("*"), folder]:
+    for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def fill_missing(module, state_dict, prefix, *args) -> None:
@@ -268,11 +268,7 @@ def fill_missing(module, state_dict, prefix, *args) -> None:
 
 
 def find_liger(model_type: str) -> Any:
-    """Return liger's function for the instances of a decoder.
-
-    Raises:
-        GranulonError: liger-kernel does not know the decoder.
-    """
+    """Return liger's function for the instances of a decoder; GranulonError if liger does not know it."""
     from liger_kernel.transformers import monkey_patch
 
     if model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:  # liger itself would do nothing, and not say so
@@ -303,10 +299,8 @@ class StopOnSignal(TrainerCallback):
         self.accelerator, self.asked, self.before, self.stopped = accelerator, False, None, False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread
             self.before = signal.signal(signal.SIGTERM, self.ask)
-        except ValueError:  # not the main thread
-            self.before = None
 
     def ask(self, signum, frame):
         self.asked = True
@@ -321,12 +315,3 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
-
-
-class Guard(TrainerCallback):
-    """Stops at a loss that is no number."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise TrainingFailed(f"The loss became {loss} between two logs, the last at step {state.global_step}. {REMEDY}")
