@@ -592,16 +592,15 @@ class GranulonModel(GranulonPreTrainedModel):
         images = (mm_encoder_outputs or {}).get("image")
         sample = None
         tokens = input_ids if input_ids is not None else inputs_embeds
+        shape = tokens.shape[:2]
         if seq_idx is not None:
             if cache is not None:
                 raise ValueError("Packed samples (seq_idx) are for training; give a padded batch where there is a cache.")
             if attention_mask is None:
-                attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+                attention_mask = torch.ones(shape, dtype=torch.long, device=tokens.device)
             for name, value in (("seq_idx", seq_idx), ("attention_mask", attention_mask)):
-                if value.shape != tokens.shape[:2]:
-                    raise ValueError(
-                        f"{name} {tuple(value.shape)} must have the shape of the tokens, {tuple(tokens.shape[:2])}."
-                    )
+                if value.shape != shape:
+                    raise ValueError(f"{name} {tuple(value.shape)} must have the shape of the tokens, {tuple(shape)}.")
             position_ids, sample = None, number_samples(seq_idx)
         if pixel_values is None and granularity is not None:  # nothing to choose, but a misspelt level is still an error
             self._level_index(granularity, count_samples(tokens, sample), tokens.device)
@@ -610,16 +609,11 @@ class GranulonModel(GranulonPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            tower = dict(
+                vision_feature_layer=vision_feature_layer, vision_feature_select_strategy=vision_feature_select_strategy
+            )
             images = self.encode_images(
-                pixel_values,
-                inputs_embeds,
-                image_mask,
-                attention_mask,
-                question_mask,
-                granularity,
-                sample,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
+                pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, sample, **tower
             )
         if images is not None:
             hidden = self.find_empty_slots(images, image_mask, visual_stream)
@@ -630,9 +624,7 @@ class GranulonModel(GranulonPreTrainedModel):
                     past_length = cache.get_seq_length() if cache is not None else 0
                     attention_mask = hidden.new_ones(len(hidden), past_length + hidden.shape[1], dtype=torch.long)
                 elif not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
-                    raise ValueError(
-                        "Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it."
-                    )
+                    raise ValueError("Images need a 2D attention_mask: slots that a level leaves empty are hidden in it.")
                 attention_mask, position_ids = hide(hidden, attention_mask, position_ids)
 
         if sample is not None:
@@ -915,7 +907,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             )
         pixel_values, stream = (model_kwargs.pop(name, None) for name in ("pixel_values", "visual_stream"))
         names = ("vision_feature_layer", "vision_feature_select_strategy")
-        tower_options = {name: model_kwargs.pop(name, None) for name in names}
+        tower = {name: model_kwargs.pop(name, None) for name in names}
         cache = model_kwargs.get("cache")
         past = int(cache.get_seq_length()) if cache is not None else 0
         length = inputs_tensor.shape[1]
@@ -941,7 +933,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
                 image_mask = image_mask & (torch.arange(length, device=image_mask.device) >= past)
             if images is None:
                 images = self.model.encode_images(
-                    pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, **tower_options
+                    pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, **tower
                 )
             empty = self.model.find_empty_slots(images, image_mask, stream)
             if empty is not None:
