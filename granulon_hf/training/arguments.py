@@ -197,14 +197,11 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
     if recipe.label_smoothing_factor:
         raise GranulonError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":
-        raise GranulonError(
-            "The recipe does not evaluate while it trains; leave out --eval_strategy, and use granulon eval run."
-        )
+        raise GranulonError("Nothing is evaluated while it trains; leave out --eval_strategy, and use granulon eval run.")
     if recipe.use_liger_kernel:
         check_liger(recipe)
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or (
-        recipe.deepspeed_plugin is not None and recipe.deepspeed_plugin.zero_stage == 3
-    ):
+    stage = getattr(recipe.deepspeed_plugin, "zero_stage", None)
+    if stage == 3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise GranulonError(
             "ZeRO-3 is not supported: it shards the frozen weights, tied ones among them, while the model is being built. Use "
             "accelerate_zero2.yaml (the trained part is small) or accelerate_fsdp2.yaml."

@@ -26,15 +26,14 @@ def is_whole(checkpoint: Path) -> bool:
     """Say whether the files of a checkpoint can be opened; one that a full disk or another program has cut off cannot."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        weights = list(checkpoint.glob("*.safetensors")) or list(checkpoint.glob("pytorch_model*"))
-        for file in weights:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as opened:
-                    opened.keys()
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                opened.keys()
         pickles = [file for ending in ("*.pt", "*.pth") for file in checkpoint.rglob(ending)]
-        parts = ("optimizer*", "global_step*"), ("rng_state*",), ("scheduler.pt", "global_step*")
-        present = all(any(any(checkpoint.glob(name)) for name in names) for names in parts)
-        return bool(weights) and present and all(zipfile.is_zipfile(file) for file in pickles)
+        # Weights, optimizer, random states, schedule: each in one of its forms.
+        parts = "*.safetensors pytorch_model*", "optimizer* global_step*", "rng_state*", "scheduler.pt global_step*"
+        present = all(any(any(checkpoint.glob(name)) for name in part.split()) for part in parts)
+        return present and all(zipfile.is_zipfile(file) for file in pickles)
     except Exception:  # whatever the readers raise
         return False
 

@@ -194,9 +194,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
             )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stop_on_signal.stopped:
-        raise TrainingStopped(
-            f"Stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint last goes on."
-        )
+        raise TrainingStopped(trainer.stop_on_signal.stopped)
     trainer.save_model()
     if trainer.is_world_process_zero():
         finish(trainer, described, collator, samples)

@@ -93,19 +93,17 @@ def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
 def parameter_table(model: GranulonForConditionalGeneration) -> Table:
     """Count the trainable and frozen parameters of each part."""
     table = Table("part", "trainable", "frozen", "dtype", box=None, padding=(0, 2, 0, 0))
-    totals, seen = [0, 0], set()
-    for part in PARTS:
-        module = model.lm_head if part == "lm_head" else getattr(model.model, part, None)
-        counts, dtypes = [0, 0], set()
-        for parameter in module.parameters() if module is not None else ():
-            if id(parameter) not in seen:  # tied weights count once
-                seen.add(id(parameter))
-                counts[not parameter.requires_grad] += parameter.numel()
-                dtypes.add(str(parameter.dtype).removeprefix("torch."))
-        if sum(counts):
-            table.add_row(part, f"{counts[0]:,}", f"{counts[1]:,}", ", ".join(sorted(dtypes)))
-            totals = [total + count for total, count in zip(totals, counts, strict=True)]
-    table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}", "", style="bold")
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():  # which names tied weights once
+        parts.setdefault(name.removeprefix("model.").partition(".")[0], []).append(parameter)
+
+    def counts(held: list[nn.Parameter]) -> list[str]:
+        return [f"{sum(p.numel() for p in held if p.requires_grad is trained):,}" for trained in (True, False)]
+
+    for part, held in parts.items():
+        if held:
+            table.add_row(part, *counts(held), ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in held})))
+    table.add_row("all", *counts(list(model.parameters())), "", style="bold")
     return table
 
 

@@ -72,7 +72,11 @@ class GranulonTrainer(Trainer):
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
-            apply_liger(self.model.model.language_model, self.args.liger_kernel_config)
+            # Trainer would ask for the kernels of "granulon", which liger does not know. The loss stays ours: it is computed at
+            # labelled positions only, and a decoder without a head has none.
+            decoder = self.model.model.language_model
+            options = {**(self.args.liger_kernel_config or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
+            find_liger(decoder.config.model_type)(model=decoder, **options)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
         self.whole = False
         self.seen: Counter[Any] = Counter()
@@ -127,9 +131,7 @@ class GranulonTrainer(Trainer):
             self.seen, self.since = Counter(), now
         super().log(logs, start_time)
         if not math.isfinite(loss := logs.get("loss", 0.0)):
-            raise TrainingFailed(
-                f"The loss became {loss} between two logs, the last at step {self.state.global_step}. {REMEDY}"
-            )
+            raise TrainingFailed(f"The loss became {loss} by step {self.state.global_step}. {REMEDY}")
 
     def step_flops(self, seen: dict[str, float]) -> float:
         """Estimate the FLOPs of the matrix products of what was seen, without attention, as is usual.
@@ -276,16 +278,6 @@ def find_liger(model_type: str) -> Any:
     return monkey_patch._apply_liger_kernel_to_instance
 
 
-def apply_liger(decoder: Any, options: dict[str, bool] | None = None) -> None:
-    """Put liger's kernels into a decoder.
-
-    `Trainer` would ask for those of "granulon", which liger does not know. The loss stays ours: it is computed at labelled
-    positions only, and a decoder without a head has none.
-    """
-    apply = find_liger(decoder.config.model_type)
-    apply(model=decoder, **{**(options or {}), "cross_entropy": False, "fused_linear_cross_entropy": False})
-
-
 def peak_flops() -> float | None:
     """Return this GPU's dense bf16 FLOPs a second, or None if it is unknown."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
@@ -296,7 +288,7 @@ class StopOnSignal(TrainerCallback):
     """On SIGTERM: one checkpoint at the end of the step, then stop, on all processes together."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.asked, self.before, self.stopped = accelerator, False, None, False
+        self.accelerator, self.asked, self.before, self.stopped = accelerator, False, None, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         with contextlib.suppress(ValueError):  # not the main thread
@@ -309,8 +301,9 @@ class StopOnSignal(TrainerCallback):
         if self.asked:
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
-            logger.warning(f"Stopped by SIGTERM after step {state.global_step}; --resume_from_checkpoint last goes on.")
-            control.should_save = control.should_training_stop = self.stopped = True
+            self.stopped = f"Stopped by SIGTERM after step {state.global_step}; --resume_from_checkpoint last goes on."
+            logger.warning(self.stopped)
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.before is not None:
