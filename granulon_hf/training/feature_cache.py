@@ -74,12 +74,7 @@ class FeatureCache:
 
     @torch.inference_mode()
     def fill(self, images: Iterable[Any], batch_size: int = 16, total: int | None = None) -> None:
-        """Compute what is missing; on the main process, while the others wait. What cannot be read is left to the collator.
-
-        Args:
-            batch_size (`int`): images at once.
-            total (`int`, *optional*): their number, for the progress bar.
-        """
+        """Compute what is missing; on the main process, while the others wait. What cannot be read is left to the collator."""
         state = PartialState()
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)

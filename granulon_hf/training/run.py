@@ -136,10 +136,7 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: 
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> tuple[Any, Any]:
-    """Do a whole run, from checks to model card, as examples/train.py has it.
-
-    Returns:
-        `tuple`: the trained model and its processor.
+    """Do a whole run, from checks to model card, as examples/train.py has it, and return the trained model and its processor.
 
     Raises:
         GranulonError: it cannot work; before the first step.

@@ -48,9 +48,8 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
     if stage == "projector+lora":
         add_lora(model.model.language_model, lora_rank, lora_alpha)
     if stage != "full":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        for _, parameter in trainable(model):
+            parameter.data = parameter.data.float()
     keep_frozen_parts_in_eval(model)
 
 
