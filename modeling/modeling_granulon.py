@@ -250,10 +250,7 @@ class GranulonPreTrainedModel(PreTrainedModel):
 
 
 class GranulonModel(GranulonPreTrainedModel):
-    """A vision tower, the granularity controller, AdaTA, the projector and a decoder, without a language-modelling head.
-
-    Args:
-        config ([`GranulonConfig`]): the configuration.
+    """A vision tower, the granularity controller, AdaTA, the projector and a decoder, without a language-modeling head.
 
     Raises:
         ValueError: the vision tower has no patch features, the decoder has no first block that the controller can run, or
@@ -687,7 +684,7 @@ def also_named(outer):
 
 
 class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin):
-    """Granulon with a language-modelling head: answers questions about images at the granularity that they need.
+    """Granulon with a language-modeling head: answers questions about images at the granularity that they need.
 
     Example:
 

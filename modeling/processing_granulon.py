@@ -70,8 +70,7 @@ class GranulonProcessor(ProcessorMixin):
     Turns conversations and images into model inputs; every image gets N pixel slots and K semantic slots.
 
     Args:
-        image_processor: image processor of the vision tower.
-        tokenizer: tokenizer of the language model.
+        image_processor, tokenizer: of the vision tower and of the language model.
         patch_size (`int`): side in pixels of what one patch token stands for.
         num_semantic_tokens (`int`, defaults to 0): K, semantic slots per image; 0 for a model without levels.
         num_additional_image_tokens (`int`, defaults to 0): CLS and register tokens, which count for

@@ -37,9 +37,6 @@ from granulon_hf.training.stages import STAGES, adapter_state, load_adapter_stat
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger
 
 PROBED = 64  # samples that are looked at before the first step
-# Settings that a run's card lists.
-SHOWN = """learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size
-    lr_scheduler_type warmup_steps weight_decay bf16 batching max_length seed""".split()
 
 
 def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]:
@@ -51,10 +48,10 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
     Raises:
         GranulonError: an unknown variant or stage, a folder without a Granulon model, an adapter that does not fit.
     """
-    if args.stage not in STAGES:
-        raise GranulonError(f"Unknown stage {args.stage!r}; the stages are {', '.join(STAGES)}.")
-    if args.stage == "controller":
-        raise GranulonError("The controller is trained on labelled questions: python examples/train_controller.py")
+    stages = [stage for stage in STAGES if stage != "controller"]
+    if args.stage not in stages:
+        what = f"--stage must be one of {', '.join(stages)} (the controller has examples/train_controller.py)"
+        raise GranulonError(f"{what}; got {args.stage!r}.")
     overrides: dict[str, Any] = {} if args.slot_position is None else {"slot_position": args.slot_position}
     if args.slot_position not in (None, "none", "semantic", "all"):
         raise GranulonError(f"--slot_position must be none, semantic or all; got {args.slot_position!r}.")
@@ -279,7 +276,6 @@ def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, 
         described,
         adapter=ADAPTER,
         whole=trainer.whole,
-        shown=SHOWN,
         losses=[*history[:1], *history[1:][-1:]],
         curve=(folder / "loss.png").exists(),
         left_out=(folder / "left_out.jsonl").exists(),

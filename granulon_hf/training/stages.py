@@ -62,8 +62,7 @@ def add_lora(decoder: nn.Module, rank: int, alpha: int) -> None:
     targets = [name for name in linear if not name.startswith("layers.0.")]
     if not targets:
         raise ValueError("The language model has one block only, which the controller reads: there is nothing to adapt.")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    inject_adapter_in_model(config, decoder)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), decoder)
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
@@ -145,7 +144,7 @@ def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str,
     """Put such weights back, or raise GranulonError for another shape, an unknown weight, or a trained one that is missing."""
     own = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
     unknown = sorted(state.keys() - own.keys())
-    missing = sorted(name.removeprefix("model.") for name, _ in trainable(model) if name.removeprefix("model.") not in state)
+    missing = sorted(name for name, parameter in own.items() if parameter.requires_grad and name not in state)
     if unknown or missing:
         what = f"has {unknown[0]}, which the model lacks" if unknown else f"lacks {missing[0]}, which is trained"
         raise GranulonError(f"The adapter does not fit: it {what}; was it trained in another stage?")

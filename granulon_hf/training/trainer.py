@@ -144,11 +144,9 @@ class GranulonTrainer(Trainer):
         def weights(module):
             return sum(p.numel() for name, p in module.named_parameters() if "embed_tokens" not in name)
 
-        patches = getattr(self.model.config, "image_seq_length", 0) * seen["images"]
-        decoder = 6 if any(p.requires_grad for p in parts.language_model.parameters()) else 4
-        flops = decoder * weights(parts.language_model) * seen["tokens"]
-        flops += 6 * weights(parts.multi_modal_projector) * patches
-        return flops + 2 * weights(parts.vision_tower) * patches
+        of_token = (6 if any(p.requires_grad for p in parts.language_model.parameters()) else 4) * weights(parts.language_model)
+        of_patch = 6 * weights(parts.multi_modal_projector) + 2 * weights(parts.vision_tower)
+        return of_token * seen["tokens"] + of_patch * self.model.config.image_seq_length * seen["images"]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
