@@ -30,14 +30,9 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "to
 
 
 def name_backbone(name: str, loading: dict[str, Any]) -> dict[str, str] | None:
-    """What a config keeps of a backbone: enough to read the same weights again.
+    """Return what a config keeps of a backbone to read the same weights again, given the arguments that it was loaded with.
 
-    Args:
-        name (`str`): Hub id or folder.
-        loading (`dict`): the arguments of `from_pretrained` that it was read with.
-
-    Returns:
-        `dict`: `name`, and of a Hub repository the commit as `revision`; `None` for a GGUF file, which is not read again.
+    That is its `name`, and of a Hub repository the commit as `revision`; `None` for a GGUF file, which is not read again.
     """
     if loading.get("gguf_file"):
         return None
@@ -50,29 +45,24 @@ def name_backbone(name: str, loading: dict[str, Any]) -> dict[str, str] | None:
 
 
 def find_file(name: str | os.PathLike, file: str, **options) -> str | None:
-    """Path of a file of a folder or Hub repository, or `None` where there is none."""
+    """Return the path of a file of a folder or Hub repository, or `None` where there is none."""
     quiet = [f"_raise_exceptions_for_{what}" for what in ("gated_repo", "missing_entries", "connection_errors")]
     return cached_file(name, file, **options, **dict.fromkeys(quiet, False))
 
 
 def find_adapter(name: str | os.PathLike, **options) -> str | None:
-    """Path of the adapter's weights, or `None` where there are none or all weights beside them."""
+    """Return the path of the adapter's weights, or `None` where there are none or all weights beside them."""
     adapter = find_file(name, ADAPTER_WEIGHTS, **options)
     whole = adapter and any(find_file(name, file, **options) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     return None if whole else adapter
 
 
 def load_whole(load, name: str | os.PathLike, *args, ignore_mismatched_sizes: bool = False, **options):
-    """Load a model, and refuse what transformers only warns of: weights that are missing (they would be random), of another
-    shape, or left out though they belong to modules of the model.
+    """Load a model by a class's `from_pretrained`, and refuse what transformers only warns of: weights that are missing (they
+    would be random), of another shape, or left out though they belong to modules of the model.
 
     What a checkpoint has beside the model (another tower, a classifier) is left out without a word; pooling heads, which are
     not used, may be missing; and places that are new here (`slot_position`) tell nothing before they are trained.
-
-    Args:
-        load (`callable`): `from_pretrained` of a class.
-        name (`str`): Hub id or folder.
-        *args, ignore_mismatched_sizes, **options: of `from_pretrained`.
 
     Raises:
         ValueError: the checkpoint is of another architecture or another size; the message names a weight.
@@ -98,15 +88,7 @@ def load_whole(load, name: str | os.PathLike, *args, ignore_mismatched_sizes: bo
 
 
 def check_config(name: str, own, expected) -> None:
-    """Refuse a backbone of which the same weights would mean something else than those that an adapter was trained with.
-
-    Args:
-        name (`str`): where the backbone is.
-        own, expected (`PreTrainedConfig`): its config, and the one that the adapter holds.
-
-    Raises:
-        ValueError: names the first field that differs.
-    """
+    """Refuse a backbone by whose own config the same weights mean something else than by the one that an adapter holds."""
     own, expected = own.to_dict(), expected.to_dict()
     for field in MEANING:
         if own.get(field) != expected.get(field):
@@ -117,17 +99,8 @@ def check_config(name: str, own, expected) -> None:
 
 
 def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **options):
-    """All weights of a model: those of the frozen backbones, and over them those of the adapter.
-
-    Args:
-        config ([`GranulonConfig`]): of the adapter, with `backbones`.
-        adapter (`str`): path of its weights, named as below `model.`. Low-rank factors are merged into what they adapt.
-        dtype (`str` or `torch.dtype`): of the backbones.
-        use_safetensors (`bool`, *optional*): as in `from_pretrained`, for the backbones.
-        **options: of the Hub client (`token`, `cache_dir`, …).
-
-    Returns:
-        `tuple`: weights by the names of [`GranulonForConditionalGeneration`], and the `GenerationConfig` of the decoder.
+    """Return all weights of a model by their names, those of the adapter over those of the backbones that its config names, and
+    the decoder's `GenerationConfig`. Low-rank factors are merged into what they adapt.
 
     Raises:
         ValueError: the adapter has weights that the model lacks, or of another shape; a backbone is of another architecture.
@@ -152,12 +125,8 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
             generation_config = model.generation_config
             weights |= decoder | {"lm_head.weight": model.get_output_embeddings().weight.detach()}
     with safe_open(adapter, "pt") as file:
-        metadata = (file.metadata() or {}).get(LORA_SCALE, "1")
+        scale = float((file.metadata() or {}).get(LORA_SCALE, "1"))
         trained = {f"{'' if key.startswith('lm_head.') else 'model.'}{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    try:
-        scale = float(metadata)
-    except ValueError:
-        raise ValueError(f"The adapter {adapter} is damaged: its {LORA_SCALE} is {metadata!r}, not a number.") from None
     factors = {key: trained.pop(key) for key in list(trained) if ".lora_" in key}
     for key in [key for key in factors if ".lora_A." in key]:
         base = f"{key.partition('.lora_A.')[0]}.weight"

@@ -42,7 +42,7 @@ class GranulonAggregation(ModelOutput):
 
     @property
     def keep(self) -> torch.Tensor:
-        """True where a slot is filled. Shape [I x K]."""
+        """Return true where a slot is filled. Shape [I x K]."""
         return self.kept_clusters >= 0
 
 
@@ -51,32 +51,20 @@ def _work_dtype(device: torch.device) -> torch.dtype:
 
 
 def grid_positions(height: int, width: int, device: torch.device | None = None) -> torch.Tensor:
-    """Row and column of every patch in row-major order, each from -1 to 1. Shape [H·W x 2]."""
+    """Return row and column of every patch in row-major order, each from -1 to 1. Shape [H·W x 2]."""
     return torch.cartesian_prod(torch.linspace(-1, 1, height, device=device), torch.linspace(-1, 1, width, device=device))
 
 
 def cosine_relation(features: torch.Tensor) -> torch.Tensor:
-    """A = F̂F̂ᵀ, cosine similarity between patches (what the released code clusters).
-
-    Args:
-        features (`torch.Tensor`): patch tokens, shape [I x N x D].
-
-    Returns:
-        `torch.Tensor`: relation, shape [I x N x N].
-    """
+    """Return A = F̂F̂ᵀ [I x N x N], the cosine similarity between patch tokens [I x N x D] (what the released code clusters)."""
     unit = F.normalize(features.to(_work_dtype(features.device)), dim=-1)
     return unit @ unit.transpose(1, 2)
 
 
 def pooling_cells(alpha: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cells of an α×α average pooling of the grid in ceil mode: 14 / 4 gives 4 × 4 cells, the ragged ones smaller.
+    """Return the cell of every patch [I x N] in an α×α average pooling, and the number of (rows, columns) of cells [I x 2].
 
-    Args:
-        alpha (`torch.Tensor`): pooling kernel side, shape [I].
-        height, width (`int`): the grid.
-
-    Returns:
-        `tuple`: cell of every patch, shape [I x N], and the number of (rows, columns) of cells, shape [I x 2].
+    It is in ceil mode: 14 / 4 gives 4 × 4 cells, the ragged ones smaller. `alpha` is the kernel's side for each image [I].
     """
     patch = torch.arange(height * width, device=alpha.device)
     side = alpha.unsqueeze(1)
@@ -85,15 +73,9 @@ def pooling_cells(alpha: torch.Tensor, height: int, width: int) -> tuple[torch.T
 
 
 def greedy_medoids(distance: torch.Tensor, valid: torch.Tensor, num_medoids: int) -> torch.Tensor:
-    """Deterministic seeding: each next medoid is the token that lowers the total distance to the nearest medoid most (ours).
+    """Choose C medoids [I x C] among the `valid` tokens [I x N] by squared distances [I x N x N], without a random number.
 
-    Args:
-        distance (`torch.Tensor`): squared distances, shape [I x N x N].
-        valid (`torch.Tensor`): true on real tokens, shape [I x N].
-        num_medoids (`int`): how many to choose, C.
-
-    Returns:
-        `torch.Tensor`: token indices, shape [I x C].
+    Each next one is the token that lowers the total distance to the nearest medoid most (ours).
     """
     nearest = torch.full_like(distance[:, :, 0], float("inf"))
     free = valid
@@ -108,7 +90,7 @@ def greedy_medoids(distance: torch.Tensor, valid: torch.Tensor, num_medoids: int
 
 
 def _fill_empty_clusters(labels, distance, valid, num_clusters):
-    """Give every empty cluster the token farthest from its own centre, never the one nearest to it.
+    """Give every empty cluster the token farthest from its own center, never the one nearest to it.
 
     Keeping one representative per cluster makes it certain that no other cluster runs empty.
     """
@@ -129,17 +111,14 @@ def _fill_empty_clusters(labels, distance, valid, num_clusters):
 def kernel_kmeans(
     kernel: torch.Tensor, valid: torch.Tensor, num_clusters: torch.Tensor, max_clusters: int, steps: int
 ) -> torch.Tensor:
-    """Kernel k-means from greedy medoids for a fixed number of steps; no cluster stays empty.
+    """Return the cluster of every token [I x N] by kernel k-means from greedy medoids; no cluster stays empty.
 
     Args:
         kernel (`torch.Tensor`): symmetric kernel, shape [I x N x N].
         valid (`torch.Tensor`): true on real tokens, shape [I x N].
         num_clusters (`torch.Tensor`): clusters of each image, at most its number of real tokens, shape [I].
         max_clusters (`int`): C, an upper bound of `num_clusters`.
-        steps (`int`): number of steps.
-
-    Returns:
-        `torch.Tensor`: cluster of every token, shape [I x N].
+        steps (`int`): how many, always.
     """
     pair = valid.unsqueeze(1) & valid.unsqueeze(2)
     kernel = kernel.masked_fill(~pair, 0.0)
@@ -151,21 +130,21 @@ def kernel_kmeans(
     clusters = torch.arange(max_clusters, device=kernel.device)
     absent = (clusters >= num_clusters.unsqueeze(1)).unsqueeze(1)
     medoids = greedy_medoids(distance, valid, max_clusters)
-    centre_distance = distance.gather(2, medoids.unsqueeze(1).expand(-1, distance.shape[1], -1))
+    center_distance = distance.gather(2, medoids.unsqueeze(1).expand(-1, distance.shape[1], -1))
     for _ in range(steps + 1):
-        centre_distance = centre_distance.masked_fill(absent, float("inf"))
-        labels = _fill_empty_clusters(centre_distance.argmin(2), centre_distance, valid, num_clusters)
+        center_distance = center_distance.masked_fill(absent, float("inf"))
+        labels = _fill_empty_clusters(center_distance.argmin(2), center_distance, valid, num_clusters)
         member = ((labels.unsqueeze(2) == clusters) & valid.unsqueeze(2)).to(kernel.dtype)
         size = member.sum(1, keepdim=True).clamp(min=1)
         to_members = kernel @ member
-        centre_distance = (member * to_members).sum(1, keepdim=True) / size**2 - 2 * to_members / size
+        center_distance = (member * to_members).sum(1, keepdim=True) / size**2 - 2 * to_members / size
     return labels
 
 
 def cluster_quality(
     pooled: torch.Tensor, member: torch.Tensor, cells: torch.Tensor, cell_grid: torch.Tensor, weights: list[float]
 ) -> torch.Tensor:
-    """s = η₁·size + η₂·coherence − η₃·dispersion, each term in [0, 1] (ours).
+    """Return scores s = η₁·size + η₂·coherence − η₃·dispersion [I x C], each term in [0, 1]; `-inf` without a member (ours).
 
     Size is the share of the tokens, coherence the mean cosine of the members to the cluster mean, dispersion their mean
     squared distance to the centroid on the grid scaled to the unit square, over the largest possible value.
@@ -176,9 +155,6 @@ def cluster_quality(
         cells (`torch.Tensor`): number of real tokens, shape [I].
         cell_grid (`torch.Tensor`): (rows, columns) of the tokens' grid, shape [I x 2].
         weights (`list[float]`): η₁, η₂, η₃.
-
-    Returns:
-        `torch.Tensor`: scores, `-inf` where a cluster has no member, shape [I x C].
     """
     size = member.sum(1)
     share = member / size.clamp(min=1).unsqueeze(1)

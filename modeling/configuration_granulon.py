@@ -23,62 +23,48 @@ class GranulonConfig(PreTrainedConfig):
     Fields marked *(ours)* settle what the paper and its supplement leave open.
 
     Args:
-        vision_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the vision tower. Defaults to DINOv3 ViT-L/16 at 224 px (supplement, section 1).
-        text_config (`PreTrainedConfig` or `dict`, *optional*):
-            Configuration of the decoder. Defaults to Qwen2.5-1.5B.
-        image_token_id (`int`, defaults to 151655):
-            Token that marks an image slot. It must already be in the tokenizer: the frozen embedding table is never resized.
-        granularity_levels (`list[dict]`, *optional*):
-            Levels `{"name", "alpha", "beta", "gamma"}`: pooling kernel side, number of clusters, weight of the projected
-            semantic tokens. `None` gives coarse (4, 5, 1.0), middle (2, 10, 1.0), fine (1, 20, 1.0) *(ours)*; an empty list
-            gives a plain LLaVA with that vision tower.
-        num_semantic_tokens (`int`, defaults to 20):
-            K, semantic slots per image *(ours: about 10 % of 196 pixel tokens)*. A level with fewer clusters leaves some
-            empty.
-        default_granularity (`str`, *optional*):
-            Level that an untrained controller prefers, and the level of an image without a question *(ours)*. Defaults to
-            the middle one of `granularity_levels`.
-        relation (`"cosine"` or `"attention"`, defaults to `"cosine"`):
-            Relation between patches: cosine of their features (released code), or the head-mean of the vision tower's last
-            self-attention (paper).
-        relation_weight (`float`, defaults to 1.0):
-            Lambda_f, weight of the relation against the features in the clustering kernel.
-        clustering (`"joint"` or `"relation"`, defaults to `"joint"`):
-            `"joint"` clusters features and relation together; `"relation"` clusters the rows of the pooled relation (the
-            formula as printed, and the released code).
-        clustering_steps (`int`, defaults to 10):
-            Fixed number of k-means steps.
-        filter_weights (`list[float]`, defaults to `[1.0, 1.0, 1.0]`):
-            Eta: weights of size, coherence and dispersion in the quality score *(ours)*.
-        slot_position (`"none"`, `"semantic"` or `"all"`, defaults to `"none"`):
-            Which slots are told where they are *(ours)*, by learned embeddings of row and column that are added behind the
-            projector: none (paper), semantic tokens (the mean patch of their cluster), or pixel tokens as well.
-        slot_position_bins (`int`, defaults to 14):
-            Rows and columns of these embeddings; between two of them a slot gets parts of both.
-        controller_hidden_size (`int`, defaults to 256):
-            Width of the granularity controller *(ours)*.
-        pixel_loss_weight (`float`, defaults to 0.0):
-            Weight of the loss with the semantic slots hidden (paper's dual-stream likelihood; 0 is the supplement's recipe).
-        semantic_loss_weight (`float`, defaults to 0.0):
-            Weight of the loss with the pixel slots hidden.
-        vision_feature_layer (`int` or `list[int]`, *optional*):
-            Hidden state(s) of the vision tower to use, as in LLaVA; several are concatenated. `None` uses the tower's own
-            last hidden state, after its final norm *(ours)*.
-        vision_feature_select_strategy (`"default"` or `"full"`, defaults to `"default"`):
-            `"default"` keeps patch tokens only; `"full"` also keeps CLS and register tokens, which needs
-            `granularity_levels=[]` since they have no place on the grid.
-        image_seq_length (`int`, defaults to 196):
-            Pixel tokens per image at the vision tower's own resolution; informative.
-        projector_hidden_act (`str`, defaults to `"gelu"`):
-            Activation of the projector.
-        multimodal_projector_bias (`bool`, defaults to `True`):
-            Whether the projector's linear layers have a bias.
-        tie_word_embeddings (`bool`, *optional*):
-            Taken from `text_config` unless given.
-        backbones (`dict`, *optional*):
-            Where the frozen backbones come from *(ours)*: `{"vision": {"name", "revision"}, "text": {"name", "revision"}}`.
-            A checkpoint in adapter form is assembled from them; in any other it is information.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the vision tower. Defaults to DINOv3 ViT-L/16
+            at 224 px (supplement, section 1).
+        text_config (`PreTrainedConfig` or `dict`, *optional*): Configuration of the decoder. Defaults to Qwen2.5-1.5B.
+        image_token_id (`int`, defaults to 151655): Token that marks an image slot. It must already be in the tokenizer: the
+            frozen embedding table is never resized.
+        granularity_levels (`list[dict]`, *optional*): Levels `{"name", "alpha", "beta", "gamma"}`: pooling kernel side, number
+            of clusters, weight of the projected semantic tokens. `None` gives coarse (4, 5, 1.0), middle (2, 10, 1.0) and fine
+            (1, 20, 1.0) *(ours)*; an empty list gives a plain LLaVA with that vision tower.
+        num_semantic_tokens (`int`, defaults to 20): K, semantic slots per image *(ours: about 10 % of 196 pixel tokens)*. A
+            level with fewer clusters leaves some empty.
+        default_granularity (`str`, *optional*): Level that an untrained controller prefers, and the level of an image without a
+            question *(ours)*. Defaults to the middle one of `granularity_levels`.
+        relation (`"cosine"` or `"attention"`, defaults to `"cosine"`): Relation between patches: cosine of their features
+            (released code), or the head-mean of the vision tower's last self-attention (paper).
+        relation_weight (`float`, defaults to 1.0): Lambda_f, weight of the relation against the features in the clustering
+            kernel.
+        clustering (`"joint"` or `"relation"`, defaults to `"joint"`): `"joint"` clusters features and relation together;
+            `"relation"` clusters the rows of the pooled relation (the formula as printed, and the released code).
+        clustering_steps (`int`, defaults to 10): Fixed number of k-means steps.
+        filter_weights (`list[float]`, defaults to `[1.0, 1.0, 1.0]`): Eta: weights of size, coherence and dispersion in the
+            quality score *(ours)*.
+        slot_position (`"none"`, `"semantic"` or `"all"`, defaults to `"none"`): Which slots are told where they are *(ours)*,
+            by learned embeddings of row and column that are added behind the projector: none (paper), semantic tokens (the mean
+            patch of their cluster), or pixel tokens as well.
+        slot_position_bins (`int`, defaults to 14): Rows and columns of these embeddings; between two of them a slot gets parts
+            of both.
+        controller_hidden_size (`int`, defaults to 256): Width of the granularity controller *(ours)*.
+        pixel_loss_weight (`float`, defaults to 0.0): Weight of the loss with the semantic slots hidden (paper's dual-stream
+            likelihood; 0 is the supplement's recipe).
+        semantic_loss_weight (`float`, defaults to 0.0): Weight of the loss with the pixel slots hidden.
+        vision_feature_layer (`int` or `list[int]`, *optional*): Hidden state(s) of the vision tower to use, as in LLaVA;
+            several are concatenated. `None` uses the tower's own last hidden state, after its final norm *(ours)*.
+        vision_feature_select_strategy (`"default"` or `"full"`, defaults to `"default"`): `"default"` keeps patch tokens only;
+            `"full"` also keeps CLS and register tokens, which needs `granularity_levels=[]` since they have no place on the
+            grid.
+        image_seq_length (`int`, defaults to 196): Pixel tokens per image at the vision tower's own resolution; informative.
+        projector_hidden_act (`str`, defaults to `"gelu"`): Activation of the projector.
+        multimodal_projector_bias (`bool`, defaults to `True`): Whether the projector's linear layers have a bias.
+        tie_word_embeddings (`bool`, *optional*): Taken from `text_config` unless given.
+        backbones (`dict`, *optional*): Where the frozen backbones come from *(ours)*:
+            `{"vision": {"name", "revision"}, "text": {"name", "revision"}}`. A checkpoint in adapter form is assembled from
+            them; in any other it is information.
 
     Raises:
         ValueError: a level, the default level or an option is not valid.
@@ -166,7 +152,7 @@ class GranulonConfig(PreTrainedConfig):
             self.default_granularity = self.level_names[len(self.granularity_levels) // 2]
         self._check_options()
         super().__post_init__(**kwargs)
-        # False at the top of a composite config would silently re-initialise a tied head on load.
+        # False at the top of a composite config would silently re-initialize a tied head on load.
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
 

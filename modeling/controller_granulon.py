@@ -16,10 +16,8 @@ UNTRAINED_PREFERENCE = 2.0
 
 
 def cast_input(features: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """Cast features to the type that a module computes in: they may come from parts in another one.
-
-    No layer is asked for its weight: it may be quantized (of another type, or of fewer bits) or wrapped in an adapter.
-    """
+    """Cast features to the type that a module computes in: they may come from parts in another one."""
+    # No layer is asked for its weight: it may be quantized (of another type, or of fewer bits) or wrapped in an adapter.
     dtypes = (weight.dtype for weight in module.parameters() if weight.is_floating_point() and weight.element_size() > 1)
     return features.to(next(dtypes, features.dtype))
 
@@ -44,14 +42,9 @@ class GranularityController(nn.Module):
         return UNTRAINED_PREFERENCE * (levels == self.default_level).float()
 
     def forward(self, question_states: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            question_states (`torch.Tensor`): E1, output of the language model's first block, shape [B x L x E].
-            question_mask (`torch.Tensor`): true on the question's tokens, shape [B x L].
+        """Return logits of the levels [B x n] in float32, from E1 [B x L x E] and the mask [B x L] of the question's tokens.
 
-        Returns:
-            `torch.Tensor`: logits of the levels in float32, shape [B x n]; where a sample has no question token, those
-            of the untrained controller.
+        A sample without a question token gets those of the untrained controller.
         """
         mask = question_mask.unsqueeze(-1)
         mean = question_states.float().masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
@@ -63,18 +56,11 @@ class GranularityController(nn.Module):
 
 @torch.no_grad()
 def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
-    """E1: the output of the decoder's own first block, run on the question's tokens alone.
+    """Return E1 [B x L x E], the output of the decoder's own first block, run on the question's tokens alone.
 
     Every other position is hidden from them and takes no position id, so that neither markup, padding, images nor the
-    answer can change the result. No gradient: the block belongs to the frozen language model.
-
-    Args:
-        decoder (`nn.Module`): a decoder with `layers` and `rotary_emb` (Llama, Qwen2, Qwen3, SmolLM2, Mistral, …).
-        inputs_embeds (`torch.Tensor`): token embeddings, shape [B x L x E].
-        question_mask (`torch.Tensor`): true on the question's tokens, shape [B x L].
-
-    Returns:
-        `torch.Tensor`: hidden states, shape [B x L x E]; meaningless outside the question.
+    answer can change the result; there it is meaningless. No gradient: the block belongs to the frozen language model. The
+    decoder has `layers` and `rotary_emb` (Llama, Qwen2, Qwen3, SmolLM2, Mistral, …).
     """
     position_ids = (question_mask.long().cumsum(-1) - 1).clamp(min=0)
     attention_mask = create_causal_mask(
@@ -98,21 +84,14 @@ def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question
 
 
 def unpack_questions(
-    inputs_embeds: torch.Tensor, question_mask: torch.Tensor, sample: torch.Tensor, num_samples: int
+    inputs_embeds: torch.Tensor, question_mask: torch.Tensor, sample: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The question tokens of packed samples as an ordinary padded batch, one row per sample (ours).
+    """Make the question tokens of packed samples an ordinary padded batch, one row per sample (ours).
 
-    Args:
-        inputs_embeds (`torch.Tensor`): token embeddings, shape [B x L x E].
-        question_mask (`torch.Tensor`): true on the questions' tokens, shape [B x L].
-        sample (`torch.Tensor`): number of the sample that holds each token, not decreasing, shape [B x L].
-        num_samples (`int`): S, samples in all rows.
-
-    Returns:
-        `tuple`: embeddings [S x Lq x E] and mask [S x Lq], Lq the longest question (at least 1).
+    `sample` [B x L] numbers the samples from 0, not decreasing. Embeddings [S x Lq x E] and mask [S x Lq] have one row for each
+    of S samples, and Lq is the longest question (at least 1).
     """
-    sample = sample[question_mask]
-    counts = sample.bincount(minlength=num_samples)
+    counts = sample[question_mask].bincount(minlength=int(sample[-1, -1]) + 1)
     columns = torch.arange(max(1, int(counts.max())), device=counts.device)
     mask = columns < counts.unsqueeze(1)
     embeds = inputs_embeds.new_zeros(*mask.shape, inputs_embeds.shape[-1])

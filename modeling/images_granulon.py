@@ -22,7 +22,7 @@ DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 
 
 def open_rgb(image: Any, at_least: int | None = None) -> Image.Image:
-    """Open an image: upright RGB, transparency over white, 16 bits scaled to 8, the first frame of an animation.
+    """Open and decode an image: upright RGB, transparency over white, 16 bits scaled to 8, the first frame of an animation.
 
     Args:
         image: a path, an http(s) or data URL, base64 text, bytes, an open file, `{"bytes", "path"}` as
@@ -30,9 +30,6 @@ def open_rgb(image: Any, at_least: int | None = None) -> Image.Image:
             [H x W], [H x W x C] or [C x H x W] with C of 1 to 4 (gray, gray and alpha, RGB, RGBA).
         at_least (`int`, *optional*): a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, as long as no side falls below
             so many pixels: several times faster where the image is to be made small anyway.
-
-    Returns:
-        `PIL.Image.Image`: in RGB, decoded.
 
     Raises:
         ValueError: it is missing, broken, cut off, unreasonably large when unpacked, more than 50 times as long as wide, or an
@@ -101,7 +98,7 @@ def checked(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of an image of any mode. Pillow alone would clip 16 bits to white and show what transparency hides."""
+    """Return upright RGB of an image of any mode. Pillow alone would clip 16 bits to white and show what transparency hides."""
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
@@ -116,7 +113,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def array_to_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
-    """RGB of an array or tensor [H x W], [H x W x C] or [C x H x W]."""
+    """Return RGB of an array or tensor [H x W], [H x W x C] or [C x H x W]."""
     if torch.is_tensor(array):
         array = array.detach().cpu()
         array = (array.float() if array.is_floating_point() else array).numpy()  # NumPy has no bfloat16
@@ -132,7 +129,7 @@ def array_to_rgb(array: np.ndarray | torch.Tensor) -> Image.Image:
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Brightness as 8 bits: integers up to 255, or up to 65,535 where they are larger or 16 bits wide; else from 0 to 1."""
+    """Return 8-bit brightness: integers up to 255, or up to 65,535 where they are larger or 16 bits wide; else from 0 to 1."""
     if values.dtype == np.uint8:
         return values
     largest = values.max(initial=0)

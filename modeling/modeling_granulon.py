@@ -11,6 +11,7 @@ granularity levels, K semantic slots per image, S = N + K slots of one image (N 
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,27 +45,12 @@ from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_NAME, logging, to
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
-from .adapter_granulon import (
-    ADAPTER_WEIGHTS,
-    HUB_OPTIONS,
-    assemble,
-    find_adapter,
-    find_file,
-    load_whole,
-    name_backbone,
-)
+from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, load_whole, name_backbone
 from .aggregation_granulon import GranulonAggregation, aggregate, grid_positions
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, cast_input, first_block_states, unpack_questions
 from .processing_granulon import find_image_token
-from .vision_granulon import (
-    LastAttention,
-    describe,
-    last_self_attention,
-    probe_vision_tower,
-    to_patch_tokens,
-    vision_width,
-)
+from .vision_granulon import LastAttention, describe, last_self_attention, probe_vision_tower, to_patch_tokens, vision_width
 
 logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
@@ -74,12 +60,9 @@ LOSS_CHUNK = 4096
 
 @dataclass
 class GranulonModelOutputWithPast(MultimodalBaseModelOutputWithPast):
-    """
+    """Output of a decoder that was shown images, as in transformers, with the levels that were chosen.
+
     Args:
-        last_hidden_state (`torch.Tensor`): shape [B x L x E].
-        cache (`Cache`, *optional*): keys and values of the tokens so far.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x L x E].
-        attentions (`tuple[torch.Tensor]`, *optional*): per layer, shape [B x heads x L x L].
         image_outputs ([`GranulonImageFeatures`], *optional*): of the vision tower, with the projected slots as `pooler_output`.
         granularity_probs (`torch.Tensor`, *optional*): p, what the controller prefers, shape [B x n]; of packed samples, one
             row per sample.
@@ -97,13 +80,8 @@ class GranulonModelOutputWithPast(MultimodalBaseModelOutputWithPast):
 
 @dataclass
 class GranulonCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
-    """
-    Args:
-        loss (`torch.Tensor`, *optional*): next-token loss where `labels` are given, a scalar.
-        logits (`torch.Tensor`): shape [B x L x vocabulary].
-
-    The other fields are those of [`GranulonModelOutputWithPast`].
-    """
+    """Next-token loss (a scalar, where `labels` are given), logits [B x L x vocabulary], and the fields of
+    [`GranulonModelOutputWithPast`]."""
 
     granularity_probs: torch.Tensor | None = None
     granularity: torch.Tensor | None = None
@@ -113,11 +91,10 @@ class GranulonCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
 
 @dataclass
 class GranulonImageFeatures(BaseModelOutputWithPooling):
-    """
+    """Output of the vision tower as it is, and what became of it.
+
     Args:
-        last_hidden_state (`torch.Tensor`): output of the vision tower as it is.
         pooler_output (`list[torch.Tensor]`): projected slots of each image, pixel tokens first, each of shape [S x E].
-        hidden_states, attentions (`tuple`, *optional*): of the vision tower.
         slot_mask (`torch.LongTensor`, *optional*): 1 on filled slots, shape [I x S]; `None` without levels.
         aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps; `None` without levels.
         granularity_probs (`torch.Tensor`, *optional*): what the controller prefers, shape [B x n]; `None` where no question
@@ -145,11 +122,11 @@ class GranulonMultiModalProjector(nn.Module):
         self.linear_1 = nn.Linear(vision_width, text_width, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(text_width, text_width, bias=bias)
-        told = config.slot_position != "none"
-        self.position = nn.Parameter(torch.zeros(2, config.slot_position_bins, text_width)) if told else None
+        bins = torch.zeros(2, config.slot_position_bins, text_width)
+        self.position = None if config.slot_position == "none" else nn.Parameter(bins)
 
     def forward(self, features: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Features [... x D], and their rows and columns from -1 to 1 [... x 2], which count with `slot_position` alone."""
+        """Project features [... x D]; their rows and columns from -1 to 1 [... x 2] count with `slot_position` alone."""
         # Trained in float32 beside frozen parts in bfloat16.
         slots = self.linear_2(self.act(self.linear_1(cast_input(features, self))))
         if positions is None or self.position is None:
@@ -166,7 +143,7 @@ class GranulonMultiModalProjector(nn.Module):
 
 
 class GranulonPreTrainedModel(PreTrainedModel):
-    """Base of the Granulon models: weight initialisation, loading and saving."""
+    """Base of the Granulon models: weight initialization, loading and saving."""
 
     config: GranulonConfig
     config_class = GranulonConfig
@@ -182,8 +159,8 @@ class GranulonPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        # Initialisation below respects weights that are loaded, as transformers' own models do. Custom code is not trusted
-        # to, and the backbones' modules without direct parameters would not be initialised.
+        # Initialization below respects weights that are loaded, as transformers' own models do. Custom code is not trusted
+        # to, and the backbones' modules without direct parameters would not be initialized.
         return False
 
     @classmethod
@@ -273,10 +250,7 @@ class GranulonPreTrainedModel(PreTrainedModel):
 
 
 class GranulonModel(GranulonPreTrainedModel):
-    """A vision tower, the granularity controller, AdaTA, the projector and a decoder, without a language-modelling head.
-
-    Args:
-        config ([`GranulonConfig`]): the configuration.
+    """A vision tower, the granularity controller, AdaTA, the projector and a decoder, without a language-modeling head.
 
     Raises:
         ValueError: the vision tower has no patch features, the decoder has no first block that the controller can run, or
@@ -302,16 +276,13 @@ class GranulonModel(GranulonPreTrainedModel):
     def _attach_backbones(self):
         """Check what the controller and the relation need of the backbones, and watch the attention that is the relation."""
         decoder = self.language_model
-        if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
-            raise ValueError(
-                f"{type(decoder).__name__} has no `layers` and `rotary_emb`, so that the granularity controller cannot run its "
-                "first block; use a decoder of the Llama or Qwen kind, or granularity_levels=[]."
-            )
         first = (getattr(decoder.config, "layer_types", None) or ["full_attention"])[0]
-        if first not in ("full_attention", "sliding_attention"):
+        reachable = hasattr(decoder, "layers") and hasattr(decoder, "rotary_emb")
+        if not reachable or first not in ("full_attention", "sliding_attention"):
             raise ValueError(
-                f"The first block of {type(decoder).__name__} is of the kind {first}, which the granularity controller cannot "
-                "run on its own; use a decoder that begins with self-attention, or granularity_levels=[]."
+                f"The granularity controller cannot run the first block of {type(decoder).__name__}: it needs `rotary_emb` and "
+                f"`layers` that begin with self-attention (here: {first}); use a decoder of the Llama or Qwen kind, or "
+                "granularity_levels=[]."
             )
         if self.config.relation == "attention":
             attention = last_self_attention(self.vision_tower)
@@ -320,12 +291,6 @@ class GranulonModel(GranulonPreTrainedModel):
                     f"{describe(self.vision_tower)} has no self-attention to take the relation from; use relation='cosine'."
                 )
             self.last_attention = LastAttention(attention)
-
-    def get_input_embeddings(self):
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.language_model.set_input_embeddings(value)
 
     # --- granularity -------------------------------------------------------------------------------------------------
 
@@ -336,16 +301,9 @@ class GranulonModel(GranulonPreTrainedModel):
         question_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """p, the controller's preference among the levels.
+        """Return p, the controller's preference among the levels, shape [B x n]. It needs no images.
 
-        Args:
-            input_ids (`torch.LongTensor`): shape [B x L]; or `inputs_embeds` of shape [B x L x E].
-            attention_mask (`torch.Tensor`, *optional*): 1 on real tokens, shape [B x L].
-            question_mask (`torch.Tensor`, *optional*): 1 on the question's tokens, shape [B x L]. Without it, all attended
-                text tokens count.
-
-        Returns:
-            `torch.Tensor`: probabilities, shape [B x n].
+        Args: those of [`GranulonModel.forward`].
 
         Raises:
             ValueError: the model has no levels.
@@ -373,12 +331,11 @@ class GranulonModel(GranulonPreTrainedModel):
                 )
             question = question & question_mask.bool()
         if sample is not None:
-            count = count_samples(inputs_embeds, sample)
-            inputs_embeds, question = unpack_questions(inputs_embeds, question, sample, count)
+            inputs_embeds, question = unpack_questions(inputs_embeds, question, sample)
         return self.controller(first_block_states(self.language_model, inputs_embeds, question), question)
 
     def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
-        """Index of each sample's forced level, -1 where the controller decides. Shape [B]."""
+        """Return the index of each sample's forced level, -1 where the controller decides. Shape [B]."""
         if isinstance(granularity, int):
             granularity = torch.tensor(granularity)
         if isinstance(granularity, torch.Tensor):
@@ -388,21 +345,18 @@ class GranulonModel(GranulonPreTrainedModel):
             # Asynchronous on a GPU: a level is data, and nothing waits for it.
             known_index = ((level >= -1) & (level < len(self.config.granularity_levels))).all()
             torch._assert_async(known_index, f"granularity must lie between -1 and {len(self.config.granularity_levels) - 1}.")
-        else:
-            names = [granularity] * batch if granularity is None or isinstance(granularity, str) else list(granularity)
-            if len(names) != batch:
-                raise ValueError(f"granularity names {len(names)} levels for a batch of {batch} samples.")
-            known = self.config.level_names
-            unknown = sorted({str(name) for name in names if name is not None and name not in known})
-            if unknown:
-                if not known:
-                    raise ValueError(f"This model has no granularity levels; got granularity={unknown[0]!r}.")
-                raise ValueError(f"Unknown granularity {unknown[0]!r}; this model's levels are {', '.join(known)}.")
-            level = torch.tensor([-1 if name is None else known.index(name) for name in names], device=device)
-        return level
+            return level
+        names = [granularity] * batch if granularity is None or isinstance(granularity, str) else list(granularity)
+        if len(names) != batch:
+            raise ValueError(f"granularity names {len(names)} levels for a batch of {batch} samples.")
+        known = self.config.level_names
+        if unknown := sorted({str(name) for name in names if name is not None and name not in known}):
+            levels = f"this model's levels are {', '.join(known)}" if known else "this model has no granularity levels"
+            raise ValueError(f"Unknown granularity {unknown[0]!r}; {levels}.")
+        return torch.tensor([-1 if name is None else known.index(name) for name in names], device=device)
 
     def _level_values(self, level: torch.Tensor, key: str) -> torch.Tensor:
-        """The parameter `key` of each level index, by arithmetic on the device. Shape of `level`."""
+        """Return the parameter `key` of each level index, by arithmetic on the device. Shape of `level`."""
         values = torch.zeros_like(level)
         for index, value in enumerate(self.config.granularity_levels):
             values = values + (level == index) * value[key]
@@ -411,21 +365,17 @@ class GranulonModel(GranulonPreTrainedModel):
     # --- images ------------------------------------------------------------------------------------------------------
 
     def _patch_features(self, pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs):
-        """Features [I x N x D], the grid, the relation [I x N x N] or None, and the tower's outputs."""
+        """Return features [I x N x D], the grid, the relation [I x N x N] or None, and the tower's outputs."""
         if pixel_values.ndim == 3:
             return self._computed_features(pixel_values)
-        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        layers = [layers] if isinstance(layers, int) else layers
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        if layer is not None and not kwargs.get("output_hidden_states"):
+        if layers is not None and not kwargs.get("output_hidden_states"):
             # Only those are kept; timm numbers what it keeps anew, so that it has to keep all.
-            kept = [layer] if isinstance(layer, int) else layer
-            kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or kept
+            kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or layers
         outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
-
-        if layer is None:
-            states = [outputs.last_hidden_state]
-        else:
-            states = [outputs.hidden_states[index] for index in ([layer] if isinstance(layer, int) else layer)]
+        states = [outputs.last_hidden_state] if layers is None else [outputs.hidden_states[index] for index in layers]
         tokens, grids = zip(*(to_patch_tokens(state, self.vision_tower, pixel_values) for state in states), strict=True)
         features, (height, width) = torch.cat(tokens, dim=-1), grids[0]
         if strategy == "default":
@@ -438,7 +388,7 @@ class GranulonModel(GranulonPreTrainedModel):
         return features, (height, width), relation, outputs
 
     def _computed_features(self, features):
-        """What [`_patch_features`] gave for these images before."""
+        """Return what [`_patch_features`] gave for these images before."""
         side = math.isqrt(features.shape[1])
         if side * side != features.shape[1] or self.last_attention is not None:
             raise ValueError("Features [I x N x D] stand for images on square grids only, and not with relation='attention'.")
@@ -463,15 +413,9 @@ class GranulonModel(GranulonPreTrainedModel):
         return aggregation
 
     def aggregate(self, pixel_values: torch.Tensor, granularity: Granularity = None) -> GranulonAggregation:
-        """Clusters, scores and assignment maps of images, for plots and analysis.
+        """Return clusters, scores and assignment maps of images, for plots and analysis.
 
-        Args:
-            pixel_values (`torch.Tensor`): shape [I x channels x height x width].
-            granularity (`str`, `list[str]` or `torch.Tensor`, *optional*): level of all images, of each image, or level
-                indices of shape [I]. Defaults to the default level.
-
-        Returns:
-            [`GranulonAggregation`]
+        Args: those of [`GranulonModel.get_image_features`].
 
         Raises:
             ValueError: the model has no levels, or a level is unknown.
@@ -494,16 +438,13 @@ class GranulonModel(GranulonPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
-        """Image slots: projected pixel tokens, then weighted projected semantic tokens.
+        """Return the image slots: projected pixel tokens, then weighted projected semantic tokens.
 
         Args:
             pixel_values (`torch.Tensor`): shape [I x channels x height x width].
             granularity (`str`, `list[str]` or `torch.Tensor`, *optional*): level of all images, of each image, or level
                 indices of shape [I]. Defaults to the default level.
             vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
-
-        Returns:
-            [`GranulonImageFeatures`]
         """
         features, grid, relation, outputs = self._patch_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
@@ -526,7 +467,7 @@ class GranulonModel(GranulonPreTrainedModel):
         )
 
     def _image_mask(self, input_ids, inputs_embeds) -> torch.Tensor:
-        """True on image slots, shape [B x L]."""
+        """Return true on image slots, shape [B x L]."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -546,15 +487,10 @@ class GranulonModel(GranulonPreTrainedModel):
         """Let the question choose each sample's level, and encode all images at the level of their sample.
 
         Args:
-            pixel_values (`torch.Tensor`): shape [I x channels x height x width], in the order of the placeholders.
-            inputs_embeds (`torch.Tensor`): shape [B x L x E].
             image_mask (`torch.Tensor`): true on image slots, shape [B x L].
-            attention_mask, question_mask, granularity: as in [`GranulonModel.forward`].
             sample (`torch.Tensor`, *optional*): number of the packed sample that holds each token, shape [B x L]. There are
                 then as many probabilities and levels as samples, instead of B.
-
-        Returns:
-            [`GranulonImageFeatures`]: with `granularity_probs` [B x n] and `granularity` [B] where the model has levels.
+            The others are those of [`GranulonModel.forward`].
         """
         batch = count_samples(image_mask, sample)
         forced = self._level_index(granularity, batch, image_mask.device)
@@ -575,18 +511,10 @@ class GranulonModel(GranulonPreTrainedModel):
     def find_empty_slots(
         self, images: GranulonImageFeatures, image_mask: torch.Tensor, visual_stream: str | None = None
     ) -> torch.Tensor | None:
-        """The slots that nobody is to see: those that a level leaves empty, and those of the other visual stream.
-
-        Args:
-            images ([`GranulonImageFeatures`]): what fills the slots.
-            image_mask (`torch.Tensor`): true on image slots, shape [B x L].
-            visual_stream (`str`, *optional*): as in [`GranulonModel.forward`].
-
-        Returns:
-            `torch.Tensor`: true on these slots, shape [B x L]; `None` where all are filled.
+        """Return true on slots that a level leaves empty or that `visual_stream` hides, shape [B x L]; `None` if all are seen.
 
         Raises:
-            ValueError: there are more or fewer slots than the images fill.
+            ValueError: there are more or fewer image slots in `image_mask` than the images fill.
         """
         count, size = len(images.pooler_output), len(images.pooler_output[0])
         torch_compilable_check(
@@ -661,16 +589,15 @@ class GranulonModel(GranulonPreTrainedModel):
         images = (mm_encoder_outputs or {}).get("image")
         sample = None
         tokens = input_ids if input_ids is not None else inputs_embeds
+        shape = tokens.shape[:2]
         if seq_idx is not None:
             if cache is not None:
                 raise ValueError("Packed samples (seq_idx) are for training; give a padded batch where there is a cache.")
             if attention_mask is None:
-                attention_mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+                attention_mask = torch.ones(shape, dtype=torch.long, device=tokens.device)
             for name, value in (("seq_idx", seq_idx), ("attention_mask", attention_mask)):
-                if value.shape != tokens.shape[:2]:
-                    raise ValueError(
-                        f"{name} {tuple(value.shape)} must have the shape of the tokens, {tuple(tokens.shape[:2])}."
-                    )
+                if value.shape != shape:
+                    raise ValueError(f"{name} {tuple(value.shape)} must have the shape of the tokens, {tuple(shape)}.")
             position_ids, sample = None, number_samples(seq_idx)
         if pixel_values is None and granularity is not None:  # nothing to choose, but a misspelt level is still an error
             self._level_index(granularity, count_samples(tokens, sample), tokens.device)
@@ -679,16 +606,11 @@ class GranulonModel(GranulonPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
+            tower = dict(
+                vision_feature_layer=vision_feature_layer, vision_feature_select_strategy=vision_feature_select_strategy
+            )
             images = self.encode_images(
-                pixel_values,
-                inputs_embeds,
-                image_mask,
-                attention_mask,
-                question_mask,
-                granularity,
-                sample,
-                vision_feature_layer=vision_feature_layer,
-                vision_feature_select_strategy=vision_feature_select_strategy,
+                pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, sample, **tower
             )
         if images is not None:
             hidden = self.find_empty_slots(images, image_mask, visual_stream)
@@ -699,9 +621,7 @@ class GranulonModel(GranulonPreTrainedModel):
                     past_length = cache.get_seq_length() if cache is not None else 0
                     attention_mask = hidden.new_ones(len(hidden), past_length + hidden.shape[1], dtype=torch.long)
                 elif not torch.is_tensor(attention_mask) or attention_mask.ndim != 2:
-                    raise ValueError(
-                        "Images need a 2D attention_mask, since the slots that a level leaves empty are hidden in it."
-                    )
+                    raise ValueError("Images need a 2D attention_mask: slots that a level leaves empty are hidden in it.")
                 attention_mask, position_ids = hide(hidden, attention_mask, position_ids)
 
         if sample is not None:
@@ -711,11 +631,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 # Hidden slots of earlier steps are known by the mask alone.
                 position_ids = visible_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
             outputs = self.language_model(
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=cache,
-                inputs_embeds=inputs_embeds,
-                **kwargs,
+                attention_mask=attention_mask, position_ids=position_ids, cache=cache, inputs_embeds=inputs_embeds, **kwargs
             )
         seen = {} if images is None else images
         return GranulonModelOutputWithPast(
@@ -747,8 +663,7 @@ class GranulonModel(GranulonPreTrainedModel):
         )
 
         def spread(states):
-            empty = states.new_zeros(*visible.shape, states.shape[-1])
-            return empty.masked_scatter(visible.unsqueeze(-1), states)
+            return states.new_zeros(*visible.shape, states.shape[-1]).masked_scatter(visible.unsqueeze(-1), states)
 
         outputs.last_hidden_state = spread(outputs.last_hidden_state)
         if outputs.hidden_states is not None:
@@ -756,8 +671,20 @@ class GranulonModel(GranulonPreTrainedModel):
         return outputs
 
 
+MODEL_ARGUMENTS = tuple(inspect.signature(GranulonModel.forward).parameters)[1:-1]  # without `self` and `kwargs`
+
+
+def also_named(outer):
+    """Let `help` and `inspect.signature` name the arguments that a function hands on to [`GranulonModel.forward`]."""
+    signature, inner = inspect.signature(outer), inspect.signature(GranulonModel.forward).parameters
+    *own, rest = signature.parameters.values()
+    further = [inner[name].replace(kind=rest.KEYWORD_ONLY) for name in MODEL_ARGUMENTS if name not in signature.parameters]
+    outer.__signature__ = signature.replace(parameters=[*own, *further, rest])
+    return outer
+
+
 class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin):
-    """Granulon with a language-modelling head: answers questions about images at the granularity that they need.
+    """Granulon with a language-modeling head: answers questions about images at the granularity that they need.
 
     Example:
 
@@ -825,12 +752,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
 
     @classmethod
     def from_backbones(cls, config: GranulonConfig, vision_tower: PreTrainedModel, language_model: PreTrainedModel):
-        """Put two loaded backbones into a model without copying them; projector and controller are initialised.
-
-        Args:
-            config ([`GranulonConfig`]): whose sub-configs are those of the backbones.
-            vision_tower (`PreTrainedModel`): the vision tower.
-            language_model (`PreTrainedModel`): a causal language model; its decoder and its head are used.
+        """Put two loaded backbones into a model without copying them; projector and controller are initialized.
 
         Raises:
             ValueError: the language model does something to its logits or embeddings that would be lost.
@@ -860,9 +782,6 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         model.generation_config._from_model_config = False
         model.tie_weights()
         return model.eval()
-
-    def get_output_embeddings(self):
-        return self.lm_head
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> GranulonImageFeatures:
         """See [`GranulonModel.get_image_features`]."""
@@ -895,23 +814,15 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
 
     @can_return_tuple
     @deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+    @also_named
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        question_mask: torch.Tensor | None = None,
-        granularity: Granularity = None,
-        visual_stream: str | None = None,
+        *,
         labels: torch.LongTensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict | None = None,
-        seq_idx: torch.Tensor | None = None,
         skip_logits: bool = False,
         **kwargs,
     ) -> GranulonCausalLMOutputWithPast:
@@ -925,56 +836,42 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
 
         The other arguments are those of [`GranulonModel.forward`].
         """
-        if question_mask is None and labels is not None and self.config.granularity_levels:
-            question_mask = labels == -100  # the answer must never choose its own level
-        if labels is not None and seq_idx is not None:
-            labels = labels.masked_fill(sample_starts(seq_idx), -100)  # no sample predicts the first token of the next
-        inputs = dict(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            vision_feature_layer=vision_feature_layer,
-            vision_feature_select_strategy=vision_feature_select_strategy,
-            seq_idx=seq_idx,
-        )
-        outputs = self.model(
-            pixel_values=pixel_values,
-            cache=cache,
-            question_mask=question_mask,
-            granularity=granularity,
-            visual_stream=visual_stream,
-            mm_encoder_outputs=mm_encoder_outputs,
-            **inputs,
-            **kwargs,
-        )
-        logits = loss = None
-        if labels is not None and skip_logits:
-            loss = self._labelled_loss(outputs.last_hidden_state, labels, **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
-            if labels is not None:
-                loss = self._loss(logits, labels, **kwargs)
-        if labels is not None and outputs.aggregation is not None and visual_stream is None and cache is None:
-            loss = loss + self._stream_losses(outputs, inputs, labels, None if skip_logits else logits_to_keep, **kwargs)
-        return GranulonCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_outputs=outputs.image_outputs,
-            granularity_probs=outputs.granularity_probs,
-            granularity=outputs.granularity,
-            attention_mask=outputs.attention_mask,
-            aggregation=outputs.aggregation,
-        )
+        inputs = {name: kwargs.pop(name, None) for name in MODEL_ARGUMENTS}
+        inputs |= {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
+        if labels is not None and inputs["question_mask"] is None and self.config.granularity_levels:
+            inputs["question_mask"] = labels == -100  # the answer must never choose its own level
+        if labels is not None and inputs["seq_idx"] is not None:
+            labels = labels.masked_fill(sample_starts(inputs["seq_idx"]), -100)  # no sample predicts the next one's first token
+        outputs = self.model(**inputs, **kwargs)
+        kept = None if labels is not None and skip_logits else logits_to_keep
+        logits, loss = self._logits_and_loss(outputs.last_hidden_state, labels, kept, **kwargs)
+        both_shown = inputs["visual_stream"] is None and inputs["cache"] is None
+        if labels is not None and outputs.aggregation is not None and both_shown:
+            loss = loss + self._stream_losses(outputs, inputs, labels, kept, **kwargs)
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return GranulonCausalLMOutputWithPast(loss=loss, logits=logits, **rest)
+
+    def _logits_and_loss(self, states, labels, logits_to_keep, **kwargs):
+        """Return logits of the states and their loss, each None where it is not asked for (no `logits_to_keep`: no logits)."""
+        if logits_to_keep is None:
+            return None, self._labelled_loss(states, labels, **kwargs)
+        logits = self.lm_head(slice_logits_to_keep(states, logits_to_keep))
+        return logits, None if labels is None else self._loss(logits, labels, **kwargs)
 
     def _loss(self, logits, labels, **kwargs):
         return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
 
+    def _stream_losses(self, outputs, inputs, labels, logits_to_keep, **kwargs):
+        """λ_pixel · L_pixel + λ_semantic · L_semantic, on the slots of the main pass (ours: the paper gives no procedure)."""
+        total, inputs = 0.0, inputs | {"pixel_values": None, "mm_encoder_outputs": {"image": outputs.image_outputs}}
+        for stream, weight in (("pixel", self.config.pixel_loss_weight), ("semantic", self.config.semantic_loss_weight)):
+            if weight:
+                states = self.model(**inputs | {"visual_stream": stream}, **kwargs).last_hidden_state
+                total = total + weight * self._logits_and_loss(states, labels, logits_to_keep, **kwargs)[1]
+        return total
+
     def _labelled_loss(self, hidden_states, labels, **kwargs):
-        """The same loss from the states [B x L x E] whose next token carries a label."""
+        """Return the same loss from the states [B x L x E] whose next token carries a label."""
         labelled = nn.functional.pad(labels[:, 1:] != -100, (0, 1), value=False)
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)[labelled]
         if kwargs.get("num_items_in_batch") is None:  # the mean, and 0 where there is no label at all
@@ -989,21 +886,6 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         # Logits of a large batch would need more memory than the decoder: they are made again in the backward pass (ours).
         chunks = zip(states.split(LOSS_CHUNK), shifted.split(LOSS_CHUNK), strict=True)
         return sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
-
-    def _stream_losses(self, outputs, inputs, labels, logits_to_keep, **kwargs):
-        """λ_pixel · L_pixel + λ_semantic · L_semantic, on the slots of the main pass (ours: the paper gives no procedure)."""
-        config, total = self.config, 0.0
-        for stream, weight in (("pixel", config.pixel_loss_weight), ("semantic", config.semantic_loss_weight)):
-            if weight:
-                images = {"image": outputs.image_outputs}
-                states = self.model(visual_stream=stream, mm_encoder_outputs=images, **inputs, **kwargs)
-                if logits_to_keep is None:
-                    loss = self._labelled_loss(states.last_hidden_state, labels, **kwargs)
-                else:
-                    logits = self.lm_head(slice_logits_to_keep(states.last_hidden_state, logits_to_keep))
-                    loss = self._loss(logits, labels, **kwargs)
-                total = total + weight * loss
-        return total
 
     # --- generation --------------------------------------------------------------------------------------------------
 
@@ -1020,8 +902,9 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
             )
-        names = ("pixel_values", "visual_stream", "vision_feature_layer", "vision_feature_select_strategy")
-        pixel_values, stream, layer, strategy = (model_kwargs.pop(name, None) for name in names)
+        pixel_values, stream = (model_kwargs.pop(name, None) for name in ("pixel_values", "visual_stream"))
+        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        tower = {name: model_kwargs.pop(name, None) for name in names}
         cache = model_kwargs.get("cache")
         past = int(cache.get_seq_length()) if cache is not None else 0
         length = inputs_tensor.shape[1]
@@ -1047,14 +930,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
                 image_mask = image_mask & (torch.arange(length, device=image_mask.device) >= past)
             if images is None:
                 images = self.model.encode_images(
-                    pixel_values,
-                    inputs_embeds,
-                    image_mask,
-                    attention_mask,
-                    question_mask,
-                    granularity,
-                    vision_feature_layer=layer,
-                    vision_feature_select_strategy=strategy,
+                    pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, **tower
                 )
             empty = self.model.find_empty_slots(images, image_mask, stream)
             if empty is not None:
@@ -1085,15 +961,10 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
 def hide(
     hidden: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mask tokens from attention and skip them in the position ids, as if they were not there.
+    """Mask the `hidden` tokens [B x L] from attention, and skip them in the position ids, as if they were not there.
 
-    Args:
-        hidden (`torch.Tensor`): true on the tokens to hide, shape [B x L].
-        attention_mask (`torch.Tensor`): shape [B x past + L].
-        position_ids (`torch.Tensor`, *optional*): shape [B x L'], of the last L' tokens, counted with the hidden ones.
-
-    Returns:
-        `tuple`: attention mask [B x past + L] and position ids [B x L'], or [B x L] where none were given.
+    The mask is [B x past + L]; position ids [B x L'] are those of the last L' tokens, counted with the hidden ones, and [B x L]
+    where none are given.
     """
     length = (hidden if position_ids is None else position_ids).shape[1]
     hidden = nn.functional.pad(hidden, (attention_mask.shape[1] - hidden.shape[1], 0))
@@ -1104,12 +975,12 @@ def hide(
 
 
 def visible_positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position of each token among those that the mask lets be seen, shape [B x L]."""
+    """Return the position of each token among those that the mask lets be seen, shape [B x L]."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def sample_starts(seq_idx: torch.Tensor) -> torch.Tensor:
-    """True on the first token of each packed sample: where `seq_idx` changes, and where a row begins. Shape [B x L]."""
+    """Return true on the first token of each packed sample: where `seq_idx` changes, and where a row begins."""
     return nn.functional.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
 
 
@@ -1119,7 +990,7 @@ def number_samples(seq_idx: torch.Tensor) -> torch.Tensor:
 
 
 def count_samples(tokens: torch.Tensor, sample: torch.Tensor | None) -> int:
-    """Samples in a batch: its rows, or where they are packed those that [`number_samples`] has numbered."""
+    """Count the samples of a batch: its rows, or where they are packed those that [`number_samples`] has numbered."""
     return tokens.shape[0] if sample is None else int(sample[-1, -1]) + 1
 
 

@@ -18,12 +18,11 @@ from .prompt_granulon import (
     Span,
     any_of,
     common_end,
-    describe_replacements,
     encode_typed,
-    in_pairs,
     map_text,
     mark_conversation,
     mark_typed,
+    move_spans,
     remove_marks,
     strip_span,
     tokens_in,
@@ -50,7 +49,7 @@ DATE_STRING = "26 Jul 2024"
 
 
 def find_image_token(tokenizer) -> str:
-    """A token that the tokenizer already has and text never uses, to stand for an image: no embedding table is resized.
+    """Find a token that the tokenizer already has and text never uses, to stand for an image: no embedding table is resized.
 
     Raises:
         ValueError: no known one; the message says how to name one.
@@ -71,8 +70,7 @@ class GranulonProcessor(ProcessorMixin):
     Turns conversations and images into model inputs; every image gets N pixel slots and K semantic slots.
 
     Args:
-        image_processor: image processor of the vision tower.
-        tokenizer: tokenizer of the language model.
+        image_processor, tokenizer: of the vision tower and of the language model.
         patch_size (`int`): side in pixels of what one patch token stands for.
         num_semantic_tokens (`int`, defaults to 0): K, semantic slots per image; 0 for a model without levels.
         num_additional_image_tokens (`int`, defaults to 0): CLS and register tokens, which count for
@@ -118,12 +116,11 @@ class GranulonProcessor(ProcessorMixin):
         text_kwargs: dict | None = None,
         **kwargs,
     ) -> "GranulonProcessor":
-        """Assemble a processor from those of two backbones.
+        """Assemble a processor from those of two backbones, as a model is by its own `from_vision_text_pretrained`.
 
         Args:
-            vision (`str`): Hub id or folder of the vision tower.
-            text (`str`): Hub id or folder of the decoder.
-            num_semantic_tokens (`int`, defaults to 20): K of the model's config; 0 for a model without levels.
+            vision, text (`str`): Hub id or folder of the vision tower and of the decoder.
+            num_semantic_tokens (`int`, defaults to 20): as in the model's config; 0 for a model without levels.
             vision_kwargs, text_kwargs (`dict`, *optional*): passed to `from_pretrained` of the backbone.
             **kwargs: other arguments of [`GranulonProcessor`].
 
@@ -143,11 +140,7 @@ class GranulonProcessor(ProcessorMixin):
     def from_parts(cls, image_processor, tokenizer, vision_config, **kwargs) -> "GranulonProcessor":
         """Assemble a processor from loaded parts; patch size and prefix tokens come from the vision tower itself.
 
-        Args:
-            image_processor: image processor of the vision tower.
-            tokenizer: tokenizer of the language model.
-            vision_config (`PreTrainedConfig`): configuration of the vision tower.
-            **kwargs: other arguments of [`GranulonProcessor`].
+        `kwargs` are other arguments of [`GranulonProcessor`].
         """
         grid = probe_vision_tower(vision_config)
         kwargs["image_token"] = kwargs.get("image_token") or find_image_token(tokenizer)
@@ -265,11 +258,19 @@ class GranulonProcessor(ProcessorMixin):
         if kinds:
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if offsets:
-            data["text_replacement_offsets"] = [describe_replacements(self.image_token, edits) for edits in replaced]
+            data["text_replacement_offsets"] = [self._describe(edits) for edits in replaced]
         return BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
 
+    def _describe(self, edits: list[tuple[Span, str]]) -> list[dict[str, Any]]:
+        """Describe the placeholders that were replaced as transformers' processors do."""
+        moved = move_spans([span for span, _ in edits], edits)
+        return [
+            {"type": "image", "span": span, "new_span": new_span, "text": self.image_token, "replacement": new}
+            for (span, new), new_span in zip(edits, moved, strict=True)
+        ]
+
     def _tokenize(self, prompts: list[Prompt], return_offsets_mapping: bool = False, **options) -> dict[str, Any]:
-        """Tokens of prompts with their image slots, and the question mask."""
+        """Return the tokens of prompts with their image slots, and the question mask."""
         if self.tokenizer.bos_token is not None and any(prompt.startswith(self.tokenizer.bos_token) for prompt in prompts):
             options.setdefault("add_special_tokens", False)  # the template has written it
         if any(prompt.typed for prompt in prompts):
@@ -281,37 +282,36 @@ class GranulonProcessor(ProcessorMixin):
         return data
 
     def _control_pattern(self, template: str) -> re.Pattern:
-        """A pattern of all tokens that are no text: special ones, and others that the chat template writes."""
+        """Return a pattern of all tokens that are no text: special ones, and others that the chat template writes."""
         tokens = self.tokenizer.added_tokens_decoder.values()
         control = {one.content for one in tokens if one.special or (one.content in template and not one.content.isspace())}
         return any_of(frozenset(control | {self.image_token}))
 
     def _read_plain(self, text: str) -> Prompt:
-        """A prompt of which nothing is known but its text: look for the question in it."""
+        """Look for the question in a prompt of which nothing is known but its text."""
         template = self._resolve_chat_template(None) if self.chat_template else ""
         start, end = self._find_user_turn(text) if template else (0, len(text))
         control = (found.span() for found in self._control_pattern(template).finditer(text, start, end))
-        words = [strip_span(text, span) for span in in_pairs([start, *itertools.chain(*control), end])]
-        return Prompt(text, question=[span for span in words if span[0] < span[1]])
+        edges = [start, *itertools.chain(*control), end]
+        words = [strip_span(text, *span) for span in zip(edges[::2], edges[1::2], strict=True)]
+        return Prompt(text, question=[(first, last) for first, last in words if first < last])
 
     def _find_user_turn(self, text: str) -> Span:
-        """The characters of the last user turn in a text that looks as the chat template writes it, or all of them."""
+        """Find the last user turn in a text that looks as the chat template writes it; else it is all of the text."""
 
         def written(**roles: str) -> list[str]:
-            """What the template writes around the words of these roles."""
+            """Return what the template writes around the words of these roles."""
             turns = [{"role": role.rstrip("_"), "content": [{"type": "text", "text": word}]} for role, word in roles.items()]
             return re.split("[" + "".join(roles.values()) + "]", str(self.apply_chat_template(turns)))
 
         before, to_answer, to_user, after = written(user=FIRST, assistant=ANSWER, user_=SECOND)
         control = self._control_pattern(self._resolve_chat_template(None))
         # What begins a user's turn, whatever comes before it, but no half of a control token …
-        start = len(before) - len(common_end(before, to_user))
-        start = next(
-            (last for first, last in (found.span() for found in control.finditer(before)) if first < start < last), start
-        )
+        start = len(before) - common_end(before, to_user)
+        start = next((mark.end() for mark in control.finditer(before) if mark.start() < start < mark.end()), start)
         begin = before[start:]
         # … down to where it differs from what begins an answer, and back to the beginning of that line or control token.
-        differs = len(begin) - len(common_end(begin, to_answer)) - 1
+        differs = len(begin) - common_end(begin, to_answer) - 1
         marks = [found.start() for found in control.finditer(begin) if found.start() <= differs]
         begin = begin[max([0, begin.rfind("\n", 0, differs) + 1, *marks]) :]
         place = text.rfind(begin) if differs >= 0 else -1
@@ -329,7 +329,7 @@ class GranulonProcessor(ProcessorMixin):
 
 
 def make_chat_template(tokenizer, image_token: str) -> str:
-    """The language model's own chat template, preceded by lines that turn image parts into placeholders, images first."""
+    """Put lines before the language model's own chat template that turn image parts into placeholders, images first."""
     folder = Path(__file__).parent
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -343,14 +343,7 @@ def make_chat_template(tokenizer, image_token: str) -> str:
 
 
 def to_serializable(image_processor):
-    """A timm image processor cannot be saved with a processor: give the same steps as one of transformers' own.
-
-    Args:
-        image_processor: any image processor.
-
-    Returns:
-        The same, or for timm a `CLIPImageProcessor` with its size, crop, interpolation, mean and deviation.
-    """
+    """Return timm's image processor as a `CLIPImageProcessor`, which can be saved with a processor, and any other as it is."""
     data = getattr(image_processor, "data_config", None)
     if data is None:
         return image_processor

@@ -54,17 +54,16 @@ class Prompt(str):
         return cls(text, **spans)
 
     def find_all(self, token: str) -> list[Span]:
-        """Where a control token stands that nobody typed."""
+        """Return where a control token stands that nobody typed."""
         found = [match.span() for match in re.finditer(re.escape(token), self)]
         return [span for span in found if span not in self.typed]
 
     def expand(self, edits: list[tuple[Span, str]]) -> "Prompt":
-        """The prompt with the text of some spans, in their order, replaced, and with all that it remembers moved along."""
-        edges = [0, *itertools.chain(*(span for span, _ in edits)), len(self)]
-        kept = [self[start:end] for start, end in in_pairs(edges)]
-        text = "".join(itertools.chain(*zip(kept, [*(new for _, new in edits), ""], strict=True)))
-        spans = {kind: move_spans(getattr(self, kind), edits) for kind in MARKS}
-        return Prompt(text, **spans)
+        """Replace the text of some spans, in their order, and move along all that the prompt remembers."""
+        text = str(self)
+        for (start, end), new in reversed(edits):
+            text = text[:start] + new + text[end:]
+        return Prompt(text, **{kind: move_spans(getattr(self, kind), edits) for kind in MARKS})
 
 
 def map_text(value: Any, change: Callable[[str], str]) -> Any:
@@ -81,7 +80,7 @@ def remove_marks(text: str) -> str:
 
 
 def mark_typed(text: str, control: re.Pattern) -> str:
-    """A text that somebody typed, with marks around what would be control tokens."""
+    """Put marks around what would be control tokens in a text that somebody typed."""
     return control.sub(lambda found: found[0].join(MARKS["typed"]), remove_marks(text))
 
 
@@ -96,26 +95,25 @@ def mark_conversation(conversation: list[dict], control: re.Pattern) -> list[dic
     last = max((index for index, message in enumerate(conversation) if message.get("role") == "user"), default=None)
     for index, message in enumerate(marked):
         kind = "question" if index == last else "answers" if conversation[index].get("role") == "assistant" else None
-        if kind is not None and "content" in message:
-            message["content"] = map_content(message["content"], functools.partial(enclose, kind=kind))
+        if kind is None or "content" not in message:
+            continue
+        if isinstance(message["content"], str):
+            message["content"] = enclose(message["content"], kind)
+            continue
+        message["content"] = message["content"] or []
+        for part in message["content"]:
+            if isinstance(part.get("text"), str):
+                part["text"] = enclose(part["text"], kind)
     return marked
 
 
-def map_content(content: Any, change: Callable[[str], str]) -> Any:
-    """The content of a message with its words changed, be it a text or a list of parts."""
-    if isinstance(content, str):
-        return change(content)
-    parts = content or []
-    return [{**part, "text": change(part["text"])} if isinstance(part.get("text"), str) else part for part in parts]
-
-
 def tokens_in(offsets: Iterable[Span], spans: list[Span]) -> list[int]:
-    """1 for each token, given by its characters, that overlaps one of the spans."""
+    """Return 1 for each token, given by its characters, that overlaps one of the spans."""
     return [int(any(start < stop and end > first for first, stop in spans)) for start, end in offsets]
 
 
 def move_spans(spans: list[Span], edits: list[tuple[Span, str]]) -> list[Span]:
-    """Where spans are after the text of others, all apart from them, has been replaced."""
+    """Return where spans are after the text of others, all apart from them or the same, has been replaced."""
 
     def moved(place: int) -> int:
         return place + sum(len(new) - (end - start) for (start, end), new in edits if end <= place)
@@ -123,28 +121,8 @@ def move_spans(spans: list[Span], edits: list[tuple[Span, str]]) -> list[Span]:
     return [(moved(start), moved(end)) for start, end in spans]
 
 
-def describe_replacements(token: str, edits: list[tuple[Span, str]]) -> list[dict[str, Any]]:
-    """The replaced placeholders of a prompt as transformers' processors describe them."""
-    described, shift = [], 0
-    for (start, end), new in edits:
-        span = start + shift, start + shift + len(new)
-        described.append({"type": "image", "span": (start, end), "new_span": span, "text": token, "replacement": new})
-        shift += len(new) - (end - start)
-    return described
-
-
 def encode_typed(
-    tokenizer,
-    prompts: list[Prompt],
-    *,
-    padding=False,
-    truncation=None,
-    max_length: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    padding_side: str | None = None,
-    add_special_tokens: bool = True,
-    return_attention_mask: bool | None = None,
-    **_,
+    tokenizer, prompts: list[Prompt], *, truncation=None, add_special_tokens: bool = True, **options
 ) -> dict[str, Any]:
     """Call a tokenizer on prompts with typed control tokens, which become the pieces of any other words.
 
@@ -152,25 +130,20 @@ def encode_typed(
     """
     rows = [encode_pieces(tokenizer, prompt, add_special_tokens) for prompt in prompts]
     if truncation not in (None, False, "do_not_truncate"):
-        length = max_length or tokenizer.model_max_length
+        length = options.get("max_length") or tokenizer.model_max_length
         rows = [row[:length] if tokenizer.truncation_side == "right" else row[-length:] for row in rows]
-    data = tokenizer.pad(
-        {"input_ids": [[token for token, _ in row] for row in rows]},
-        padding=padding,
-        max_length=max_length,
-        pad_to_multiple_of=pad_to_multiple_of,
-        padding_side=padding_side,
-        return_attention_mask=return_attention_mask,
-    )
+    accepted = ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+    padding = {"padding": False} | {name: options[name] for name in accepted if name in options}
+    data = tokenizer.pad({"input_ids": [[token for token, _ in row] for row in rows]}, **padding)
     offsets = []
     for row, ids in zip(rows, data["input_ids"], strict=True):
         spans, fill = [span for _, span in row], [(0, 0)] * (len(ids) - len(row))
-        offsets.append(fill + spans if (padding_side or tokenizer.padding_side) == "left" else spans + fill)
+        offsets.append(fill + spans if (padding.get("padding_side") or tokenizer.padding_side) == "left" else spans + fill)
     return {**data, "offset_mapping": offsets}
 
 
 def encode_pieces(tokenizer, prompt: Prompt, add_special_tokens: bool) -> list[tuple[int, Span]]:
-    """Tokens of one prompt, each with its characters."""
+    """Return the tokens of one prompt, each with its characters."""
 
     def encode(start: int, end: int, typed: bool, before: str = "") -> list[tuple[int, Span]]:
         found = tokenizer(
@@ -203,25 +176,20 @@ def encode_pieces(tokenizer, prompt: Prompt, add_special_tokens: bool) -> list[t
 
 @functools.lru_cache(maxsize=8)
 def any_of(tokens: frozenset[str]) -> re.Pattern:
-    """A pattern that matches each of the tokens, the longest first."""
+    """Return a pattern that matches each of the tokens, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))))
 
 
-def in_pairs(places: list[int]) -> list[Span]:
-    return list(zip(places[::2], places[1::2], strict=True))
-
-
-def common_end(one: str, other: str) -> str:
-    """The longest text that both end with."""
+def common_end(one: str, other: str) -> int:
+    """Return how many characters at their ends two texts share."""
     pairs = zip(reversed(one), reversed(other), strict=False)
-    length = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return one[len(one) - length :]
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def strip_span(text: str, span: Span) -> Span:
-    """The span without the white space at its ends."""
-    words = text[slice(*span)]
-    start = span[0] + len(words) - len(words.lstrip())
+def strip_span(text: str, start: int, end: int) -> Span:
+    """Return the span without the white space at its ends."""
+    words = text[start:end]
+    start += len(words) - len(words.lstrip())
     return start, start + len(words.strip())
 
 

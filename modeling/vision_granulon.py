@@ -27,11 +27,7 @@ def _square(side: int | Sequence[int]) -> tuple[int, int]:
 
 
 def vision_width(tower: PreTrainedModel) -> int:
-    """D, the width of the features of a vision tower.
-
-    Raises:
-        ValueError: neither the tower's config nor its timm model states a width.
-    """
+    """Return D, the width of the features of a vision tower."""
     config = tower.config
     width = getattr(config, "hidden_size", None) or (getattr(config, "hidden_sizes", None) or [None])[-1]
     width = width or getattr(getattr(tower, "timm_model", None), "num_features", None)
@@ -41,11 +37,7 @@ def vision_width(tower: PreTrainedModel) -> int:
 
 
 def patch_size(tower: PreTrainedModel) -> tuple[int, int]:
-    """Height and width in pixels that one patch token stands for.
-
-    Raises:
-        ValueError: the tower does not state it.
-    """
+    """Return the height and width in pixels that one patch token stands for."""
     timm_model = getattr(tower, "timm_model", None)
     if timm_model is None:
         side = getattr(tower.config, "patch_size", None)
@@ -63,15 +55,8 @@ def to_patch_tokens(
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """Bring the states of any tower into one form: a sequence whose last H·W tokens are the patches in row-major order.
 
-    What comes before them (CLS, registers) is found by counting, from the patch size and the size of the pixels.
-
-    Args:
-        states (`torch.Tensor`): [I x T x D] of a transformer, or a feature map [I x D x H x W] or [I x H x W x D].
-        tower (`PreTrainedModel`): the vision tower.
-        pixel_values (`torch.Tensor`): shape [I x channels x height x width].
-
-    Returns:
-        `tuple`: tokens [I x T x D] and the grid (H, W).
+    They are [I x T x D] of a transformer, or a feature map [I x D x H x W] or [I x H x W x D]; tokens [I x T x D] and the grid
+    (H, W) come back. What comes before the patches (CLS, registers) is found by counting, from the size of patch and pixels.
 
     Raises:
         ValueError: the states are not one feature per patch.
@@ -98,13 +83,10 @@ def describe(tower: PreTrainedModel) -> str:
 
 
 def last_self_attention(tower: PreTrainedModel) -> nn.Module | None:
-    """The last self-attention module of a vision tower whose weights can be recomputed, or `None`."""
-    found = None
-    for module in tower.modules():
-        transformers_attention = hasattr(module, "is_causal") and hasattr(module, "config")
-        if transformers_attention or (hasattr(module, "fused_attn") and hasattr(module, "attn_drop")):
-            found = module
-    return found
+    """Return the last self-attention module of a vision tower whose weights can be recomputed, or `None`."""
+    kinds = (("is_causal", "config"), ("fused_attn", "attn_drop"))  # of transformers, of timm
+    found = [one for one in tower.modules() if any(hasattr(one, first) and hasattr(one, second) for first, second in kinds)]
+    return found[-1] if found else None
 
 
 class LastAttention:
@@ -112,9 +94,6 @@ class LastAttention:
 
     SDPA returns no weights, and the whole tower in eager mode would be slow: this one module runs a second time, as a shallow
     copy with the same parameters in eager mode. Hooks and copy are made once, outside of what `torch.compile` traces.
-
-    Args:
-        module (`nn.Module`): as [`last_self_attention`] finds it.
     """
 
     def __init__(self, module: nn.Module):
@@ -140,7 +119,7 @@ class LastAttention:
 
     @torch.no_grad()
     def weights(self) -> torch.Tensor:
-        """Of the module's last call, shape [I x heads x T x T]; its inputs are let go."""
+        """Return those of the module's last call, shape [I x heads x T x T]; its inputs are let go."""
         (args, kwargs), self.inputs = self.inputs, ((), {})
         output = self.eager(*args, **kwargs)
         weights, self.seen = (output[1] if hasattr(self.eager, "config") else self.seen), None
@@ -149,12 +128,6 @@ class LastAttention:
 
 def probe_vision_tower(vision_config) -> VisionGrid:
     """Run a vision tower's architecture without weights or arithmetic, to learn its patch grid at its own image size.
-
-    Args:
-        vision_config (`PreTrainedConfig`): configuration of the tower.
-
-    Returns:
-        [`VisionGrid`]
 
     Raises:
         ValueError: the tower has no patch features that Granulon can use.
@@ -168,12 +141,10 @@ def probe_vision_tower(vision_config) -> VisionGrid:
             states = tower(pixel_values, return_dict=True).last_hidden_state
             tokens, grid = to_patch_tokens(states, tower, pixel_values)
         return VisionGrid(*grid, height // grid[0], tokens.shape[1] - grid[0] * grid[1])
-    except ImportError:
-        raise
     except Exception as error:
-        if isinstance(error, ValueError) and "patch features" in str(error):
+        if isinstance(error, ImportError) or "patch features" in str(error):
             raise
-        reason = (str(error).splitlines() or [""])[0]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{name} has no patch features that Granulon can use: a vision tower takes pixels [I x 3 x H x W] and gives one "
             f"feature per patch, but running it failed ({type(error).__name__}: {reason}); take a tower of one fixed "
@@ -182,7 +153,7 @@ def probe_vision_tower(vision_config) -> VisionGrid:
 
 
 def image_size(vision_config) -> tuple[int, int]:
-    """Height and width in pixels at which a vision tower was trained, from its config; 224 where it does not say."""
+    """Return the height and width in pixels at which a vision tower was trained, from its config; 224 if it does not say."""
     size = getattr(vision_config, "image_size", None)
     if size is None:
         pretrained = getattr(vision_config, "pretrained_cfg", None) or {}

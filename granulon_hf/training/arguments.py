@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
-from granulon_hf.errors import GranulonError
+from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.variants import NAMES
 
 BATCHING = ("padded", "grouped", "packed")
@@ -19,52 +19,45 @@ BATCHING = ("padded", "grouped", "packed")
 REPLACES = {"data": ("source", "split", "preset", "limit"), "num_train_epochs": ("max_steps",)}
 
 
+def option(default: Any, words: str) -> Any:
+    return field(default=default, metadata={"help": words})
+
+
 @dataclass
 class ModelArguments:
     """Which model is trained, and what of it."""
 
-    variant: str = field(
-        default="demo",
-        metadata={"help": f"demo, a folder or Hub id of a Granulon model, or one of {', '.join(NAMES)}."},
-    )
-    tiny: bool = field(default=False, metadata={"help": "The variant's architectures at toy size with random weights."})
-    open_weights: bool = field(default=False, metadata={"help": "Read DINOv3 from timm's repository, which has no gate."})
-    stage: str = field(default="projector", metadata={"help": "projector, projector+lora or full."})
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters in the stage projector+lora."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale is lora_alpha / lora_rank."})
-    adapter: str | None = field(
-        default=None, metadata={"help": "Folder or file of an adapter.safetensors to begin with, such as a trained controller."}
-    )
-    pixel_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss with the semantic slots hidden."})
-    semantic_loss_weight: float = field(default=0.0, metadata={"help": "Weight of the loss with the pixel slots hidden."})
-    slot_position: str | None = field(
-        default=None, metadata={"help": "none (paper), semantic or all: which visual tokens are position-encoded (ours)."}
-    )
-    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
+    variant: str = option("demo", f"demo, a folder or Hub id of a Granulon model, or one of {', '.join(NAMES)}.")
+    tiny: bool = option(False, "The variant's architectures at toy size with random weights.")
+    open_weights: bool = option(False, "Read DINOv3 from timm's repository, which has no gate.")
+    stage: str = option("projector", "projector, projector+lora or full.")
+    lora_rank: int = option(16, "Rank of the adapters in the stage projector+lora.")
+    lora_alpha: int = option(32, "Their scale is lora_alpha / lora_rank.")
+    adapter: str | None = option(None, "Folder or file of an adapter.safetensors to begin with, such as a trained controller.")
+    pixel_loss_weight: float = option(0.0, "Weight of the loss with the semantic slots hidden.")
+    semantic_loss_weight: float = option(0.0, "Weight of the loss with the pixel slots hidden.")
+    slot_position: str | None = option(None, "none (paper), semantic or all: which visual tokens are position-encoded (ours).")
+    attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2 …")
 
 
 @dataclass
 class DataArguments:
     """What it is trained on, and how batches are made."""
 
-    data: str = field(
-        default="shapes", metadata={"help": "shapes (drawn, built in), a set's name, a prepared folder, or a chat.json."}
+    data: str = option("shapes", "shapes (drawn, built in), a set's name, a prepared folder, or a chat.json.")
+    source: str | None = option(None, "Where the data set is, if not at its place on the Hub.")
+    split: str | None = option(None, "Split of the data set.")
+    preset: str | None = option(None, "One of the data set's subsets, as in the paper.")
+    limit: int | None = option(None, "At most so many samples, uniformly drawn.")
+    subset_seed: int = option(0, "Seed of the drawing.")
+    on_error: str = option("skip", "skip or raise, at rows that cannot be used.")
+    max_length: int | None = option(2048, "Tokens per sample, image slots included.")
+    batching: str = option(
+        "grouped", "padded: random batches; grouped: by length; packed: no padding at all (best with flash attention)."
     )
-    source: str | None = field(default=None, metadata={"help": "Where the data set is, if not at its place on the Hub."})
-    split: str | None = field(default=None, metadata={"help": "Split of the data set."})
-    preset: str | None = field(default=None, metadata={"help": "One of the data set's subsets, as in the paper."})
-    limit: int | None = field(default=None, metadata={"help": "At most so many samples, uniformly drawn."})
-    subset_seed: int = field(default=0, metadata={"help": "Seed of the drawing."})
-    on_error: str = field(default="skip", metadata={"help": "skip or raise, at rows that cannot be used."})
-    max_length: int | None = field(default=2048, metadata={"help": "Tokens per sample, image slots included."})
-    batching: str = field(
-        default="grouped",
-        metadata={"help": "padded: random batches; grouped: by length; packed: no padding at all (best with flash attention)."},
-    )
-    pad_to_multiple_of: int | None = field(default=None, metadata={"help": "Row lengths are multiples of this; for compile."})
-    feature_cache: str | None = field(
-        default=None,
-        metadata={"help": "Folder for the tower's features: every image is encoded once, for all epochs and runs."},
+    pad_to_multiple_of: int | None = option(None, "Row lengths are multiples of this; for compile.")
+    feature_cache: str | None = option(
+        None, "Folder for the tower's features: every image is encoded once, for all epochs and runs."
     )
 
 
@@ -96,16 +89,12 @@ class RecipeArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default_factory=tensorboard_if_installed)  # noqa: RUF036 (the parser's order)
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
-    save_full: bool = field(
-        default=False,
-        metadata={
-            "help": "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
-            "backbones have no name (the demo, toy sizes, the stage full) holds them in any case."
-        },
+    save_full: bool = option(
+        False,
+        "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
+        "backbones have no name (the demo, toy sizes, the stage full) holds them in any case.",
     )
-    auto_precision: bool = field(
-        default=True, metadata={"help": "bf16 with tf32 matmul where the device has it, unless bf16 or fp16 is given."}
-    )
+    auto_precision: bool = option(True, "bf16 with tf32 matmul where the device has it, unless bf16 or fp16 is given.")
 
     # Said, not set: which recipe file it is, and what the command line changed.
     recipe: str = field(default="the supplement's defaults, no recipe file was named", init=False)
@@ -119,23 +108,19 @@ class RecipeArguments(TrainingArguments):
 
 
 class OptionParser(HfArgumentParser):
-    """transformers' parser, with one sentence for everything that is wrong."""
+    """transformers' parser, with one sentence in a GranulonError for everything that is wrong."""
 
     def error(self, message):
         raise GranulonError(f"The options cannot be used: {message}.")
 
     def read(self, arguments: list[str]) -> tuple[Any, ...]:
-        """Return the dataclasses that a command line fills.
-
-        Raises:
-            GranulonError: an unknown option, or a value of the wrong kind.
-        """
+        """Return the dataclasses that a command line fills."""
         try:
             *found, unknown = self.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         except GranulonError:
             raise
         except (TypeError, ValueError) as error:
-            raise GranulonError(f"The options cannot be used: {' '.join(str(error).split())}") from None
+            raise GranulonError(f"The options cannot be used: {one_line(error)}") from None
         if unknown:
             raise GranulonError(
                 f"The options cannot be used: {unknown[0]!r} is none (--help lists them all, and a recipe file comes first)."
@@ -149,8 +134,7 @@ class OptionParser(HfArgumentParser):
 
 
 def make_parser() -> OptionParser:
-    groups: Any = (ModelArguments, DataArguments, RecipeArguments)
-    return OptionParser(groups, allow_abbrev=False)
+    return OptionParser((ModelArguments, DataArguments, RecipeArguments), allow_abbrev=False)  # type: ignore[arg-type]
 
 
 def parse(arguments: list[str], default: str | None = None) -> tuple[ModelArguments, DataArguments, RecipeArguments]:
@@ -187,18 +171,14 @@ def parse(arguments: list[str], default: str | None = None) -> tuple[ModelArgume
 
 
 def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
-    """Return the names and values of a recipe file.
-
-    Raises:
-        GranulonError: it cannot be read, or holds a name that is not known.
-    """
+    """Return the names and values of a recipe file, all of them known."""
     if not path.endswith((".yaml", ".yml")) or not os.path.isfile(path):
         raise GranulonError(f"{path!r} is no YAML file of a recipe; options begin with --.")
     with open(path, encoding="utf-8") as file:
         try:
             values = yaml.safe_load(file) or {}
         except yaml.YAMLError as error:
-            raise GranulonError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from None
+            raise GranulonError(f"{path} is no valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise GranulonError(f"{path} must be a YAML mapping of options to values; got a {type(values).__name__}.")
     if unknown := sorted(set(values) - known):
@@ -207,7 +187,7 @@ def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
 
 
 def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) -> None:
-    """Raises GranulonError for options that exclude each other, or that would be ignored or change what is trained."""
+    """Refuse options that exclude each other, or that would be ignored or change what is trained."""
     if data.batching not in BATCHING:
         raise GranulonError(f"Unknown batching {data.batching!r}; the choices are {', '.join(BATCHING)}.")
     if data.batching == "packed" and data.pad_to_multiple_of:
@@ -217,14 +197,11 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
     if recipe.label_smoothing_factor:
         raise GranulonError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":
-        raise GranulonError(
-            "The recipe does not evaluate while it trains; leave out --eval_strategy, and use granulon eval run."
-        )
+        raise GranulonError("Nothing is evaluated while it trains; leave out --eval_strategy, and use granulon eval run.")
     if recipe.use_liger_kernel:
         check_liger(recipe)
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" or (
-        recipe.deepspeed_plugin is not None and recipe.deepspeed_plugin.zero_stage == 3
-    ):
+    stage = getattr(recipe.deepspeed_plugin, "zero_stage", None)
+    if stage == 3 or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         raise GranulonError(
             "ZeRO-3 is not supported: it shards the frozen weights, tied ones among them, while the model is being built. Use "
             "accelerate_zero2.yaml (the trained part is small) or accelerate_fsdp2.yaml."
@@ -232,7 +209,7 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
 
 
 def check_liger(recipe: RecipeArguments) -> None:
-    """Raises GranulonError where liger's kernels cannot run, or would be used for the loss."""
+    """Refuse liger's kernels where they cannot run, or would be used for the loss."""
     if not is_liger_kernel_available():
         raise GranulonError("--use_liger_kernel needs a package that is not installed: pip install liger-kernel")
     if recipe.device.type in ("cpu", "mps"):

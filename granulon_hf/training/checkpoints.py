@@ -23,30 +23,29 @@ FREE = tuple("logging save_total_limit save_full dataloader_num_workers report_t
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the files of a checkpoint can be opened; one that a full disk or another program has cut off cannot."""
+    """Say whether the files of a checkpoint can be opened; one that a full disk or another program has cut off cannot."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
-        weights = list(checkpoint.glob("*.safetensors")) or list(checkpoint.glob("pytorch_model*"))
-        for file in weights:
-            if file.suffix == ".safetensors":
-                with safe_open(file, "pt") as opened:
-                    opened.keys()
+        for file in checkpoint.glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                opened.keys()
         pickles = [file for ending in ("*.pt", "*.pth") for file in checkpoint.rglob(ending)]
-        parts = ("optimizer*", "global_step*"), ("rng_state*",), ("scheduler.pt", "global_step*")
-        present = all(any(any(checkpoint.glob(name)) for name in names) for names in parts)
-        return bool(weights) and present and all(zipfile.is_zipfile(file) for file in pickles)
+        # Weights, optimizer, random states, schedule: each in one of its forms.
+        parts = "*.safetensors pytorch_model*", "optimizer* global_step*", "rng_state*", "scheduler.pt global_step*"
+        present = all(any(any(checkpoint.glob(name)) for name in part.split()) for part in parts)
+        return present and all(zipfile.is_zipfile(file) for file in pickles)
     except Exception:  # whatever the readers raise
         return False
 
 
 def checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Folders `checkpoint-N`, the latest first."""
+    """Return the folders `checkpoint-N`, the latest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: -int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """The latest checkpoint that is whole; those that are not are skipped with a warning."""
+    """Return the latest checkpoint that is whole; those that are not are skipped with a warning."""
     for path in checkpoints(output_dir):
         if is_whole(path):
             return path
@@ -63,7 +62,7 @@ def remove_unfinished(output_dir: str | os.PathLike) -> None:
 
 
 def settings_of(*groups: Any, **more: Any) -> dict[str, Any]:
-    """What makes a run the run it is, as plain values."""
+    """Return what makes a run the run it is, as plain values."""
     settings: dict[str, Any] = {}
     for group in groups:
         values = group.to_dict() if hasattr(group, "to_dict") else vars(group)
@@ -74,11 +73,7 @@ def settings_of(*groups: Any, **more: Any) -> dict[str, Any]:
 
 
 def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> None:
-    """Refuse to go on with other settings, or on other data.
-
-    Raises:
-        GranulonError: names what changed.
-    """
+    """Refuse to go on with other settings, or on other data."""
     if not path.exists():
         return
     written = json.loads(path.read_text())
@@ -98,7 +93,7 @@ def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> No
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises GranulonError where no folder can be made or written."""
+    """Refuse a place where no folder can be made or written."""
     place = existing(Path(output_dir))
     if not place.is_dir():
         raise GranulonError(f"--output_dir {output_dir!r} cannot be used: {str(place)!r} is a file; it takes a folder.")
@@ -107,19 +102,14 @@ def check_output_dir(output_dir: str) -> None:
 
 
 def check_unused(output_dir: str) -> None:
-    """Raises GranulonError where a run would overwrite what an earlier one left."""
+    """Refuse to overwrite what an earlier run left."""
     folder = Path(output_dir)
     if held := [*folder.glob(ADAPTER), *folder.glob("model*.safetensors*"), *checkpoints(folder)]:
         raise GranulonError(f"--output_dir {output_dir!r} already holds {held[0].name}; name another, or remove that one.")
 
 
 def find_resume(resume: str | None, output_dir: str) -> str | None:
-    """The checkpoint to go on from.
-
-    Args:
-        resume (`str`, *optional*): a checkpoint, or "last" for the latest whole one of `output_dir` (from the start where there
-            is none yet).
-        output_dir (`str`): of the run.
+    """Return the checkpoint to go on from: `resume`, or for "last" the latest whole one of `output_dir`, if there is one yet.
 
     Raises:
         GranulonError: that checkpoint cannot be used; none is asked for, and the folder holds a run; or there is none to go on

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate import PartialState
 from rich.progress import track
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.io import batches
+from granulon_hf.io import Journal, batches
 from granulon_hf.modeling.images_granulon import open_rgb
 
 DESCRIPTION, INDEX, VALUES = "cache.json", "index.jsonl", "features.bin"
@@ -24,11 +25,6 @@ class FeatureCache:
 
     A folder belongs to one tower and one preprocessing. Features are appended, then named in the index: a killed `fill` loses
     the batch that it was at, and the next one goes on.
-
-    Args:
-        folder (`str`): where it is, or will be.
-        model: the Granulon model, whose tower is frozen.
-        processor: its processor.
 
     Raises:
         GranulonError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or the
@@ -42,29 +38,34 @@ class FeatureCache:
         if model.config.relation == "attention" and model.config.granularity_levels:
             raise GranulonError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
         self.rows: dict[str, int] = {}
-        description = {"tower": fingerprint(model.model.vision_tower), "layer": str(model.config.vision_feature_layer)}
+        self.shape: tuple[int, ...] = ()  # until the first image
         steps = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
-        description["preprocessing"] = digest(steps.encode())
-        path = self.folder / DESCRIPTION
+        self.description = {
+            "tower": fingerprint(model.model.vision_tower),
+            "layer": str(model.config.vision_feature_layer),
+            "preprocessing": digest(steps.encode()),
+        }
+        self.read()
+        values = self.folder / VALUES
+        if self.rows and (not values.exists() or values.stat().st_size < (max(self.rows.values()) + 1) * self.row_size):
+            raise GranulonError(f"{str(values)!r} has lost its end; remove the folder {folder!r}, and it will be made again.")
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of one image's features."""
+        return 2 * math.prod(self.shape)
+
+    def read(self) -> None:
+        """Read what the folder holds, if anything."""
+        path, index = self.folder / DESCRIPTION, self.folder / INDEX
         if path.exists():
             before = json.loads(path.read_text())
-            if changed := [name for name, value in description.items() if before.get(name) != value]:
-                raise GranulonError(f"The features in {folder!r} are of another {' and '.join(changed)}; name another folder.")
-            self.shape = tuple(before["shape"]) if "shape" in before else None
-        else:
-            self.shape = None
-        self.description = description
-        self.read_index()
-        if self.rows and self.shape is not None:
-            values, needed = self.folder / VALUES, (max(self.rows.values()) + 1) * self.shape[0] * self.shape[1] * 2
-            if not values.exists() or values.stat().st_size < needed:
+            if changed := [name for name, value in self.description.items() if before.get(name) != value]:
                 raise GranulonError(
-                    f"{str(values)!r} has lost its end; remove the folder {folder!r}, and it will be made again."
+                    f"The features in {str(self.folder)!r} are of another {' and '.join(changed)}; name another folder."
                 )
-
-    def read_index(self) -> None:
-        path = self.folder / INDEX
-        for line in path.read_text().splitlines() if path.exists() else []:
+            self.shape = tuple(before["shape"])
+        for line in index.read_text().splitlines() if index.exists() else []:
             try:
                 row = json.loads(line)
                 self.rows[row["key"]] = row["row"]
@@ -73,13 +74,7 @@ class FeatureCache:
 
     @torch.inference_mode()
     def fill(self, images: Iterable[Any], batch_size: int = 16, total: int | None = None) -> None:
-        """Compute what is missing; on the main process, while the others wait. What cannot be read is left to the collator.
-
-        Args:
-            images: encoded images.
-            batch_size (`int`): images at once.
-            total (`int`, *optional*): their number, for the progress bar.
-        """
+        """Compute what is missing; on the main process, while the others wait. What cannot be read is left to the collator."""
         state = PartialState()
         if state.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,9 +85,7 @@ class FeatureCache:
                 self.append([key for key, _ in batch], [image for _, image in batch], state.device)
             tower.train(before).to(device)
         state.wait_for_everyone()
-        self.read_index()
-        if not state.is_main_process and (self.folder / DESCRIPTION).exists():
-            self.shape = tuple(json.loads((self.folder / DESCRIPTION).read_text())["shape"])
+        self.read()
 
     def missing(self, images: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         seen = set(self.rows)
@@ -108,35 +101,26 @@ class FeatureCache:
     def append(self, keys: list[str], images: list[Any], device: torch.device) -> None:
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
         features = self.model.model._patch_features(pixels, None, None)[0].to(torch.bfloat16).cpu().contiguous()
-        if self.shape is None:
+        if not self.shape:
             self.shape = tuple(features.shape[1:])
             (self.folder / DESCRIPTION).write_text(json.dumps({**self.description, "shape": self.shape}) + "\n")
-        size = self.shape[0] * self.shape[1] * 2
         with open(self.folder / VALUES, "ab") as values:
-            values.truncate(len(self.rows) * size)  # what a killed run wrote without naming it
+            values.truncate(len(self.rows) * self.row_size)  # what a killed run wrote without naming it
             values.seek(0, os.SEEK_END)
             values.write(features.view(torch.int16).numpy().tobytes())
             values.flush()
             os.fsync(values.fileno())
-        with open(self.folder / INDEX, "a") as index:
-            if index.tell() and not (self.folder / INDEX).read_bytes().endswith(b"\n"):
-                index.write("\n")
-            for key in keys:
-                self.rows[key] = len(self.rows)
-                index.write(json.dumps({"key": key, "row": self.rows[key]}) + "\n")
+        new = {key: len(self.rows) + number for number, key in enumerate(keys)}
+        Journal(self.folder / INDEX).append({"key": key, "row": row} for key, row in new.items())
+        self.rows |= new
 
     def __call__(self, image: Any) -> torch.Tensor:
-        """Features [N x D] of an encoded image.
-
-        Raises:
-            ValueError: it is not in the cache, since it cannot be read.
-        """
+        """Return the features [N x D] of an encoded image; ValueError if the cache lacks it, since it cannot be read."""
         row = self.rows.get(key_of(image))
-        if row is None or self.shape is None:
+        if row is None:
             open_rgb(image)  # says what is wrong with it
             raise ValueError("the image is not in the feature cache")
-        offset = row * self.shape[0] * self.shape[1] * 2
-        values = np.memmap(self.folder / VALUES, np.int16, "r", offset=offset, shape=self.shape)
+        values = np.memmap(self.folder / VALUES, np.int16, "r", offset=row * self.row_size, shape=self.shape)
         return torch.from_numpy(np.array(values)).view(torch.bfloat16)
 
 
@@ -150,7 +134,7 @@ def digest(data: bytes) -> str:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """Of a module's weights: every 997th value of each."""
+    """Hash a module's weights: every 997th value of each."""
     found = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
         found.update(name.encode() + parameter.detach().flatten()[::997].float().cpu().numpy().tobytes())

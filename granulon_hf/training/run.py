@@ -7,11 +7,11 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
 import accelerate
+import jinja2
 import psutil
 import torch
 import transformers
@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import AutoProcessor, set_seed
+from transformers import set_seed
 
 import granulon_hf
 from granulon_hf import variants
@@ -29,37 +29,34 @@ from granulon_hf.data.datasets.llava import is_chat
 from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import existing
+from granulon_hf.loading import read_config, read_model
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.feature_cache import FeatureCache
-from granulon_hf.training.stages import STAGES, load_adapter_state, parameter_table, set_stage, trainable
+from granulon_hf.training.stages import STAGES, adapter_state, load_adapter_state, parameter_table, set_stage, trainable
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger
 
 PROBED = 64  # samples that are looked at before the first step
 
 
 def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]:
-    """Model and processor of a run, frozen as its stage says.
+    """Build the model of a run, frozen as its stage says, and its processor.
 
     Args:
-        args ([`ModelArguments`]): what to build.
         fresh (`bool`): of the variant "demo", leave out the trained controller too; its projector is always trained anew.
 
     Raises:
         GranulonError: an unknown variant or stage, a folder without a Granulon model, an adapter that does not fit.
     """
-    if args.stage not in STAGES:
-        raise GranulonError(f"Unknown stage {args.stage!r}; the stages are {', '.join(STAGES)}.")
-    if args.stage == "controller":
-        raise GranulonError("The controller is trained on labelled questions: python examples/train_controller.py")
-    fields: dict[str, Any] = {}
-    if args.attn_implementation:
-        fields["attn_implementation"] = args.attn_implementation
-    told: dict[str, Any] = {} if args.slot_position is None else {"slot_position": args.slot_position}
-    if told and args.slot_position not in ("none", "semantic", "all"):
-        raise GranulonError(f"--slot_position {args.slot_position!r}: it is none, semantic or all.")
-    if told and args.variant == "demo":
-        raise GranulonError("--slot_position is for the variants and for checkpoints; the demo is as it is.")
+    stages = [stage for stage in STAGES if stage != "controller"]
+    if args.stage not in stages:
+        what = f"--stage must be one of {', '.join(stages)} (the controller has examples/train_controller.py)"
+        raise GranulonError(f"{what}; got {args.stage!r}.")
+    overrides: dict[str, Any] = {} if args.slot_position is None else {"slot_position": args.slot_position}
+    if args.slot_position not in (None, "none", "semantic", "all"):
+        raise GranulonError(f"--slot_position must be none, semantic or all; got {args.slot_position!r}.")
+    if overrides and args.variant == "demo":
+        raise GranulonError("--slot_position is not supported for the demo model; leave it out, or name another --variant.")
     if args.variant == "demo":
         from granulon_hf.demo_model import SHIPPED, build_demo  # timm and what else only this model needs
 
@@ -68,7 +65,7 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
             layer.reset_parameters()
     elif args.variant in variants.NAMES:
         try:
-            model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **told)
+            model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **overrides)
         except ValueError as error:  # semantic slots of an encoder without levels
             raise GranulonError(str(error)) from None
         except OSError as error:
@@ -77,17 +74,13 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
                 "need a Hub account that has accepted their licences (--open_weights reads DINOv3 without)."
             ) from error
     else:
-        auto: Any = granulon_hf.AutoModelForVision2Seq
+        if args.attn_implementation:
+            overrides["attn_implementation"] = args.attn_implementation
         try:
-            model = auto.from_pretrained(args.variant, **fields, **told)
-            processor = AutoProcessor.from_pretrained(args.variant)
-        except (OSError, ValueError) as error:
-            raise GranulonError(
-                f"--variant {args.variant!r} is neither demo nor one of {', '.join(variants.NAMES)}, and no model can be "
-                f"read there ({' '.join(str(error).split())[:200]})."
-            ) from error
-        if not isinstance(model, granulon_hf.GranulonForConditionalGeneration):
-            raise GranulonError(f"{args.variant!r} is a {type(model).__name__}, not a Granulon model.")
+            read_config(args.variant)
+            model, processor, _ = read_model(args.variant, **overrides)
+        except GranulonError as error:
+            raise GranulonError(f"--variant is neither demo nor one of {', '.join(variants.NAMES)}: {error}") from error
     if args.attn_implementation:
         model.set_attn_implementation({"text_config": args.attn_implementation})
     model.config.pixel_loss_weight, model.config.semantic_loss_weight = args.pixel_loss_weight, args.semantic_loss_weight
@@ -96,38 +89,17 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
         file = Path(args.adapter) / ADAPTER if os.path.isdir(args.adapter) else Path(args.adapter)
         if not file.is_file():
             raise GranulonError(f"There is no adapter {str(file)!r}.")
-        state = load_file(file)
-        own = {name.removeprefix("model.") for name, _ in model.named_parameters()}
-        if unknown := sorted(state.keys() - own):
-            raise GranulonError(f"The adapter {str(file)!r} has {unknown[0]}, which {args.variant} lacks.")
-        current = {n.removeprefix("model."): p for n, p in trainable(model) if n.removeprefix("model.") not in state}
-        try:
-            load_adapter_state(model, {**{name: p.detach() for name, p in current.items()}, **state})
-        except ValueError as error:
-            raise GranulonError(str(error)) from None
+        load_adapter_state(model, adapter_state(model) | load_file(file))
     return model, processor
 
 
 def load_samples(args: DataArguments) -> Any:
-    """The training samples: a sequence of [`Sample`].
-
-    Raises:
-        GranulonError: the data cannot be read, or have no random access.
-    """
+    """Load the training samples, a sequence of [`Sample`]; GranulonError where they cannot be read or have no random access."""
     if args.data == "shapes":
         return Shapes(args.limit or 2000, seed=args.subset_seed)
-    name = args.data
-    if is_chat(name):
-        name, args = "llava", with_changes(args, source=args.source or args.data)
-    options: dict[str, Any] = {
-        "split": args.split,
-        "source": args.source,
-        "preset": args.preset,
-        "limit": args.limit,
-        "seed": args.subset_seed,
-    }
+    name, source = ("llava", args.source or args.data) if is_chat(args.data) else (args.data, args.source)
     try:
-        samples = load(name, on_error=args.on_error, **{k: v for k, v in options.items() if v is not None})
+        samples = load(name, args.split, source, args.limit, args.subset_seed, preset=args.preset, on_error=args.on_error)
     except (GranulonError, OSError) as error:
         raise GranulonError(f"--data {args.data!r} cannot be used: {' '.join(str(error).split())}") from error
     samples[0]  # a stream has no random access, which is said here
@@ -148,29 +120,20 @@ class SampleDataset(Dataset):
 
 
 def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: str = "projector") -> None:
-    """Refuse data of which nothing can be trained on.
-
-    Raises:
-        GranulonError: none of the first samples has a token with a label or, where the projector is trained, an image.
-    """
+    """Refuse data whose first samples have no token with a label or, where the projector is trained, no image."""
     for i in range(min(PROBED, len(samples))):
         encoded = collator.encode(samples[i])
         if encoded is not None and (stage != "projector" or "pixel_values" in encoded):
             collator.problems.clear()
             return
-    if not collator.problems:
-        raise GranulonError(f"None of the first {min(PROBED, len(samples))} samples has an image: there is nothing to project.")
-    last = collator.problems[-1]
-    raise GranulonError(
-        f"None of the first {min(PROBED, len(samples))} samples can be trained on; the last, {last['id']}: {last['reason']}."
-    )
+    what = "has an image: there is nothing to project"
+    if collator.problems:
+        what = "can be trained on; the last, {id}: {reason}".format_map(collator.problems[-1])
+    raise GranulonError(f"None of the first {min(PROBED, len(samples))} samples {what}.")
 
 
 def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> tuple[Any, Any]:
-    """A whole run, from checks to model card, as examples/train.py has it.
-
-    Returns:
-        `tuple`: the trained model and its processor.
+    """Do a whole run, from checks to model card, as examples/train.py has it, and return the trained model and its processor.
 
     Raises:
         GranulonError: it cannot work; before the first step.
@@ -179,14 +142,9 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     asked = args.resume_from_checkpoint
     args.resume_from_checkpoint = find_resume(asked, args.output_dir or ".")
     if args.process_index == 0:
-        console = Console(stderr=True, soft_wrap=True, highlight=False)
-        console.print(f"Recipe: {args.recipe}", markup=False)
+        say(f"Recipe: {args.recipe}")
         if asked and args.resume_from_checkpoint is None:
-            console.print(
-                f"Nothing to resume: {args.output_dir!r} holds no checkpoint. The run starts at step 0.",
-                style="bold yellow",
-                markup=False,
-            )
+            say(f"Nothing to resume: {args.output_dir!r} holds no checkpoint. The run starts at step 0.", style="bold yellow")
     set_seed(args.seed)
 
     samples = load_samples(data_args)
@@ -199,7 +157,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         pad_to_multiple_of=data_args.pad_to_multiple_of,
     )
     if data_args.feature_cache:
-        collator.image_features = fill_cache(data_args.feature_cache, model, processor, samples)
+        collator.image_features = FeatureCache(data_args.feature_cache, model, processor)
+        collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)
     check_samples(collator, samples, model_args.stage)
 
     trainer = GranulonTrainer(
@@ -211,16 +170,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         processing_class=processor,
     )
     if (problems := getattr(samples, "problems", [])) and trainer.is_world_process_zero():
-        Console(stderr=True).print(
+        say(
             f"{len(problems)} rows cannot be used, the first: {problems[0]}. Another sample stands in for each; all are listed "
             "in left_out.jsonl at the end.",
             style="yellow",
-            markup=False,
         )
     described: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         described = start(model_args, data_args, args, samples)
-        print_table(model, model_args.stage)
+        console = Console()
+        console.print(f"Stage {model_args.stage}: {STAGES[model_args.stage]}", style="bold")
+        console.print(parameter_table(model))
         if model.config.backbones is None and not args.save_full:
             print(
                 f"The config names no place to read the backbones from: {args.output_dir} will hold all weights "
@@ -228,36 +188,22 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
             )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if trainer.stop_on_signal.stopped:
-        raise TrainingStopped(
-            f"Stopped by SIGTERM after step {trainer.state.global_step}; --resume_from_checkpoint last goes on."
-        )
+        raise TrainingStopped(trainer.stop_on_signal.stopped)
     trainer.save_model()
     if trainer.is_world_process_zero():
         finish(trainer, described, collator, samples)
     return model, processor
 
 
-def fill_cache(folder: str, model: Any, processor: Any, samples: Sequence[Sample]) -> FeatureCache:
-    """The features of all images of the samples: computed now, or earlier, or by an earlier run that was stopped.
-
-    Raises:
-        GranulonError: the folder or the model does not allow it.
-    """
-    cache = FeatureCache(folder, model, processor)
-    cache.fill((image for i in range(len(samples)) for image in samples[i].images), total=None)
-    return cache
+def say(text: str, style: str | None = None) -> None:
+    """Print a line of text on stderr as it is."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(text, style=style, markup=False)
 
 
 def check_device(args: RecipeArguments, model: Any, stage: str) -> None:
-    """Refuse what the launcher or the device cannot do.
-
-    Raises:
-        GranulonError: names it and what to do.
-    """
+    """Refuse what the launcher or the device cannot do."""
     if args.gradient_checkpointing and stage == "projector" and not args.use_cpu:
-        Console(stderr=True).print(
-            "Gradient checkpointing costs about a third more time; the recipe does not need it.", style="yellow"
-        )
+        say("Gradient checkpointing costs about a third more time; the recipe does not need it.", style="yellow")
     if args.use_liger_kernel:
         find_liger(model.model.language_model.config.model_type)
     free = shutil.disk_usage(existing(Path(args.output_dir or "."))).free
@@ -277,13 +223,9 @@ def all_weights(model: Any) -> int:
 
 
 def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments, samples: Any) -> dict[str, Any]:
-    """Check that a run that goes on is the same run, and write down what it is. Called by the main process.
+    """Check that a run that goes on is the same run, and write down what it is in `run.json`, which is returned.
 
-    Returns:
-        `dict`: what `run.json` holds: settings, command, versions, and the data's manifest where there is one.
-
-    Raises:
-        GranulonError: the settings changed.
+    Called by the main process. GranulonError where the settings changed.
     """
     settings = settings_of(model_args, data_args, args, world_size=args.world_size, samples=len(samples))
     path = Path(args.output_dir or ".") / RUN
@@ -304,17 +246,15 @@ def start(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
 
 
 def command_line() -> str:
-    """What was typed: the launcher's own line where there is one."""
+    """Return what was typed: the launcher's own line where there is one."""
     for process in psutil.Process().parents():
         line = process.cmdline()
         at = next((i for i, part in enumerate(line) if Path(part).name in ("accelerate", "accelerate.commands.launch")), None)
         if at is not None:
             rest = line[at + 1 :]
             return shlex.join(["accelerate", "launch", *(rest[1:] if rest[:1] == ["launch"] else rest)])
-    program = Path(sys.argv[0])
-    return shlex.join(
-        [*(["granulon"] if program.name in ("granulon", "__main__.py") else ["python", sys.argv[0]]), *sys.argv[1:]]
-    )
+    program = ["granulon"] if Path(sys.argv[0]).name in ("granulon", "__main__.py") else ["python", sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:
@@ -322,14 +262,8 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **found}
 
 
-def print_table(model: Any, stage: str) -> None:
-    console = Console()
-    console.print(f"Stage {stage}: {STAGES[stage]}", style="bold")
-    console.print(parameter_table(model))
-
-
 def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, samples: Any = ()) -> None:
-    """Weights, loss curve (PNG), model card and, where samples were left out, their list. Called by the main process."""
+    """Write the loss curve (PNG), the model card and, where samples were left out, their list, by the main process."""
     folder = Path(trainer.args.output_dir)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if history:
@@ -337,11 +271,20 @@ def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, 
     left_out = [*(problem._asdict() for problem in getattr(samples, "problems", [])), *collator.problems]
     if left_out:
         (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in left_out))
-    write_card(folder, described, history, trainer.whole)
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    card = jinja2.Template(template, undefined=jinja2.StrictUndefined).render(
+        described,
+        adapter=ADAPTER,
+        whole=trainer.whole,
+        losses=[*history[:1], *history[1:][-1:]],
+        curve=(folder / "loss.png").exists(),
+        left_out=(folder / "left_out.jsonl").exists(),
+    )
+    ModelCard(card).save(folder / "README.md")
 
 
 def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss and learning rate over steps; left out where matplotlib is not installed."""
+    """Draw loss and learning rate over steps, where matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -356,47 +299,3 @@ def plot_losses(history: list[dict[str, Any]], path: Path) -> None:
     left.set(xlabel="step", ylabel="training loss")
     right.set_ylabel("learning rate", color="tab:gray")
     figure.savefig(path, dpi=120)
-
-
-def write_card(folder: Path, described: dict[str, Any], history: list[dict[str, Any]], whole: bool) -> None:
-    """Write README.md of the run: command, settings, versions, losses, and whether the folder holds all weights."""
-    settings, model = described["settings"], described["model"]
-    shown = """learning_rate num_train_epochs max_steps per_device_train_batch_size gradient_accumulation_steps world_size
-        lr_scheduler_type warmup_steps weight_decay bf16 batching max_length seed""".split()
-    rows = "".join(f"| {name} | {settings.get(name)} |\n" for name in shown)
-    found = "".join(f"| {name} | {version} |\n" for name, version in described["versions"].items())
-    name = model["variant"] + (" (toy size)" if model["tiny"] else "")
-    ends = history if len(history) < 2 else [history[0], history[-1]]
-    losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in ends) or "was not logged"
-    picture = "![Loss curve](loss.png)\n" if (folder / "loss.png").exists() else ""
-    if whole:
-        held = "holds all weights: `granulon ask`, `granulon eval run`, `granulon push` and `from_pretrained` read it"
-    else:
-        held = "is in adapter form: the backbones are not in it, and are read from where `config.json` says"
-    left_out = "left_out.jsonl lists the samples that could not be used.\n" if (folder / "left_out.jsonl").exists() else ""
-    content = f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- granulon
----
-
-# Granulon: {name}, {model["stage"]}
-
-This folder {held}. `{ADAPTER}` holds the trained weights and, where the model has one, the controller.
-
-```bash
-{described["command"]}
-```
-
-Recipe: {described["recipe"]}.
-
-Loss {losses} (training loss, means over logging steps). {left_out}
-{picture}
-| setting | value |
-|---|---|
-{rows}
-| version of | |
-|---|---|
-{found}"""
-    ModelCard(content).save(folder / "README.md")

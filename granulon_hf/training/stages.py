@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, LORA_SCALE
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 
@@ -30,7 +31,7 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
     reads: its choice must not drift while it is not being trained.
 
     Raises:
-        ValueError: an unknown stage, or stage "controller" for a model without levels.
+        ValueError: an unknown stage, stage "controller" for a model without levels, or nothing to adapt.
         ImportError: peft is not installed and the stage needs it.
     """
     if stage not in STAGES:
@@ -47,9 +48,8 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
     if stage == "projector+lora":
         add_lora(model.model.language_model, lora_rank, lora_alpha)
     if stage != "full":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        for _, parameter in trainable(model):
+            parameter.data = parameter.data.float()
     keep_frozen_parts_in_eval(model)
 
 
@@ -62,16 +62,14 @@ def add_lora(decoder: nn.Module, rank: int, alpha: int) -> None:
     targets = [name for name in linear if not name.startswith("layers.0.")]
     if not targets:
         raise ValueError("The language model has one block only, which the controller reads: there is nothing to adapt.")
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    inject_adapter_in_model(config, decoder)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), decoder)
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """Modules that hold parameters, none of them trainable, and all that is inside of them."""
+    """Return the modules that hold parameters, none of them trainable, and all that is inside of them."""
     found: dict[nn.Module, None] = {}
     for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        if {parameter.requires_grad for parameter in module.parameters()} == {False}:
             found.update(dict.fromkeys(module.modules()))
     return list(found)
 
@@ -86,34 +84,29 @@ def keep_frozen_parts_in_eval(model: nn.Module, frozen: list[nn.Module] | None =
 
 
 def trainable(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
-    """Names and parameters that are trained."""
+    """Return the names and parameters that are trained."""
     return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
 
 
 def parameter_table(model: GranulonForConditionalGeneration) -> Table:
-    """Trainable and frozen parameters of each part."""
+    """Count the trainable and frozen parameters of each part."""
     table = Table("part", "trainable", "frozen", "dtype", box=None, padding=(0, 2, 0, 0))
-    totals, seen = [0, 0], set()
-    for part in PARTS:
-        module = model.lm_head if part == "lm_head" else getattr(model.model, part, None)
-        if module is None:
-            continue
-        counts, dtypes = [0, 0], set()
-        for parameter in module.parameters():
-            if id(parameter) not in seen:  # tied weights count once
-                seen.add(id(parameter))
-                # ZeRO-3 leaves empty shells behind.
-                counts[not parameter.requires_grad] += getattr(parameter, "ds_numel", parameter.numel())
-                dtypes.add(str(parameter.dtype).removeprefix("torch."))
-        if sum(counts):
-            table.add_row(part, f"{counts[0]:,}", f"{counts[1]:,}", ", ".join(sorted(dtypes)))
-            totals = [total + count for total, count in zip(totals, counts, strict=True)]
-    table.add_row("all", f"{totals[0]:,}", f"{totals[1]:,}", "", style="bold")
+    parts: dict[str, list[nn.Parameter]] = {part: [] for part in PARTS}
+    for name, parameter in model.named_parameters():  # which names tied weights once
+        parts.setdefault(name.removeprefix("model.").partition(".")[0], []).append(parameter)
+
+    def counts(held: list[nn.Parameter]) -> list[str]:
+        return [f"{sum(p.numel() for p in held if p.requires_grad is trained):,}" for trained in (True, False)]
+
+    for part, held in parts.items():
+        if held:
+            table.add_row(part, *counts(held), ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in held})))
+    table.add_row("all", *counts(list(model.parameters())), "", style="bold")
     return table
 
 
 def adapter_state(model: GranulonForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """What a run has to keep: the trained weights and always projector and controller, on the CPU, named as below `model.`."""
+    """Return the trained weights, and always projector and controller, on the CPU, named as below `model.`."""
     return {
         name.removeprefix("model."): parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
@@ -122,12 +115,11 @@ def adapter_state(model: GranulonForConditionalGeneration) -> dict[str, torch.Te
 
 
 def save_adapter(folder: Path, model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Weights of [`adapter_state`], or those given, and both configs: what `from_pretrained` assembles with the backbones."""
-    state = adapter_state(model) if state is None else state
+    """Write [`adapter_state`], or the state given, and both configs: what `from_pretrained` assembles with the backbones."""
     factors = next(iter(low_rank_modules(model).values()), None)
     scale = {} if factors is None else {LORA_SCALE: str(factors.scaling["default"])}
     file = folder / ADAPTER_WEIGHTS
-    save_file(state, file, metadata={"format": "pt", **scale})
+    save_file(adapter_state(model) if state is None else state, file, metadata={"format": "pt", **scale})
     file.chmod(0o644)  # safetensors leaves its files to their owner alone
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
@@ -139,12 +131,7 @@ def low_rank_modules(model: nn.Module) -> dict[str, Any]:
 
 
 def merged_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """Return all weights, low-rank factors merged into what they adapt: those of a model without adapters.
-
-    Args:
-        model (`nn.Module`): the model.
-        state (`dict[str, torch.Tensor]`, *optional*): its weights, where they are sharded and were gathered.
-    """
+    """Return all weights, or the `state` that was gathered from shards, with low-rank factors merged into what they adapt."""
     state = dict(model.state_dict() if state is None else state)
     for name, module in low_rank_modules(model).items():
         first, second = (state[f"{name}.lora_{factor}.default.weight"].float() for factor in "AB")
@@ -154,21 +141,17 @@ def merged_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None)
 
 
 def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:
-    """Put such weights back.
-
-    Raises:
-        ValueError: a weight of another shape, one that the model does not have, or a trained one that is missing.
-    """
+    """Put such weights back, or raise GranulonError for another shape, an unknown weight, or a trained one that is missing."""
     own = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
     unknown = sorted(state.keys() - own.keys())
-    missing = sorted(name.removeprefix("model.") for name, _ in trainable(model) if name.removeprefix("model.") not in state)
+    missing = sorted(name for name, parameter in own.items() if parameter.requires_grad and name not in state)
     if unknown or missing:
         what = f"has {unknown[0]}, which the model lacks" if unknown else f"lacks {missing[0]}, which is trained"
-        raise ValueError(f"The adapter does not fit: it {what}; was it trained in another stage?")
+        raise GranulonError(f"The adapter does not fit: it {what}; was it trained in another stage?")
     with torch.no_grad():
         for name, value in state.items():
             if own[name].shape != value.shape:
-                raise ValueError(
+                raise GranulonError(
                     f"The adapter does not fit: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}; it belongs to "
                     "other backbones."
                 )

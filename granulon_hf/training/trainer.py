@@ -1,11 +1,13 @@
 """transformers' Trainer, lean: labels only where they count, frozen parts left alone, small atomic checkpoints."""
 
+import contextlib
 import functools
 import math
 import os
 import shutil
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +72,17 @@ class GranulonTrainer(Trainer):
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.args.use_liger_kernel:
-            apply_liger(self.model.model.language_model, self.args.liger_kernel_config)
+            # Trainer would ask for the kernels of "granulon", which liger does not know. The loss stays ours: it is computed at
+            # labelled positions only, and a decoder without a head has none.
+            decoder = self.model.model.language_model
+            options = {**(self.args.liger_kernel_config or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
+            find_liger(decoder.config.model_type)(model=decoder, **options)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
         self.whole = False
-        self.seen: dict[str, Any] = {}
+        self.seen: Counter[Any] = Counter()
         self.since: float | None = None
         self.stop_on_signal = StopOnSignal(self.accelerator)
         self.add_callback(self.stop_on_signal)
-        self.add_callback(Guard())
         # DeepSpeed loads strictly, and frozen weights are not in its checkpoints.
         self.model.register_load_state_dict_pre_hook(fill_missing)
 
@@ -107,17 +112,10 @@ class GranulonTrainer(Trainer):
         """Add to what the next log says; sums stay on the device until then."""
         mask = inputs.get("attention_mask")
         cells = inputs["input_ids"].numel()
-        counts = {
-            "cells": cells,
-            "tokens": mask.sum() if mask is not None else cells,
-            "images": len(inputs["pixel_values"]) if "pixel_values" in inputs else 0,
-        }
-        level = outputs.get("granularity")
-        if level is not None:
+        self.seen.update(cells=cells, tokens=cells if mask is None else mask.sum(), images=len(inputs.get("pixel_values", ())))
+        if (level := outputs.get("granularity")) is not None:
             for index, name in enumerate(self.model.config.level_names):
-                counts[f"level_{name}"] = (level == index).sum()
-        for name, value in counts.items():
-            self.seen[name] = self.seen.get(name, 0) + value
+                self.seen[f"level_{name}"] += (level == index).sum()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         now = time.monotonic()
@@ -130,22 +128,25 @@ class GranulonTrainer(Trainer):
             logs["padding"] = round(1 - seen["tokens"] / seen["cells"], 4)
             levels = {name: value for name, value in seen.items() if name.startswith("level_")}
             logs |= {name: round(value / max(sum(levels.values()), 1), 3) for name, value in levels.items()}
-            self.seen, self.since = {}, now
+            self.seen, self.since = Counter(), now
         super().log(logs, start_time)
+        if not math.isfinite(loss := logs.get("loss", 0.0)):
+            raise TrainingFailed(f"The loss became {loss} by step {self.state.global_step}. {REMEDY}")
 
     def step_flops(self, seen: dict[str, float]) -> float:
-        """FLOPs of the matrix products of what was seen: 2 a weight and token forward, 2 for gradients of activations, 2 more
-        for those of trained weights; the tower forward only. The usual estimate, without attention."""
+        """Estimate the FLOPs of the matrix products of what was seen, without attention, as is usual.
+
+        A weight and token take 2 forward, 2 for gradients of activations, 2 more for those of trained weights; the tower runs
+        forward only.
+        """
         parts = self.model.model
 
         def weights(module):
             return sum(p.numel() for name, p in module.named_parameters() if "embed_tokens" not in name)
 
-        patches = getattr(self.model.config, "image_seq_length", 0) * seen["images"]
-        decoder = 6 if any(p.requires_grad for p in parts.language_model.parameters()) else 4
-        flops = decoder * weights(parts.language_model) * seen["tokens"]
-        flops += 6 * weights(parts.multi_modal_projector) * patches
-        return flops + 2 * weights(parts.vision_tower) * patches
+        of_token = (6 if any(p.requires_grad for p in parts.language_model.parameters()) else 4) * weights(parts.language_model)
+        of_patch = 6 * weights(parts.multi_modal_projector) + 2 * weights(parts.vision_tower)
+        return of_token * seen["tokens"] + of_patch * self.model.config.image_seq_length * seen["images"]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -252,11 +253,10 @@ class GroupedSampler(Sampler[int]):
 
 def sync(folder: Path) -> None:
     """Have the system write a folder's files before it is renamed: a name must not appear before its content."""
-    for path in [*folder.rglob("*"), folder]:
+    for path in folder.rglob("*"):
         if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 def fill_missing(module, state_dict, prefix, *args) -> None:
@@ -268,26 +268,12 @@ def fill_missing(module, state_dict, prefix, *args) -> None:
 
 
 def find_liger(model_type: str) -> Any:
-    """Return liger's function for the instances of a decoder.
-
-    Raises:
-        GranulonError: liger-kernel does not know the decoder.
-    """
+    """Return liger's function for the instances of a decoder; GranulonError if liger does not know it."""
     from liger_kernel.transformers import monkey_patch
 
     if model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:  # liger itself would do nothing, and not say so
         raise GranulonError(f"--use_liger_kernel does nothing for a language model of the kind {model_type}; leave it out.")
     return monkey_patch._apply_liger_kernel_to_instance
-
-
-def apply_liger(decoder: Any, options: dict[str, bool] | None = None) -> None:
-    """Put liger's kernels into a decoder.
-
-    `Trainer` would ask for those of "granulon", which liger does not know. The loss stays ours: it is computed at labelled
-    positions only, and a decoder without a head has none.
-    """
-    apply = find_liger(decoder.config.model_type)
-    apply(model=decoder, **{**(options or {}), "cross_entropy": False, "fused_linear_cross_entropy": False})
 
 
 def peak_flops() -> float | None:
@@ -300,13 +286,11 @@ class StopOnSignal(TrainerCallback):
     """On SIGTERM: one checkpoint at the end of the step, then stop, on all processes together."""
 
     def __init__(self, accelerator):
-        self.accelerator, self.asked, self.before, self.stopped = accelerator, False, None, False
+        self.accelerator, self.asked, self.before, self.stopped = accelerator, False, None, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        try:
+        with contextlib.suppress(ValueError):  # not the main thread
             self.before = signal.signal(signal.SIGTERM, self.ask)
-        except ValueError:  # not the main thread
-            self.before = None
 
     def ask(self, signum, frame):
         self.asked = True
@@ -315,18 +299,10 @@ class StopOnSignal(TrainerCallback):
         if self.asked:
             self.accelerator.set_trigger()
         if self.accelerator.check_trigger():
-            logger.warning(f"Stopped by SIGTERM after step {state.global_step}; --resume_from_checkpoint last goes on.")
-            control.should_save = control.should_training_stop = self.stopped = True
+            self.stopped = f"Stopped by SIGTERM after step {state.global_step}; --resume_from_checkpoint last goes on."
+            logger.warning(self.stopped)
+            control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.before is not None:
             signal.signal(signal.SIGTERM, self.before)
-
-
-class Guard(TrainerCallback):
-    """Stops at a loss that is no number."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            raise TrainingFailed(f"The loss became {loss} between two logs, the last at step {state.global_step}. {REMEDY}")
