@@ -262,8 +262,8 @@ class PredictionRun:
         self.folder, self.copy_images = Path(folder), copy_images
         path = self.folder / "run.json"
         before = read_description(path).get("description") or {} if path.exists() else None
-        wanted = before or {} if description is None else description
-        self.description = open_folder(self.folder, wanted, before, "holds predictions of")
+        description = (before or {}) if description is None else description
+        self.description = open_folder(self.folder, description, before, "holds predictions of")
 
     def parts(self) -> list[Path]:
         return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]

@@ -1,4 +1,4 @@
-"""The samples that models are evaluated and analysed on, and what loading left out of them."""
+"""The samples that models are evaluated and analyzed on, and what loading left out of them."""
 
 from contextlib import suppress
 from typing import Any
