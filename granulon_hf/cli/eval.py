@@ -113,7 +113,7 @@ def run(
     bars: dict[str, Any] = {}
     with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), disable=not main) as progress:
 
-        def on_progress(what: str, done: int, total: int) -> None:
+        def on_progress(what: str, total: int, done: int) -> None:
             if what not in bars:
                 bars[what] = progress.add_task(what, total=total)
             progress.update(bars[what], advance=done * int(os.environ.get("WORLD_SIZE", 1)))

@@ -61,8 +61,7 @@ def gallery(
     if out.is_dir() or not out.absolute().parent.is_dir() or not os.access(out.absolute().parent, os.W_OK):
         raise GranulonError(f"--out {str(out)!r} cannot be written; it takes a file in a folder that exists.")
     console = Console(highlight=False)
-    names = by_folder(name, predictions, "--name")
-    runs = work.read_runs(predictions, names)
+    runs = work.read_runs(predictions, by_folder(name, predictions, "--name"))
     given = {folder: Path(path) for folder, path in by_folder(scores, predictions, "--scores").items()}
     for run in runs:
         usual = run.folder / "predictions.judged" / "samples.jsonl"

@@ -18,7 +18,6 @@ Slots that a level leaves empty and padding never count.
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +30,8 @@ from torch.nn.functional import cosine_similarity
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.sample import Sample
-from granulon_hf.errors import GranulonError, one_line
-from granulon_hf.evaluation.answer import Generation, answer_batch, changes, read_description
+from granulon_hf.errors import GranulonError
+from granulon_hf.evaluation.answer import Generation, answer_batch, one_by_one, open_folder, read_description
 from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import Journal, batches, replacing, write_text
 
@@ -84,21 +83,20 @@ def align_batch(model: Any, processor: Any, samples: Sequence[Sample], what: Ali
         answers = [row["prediction"] for row in answer_batch(model, processor, samples, what.generation)]
     collator = GranulonCollator(processor, last_answer_only=True, jpeg_reduction=None)
     rows: list[dict[str, Any]] = [{"id": sample.id} for sample in samples]
-    used, features, references = [], [], []
+    features, references = [], []
     for row, sample, answer in zip(rows, samples, answers, strict=True):
         turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
         if not sample.reference.strip() or not answer.strip():
             row["error"] = f"its {'answer' if sample.reference.strip() else 'reference'} is empty"
         elif feature := collator.encode({"id": sample.id, "images": sample.images, "messages": [*sample.prompt, turn]}):
             row["answer"] = answer
-            used.append(row)
             features.append(feature)
             references.append(sample.reference)
         else:
             row["error"] = collator.problems[-1]["reason"]
-    if used:
+    if features:
         cosines = compare(model, processor, collator._padded(features), references, what).tolist()
-        for row, values in zip(used, cosines, strict=True):
+        for row, values in zip((row for row in rows if "answer" in row), cosines, strict=True):
             row["cosine"] = [round(value, 6) for value in values]
     return rows
 
@@ -139,19 +137,15 @@ def compare(model: Any, processor: Any, batch: dict[str, torch.Tensor], referenc
 class AlignmentRun:
     """Cosines of one model on one data set, kept in a journal: one line per sample, as it is computed.
 
-    Args:
-        folder (`Path`): of the journal (`cosines.jsonl`) and its description (`run.json`).
-        description (`dict`): model, data and settings; another one in the same folder is refused.
+    Beside the journal (`cosines.jsonl`), `run.json` describes model, data and settings; others in the same folder are refused.
     """
 
-    def __init__(self, folder: str | os.PathLike, description: dict[str, Any]):
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, description: dict[str, Any]):
+        self.folder = folder
         self.journal = Journal(self.folder / "cosines.jsonl")
-        self.description = json.loads(json.dumps(description, default=str))
         known = self.folder / "run.json"
-        if changed := changes(self.description, read_description(known) if known.exists() else self.description):
-            raise GranulonError(f"{str(self.folder)!r} was made with another {changed}; name another folder, or remove it.")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        before = read_description(known) if known.exists() else None
+        self.description = open_folder(self.folder, description, before, "was made with")
         write_text(known, json.dumps(self.description, indent=1) + "\n")
 
     def cosines(self) -> pd.DataFrame:
@@ -169,12 +163,9 @@ class AlignmentRun:
         processor: Any,
         samples: Iterable[Sample],
         what: Alignment,
-        on_progress: Callable[[int], None] = lambda count: None,
+        on_progress: Callable[[int], None] = lambda count: None,  # takes the samples found or done since the last call
     ) -> None:
-        """Compute what is missing. One batch is in memory at a time, and of each sample that is done its id.
-
-        `on_progress` is called with the number of samples that were found or are done since the last call.
-        """
+        """Compute what is missing. One batch is in memory at a time, and of each sample that is done its id."""
         done = {row["id"] for row in self.journal}
 
         def missing() -> Iterator[Sample]:
@@ -185,17 +176,10 @@ class AlignmentRun:
                     yield sample
 
         for batch in batches(missing(), what.generation.batch_size):
-            self.journal.append(self.align(model, processor, batch, what))
+            rows = one_by_one(lambda samples: align_batch(model, processor, samples, what), batch)
+            self.journal.append({"id": sample.id, **row} for sample, row in zip(batch, rows, strict=True))
             on_progress(len(batch))
             batch.clear()  # its images go before those of the next batch come
-
-    def align(self, model: Any, processor: Any, batch: Sequence[Sample], what: Alignment) -> list[dict[str, Any]]:
-        try:
-            return align_batch(model, processor, batch, what)
-        except ValueError as error:  # one bad sample must not cost the others their numbers
-            if len(batch) > 1:
-                return [row for sample in batch for row in self.align(model, processor, [sample], what)]
-            return [{"id": batch[0].id, "error": one_line(error)}]
 
 
 # --- what is made of the journals -------------------------------------------------------------------------------------
@@ -281,23 +265,15 @@ def curves(found: dict[str, pd.DataFrame]):
     return figure
 
 
-def report(folder: str | os.PathLike, runs: dict[str, AlignmentRun], left_out: dict[str, Any] | None = None) -> dict[str, Any]:
+def report(folder: Path, runs: dict[str, AlignmentRun], left_out: dict[str, Any] | None = None) -> dict[str, Any]:
     """Write `alignment.parquet`, `alignment.json`, `curves.png/svg` and per model `heatmap-….png/svg`.
 
     Curves and heatmaps are over the samples that all models have, those aside of which no sample could be used; where models
     have none in common, each is over its own. The Parquet file has all.
 
-    Args:
-        runs (`dict`): run of each model name; the names of their folders name the heatmaps.
-        left_out (`dict`, *optional*): what loading left out, of [`~granulon_hf.evaluation.sets.left_out`].
-
-    Returns:
-        `dict`: what is in `alignment.json`; `failed` has the models without a sample, each with a reason.
-
-    Raises:
-        GranulonError: no sample of any model could be used.
+    Returns what is in `alignment.json`, of which `failed` has the models without a sample, each with a reason. `left_out` is
+    what loading left out. Raises GranulonError where no sample of any model could be used.
     """
-    folder = Path(folder)
     cosines = {name: run.cosines() for name, run in runs.items()}
     failed = {}
     for name, run in runs.items():

@@ -216,14 +216,29 @@ def read_description(path: Path) -> dict[str, Any]:
     return found
 
 
-def changes(description: dict[str, Any], before: dict[str, Any]) -> str:
-    """Name what differs between two descriptions: "data and generation"."""
-    names = sorted(description.keys() | before.keys())
-    return " and ".join(name for name in names if description.get(name) != before.get(name))
-
-
 class OtherPredictions(GranulonError):
     """The folder holds answers of another model, to other data, or made in another way."""
+
+
+def open_folder(folder: Path, description: dict[str, Any], before: dict[str, Any] | None, holds: str) -> dict[str, Any]:
+    """Make the folder of a run, or refuse it where the run `before`, that it `holds`, is another; returns the description."""
+    description = json.loads(json.dumps(description, default=str))
+    before = description if before is None else before
+    names = sorted(description.keys() | before.keys())
+    if changed := " and ".join(name for name in names if description.get(name) != before.get(name)):
+        raise OtherPredictions(f"{str(folder)!r} {holds} another {changed}; name another folder, or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return description
+
+
+def one_by_one(function: Callable[[Sequence[Sample]], list[dict[str, Any]]], batch: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Return a row per sample, with an `error` where it cannot be used: one bad sample must not cost the others their rows."""
+    try:
+        return function(batch)
+    except ValueError as error:
+        if len(batch) > 1:
+            return [row for sample in batch for row in one_by_one(function, [sample])]
+        return [{"error": one_line(error)}]
 
 
 class PredictionRun:
@@ -235,23 +250,20 @@ class PredictionRun:
 
     Args:
         folder (`Path`): of the run.
-        description (`dict`): model, data and generation; another one in the same folder is refused.
+        description (`dict`, *optional*): model, data and generation; another one in the same folder is refused. By default that
+            of the run which is there.
         copy_images (`bool`): keep the encoded images beside the answers.
 
     Raises:
         OtherPredictions: the folder holds a run of something else.
     """
 
-    def __init__(self, folder: str | os.PathLike, description: dict[str, Any], copy_images: bool = True):
+    def __init__(self, folder: str | os.PathLike, description: dict[str, Any] | None = None, copy_images: bool = True):
         self.folder, self.copy_images = Path(folder), copy_images
-        self.description = json.loads(json.dumps(description, default=str))
         path = self.folder / "run.json"
-        before = read_description(path).get("description") or {} if path.exists() else self.description
-        if changed := changes(self.description, before):
-            raise OtherPredictions(
-                f"{str(self.folder)!r} holds predictions of another {changed}; name another folder, or remove it."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
+        before = read_description(path).get("description") or {} if path.exists() else None
+        description = (before or {}) if description is None else description
+        self.description = open_folder(self.folder, description, before, "holds predictions of")
 
     def parts(self) -> list[Path]:
         return [*self.folder.glob("predictions.jsonl"), *sorted(self.folder.glob("part-*.jsonl"))]
@@ -314,14 +326,7 @@ class PredictionRun:
 
     def answer(self, model, processor, batch, generation) -> Iterator[dict[str, Any]]:
         started = time.perf_counter()
-        try:
-            answers = answer_batch(model, processor, batch, generation)
-        except ValueError as error:
-            if len(batch) > 1:  # one bad sample must not cost the others their answers
-                for sample in batch:
-                    yield from self.answer(model, processor, [sample], generation)
-                return
-            answers = [{"prediction": "", "error": one_line(error)}]
+        answers = one_by_one(lambda samples: answer_batch(model, processor, samples, generation), batch)
         seconds = (time.perf_counter() - started) / len(batch)
         for sample, answer in zip(batch, answers, strict=True):
             yield {
@@ -332,6 +337,7 @@ class PredictionRun:
                 "choices": sample.choices,
                 "meta": {k: v for k, v in sample.meta.items() if isinstance(v, str | int | float | bool | None)},
                 "images": [self.keep(image) for image in sample.images],
+                "prediction": "",
                 **answer,
                 "seconds": round(seconds, 4),
             }

@@ -41,33 +41,23 @@ PERCENT = {"recall", "exact", "option_accuracy", "bertscore"}  # shown times 100
 
 @dataclass
 class Suite:
-    """What to evaluate.
+    """What to evaluate; split, preset, limit and seed are those of all sets."""
 
-    Args:
-        models (`list[str]`): folders, Hub ids, "tiny:<variant>".
-        data (`list[str]`): names or folders for [`~granulon_hf.data.load`], or "shapes"; `name=source` says where a set is.
-        out (`str`): folder of everything.
-        split, preset, limit, seed: of all sets.
-        metrics (`list[str]`, *optional*): of [`METRICS`]; by default what suits the task: recall always, option accuracy where
-            there are choices, exact match for other questions.
-        bertscore_model (`str`), bertscore_layers (`int`, *optional*): encoder of BERTScore.
-        judge (`dict`, *optional*): arguments of the judge's `compute`, such as `model` and `base_url`.
-    """
-
-    models: list[str]
-    data: list[str]
-    out: str
+    models: list[str]  # folders, Hub ids, "tiny:<variant>"
+    data: list[str]  # names or folders for `granulon_hf.data.load`, or "shapes"; `name=source` says where a set is
+    out: str  # folder of everything
     split: str | None = None
     preset: str | None = None
     limit: int | None = None
     seed: int = 0
+    # By default what suits the task: recall always, option accuracy where there are choices, exact match for other questions.
     metrics: list[str] | None = None
     generation: Generation = field(default_factory=Generation)
     device: str = "auto"
     dtype: str = "auto"
-    bertscore_model: str = "roberta-large"
+    bertscore_model: str = "roberta-large"  # its encoder
     bertscore_layers: int | None = None
-    judge: dict[str, Any] | None = None
+    judge: dict[str, Any] | None = None  # arguments of the judge's `compute`, such as `model` and `base_url`
 
     def __post_init__(self):
         for name, values in (("model", self.models), ("data set", self.data), ("metric", self.metrics)):
@@ -76,8 +66,6 @@ class Suite:
             if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
                 raise GranulonError(f"What to take as {name} is a list of names, not {values!r}.")
             names = [value.partition("=")[0].strip() for value in values]
-            if not all(names):
-                raise GranulonError(f"A {name} has an empty name.")
             if not names:
                 raise GranulonError(f"There is no {name} to evaluate.")
             if len(set(names)) < len(names):
@@ -133,20 +121,13 @@ def check_metrics(suite: Suite) -> None:
 
 def run_suite(
     suite: Suite,
-    load_model: Callable[[str, str, str], tuple[Any, Any, str]],
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-    on_set: Callable[[str], None] = lambda line: None,
+    load_model: Callable[[str, str, str], tuple[Any, Any, str]],  # called once a model, and only where answers are missing
+    on_progress: Callable[[str, int, int], None] = lambda what, total, done: None,  # takes what is newly done
+    on_set: Callable[[str], None] = lambda line: None,  # takes a line on each set, before a model is loaded
+    # Takes all models whose answers are missing; raises ValueError for what can be seen to be wrong before the first is loaded.
     check_models: Callable[[list[str], str, str], None] = lambda sources, device, dtype: None,
 ) -> dict[str, Any]:
     """Predict, score, and write the tables; everything that is there already is kept.
-
-    Args:
-        load_model (`callable`): (source, device, dtype) → model, processor, name; called once a model, and only where answers
-            are missing.
-        on_progress (`callable`): (what, newly done, total).
-        on_set (`callable`): called with a line on each set, of its samples and what was left out, before a model is loaded.
-        check_models (`callable`): (sources, device, dtype) of all models whose answers are missing; raises ValueError for what
-            can be seen to be wrong before the first is loaded.
 
     Returns:
         `dict`: `models`, `data` (columns: names of sets, or of their parts), `sets` (`{name: {"samples": number, "left_out":
@@ -185,10 +166,6 @@ def run_suite(
     state = answer.process_state(pick_device(suite.device))
     state.wait_for_everyone()  # all have seen what is there before one changes it
     answers: dict[tuple[str, str], list[dict[str, Any]]] = {}
-
-    def tell(what: str, total: int, done: int) -> None:
-        on_progress(what, done, total)
-
     for source, title in titles.items():
         model = processor = None
         for data, samples in sets.items():
@@ -202,7 +179,7 @@ def run_suite(
             rows = stored[source, data]
             if rows is not None:
                 # A run that only scores does not load its model; answers to something else are refused.
-                PredictionRun(folder, {"model": made_by(folder).get("model"), **description})
+                PredictionRun(folder, {"model": PredictionRun(folder).description.get("model"), **description})
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
@@ -210,7 +187,7 @@ def run_suite(
                     if level is not None and levels and level not in levels:
                         raise GranulonError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
                 run = PredictionRun(folder, {**description, "model": answer.describe_model(source, model)})
-                told = functools.partial(tell, f"{title} on {data}", len(samples))
+                told = functools.partial(on_progress, f"{title} on {data}", len(samples))
                 rows = run.run(model, processor, samples, suite.generation, state=state, on_progress=told)
             if all("error" in row for row in rows):
                 raise GranulonError(
@@ -269,16 +246,11 @@ def source_state(source: str) -> list[Any]:
     return [source, *([file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files)]
 
 
-def made_by(folder: Path) -> dict[str, Any]:
-    """The description of a run that is there."""
-    return answer.read_description(folder / "run.json").get("description") or {}
-
-
 def stored_rows(folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]] | None:
     """The rows of a run that is complete, in the order of the samples."""
     if not (folder / "run.json").exists():
         return None
-    run = PredictionRun(folder, made_by(folder))
+    run = PredictionRun(folder)
     known, parts = run.rows(), [part.name for part in run.parts()]
     if parts != ["predictions.jsonl"] or not all(sample.id in known for sample in samples):  # parts are to be put together
         return None
@@ -315,18 +287,16 @@ def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[s
     from granulon_hf.judge import judge as judge_module
 
     result = judge_module.Judge().compute(
-        predictions=[row["prediction"] for row in rows],
+        **{f"{name}s": [row[name] for row in rows] for name in ("prediction", "reference", "question")},
         images=[str(folder / row["images"][0]) if row["images"] else None for row in rows],
-        references=[row["reference"] for row in rows],
-        questions=[row["question"] for row in rows],
         task=rows[0]["task"],
         **{"store": str(folder / "judge.jsonl"), **(suite.judge or {})},
     )
-    columns = {"id": [row["id"] for row in rows], "accuracy": result["accuracy_scores"]}
-    columns |= {"hallucination": result["hallucination_scores"], "reason": result["reasons"]}
-    lines = [dict(zip(columns, line, strict=True)) for line in zip(*columns.values(), strict=True)]
+    scores = {"judge": result["accuracy_scores"], "hallucination": result["hallucination_scores"]}
+    found = zip(rows, *scores.values(), result["reasons"], strict=True)
+    lines = ({"id": row["id"], "accuracy": a, "hallucination": h, "reason": reason} for row, a, h, reason in found)
     write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return {"judge": columns["accuracy"], "hallucination": columns["hallucination"]}
+    return scores
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

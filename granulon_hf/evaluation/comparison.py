@@ -8,6 +8,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from safetensors.torch import load_file
 
 from granulon_hf.errors import GranulonError
@@ -16,7 +17,7 @@ from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
 from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device
-from granulon_hf.training.arguments import make_parser, parse
+from granulon_hf.training.arguments import parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
 from granulon_hf.training.run import build_model, train
 from granulon_hf.training.stages import load_adapter_state
@@ -41,14 +42,10 @@ def has_levels(encoder: str) -> bool:
 
 
 def check(config: dict[str, Any]) -> list[str]:
-    """Return the variants of a comparison.
+    """Return the variants of a comparison; raise GranulonError where something is missing, unknown or fixed by it.
 
-    Args:
-        config (`dict`): `llm`, `encoders`, `train` (arguments of examples/train.py), `eval` (fields of [`Suite`]) and, if
-            wanted, `controller` (a folder of examples/train_controller.py, for the rows that have levels).
-
-    Raises:
-        GranulonError: something is missing, unknown or fixed by the comparison.
+    It has `llm`, `encoders`, `train` (arguments of examples/train.py), `eval` (fields of [`Suite`]) and, if wanted,
+    `controller` (a folder of examples/train_controller.py, for the rows that have levels).
     """
     llm, controller = config.get("llm"), config.get("controller")
     if llm not in DECODERS:
@@ -73,9 +70,6 @@ def check(config: dict[str, Any]) -> list[str]:
     fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out"}
     if unknown := sorted(set(evaluation) - fields):
         raise GranulonError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
-    known = {action.dest for action in make_parser()._actions} | {"cache_features"}
-    if unknown := sorted(set(training) - known):
-        raise GranulonError(f"`train` has {unknown[0]!r}, which examples/train.py does not know.")
     if not evaluation.get("data"):
         raise GranulonError("`eval` needs `data`: what to evaluate on.")
     return [f"{name}-{llm}" for name in encoders]
@@ -89,9 +83,9 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
     names = check(config)
     generation = Generation(**config["eval"].get("generation") or {})
     suite = Suite(**{**config["eval"], "models": names, "out": str(out / "evaluation"), "generation": generation})
+    lines = {name: parse(training_arguments(config, name, out)) for name in names}
     for name in suite.data:
         open_set(suite, name)  # to know before anything is trained
-    lines = {name: parse(training_arguments(config, name, out)) for name in names}
     models: dict[str, tuple[Any, Any]] = {}
     for name, (model_args, data_args, args) in lines.items():
         folder = Path(args.output_dir or "")
@@ -156,9 +150,7 @@ def plot_curves(names: Sequence[str], out: Path) -> None:
         if (checkpoint := last_checkpoint(out / name / "training")) is None:
             continue
         history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-        points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=name)
+        axes.plot("step", "loss", data=pd.DataFrame(history, columns=["step", "loss"]).dropna(), label=name)
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend(frameon=False)
     figure.savefig(out / "losses.png", dpi=120)

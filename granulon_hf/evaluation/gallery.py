@@ -375,25 +375,18 @@ def write_gallery(
     cases: Sequence[Case],
     *,
     title: str = "Case studies",
-    order: str = "recall",
+    order: str = "recall",  # one of ORDERS, of which the first `limit` are shown
     limit: int | None = 200,
-    draw: Draw | None = None,
+    draw: Draw | None = None,  # of `cluster_drawer`, for `overlay_model`
     overlay_model: str = "",
     mark_unsupported: bool = False,
-    notes: Sequence[str] = (),
-    on_progress: Callable[[int], Any] = lambda done: None,
+    notes: Sequence[str] = (),  # sentences for the head of the page
+    on_progress: Callable[[int], Any] = lambda done: None,  # called with 1 for each sample
 ) -> int:
     """Write the page, and return its size in bytes.
 
     Everything that comes from models and data is text or an attribute that Jinja escapes, and none of it is inside of the
     script or the style, which a Content-Security-Policy pins by their hashes.
-
-    Args:
-        order (`str`): one of [`ORDERS`], of which the first `limit` are shown.
-        draw (`callable`, *optional*): of [`cluster_drawer`], for `overlay_model`.
-        mark_unsupported (`bool`): mark [`unsupported_spans`].
-        notes (`list[str]`): sentences for the head of the page.
-        on_progress (`callable`): called with 1 for each sample.
     """
     shown = ordered(cases, order)[:limit]
     for case in shown:

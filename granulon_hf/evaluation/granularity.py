@@ -153,9 +153,7 @@ class GranularityAnalysis:
 
 
 def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> list[tuple[int, int]]:
-    """Pairs (β, K). Raises GranulonError for a number below 1, and where no K fits any β."""
-    if any(number < 1 for number in (*betas, *(slots or ()))):
-        raise GranulonError("Numbers of clusters and of slots must be at least 1.")
+    """Pairs (β, K) of numbers from 1. Raises GranulonError where no K fits any β."""
     cells = [(beta, k) for beta in sorted(set(betas)) for k in (sorted(set(slots)) if slots else [beta]) if k <= beta]
     if betas and not cells:
         raise GranulonError("Every K is above every β: more slots than clusters stay empty; give a smaller K.")
@@ -203,9 +201,7 @@ def policy_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[
         for policy, values in part.items():
             entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values)}
             entry["semantic_tokens"] = None if policy == "oracle" else float(spent[policy])
-            if policy != "controller":
-                entry |= difference(values, part["controller"])
-            table.append(entry)
+            table.append(entry if policy == "controller" else entry | difference(values, part["controller"]))
     return table
 
 
@@ -226,22 +222,13 @@ def sweep_table(cells: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[
     """Score, tokens and seconds of every setting in every group, and the paired difference to no semantic tokens."""
     table = []
     for group, inside in groups_of(cells[0]["rows"], fields).items():
+        without = [cells[0]["rows"][i]["score"] for i in inside]
         for cell in cells:
             values, seconds = ([cell["rows"][i][name] for i in inside] for name in ("score", "seconds"))
             entry = {name: value for name, value in cell.items() if name != "rows"}
             entry |= {"group": group, "n": len(inside), **estimate(values), "seconds": float(np.median(seconds))}
-            if cell is cells[0]:
-                without = values
-            else:
-                entry |= difference(values, without)
-            table.append(entry)
+            table.append(entry if cell is cells[0] else entry | difference(values, without))
     return table
-
-
-def long_rows(rows: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """One row per sample and setting, for the Parquet file."""
-    swept = ({**row, **cell, "setting": "sweep"} for cell in cells for row in cell["rows"])
-    yield from ({name: row.get(name) for name in COLUMNS} for row in (*rows, *swept))
 
 
 def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title: str) -> str:
@@ -366,27 +353,22 @@ def plot_sweep(sweep: list[dict]):
 
 def report(
     folder: Path,
-    rows: Sequence[dict[str, Any]],
-    cells: Sequence[dict[str, Any]],
-    fields: Sequence[str],
+    rows: Sequence[dict[str, Any]],  # of `GranularityAnalysis.levels`
+    cells: Sequence[dict[str, Any]],  # of `GranularityAnalysis.sweep`
+    fields: Sequence[str],  # "task" or names in `meta` that samples are grouped by
     title: str,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Write `granularity.md`, `.json` and `.parquet`, `choices.png`, `levels.png` and `sweep.png`; return what the JSON holds.
-
-    Args:
-        rows, cells (`list[dict]`): of [`GranularityAnalysis.levels`] and [`GranularityAnalysis.sweep`].
-        fields (`list[str]`): "task" or names in `meta` that samples are grouped by.
-    """
+    """Write `granularity.md`, `.json`, `.parquet`, `choices.png`, `levels.png` and `sweep.png`; return what the JSON holds."""
     if not choosers(rows):
         raise GranulonError("No sample could be answered with an image: there is no level to look at.")
-    folder = Path(folder)
     choices, policies = choice_table(rows, fields), policy_table(rows, fields)
     sweep = sweep_table(cells, fields) if cells else []
     write_text(folder / "granularity.md", markdown(choices, policies, sweep, title))
     result = {"settings": settings, "choices": choices, "levels": policies, "sweep": sweep}
     write_text(folder / "granularity.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-    write_rows(folder / "granularity.parquet", long_rows(rows, cells))
+    swept = ({**row, **cell, "setting": "sweep"} for cell in cells for row in cell["rows"])
+    write_rows(folder / "granularity.parquet", ({name: row.get(name) for name in COLUMNS} for row in (*rows, *swept)))
     plots = {"choices": plot_choices(choices), "levels": plot_policies(policies)}
     plots |= {"sweep": plot_sweep(sweep)} if sweep else {}
     for name, figure in plots.items():

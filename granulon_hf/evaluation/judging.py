@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from granulon_hf.errors import GranulonError
+from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.evaluation.tables import data_url, jpeg, write_page
 from granulon_hf.judge import judge
 from granulon_hf.judge.judge import encode_image, open_image, to_rgb
@@ -36,43 +36,32 @@ def as_json(value: Any) -> str:
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a JSONL or Parquet file, or a folder of `datasets`' `save_to_disk`.
-
-    Yields:
-        `tuple`: place of a row, for messages, and its content.
-    """
-    if path.is_dir():
-        import datasets
-
-        try:
-            loaded = datasets.load_from_disk(str(path))
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise GranulonError(f"{str(path)!r} is no folder that datasets' save_to_disk wrote ({reason}).") from error
-        if isinstance(loaded, dict):
-            raise GranulonError(f"{str(path)!r} holds the splits {', '.join(loaded)}; name one of its folders.")
-        for name, feature in loaded.features.items():
-            if isinstance(feature, datasets.Image):
-                loaded = loaded.cast_column(name, datasets.Image(decode=False))
-        yield from ((f"row {i}", dict(row)) for i, row in enumerate(loaded))
-    elif not path.exists():
+    """Read a JSONL or Parquet file, or a folder of `datasets`' `save_to_disk`: each row's place, for messages, and the row."""
+    if not path.exists():
         raise GranulonError(f"There is no file {str(path)!r}.")
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-
-        try:
-            batches = parquet.ParquetFile(path).iter_batches(64)
-            yield from ((f"row {i}", row) for i, row in enumerate(row for batch in batches for row in batch.to_pylist()))
-        except Exception as error:
-            raise GranulonError(f"{str(path)!r} is no readable Parquet file ({' '.join(str(error).split())}).") from error
+    if path.is_dir() or path.suffix == ".parquet":
+        yield from ((f"row {i}", row) for i, row in enumerate(table_rows(path)))
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                yield from ((f"line {i}", read_object(path, i, line)) for i, line in enumerate(file, 1) if line.strip())
-        except UnicodeDecodeError:
-            raise GranulonError(f"{str(path)!r} is no UTF-8 text; save it as UTF-8.") from None
+        with open(path, "rb") as file:
+            yield from ((f"line {i}", read_object(path, i, line)) for i, line in enumerate(file, 1) if line.strip())
     else:
         raise GranulonError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
+
+
+def table_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read Arrow's rows, in which images stay encoded."""
+    import datasets
+    import pyarrow.parquet as parquet
+
+    kind = "folder that datasets' save_to_disk wrote" if path.is_dir() else "readable Parquet file"
+    try:
+        loaded = datasets.load_from_disk(str(path)) if path.is_dir() else parquet.ParquetFile(path)
+        if isinstance(loaded, dict):
+            raise ValueError(f"it holds the splits {', '.join(loaded)}; name one of its folders")
+        for table in loaded.with_format("arrow").iter(64) if path.is_dir() else loaded.iter_batches(64):
+            yield from table.to_pylist()
+    except Exception as error:
+        raise GranulonError(f"{str(path)!r} is no {kind} ({one_line(error)}).") from error
 
 
 def score_of(row: dict[str, Any], column: str, where: str) -> float | None:
@@ -84,18 +73,18 @@ def score_of(row: dict[str, Any], column: str, where: str) -> float | None:
     return value
 
 
-def read_object(path: Path, number: int, line: str) -> dict[str, Any]:
+def read_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise GranulonError(f"{path}, line {number} is no JSON ({error}); one object a line.") from None
+        raise GranulonError(f"{path}, line {number} is no JSON ({one_line(error)}); one object a line.") from None
     if not isinstance(row, dict):
-        raise GranulonError(f"{path}, line {number} is no JSON object: {line.strip()[:60]!r}.")
+        raise GranulonError(f"{path}, line {number} is no JSON object: {as_json(row)}.")
     return row
 
 
-def image_of(value: Any, root: Path) -> Any:
-    """Return a row's image as the judge takes it, relative paths below `root`; None for what is no image."""
+def image_of(value: Any, root: Path, where: str) -> Any:
+    """Return a row's image as the judge takes it, relative paths below `root`."""
     if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
         return str(root / value["path"])
     if isinstance(value, str):
@@ -103,7 +92,9 @@ def image_of(value: Any, root: Path) -> Any:
         return str(root / os.path.expanduser(value))
     if value is None or isinstance(value, bytes):  # without an image: one unscored sample
         return {"bytes": value or b"", "path": None}
-    return value if isinstance(value, dict) and isinstance(value.get("bytes"), bytes) else None
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        return value
+    raise GranulonError(f"{where}: the image is {as_json(value)}, not a path or encoded bytes.")
 
 
 def read_predictions(path: Path, columns: dict[str, str] | None = None, image_root: Path | None = None) -> list[Prediction]:
@@ -119,8 +110,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
         raise GranulonError(f"There is no field {unknown[0]!r} to name a column for; the fields are {', '.join(FIELDS)}.")
     named = {name: name for name in FIELDS} | (columns or {})
     root = image_root or (path if path.is_dir() else path.parent)
-    found: list[Prediction] = []
-    seen: dict[str, str] = {}
+    found: dict[str, Prediction] = {}
     for place, row in rows_of(path):
         where = f"{path}, {place}"
         if named["image"] not in row and "images" in row and "image" not in (columns or {}):
@@ -140,20 +130,16 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
                 raise GranulonError(f"{where}: {named[field]} is {as_json(text)}, not a text.")
         name = row.get(named["id"])
         name = f"#{len(found)}" if name is None else str(name)
-        if name in seen:
-            raise GranulonError(f"{where} has the id {name!r}, as has {seen[name]}.")
-        seen[name] = place
-        image = image_of(row[named["image"]], root)
-        if image is None:
-            raise GranulonError(f"{where}: the image is {as_json(row[named['image']])}, not a path or encoded bytes.")
-        task = texts.pop("task")
-        found.append(Prediction(id=name, image=image, task=task, **{field: text or "" for field, text in texts.items()}))
+        if name in found:
+            raise GranulonError(f"{where} has the id {name!r} a second time.")
+        image, task = image_of(row[named["image"]], root, where), texts.pop("task")
+        found[name] = Prediction(id=name, image=image, task=task, **{field: text or "" for field, text in texts.items()})
     if not found:
         raise GranulonError(f"{path} holds no predictions.")
-    paths = [sample.image for sample in found if isinstance(sample.image, str)]
+    paths = [sample.image for sample in found.values() if isinstance(sample.image, str)]
     if len(paths) == len(found) and not any(map(os.path.exists, paths)):
         raise GranulonError(f"None of the images exists, the first would be {paths[0]!r}; say --image-root FOLDER.")
-    return found
+    return list(found.values())
 
 
 def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, Any]]:

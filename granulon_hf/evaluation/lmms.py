@@ -24,13 +24,13 @@ from loguru import logger
 from tqdm import tqdm
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from granulon_hf.data.pictures import IMAGE_ENDINGS
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, answer_batch
 from granulon_hf.io import batches
 from granulon_hf.loading import load_model
 
-IMAGE_FILES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 MAX_NEW_TOKENS = 1024  # of a task that names none; as lmms-eval's LLaVA
 SAMPLING = ("temperature", "top_p", "top_k")
 OPTIONS = (*SAMPLING, "num_beams", "min_new_tokens", "repetition_penalty", "no_repeat_ngram_size", "length_penalty")
@@ -257,7 +257,7 @@ def make_generation(arguments: dict[str, Any], granularity: str | None) -> tuple
 def kind(visual: Any) -> str:
     """What a thing to look at is: lmms-eval's tasks give images, paths of files, or dictionaries of sound."""
     if isinstance(visual, str):
-        return "image" if visual.lower().endswith(IMAGE_FILES) else "video"
+        return "image" if visual.lower().endswith(IMAGE_ENDINGS) else "video"
     return "audio or video" if isinstance(visual, dict) and not visual.keys() <= {"bytes", "path"} else "image"
 
 

@@ -1,5 +1,6 @@
-"""The samples that models are evaluated and analysed on, and what loading left out of them."""
+"""The samples that models are evaluated and analyzed on, and what loading left out of them."""
 
+from contextlib import suppress
 from typing import Any
 
 from granulon_hf.data import load
@@ -33,10 +34,8 @@ def open_samples(name: str, *, drawn: int, seed: int = 0, limit: int | None = No
         if is_chat(name):
             return load("llava", seed=seed, limit=limit, **({"source": name} | known))
         if wanted is not None:
-            try:
+            with suppress(NoHoldout):  # then training has none either
                 return load(name, seed=seed, limit=limit, split=wanted, **known)
-            except NoHoldout:  # then training has none either
-                pass
         return load(name, seed=seed, limit=limit, **known)
     except (GranulonError, OSError) as error:
         raise GranulonError(f"The data {name!r} cannot be used: {' '.join(str(error).split())}") from error
