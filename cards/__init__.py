@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from granulon_hf.errors import GranulonError
+from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.variants import NAMES, parse
 
@@ -64,10 +64,7 @@ def model_card(
     if form not in ("full", "adapter"):
         raise GranulonError(f"A card is of the form 'full' or 'adapter'; got {form!r}.")
     if repo_id is not None:
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            raise GranulonError(f"{repo_id!r} is no repository id: {error}") from None
+        check_repo_id(repo_id)
     backbones = backbones or config.backbones
     vision: Any = config.vision_config
     text: Any = config.text_config
@@ -150,11 +147,19 @@ def find_variant(backbones: dict[str, Any]) -> str | None:
     return None
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Raise GranulonError for a name that no repository can have."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise GranulonError(f"{repo_id!r} is not a name of a repository: {one_line(error)}") from None
+
+
 def is_hub_id(text: str) -> bool:
     """Tell whether a backbone's name can be a repository; folders are nobody else's business."""
     try:
-        validate_repo_id(text)
-    except HFValidationError:
+        check_repo_id(text)
+    except GranulonError:
         return False
     return "/" in text and not Path(text).exists()
 

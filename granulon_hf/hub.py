@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 import numpy as np
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from transformers import PreTrainedConfig
 
 import granulon_hf
@@ -88,6 +88,8 @@ def export(
         raise GranulonError(f"Unknown form {form!r}; the forms are {', '.join(FORMS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise GranulonError(f"{str(folder)!r} is not an empty folder; name a new one.")
+    if repo_id is not None:
+        cards.check_repo_id(repo_id)
     if name is not None:
         cards.card_data(name)
     config = read_config(source)
@@ -288,7 +290,7 @@ def push(
 
 def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]:
     """Return the full name of a repository that may be written, and its files; raise GranulonError for any other."""
-    check_repo_id(repo_id)
+    cards.check_repo_id(repo_id)
     try:
         user = api.whoami()
     except Exception as error:
@@ -313,11 +315,3 @@ def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]
         if kind != GranulonConfig.model_type:
             raise GranulonError(f"{repo_id} holds something else than a Granulon model; name another repository.")
     return repo_id, present
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Raise GranulonError for a name that no repository can have."""
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise GranulonError(f"{repo_id!r} is not a name of a repository: {one_line(error)}") from None

@@ -79,25 +79,36 @@ def in_options(message: str, names: Collection[str]) -> str:
     "rpm must be", "max_cost".
     """
 
+    said = {form: name for name in {*PREPARING, *names} for form in (name, f"{name}s")}
+
     def option(match: re.Match) -> str:
         bare = match["first"] or match["bare"]
-        name = match["marked"] or match["given"] or bare
-        if name is None:  # what somebody else called something, in quotes
+        written = match["marked"] or match["given"] or bare
+        name = said.get(written)
+        if name is None or (bare and name not in names):  # also what somebody else called something, in quotes
             return match[0]
-        forms = (name, name.removesuffix("s"))
-        known = next((form for form in forms if form in names), None)
-        name = known or next((form for form in forms if form in PREPARING and not bare), "")
-        if not name:
-            return match[0]
-        if name == "source" and "data" in names and not known:  # `granulon eval run` says it with the set
+        if name == "source" and "data" in names and name not in names:  # `granulon eval run` says it with the set
             return "--data NAME=FOLDER"
         option = f"--{name.replace('_', '-')}{' ' if match['value'] else ''}{match['value'] or ''}"
-        return option if known else f"{option} of granulon data prepare"
+        return option if name in names else f"{option} of granulon data prepare"
 
     quoted, marked = r"(?<!\w)(?:'[^']*'|\"[^\"]*\")(?!\w)", r"`(?P<marked>\w+)`"
     given = r"(?<![\w-])(?P<given>[a-z_]+)=(?:…|\{[^}]*\}|(?P<value>\w+|'[^']*')|(?=[\s.,;]))"
     bare = r"(?:^(?P<first>[a-z]+)(?= (?:is|must) )|(?<![\w/.-])(?P<bare>[a-z]+(?:_[a-z]+)+)(?![\w/=]|\.\w))"
     return re.sub(f"{quoted}|{marked}|{given}|{bare}", option, message)
+
+
+def pairs(options: list[str] | None, name: str, form: str = "FIELD=COLUMN, as --column prediction=answer") -> dict[str, str]:
+    """Read `["a=b"]` as `{"a": "b"}`."""
+    found: dict[str, str] = {}
+    for option in options or []:
+        key, _, value = option.partition("=")
+        if key in found:
+            raise GranulonError(f"{name} takes {form}; {key!r} is there twice.")
+        if not (key and value):
+            raise GranulonError(f"{name} takes {form}; got {option!r}.")
+        found[key] = value
+    return found
 
 
 def check_out(out: Path) -> None:

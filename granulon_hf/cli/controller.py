@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from granulon_hf.cli.common import Debug, check_out, reports_bad_input
-from granulon_hf.cli.judge import Price, judge_errors, judge_options, pairs, progress, show_estimate, show_reasons, spent
+from granulon_hf.cli.common import Debug, check_out, pairs, reports_bad_input
+from granulon_hf.cli.judge import Price, judge_errors, judge_options, progress, show_estimate, show_reasons, spent
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
 
@@ -54,8 +54,6 @@ def label(
 
     console = Console(highlight=False)
     levels = pairs(level, "--level", "NAME=MEANING, such as --level fine='details and places'") or dict(labelling.LEVELS)
-    if len(levels) < len(level or []):
-        raise GranulonError("--level names a level twice.")
     if not out.name or out.is_dir():
         raise GranulonError(f"--out {str(out)!r} is a folder; it takes the name of a file, such as labels.jsonl.")
     check_out(out.parent)

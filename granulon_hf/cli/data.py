@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from granulon_hf.cli.common import Debug, check_out, note, plain_warnings, progress_bar, reports_bad_input
+from granulon_hf.cli.common import Debug, check_out, note, pairs, plain_warnings, progress_bar, reports_bad_input
 from granulon_hf.errors import GranulonError, first_sentence
 
 app = typer.Typer(help="Prepare, check and show data sets.", no_args_is_help=True)
+COLUMNS = "image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…"
 SHOWN = 20  # problems that are printed one by one
 
 
@@ -39,26 +40,21 @@ def prepare(
     column: Annotated[list[str] | None, typer.Option(help="For your own table: image=COLUMN, question=COLUMN, …")] = None,
     revision: Annotated[str | None, typer.Option(help="Of the repository; by default the newest commit.")] = None,
     on_error: Annotated[str, typer.Option(help="Bad rows: skip, or raise.")] = "skip",
-    shard_rows: Annotated[int, typer.Option(help="Rows per Parquet file.")] = 1000,
+    shard_rows: Annotated[int, typer.Option(help="Rows per Parquet file.", min=1)] = 1000,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a subset with other settings.")] = False,
     debug: Debug = False,
 ) -> None:
     """Write a subset of a data set as a folder of its own; run it again to go on where it was interrupted."""
-    columns = dict(pair.partition("=")[::2] for pair in column) if column else None
-    if columns and (not all(columns.values()) or len(columns) < len(column or ())):
-        names = "image=COLUMN, question=…, answer=…, choices=…, index=… (instead of answer), id=… or group=…"
-        raise GranulonError(f"--column takes {names}, each of them once.")
-    if shard_rows < 1:
-        raise GranulonError(f"--shard-rows must be at least 1; got {shard_rows}.")
+    options = {name: value for name, value in locals().items() if name not in ("name", "out", "column", "debug")}
+    columns = pairs(column, "--column", COLUMNS) or None
     check_out(out)
     from granulon_hf.data import Problem
     from granulon_hf.data import prepare as write
 
-    options: dict[str, Any] = {"source": source, "split": split, "limit": limit, "preset": preset, "seed": seed}
-    options |= {"holdout": holdout, "holdout_seed": holdout_seed, "max_files": max_files, "columns": columns}
-    options |= {"revision": revision, "on_error": on_error, "shard_rows": shard_rows, "overwrite": overwrite}
     with progress_bar("Preparing") as update, plain_warnings():
-        manifest = write(name, out, **options, progress=lambda done, total: update(completed=done, total=total))
+        manifest = write(
+            name, out, columns=columns, progress=lambda done, total: update(completed=done, total=total), **options
+        )
     done, console = manifest["prepared"], Console(highlight=False)
     for reason, count in manifest["filtered"].items():
         console.print(f"{count} rows are no part of the set: {escape(reason)}")

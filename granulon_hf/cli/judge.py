@@ -14,22 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from granulon_hf.cli.common import Debug, check_out, in_options, one_line, progress_bar, reports_bad_input
-from granulon_hf.errors import GranulonError
+from granulon_hf.cli.common import Debug, check_out, in_options, pairs, progress_bar, reports_bad_input
+from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.io import write_text
 
 LONG = 100_000  # tokens, which most models do not take
 
 app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
-
-
-def pairs(options: list[str] | None, name: str, form: str = "FIELD=COLUMN, as --column prediction=answer") -> dict[str, str]:
-    """Read `["a=b"]` as `{"a": "b"}`."""
-    found = dict(option.partition("=")[::2] for option in options or [])
-    for option in options or []:
-        if not all(option.partition("=")):
-            raise GranulonError(f"{name} takes {form}; got {option!r}.")
-    return found
 
 
 Price = Annotated[

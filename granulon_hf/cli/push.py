@@ -51,7 +51,6 @@ def push(
             commit = hub.push(model, repo_id, private=not public, revision=revision, message=message, folder=out, **options)
         typer.echo(commit.commit_url)
         return
-    hub.check_repo_id(repo_id)
     with nullcontext(out) if out else tempfile.TemporaryDirectory() as place:
         with console.status(f"Exporting and checking {escape(model)}"):
             folder = hub.export(model, place, repo_id=repo_id, **options)

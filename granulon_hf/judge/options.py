@@ -1,4 +1,4 @@
-"""What a run is told: the options of the judge, the texts that it scores, and what that would cost.
+"""What a run is told: the options of the judge, the texts that it scores, and what that costs.
 
 A *sample* is one prediction about one image; a *unit* is one text to be scored: a sample, or a segment of one.
 """
@@ -8,19 +8,30 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from .images import encode_image, prepare_image
-from .prices import PRICES_DATE, price_of
 from .prompts import PROMPTS, REPAIR, RESPONSE_FORMATS, render, segments_of
 from .replies import parse
 from .store import Store
 
 # Tokens that a judge takes, prompt and answer together; those of another model are not known.
 CONTEXTS = {"gpt-4o": 128_000, "gpt-4.1": 1_047_576}
+# USD per million tokens, (prompt, completion); the Batch API costs half. `prices=` overrides. Compared on PRICES_DATE with the
+# table in litellm 1.109.1.
+PRICES_DATE = "2026-11-23"
+PRICES = {
+    "gpt-4o": (2.5, 10.0),
+    "gpt-4o-2024-05-13": (5.0, 15.0),
+    "gpt-4o-mini": (0.15, 0.6),
+    "gpt-4.1": (2.0, 8.0),
+    "gpt-4.1-mini": (0.4, 1.6),
+    "gpt-4.1-nano": (0.1, 0.4),
+}
 
 
 @dataclass
@@ -179,6 +190,25 @@ class Options:
         return f"too long: about {tokens:,} prompt tokens; {self.model} takes {self.context:,}, its answer included"
 
 
+def price_of(model: str, prices: dict | None, backend: str) -> tuple[float, float] | None:
+    """Return USD per prompt and per completion token, a dated snapshot's as its family's; None for an unknown model."""
+    table = {**PRICES, **(prices or {})}
+    pair = table.get(model) or table.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
+    scale = 1e-6 * (0.5 if backend == "batch" else 1)
+    return (pair[0] * scale, pair[1] * scale) if pair else None
+
+
+def cost_of(rows: Iterable[dict], requested: str, prices: dict | None) -> float | None:
+    """Return USD of some rows, by the model that was asked for; None where its price is unknown."""
+    total = 0.0
+    for row in rows:
+        price = price_of(requested, prices, row.get("backend", "chat"))
+        if price is None:
+            return None
+        total += price[0] * row.get("prompt_tokens", 0) + price[1] * row.get("completion_tokens", 0)
+    return total
+
+
 def digest_of(parts: list) -> str:
     """Return a key of the store for all that a request depends on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:48]
@@ -216,12 +246,10 @@ def units_of(columns: dict[str, list], options: Options) -> list[Unit]:
 
 
 def foresee(units: list[Unit], options: Options) -> dict:
-    """Count what a run would ask and cost; send nothing, and write nothing.
+    """Count what a run would ask and cost; send nothing, and write nothing. Repairs are not foreseen.
 
-    Returns:
-        n_unreadable (images), n_stored (units that the store already has), too_long (samples with a text beyond the judge's
-        context, which is not sent), n_requests, prompt_tokens, completion_tokens (20 a request), cost_usd (None for an
-        unknown model), prices_date (None where `prices=` tells them). Repairs are not foreseen.
+    `n_stored` counts units that the store already has, `too_long` lists samples with a text beyond the judge's context, which
+    is not sent; `cost_usd` is None for an unknown model, `prices_date` where `prices=` tells them.
     """
     exists = options.store is not None and os.path.exists(options.store)
     keys, prompts, too_long = set(), [], set()

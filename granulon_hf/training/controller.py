@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.progress import track
-from transformers import AutoConfig
 
 from granulon_hf import data, variants
 from granulon_hf.data.collator import encode_prompts
 from granulon_hf.errors import GranulonError
+from granulon_hf.loading import read_config
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
 from granulon_hf.training.arguments import ModelArguments, OptionParser
@@ -89,10 +89,7 @@ def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Q
     """Read the labelled questions of a JSONL file with `text`, `weights` and, if wanted, `split` ("train" or else: held out).
 
     Without `split` the share `holdout` of the different texts is drawn; a text that is there twice stays on one side.
-
-    Raises:
-        GranulonError: no such file, a row that is not like this, weights that do not sum to 1, rows of different levels, no
-            question to train or to test on, one that is in both.
+    GranulonError says what cannot be used.
     """
     path = Path(path)
     if not path.is_file():
@@ -161,12 +158,9 @@ def check_levels(questions: Sequence[Question], levels: Sequence[str], variant: 
 
 @torch.no_grad()
 def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool = True) -> torch.Tensor:
-    """Compute the mean E1 of each question, over the tokens that the model's own processor marks as the question.
+    """Compute the mean E1 of each question, over the tokens that the model's own processor marks; [Q x E], float32, on the CPU.
 
     Images are left out: the question does not see them.
-
-    Returns:
-        `torch.Tensor`: shape [Q x E], float32, on the CPU.
     """
     means, size = [], 32
     for start in track(range(0, len(texts), size), description="question states", disable=not show):
@@ -181,15 +175,8 @@ def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool
 
 
 def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: ControllerArguments, show: bool = True) -> float:
-    """Train the controller (float32) in place, with the soft-label cross-entropy -Σ w log p.
-
-    Args:
-        states (`torch.Tensor`): mean E1, shape [Q x E].
-        targets (`torch.Tensor`): weights, shape [Q x n].
-
-    Returns:
-        `float`: mean loss of the last tenth of the steps.
-    """
+    """Train the controller (float32) in place, from mean E1 [Q x E] to weights [Q x n], with the soft-label cross-entropy
+    -Σ w log p; return the mean loss of the last tenth of the steps."""
     optimizer = torch.optim.AdamW(controller.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     draw, losses = torch.Generator().manual_seed(args.seed), []
@@ -297,8 +284,7 @@ def measure(probs: np.ndarray, weights: np.ndarray, train_weights: np.ndarray) -
         reliability.append({"from": int(b) / BINS, "to": int(b + 1) / BINS, "n": int(inside.sum()), **means})
     confusion = np.zeros((weights.shape[1],) * 2, dtype=int)
     np.add.at(confusion, (weights.argmax(1), chosen), 1)
-    logs = np.log(np.maximum(probs, 1e-12)), np.log(np.maximum(weights, 1e-12))
-    entropies = [float(-(weights * log).sum(1).mean()) for log in logs]
+    entropies = [float(-(weights * np.log(np.maximum(p, 1e-12))).sum(1).mean()) for p in (probs, weights)]
     return {
         **found,
         "majority": float((weights[:, usual] >= best).mean()),
@@ -319,9 +305,6 @@ def run_controller(args: ControllerArguments) -> dict[str, Any]:
 
     Returns:
         `dict`: of [`train_controller`]; `model` and `processor` beside it.
-
-    Raises:
-        GranulonError: labels, variant, levels or output folder cannot be used.
     """
     check_output_dir(args.output_dir)
     check_unused(args.output_dir)
@@ -329,12 +312,7 @@ def run_controller(args: ControllerArguments) -> dict[str, Any]:
     if args.variant in variants.NAMES:  # weights come last
         check_levels(questions, GranulonConfig(**variants.parse(args.variant)[0].config).level_names, args.variant)
     elif args.variant != "demo":
-        try:
-            levels = AutoConfig.from_pretrained(args.variant).level_names
-        except (OSError, ValueError, AttributeError):
-            pass  # `build_model` says what is wrong
-        else:
-            check_levels(questions, levels, args.variant)
+        check_levels(questions, read_config(args.variant).level_names, args.variant)
     shown = ModelArguments(variant=args.variant, tiny=args.tiny, open_weights=args.open_weights)
     model, processor = build_model(shown, fresh=True)
     return {"model": model, "processor": processor, **train_controller(model, processor, questions, args)}

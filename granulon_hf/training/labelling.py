@@ -24,11 +24,8 @@ WEIGHTS = pydantic.TypeAdapter(dict[str, Annotated[float, pydantic.Field(ge=0, l
 
 
 def parse_weights(content: str, levels: Sequence[str]) -> list[float]:
-    """Read the weights of the levels, in their order; a sum that misses 1 by rounding (`SUM_TOLERANCE`) is divided out.
-
-    Raises:
-        ValueError: with what is wrong.
-    """
+    """Read the weights of the levels, in their order; a sum that misses 1 by rounding (`SUM_TOLERANCE`) is divided out, and a
+    ValueError says what else is wrong."""
     weights = read_object(content, levels, WEIGHTS)
     total = math.fsum(weights.values())
     if abs(total - 1) > SUM_TOLERANCE + 1e-9:
@@ -38,14 +35,7 @@ def parse_weights(content: str, levels: Sequence[str]) -> list[float]:
 
 @dataclass
 class LabelOptions(Options):
-    """Options of a labelling run: the judge's, with levels in place of images.
-
-    Args:
-        levels (`dict[str, str]`): name and meaning of each level; the judge is told both.
-
-    Raises:
-        ValueError: fewer than two levels, one without a meaning, or what the judge's options refuse.
-    """
+    """Options of a labelling run: the judge's, with levels, name and meaning of each, in place of images."""
 
     tasks: ClassVar = ("granularity",)
     nothing: ClassVar = {"weights": None}
@@ -80,7 +70,6 @@ class LabelOptions(Options):
 
 
 def units_of(questions: Sequence[str]) -> list[Unit]:
-    """Turn questions into units of the judge's transport."""
     return [Unit(i, None, "", {}, text.encode("utf-8", "replace").decode(), "") for i, text in enumerate(questions)]
 
 
