@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,10 +104,6 @@ class Samples(Sequence[Sample]):
             if sample is not None:
                 yield sample
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Samples": ...
     def __getitem__(self, index):
         if isinstance(index, slice) and not isinstance(self.source, StreamSource):
             start, stop, step = index.indices(len(self))

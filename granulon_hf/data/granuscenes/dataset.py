@@ -193,7 +193,6 @@ def baselines(train: Iterable[Scene], test: Iterable[Scene]) -> dict[str, dict[s
 def by_type(scenes: Iterable[Scene]) -> Mapping[str, list[Question]]:
     """Collect the questions of scenes by type."""
     questions: dict[str, list[Question]] = defaultdict(list)
-    for scene in scenes:
-        for question in scene.questions:
-            questions[question.type].append(question)
+    for question in itertools.chain.from_iterable(scene.questions for scene in scenes):
+        questions[question.type].append(question)
     return questions
