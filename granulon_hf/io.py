@@ -59,11 +59,7 @@ class Journal:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        errors (`str`): what to do with lone surrogates, as in `str.encode`.
-    """
+    """Write a file whole or not at all; `errors` says what to do with lone surrogates, as in `str.encode`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors=errors)
 

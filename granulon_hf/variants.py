@@ -79,13 +79,8 @@ def build(
 def _build_tiny(encoder: Backbone, decoder: Backbone, **kwargs):
     tokenizer = tiny_tokenizer(decoder)
     vision_config = AutoConfig.for_model(**encoder.tiny)
-    text_config = AutoConfig.for_model(
-        **decoder.tiny,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_config = AutoConfig.for_model(**decoder.tiny, vocab_size=len(tokenizer), **ids)
     side = vision_config.image_size
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     config = GranulonConfig(vision_config=vision_config, text_config=text_config, **kwargs)
@@ -108,17 +103,11 @@ def tiny_tokenizer(decoder: Backbone, vocab_size: int = 512) -> PreTrainedTokeni
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=decoder.special_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special, alphabet = decoder.special_tokens, pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_TABLES["tiny_corpus"], trainer)
+    start, end, *others = special
+    padding = next((token for token in others if "pad_id" in token), start)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=decoder.special_tokens[0],
-        eos_token=decoder.special_tokens[1],
-        pad_token=decoder.special_tokens[4 if "<|finetune_right_pad_id|>" in decoder.special_tokens else 0],
-        additional_special_tokens=decoder.special_tokens[2:],
+        tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=padding, additional_special_tokens=others
     )

@@ -21,6 +21,11 @@ LEVEL_RULES = {
     "gamma": ("a number above 0", lambda value: isinstance(value, int | float) and 0 < value < float("inf")),
 }
 BACKBONE_KEYS = {"name", "revision", "subfolder"}
+# The default backbones: DINOv3 ViT-L/16 at 224 px (supplement, section 1) and Qwen2.5-1.5B.
+DINOV3_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+DINOV3_LARGE |= {"num_register_tokens": 4, "image_size": 224, "patch_size": 16}
+QWEN25_SMALL = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+QWEN25_SMALL |= {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
 @strict
@@ -91,32 +96,8 @@ class GranulonConfig(PreTrainedConfig):
     # What Trainer need not gather when it predicts.
     keys_to_ignore_at_inference = "cache image_outputs granularity_probs granularity attention_mask aggregation".split()
     sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="dinov3_vit",
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "num_register_tokens": 4,
-                "image_size": 224,
-                "patch_size": 16,
-            },
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="qwen2",
-            init_kwargs={
-                "vocab_size": 151936,
-                "hidden_size": 1536,
-                "intermediate_size": 8960,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 12,
-                "num_key_value_heads": 2,
-                "tie_word_embeddings": True,
-            },
-        ),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov3_vit", init_kwargs=DINOV3_LARGE),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", init_kwargs=QWEN25_SMALL),
     }
 
     vision_config: dict | PreTrainedConfig | None = None

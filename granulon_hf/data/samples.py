@@ -21,8 +21,6 @@ from granulon_hf.io import write_text
 
 NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repetitions nor written into manifests
 REASONS = 3  # that are told of many
-
-
 Progress = Callable[[int, int], None]  # takes what is done, and all that there is to do
 
 

@@ -118,9 +118,7 @@ def choose(
     disjoint by construction. Within the parts that are drawn from, every row is equally likely. (Ours; the paper says
     "uniformly sampling" and "hold out".)
 
-    Args:
-        drawn (`bool`): whether the hold-out is wanted, and not what is left.
-        max_files (`int`): parts that a limited subset is drawn from, 0 for all.
+    With `drawn` the hold-out itself is wanted, and not what is left; of `max_files` parts a limited subset is drawn, 0 for all.
 
     Returns:
         `tuple`: chosen rows by part, ascending; and how many are held out.

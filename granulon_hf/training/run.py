@@ -136,12 +136,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     samples = load_samples(data_args)
     model, processor = build_model(model_args)
     check_device(args, model, model_args.stage)
-    collator = GranulonCollator(
-        processor,
-        max_length=data_args.max_length,
-        packing=data_args.batching == "packed",
-        pad_to_multiple_of=data_args.pad_to_multiple_of,
-    )
+    packed, multiple = data_args.batching == "packed", data_args.pad_to_multiple_of
+    collator = GranulonCollator(processor, data_args.max_length, packing=packed, pad_to_multiple_of=multiple)
     if data_args.feature_cache:
         collator.image_features = FeatureCache(data_args.feature_cache, model, processor)
         collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)
