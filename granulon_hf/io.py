@@ -25,9 +25,7 @@ class Journal:
 
     What a killed process was writing is a torn line: it is no row, and whoever goes on begins a new line behind it.
 
-    Args:
-        path (`str`): the file, which need not exist.
-        key (`str`, defaults to `"id"`): what every row has.
+    The file need not exist; `key` is what every row has.
     """
 
     def __init__(self, path: str | os.PathLike, key: str = "id"):

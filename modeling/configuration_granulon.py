@@ -174,10 +174,9 @@ class GranulonConfig(PreTrainedConfig):
             raise ValueError("slot_position='semantic' needs granularity levels; without them use 'all', or 'none'.")
         if self.slot_position == "all" and full:
             raise ValueError("slot_position='all' locates patches; CLS and register tokens have no place: use 'default'.")
-        if self.slot_position_bins < 2:
-            raise ValueError(f"slot_position_bins must be at least 2; got {self.slot_position_bins}.")
-        if self.controller_hidden_size < 1:
-            raise ValueError(f"controller_hidden_size must be at least 1; got {self.controller_hidden_size}.")
+        for name, least in (("slot_position_bins", 2), ("controller_hidden_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
         if len(self.filter_weights) != 3:
             raise ValueError(f"filter_weights are three numbers (size, coherence, dispersion); got {self.filter_weights}.")
         for name in ("relation_weight", "clustering_steps", "pixel_loss_weight", "semantic_loss_weight"):

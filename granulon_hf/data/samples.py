@@ -170,10 +170,9 @@ class Samples(Sequence[Sample]):
             try:
                 sample = self._make(part, number, row)
             except Exception as error:  # a value of a type that nobody thought of must not end an epoch
-                unforeseen = f"the row is not as it should be ({type(error).__name__}: {error})"
-                reason = str(error) if isinstance(error, BadRow) else unforeseen
-                # It may cite what is no text.
-                reason = reason.encode("utf-8", "backslashreplace").decode()
+                foreseen = isinstance(error, BadRow)
+                reason = str(error) if foreseen else f"the row is not as it should be ({type(error).__name__}: {error})"
+                reason = reason.encode("utf-8", "backslashreplace").decode()  # it may cite what is no text
                 problem = Problem(*self.source.where(part, number), reason)
                 if self._on_error == "raise":
                     raise GranulonError(f"Bad row in {self.source.location!r}: {problem}.") from None

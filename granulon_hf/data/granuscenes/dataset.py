@@ -67,6 +67,8 @@ def granuscenes(
     return Dataset.from_generator(make_rows, features=features(), gen_kwargs=given, num_proc=num_proc)
 
 
+# One image for the questions of a scene, which tend to be asked for together.
+make_questions = functools.lru_cache(8)(GranuScenes.question_rows)
 COLUMNS = ("id", "scene", "image", "question", "answer", "type", "level", "phrasing", "choices")
 
 
@@ -94,11 +96,6 @@ class SceneSource(Source):
 
     def fingerprint(self, part: str) -> str | None:
         return f"{VERSION}-{self.scenes.pictures.digest}"
-
-
-@functools.lru_cache(8)  # one image for the questions of a scene, which tend to be asked for together
-def make_questions(scenes: GranuScenes, index: int) -> list[dict[str, Any]]:
-    return scenes.question_rows(index)
 
 
 def open_scenes(source: Any, split: str) -> SceneSource:

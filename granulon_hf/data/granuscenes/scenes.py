@@ -259,10 +259,8 @@ class GranuScenes(Sequence[Scene]):
         """Make a row for each question of scene number `index`, with the image."""
         scene = self.scene(index)
         image = self.encode(scene)
-        return [
-            {"id": f"{scene.id}-{number}", "scene": scene.id, **question.to_row(), "image": image}
-            for number, question in enumerate(scene.questions)
-        ]
+        rows = enumerate(question.to_row() for question in scene.questions)
+        return [{"id": f"{scene.id}-{number}", "scene": scene.id, **row, "image": image} for number, row in rows]
 
     def row(self, index: int) -> dict[str, Any]:
         """Make scene number `index` into a row of [`granuscenes`]."""
