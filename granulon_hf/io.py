@@ -4,17 +4,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of `path` at the end: what was there stays until then.
-
-    Args:
-        path (`str`): the file to write.
-    """
+    """Give a path to write to, which takes the place of `path` at the end: what was there stays until then."""
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         yield part
@@ -28,12 +25,12 @@ class Journal:
 
     What a killed process was writing is a torn line: it is no row, and whoever goes on begins a new line behind it.
 
-    Args:
-        path (`str`): the file, which need not exist.
+    The file need not exist; `key` is what every row has.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, key: str = "id"):
         self.path = Path(path)
+        self.key = key
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield the rows that are there, one at a time; lines that are torn or damaged are left out."""
@@ -45,30 +42,22 @@ class Journal:
                     row = json.loads(line)
                 except ValueError:
                     continue
-                if isinstance(row, dict) and "id" in row:
+                if isinstance(row, dict) and self.key in row:
                     yield row
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Add rows, each with an `id`, and wait until the disk has them."""
+        """Add rows, and wait until the disk has them."""
         with open(self.path, "a+b") as file:
-            if file.tell() and not self._ends_whole(file):
-                file.write(b"\n")
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                file.write(b"" if file.read(1) == b"\n" else b"\n")
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
             file.flush()
             os.fsync(file.fileno())
 
-    @staticmethod
-    def _ends_whole(file: Any) -> bool:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
-
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        errors (`str`): what to do with lone surrogates, as in `str.encode`.
-    """
+    """Write a file whole or not at all; `errors` says what to do with lone surrogates, as in `str.encode`."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors=errors)
 
@@ -80,11 +69,6 @@ def existing(path: Path) -> Path:
 
 def batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Yield `size` items at a time, and at last what is left."""
-    batch: list[Any] = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
         yield batch

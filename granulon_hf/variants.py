@@ -15,33 +15,24 @@ from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """A vision tower of the paper."""
+class Backbone:
+    """A vision tower or a language model of the paper."""
 
     hub_id: str
     tiny: dict[str, Any]  # the same architecture at toy size, as a config
-    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})  # what makes the variant
     gated: bool = False  # whether the Hub asks for a license first
     open_id: str | None = None  # the same weights without a gate
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """A language model of the paper."""
-
-    hub_id: str
-    tiny: dict[str, Any]  # the same architecture at toy size, as a config
-    special_tokens: list[str]  # for the toy tokenizer: start of text first, end of turn second
-    gated: bool = False  # whether the Hub asks for a license first
+    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})  # what an encoder's variants share
+    special_tokens: list[str] = field(default_factory=list)  # of a decoder's toy tokenizer: start of text, end of turn, others
 
 
 _TABLES = yaml.safe_load(files(__package__).joinpath("variants.yaml").read_text(encoding="utf-8"))
-ENCODERS = {name: Encoder(**fields) for name, fields in _TABLES["encoders"].items()}
-DECODERS = {name: Decoder(**fields) for name, fields in _TABLES["decoders"].items()}
+ENCODERS = {name: Backbone(**fields) for name, fields in _TABLES["encoders"].items()}
+DECODERS = {name: Backbone(**fields) for name, fields in _TABLES["decoders"].items()}
 NAMES: tuple[str, ...] = tuple(f"{encoder}-{decoder}" for encoder in ENCODERS for decoder in DECODERS)
 
 
-def parse(name: str) -> tuple[Encoder, Decoder]:
+def parse(name: str) -> tuple[Backbone, Backbone]:
     """Look up a variant such as `granulon-qwen2.5`; raise GranulonError for an unknown one."""
     encoder, _, decoder = name.partition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
@@ -85,16 +76,11 @@ def build(
     return model, processor
 
 
-def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
+def _build_tiny(encoder: Backbone, decoder: Backbone, **kwargs):
     tokenizer = tiny_tokenizer(decoder)
     vision_config = AutoConfig.for_model(**encoder.tiny)
-    text_config = AutoConfig.for_model(
-        **decoder.tiny,
-        vocab_size=len(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text_config = AutoConfig.for_model(**decoder.tiny, vocab_size=len(tokenizer), **ids)
     side = vision_config.image_size
     image_processor = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     config = GranulonConfig(vision_config=vision_config, text_config=text_config, **kwargs)
@@ -112,22 +98,16 @@ def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
     return model, processor
 
 
-def tiny_tokenizer(decoder: Decoder, vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(decoder: Backbone, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Train a small byte-level BPE tokenizer with the decoder's special tokens; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=decoder.special_tokens,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special, alphabet = decoder.special_tokens, pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_TABLES["tiny_corpus"], trainer)
+    start, end, *others = special
+    padding = next((token for token in others if "pad_id" in token), start)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=decoder.special_tokens[0],
-        eos_token=decoder.special_tokens[1],
-        pad_token=decoder.special_tokens[4 if "<|finetune_right_pad_id|>" in decoder.special_tokens else 0],
-        additional_special_tokens=decoder.special_tokens[2:],
+        tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=padding, additional_special_tokens=others
     )

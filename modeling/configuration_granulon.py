@@ -13,6 +13,19 @@ DEFAULT_GRANULARITY_LEVELS = (
     {"name": "middle", "alpha": 2, "beta": 10, "gamma": 1.0},
     {"name": "fine", "alpha": 1, "beta": 20, "gamma": 1.0},
 )
+# What the values of a level must be; none may be a bool, which Python takes for an integer.
+LEVEL_RULES = {
+    "name": ("a non-empty string", lambda value: isinstance(value, str) and value),
+    "alpha": ("an integer of at least 1", lambda value: isinstance(value, int) and value >= 1),
+    "beta": ("an integer of at least 1", lambda value: isinstance(value, int) and value >= 1),
+    "gamma": ("a number above 0", lambda value: isinstance(value, int | float) and 0 < value < float("inf")),
+}
+BACKBONE_KEYS = {"name", "revision", "subfolder"}
+# The default backbones: DINOv3 ViT-L/16 at 224 px (supplement, section 1) and Qwen2.5-1.5B.
+DINOV3_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+DINOV3_LARGE |= {"num_register_tokens": 4, "image_size": 224, "patch_size": 16}
+QWEN25_SMALL = {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+QWEN25_SMALL |= {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True}
 
 
 @strict
@@ -81,41 +94,10 @@ class GranulonConfig(PreTrainedConfig):
 
     model_type = "granulon"
     # What Trainer need not gather when it predicts.
-    keys_to_ignore_at_inference = [
-        "cache",
-        "image_outputs",
-        "granularity_probs",
-        "granularity",
-        "attention_mask",
-        "aggregation",
-    ]
+    keys_to_ignore_at_inference = "cache image_outputs granularity_probs granularity attention_mask aggregation".split()
     sub_configs_defaults = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="dinov3_vit",
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "num_register_tokens": 4,
-                "image_size": 224,
-                "patch_size": 16,
-            },
-        ),
-        "text_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="qwen2",
-            init_kwargs={
-                "vocab_size": 151936,
-                "hidden_size": 1536,
-                "intermediate_size": 8960,
-                "num_hidden_layers": 28,
-                "num_attention_heads": 12,
-                "num_key_value_heads": 2,
-                "tie_word_embeddings": True,
-            },
-        ),
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="dinov3_vit", init_kwargs=DINOV3_LARGE),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen2", init_kwargs=QWEN25_SMALL),
     }
 
     vision_config: dict | PreTrainedConfig | None = None
@@ -168,62 +150,47 @@ class GranulonConfig(PreTrainedConfig):
 
     def _check_levels(self):
         for level in self.granularity_levels:
-            if not isinstance(level, dict) or set(level) != {"name", "alpha", "beta", "gamma"}:
+            if not isinstance(level, dict) or set(level) != set(LEVEL_RULES):
                 raise ValueError(f"A granularity level has the keys name, alpha, beta and gamma; got {level!r}.")
-            if not isinstance(level["name"], str) or not level["name"]:
-                raise ValueError(f"The name of a granularity level must be a non-empty string; got {level['name']!r}.")
-            for key in ("alpha", "beta"):
-                if isinstance(level[key], bool) or not isinstance(level[key], int) or level[key] < 1:
-                    raise ValueError(f"Level {level['name']!r}: {key} must be an integer of at least 1; got {level[key]!r}.")
-            if (
-                isinstance(level["gamma"], bool)
-                or not isinstance(level["gamma"], int | float)
-                or not 0 < level["gamma"] < float("inf")
-            ):
-                raise ValueError(f"Level {level['name']!r}: gamma must be a number above 0; got {level['gamma']!r}.")
+            for key, (rule, holds) in LEVEL_RULES.items():
+                if isinstance(level[key], bool) or not holds(level[key]):
+                    raise ValueError(f"Level {level['name']!r}: {key} must be {rule}; got {level[key]!r}.")
         if len(set(self.level_names)) != len(self.level_names):
             raise ValueError(f"The names of the granularity levels must differ; got {self.level_names}.")
 
     def _check_options(self):
-        if self.granularity_levels:
-            if self.default_granularity not in self.level_names:
-                raise ValueError(
-                    f"default_granularity={self.default_granularity!r} is not one of the levels {self.level_names}."
-                )
-            if self.num_semantic_tokens < 1:
-                raise ValueError(f"num_semantic_tokens must be at least 1; got {self.num_semantic_tokens}.")
-            if self.vision_feature_select_strategy == "full":
-                raise ValueError(
-                    "vision_feature_select_strategy='full' keeps CLS and register tokens, which have no place on the grid "
-                    "that granularity levels pool; use 'default', or granularity_levels=[]."
-                )
-        if self.slot_position == "semantic" and not self.granularity_levels:
+        names = self.level_names
+        full = self.vision_feature_select_strategy == "full"
+        if names and self.default_granularity not in names:
+            raise ValueError(f"default_granularity={self.default_granularity!r} is not one of the levels {names}.")
+        if names and self.num_semantic_tokens < 1:
+            raise ValueError(f"num_semantic_tokens must be at least 1; got {self.num_semantic_tokens}.")
+        if names and full:
+            raise ValueError(
+                "vision_feature_select_strategy='full' keeps CLS and register tokens, which have no place on the grid that "
+                "granularity levels pool; use 'default', or granularity_levels=[]."
+            )
+        if self.slot_position == "semantic" and not names:
             raise ValueError("slot_position='semantic' needs granularity levels; without them use 'all', or 'none'.")
-        if self.slot_position == "all" and self.vision_feature_select_strategy == "full":
-            raise ValueError(
-                "slot_position='all' tells patches where they are; CLS and register tokens have no place: use 'default'."
-            )
-        if self.slot_position_bins < 2:
-            raise ValueError(f"slot_position_bins must be at least 2; got {self.slot_position_bins}.")
+        if self.slot_position == "all" and full:
+            raise ValueError("slot_position='all' locates patches; CLS and register tokens have no place: use 'default'.")
+        for name, least in (("slot_position_bins", 2), ("controller_hidden_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}.")
         if len(self.filter_weights) != 3:
-            raise ValueError(
-                f"filter_weights are three numbers (size, coherence, dispersion); got {list(self.filter_weights)}."
-            )
+            raise ValueError(f"filter_weights are three numbers (size, coherence, dispersion); got {self.filter_weights}.")
         for name in ("relation_weight", "clustering_steps", "pixel_loss_weight", "semantic_loss_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
         if self.backbones is not None and not (
             set(self.backbones) == {"vision", "text"}
-            and all(isinstance(source, dict) and "name" in source for source in self.backbones.values())
             # Nothing else is passed on: a config must not be able to switch remote code on.
-            and all(set(source) <= {"name", "revision", "subfolder"} for source in self.backbones.values())
+            and all(isinstance(one, dict) and {"name"} <= set(one) <= BACKBONE_KEYS for one in self.backbones.values())
         ):
             raise ValueError(
                 'backbones are {"vision": {"name": …, "revision": …}, "text": {"name": …, "revision": …}} (and "subfolder"); '
                 f"got {self.backbones!r}."
             )
-        if self.controller_hidden_size < 1:
-            raise ValueError(f"controller_hidden_size must be at least 1; got {self.controller_hidden_size}.")
 
 
 # By this table of names `transformers serve` knows which models read images.

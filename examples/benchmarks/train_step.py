@@ -74,7 +74,6 @@ from granulon_hf.modeling.configuration_granulon import GranulonConfig  # noqa: 
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration  # noqa: E402
 from granulon_hf.modeling.processing_granulon import GranulonProcessor  # noqa: E402
 from granulon_hf.training import GranulonTrainer, RecipeArguments, set_stage  # noqa: E402
-from granulon_hf.training.run import SampleDataset  # noqa: E402
 from granulon_hf.training.trainer import GroupedSampler  # noqa: E402
 
 # Fields of (vision, text) configs; those of GranulonConfig's defaults where nothing is said.
@@ -219,7 +218,7 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
         model,
         RecipeArguments(output_dir=folder, auto_precision=False, **common),
         data_collator=collator,
-        train_dataset=SampleDataset(samples),
+        train_dataset=samples,
         lengths=lengths,
         processing_class=processor,
     )

@@ -15,7 +15,7 @@ from granulon_hf.data.opening import check_columns, open_source
 from granulon_hf.data.prepared import format as prepared
 from granulon_hf.data.readers import SPLIT_WORDS, SPLITS, DatasetSource, Source, StreamSource, split_of
 from granulon_hf.data.samples import Samples, tell_reasons
-from granulon_hf.data.sampling import choose
+from granulon_hf.data.sampling import Population, choose
 from granulon_hf.errors import GranulonError
 
 KNOWN = ", ".join(name for name in ADAPTERS if name != "prepared")
@@ -114,7 +114,9 @@ def load(
         return Samples(adapter, opened, split, {"stream": span}, on_error=on_error, verify=verify)
     bound = adapter.max_files if max_files is None else max_files
     draws: dict[str, Any] = {"limit": limit, "seed": seed, "holdout_seed": holdout_seed, "max_files": bound}
-    rows, held, filtered = choose(opened, adapter, drawn=drawn, holdout=holdout, **draws)
+    population = Population(opened, adapter)
+    rows, held = choose(population, drawn=drawn, holdout=holdout, **draws)
+    filtered = population.filtered
     if not rows:
         reasons = tell_reasons([*filtered.elements(), *opened.broken.values()])
         what = f"the split {split!r} of {opened.location!r}" if opened.splits else repr(opened.location)

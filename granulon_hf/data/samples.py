@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,8 +21,6 @@ from granulon_hf.io import write_text
 
 NAMED_ROWS = 1_000_000  # of more, the ids are neither looked through for repetitions nor written into manifests
 REASONS = 3  # that are told of many
-
-
 Progress = Callable[[int, int], None]  # takes what is done, and all that there is to do
 
 
@@ -104,10 +102,6 @@ class Samples(Sequence[Sample]):
             if sample is not None:
                 yield sample
 
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Samples": ...
     def __getitem__(self, index):
         if isinstance(index, slice) and not isinstance(self.source, StreamSource):
             start, stop, step = index.indices(len(self))
@@ -176,10 +170,9 @@ class Samples(Sequence[Sample]):
             try:
                 sample = self._make(part, number, row)
             except Exception as error:  # a value of a type that nobody thought of must not end an epoch
-                unforeseen = f"the row is not as it should be ({type(error).__name__}: {error})"
-                reason = str(error) if isinstance(error, BadRow) else unforeseen
-                # It may cite what is no text.
-                reason = reason.encode("utf-8", "backslashreplace").decode()
+                foreseen = isinstance(error, BadRow)
+                reason = str(error) if foreseen else f"the row is not as it should be ({type(error).__name__}: {error})"
+                reason = reason.encode("utf-8", "backslashreplace").decode()  # it may cite what is no text
                 problem = Problem(*self.source.where(part, number), reason)
                 if self._on_error == "raise":
                     raise GranulonError(f"Bad row in {self.source.location!r}: {problem}.") from None

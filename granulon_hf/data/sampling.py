@@ -35,8 +35,7 @@ class Population:
 
     def __init__(self, source: Source, adapter: Adapter):
         self.source = source
-        self.unwanted = adapter.unwanted
-        self.group: Any = adapter.group
+        self.adapter = adapter
         self.rows: dict[str, np.ndarray] = {}
         self.filtered: Counter[str] = Counter()
         self.held: dict[str, np.ndarray] = {}
@@ -58,8 +57,8 @@ class Population:
         """Look at new parts: which of their rows are eligible."""
         readable = self.source.gather(self.source.readable, parts)
         self.rows |= {part: np.arange(self.source.count(part) if readable[part] else 0) for part in parts}
-        if self.unwanted is not None:
-            column, judge = self.unwanted
+        if self.adapter.unwanted is not None:
+            column, judge = self.adapter.unwanted
             parts = [part for part in parts if readable[part]]
             for part, values in self.source.gather(lambda part: self.source.column(part, column), parts).items():
                 reasons = [judge(value) for value in values]
@@ -68,8 +67,8 @@ class Population:
 
     def names(self, part: str) -> list[Levels]:
         """Return what each row shares with others, level by level."""
-        if part not in self._names:
-            column, name = self.group
+        if part not in self._names and self.adapter.group is not None:
+            column, name = self.adapter.group
             names = [name(value) for value in self.source.cells(part, column)]
             self._names[part] = [names[row] for row in self.rows[part]]
         return self._names[part]
@@ -81,7 +80,7 @@ class Population:
         (images). Of the last group only so many as are wanted: its other rows are on neither side.
         """
         rows = {part: self.rows[part] for part in pool}
-        if self.group is None:
+        if self.adapter.group is None:
             self.held = trim(rows, count, random)
             return True
         every = [levels for part in pool for levels in self.names(part)]
@@ -110,32 +109,22 @@ class Population:
 
 
 def choose(
-    source: Source,
-    adapter: Adapter,
-    *,
-    seed: int,
-    holdout_seed: int,
-    limit: int | None,
-    drawn: bool,
-    holdout: int | None,
-    max_files: int,
-) -> tuple[dict[str, np.ndarray], int, Counter[str]]:
-    """Draw a subset.
+    population: Population, *, seed: int, holdout_seed: int, limit: int | None, drawn: bool, holdout: int | None, max_files: int
+) -> tuple[dict[str, np.ndarray], int]:
+    """Draw a subset of a population whose rows nobody has looked at.
 
     The hold-out is drawn first: `holdout` rows from the first 32 parts of its own seeded order (more where these are small).
     Training never sees these rows, nor others of their groups, whatever its own seed, limit and `max_files`: the two are
     disjoint by construction. Within the parts that are drawn from, every row is equally likely. (Ours; the paper says
     "uniformly sampling" and "hold out".)
 
-    Args:
-        drawn (`bool`): whether the hold-out is wanted, and not what is left.
-        max_files (`int`): parts that a limited subset is drawn from, 0 for all.
+    With `drawn` the hold-out itself is wanted, and not what is left; of `max_files` parts a limited subset is drawn, 0 for all.
 
     Returns:
-        `tuple`: chosen rows by part, ascending; how many are held out; and how many were filtered out, by reason.
+        `tuple`: chosen rows by part, ascending; and how many are held out.
     """
-    population, order = Population(source, adapter), file_order(source.parts, seed)
-    asked = adapter.holdout if holdout is None else holdout
+    source, order = population.source, file_order(population.source.parts, seed)
+    asked = population.adapter.holdout if holdout is None else holdout
     if asked:
         pool, total = population.prefix(file_order(source.parts, holdout_seed), HOLDOUT_FILES, HOLDOUT_SHARE * asked)
         enough = asked < total and (holdout is not None or total >= HOLDOUT_SHARE * asked)
@@ -159,7 +148,7 @@ def choose(
         if limit is not None and 0 < (have := sum(map(len, free.values()))) < limit:
             warnings.warn(f"{limit} rows were asked for, but {source.location!r} has only {have}: all are taken.", stacklevel=4)
     chosen = free if limit is None else trim(free, limit, np.random.default_rng([seed, 2]))
-    return {part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked, population.filtered
+    return {part: rows for part, rows in sorted(chosen.items()) if len(rows)}, asked
 
 
 def trim(rows: dict[str, np.ndarray], count: int, random: np.random.Generator) -> dict[str, np.ndarray]:

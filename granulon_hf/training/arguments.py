@@ -144,7 +144,6 @@ def parse(arguments: list[str], default: str | None = None) -> tuple[ModelArgume
     its `max_steps`. The `recipe` of the [`RecipeArguments`] says in words which file it was and what the line changed.
 
     Args:
-        arguments (`list[str]`): the command line.
         default (`str`, *optional*): the recipe of the variant "demo" where the line names no file.
 
     Raises:

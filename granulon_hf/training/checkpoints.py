@@ -78,11 +78,8 @@ def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> No
         return
     written = json.loads(path.read_text())
     before = written["settings"]
-    changed = [
-        f"{name} was {before[name]!r} and is {settings.get(name)!r}"
-        for name in sorted(before)
-        if name in settings and before[name] != settings[name] and not name.startswith(FREE)
-    ]
+    differing = [name for name in sorted(before) if name in settings and before[name] != settings[name]]
+    changed = [f"{name} was {before[name]!r} and is {settings[name]!r}" for name in differing if not name.startswith(FREE)]
     if data is not None and "data" in written and written["data"] != json.loads(json.dumps(data, default=str)):
         changed.append("the data are not the same files or rows")
     if changed:

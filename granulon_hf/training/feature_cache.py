@@ -37,6 +37,7 @@ class FeatureCache:
             raise GranulonError("--feature_cache needs a frozen vision tower; leave it out in this stage.")
         if model.config.relation == "attention" and model.config.granularity_levels:
             raise GranulonError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
+        self.index = Journal(self.folder / INDEX, key="key")
         self.rows: dict[str, int] = {}
         self.shape: tuple[int, ...] = ()  # until the first image
         steps = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
@@ -57,7 +58,7 @@ class FeatureCache:
 
     def read(self) -> None:
         """Read what the folder holds, if anything."""
-        path, index = self.folder / DESCRIPTION, self.folder / INDEX
+        path = self.folder / DESCRIPTION
         if path.exists():
             before = json.loads(path.read_text())
             if changed := [name for name, value in self.description.items() if before.get(name) != value]:
@@ -65,12 +66,7 @@ class FeatureCache:
                     f"The features in {str(self.folder)!r} are of another {' and '.join(changed)}; name another folder."
                 )
             self.shape = tuple(before["shape"])
-        for line in index.read_text().splitlines() if index.exists() else []:
-            try:
-                row = json.loads(line)
-                self.rows[row["key"]] = row["row"]
-            except (ValueError, KeyError, TypeError):  # the torn last line of a killed run
-                continue
+        self.rows |= {row["key"]: row["row"] for row in self.index}
 
     @torch.inference_mode()
     def fill(self, images: Iterable[Any], batch_size: int = 16, total: int | None = None) -> None:
@@ -111,7 +107,7 @@ class FeatureCache:
             values.flush()
             os.fsync(values.fileno())
         new = {key: len(self.rows) + number for number, key in enumerate(keys)}
-        Journal(self.folder / INDEX).append({"key": key, "row": row} for key, row in new.items())
+        self.index.append({"key": key, "row": row} for key, row in new.items())
         self.rows |= new
 
     def __call__(self, image: Any) -> torch.Tensor:

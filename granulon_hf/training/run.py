@@ -18,7 +18,6 @@ import transformers
 from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.utils.data import Dataset
 from transformers import set_seed
 
 import granulon_hf
@@ -106,19 +105,6 @@ def load_samples(args: DataArguments) -> Any:
     return samples
 
 
-class SampleDataset(Dataset):
-    """Samples as a dataset of torch."""
-
-    def __init__(self, samples: Sequence[Sample]):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-
 def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: str = "projector") -> None:
     """Refuse data whose first samples have no token with a label or, where the projector is trained, no image."""
     for i in range(min(PROBED, len(samples))):
@@ -150,12 +136,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     samples = load_samples(data_args)
     model, processor = build_model(model_args)
     check_device(args, model, model_args.stage)
-    collator = GranulonCollator(
-        processor,
-        max_length=data_args.max_length,
-        packing=data_args.batching == "packed",
-        pad_to_multiple_of=data_args.pad_to_multiple_of,
-    )
+    packed, multiple = data_args.batching == "packed", data_args.pad_to_multiple_of
+    collator = GranulonCollator(processor, data_args.max_length, packing=packed, pad_to_multiple_of=multiple)
     if data_args.feature_cache:
         collator.image_features = FeatureCache(data_args.feature_cache, model, processor)
         collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)
@@ -165,7 +147,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         model,
         args,
         data_collator=collator,
-        train_dataset=SampleDataset(samples),
+        train_dataset=samples,
         lengths=collator.lengths(samples) if data_args.batching == "grouped" else None,
         processing_class=processor,
     )

@@ -37,8 +37,6 @@ logger = logging.get_logger(__name__)
 
 # bf16 matrix multiplications a second, dense, as the makers state them; other devices have no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
-
-
 REMEDY = "Start again in a new --output_dir with a smaller --learning_rate or --max_grad_norm, or in float32."
 
 

@@ -19,7 +19,6 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.modeling import modeling_granulon
 from granulon_hf.training import GranulonTrainer, RecipeArguments, TrainingFailed, set_stage
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, last_checkpoint
-from granulon_hf.training.run import SampleDataset
 from granulon_hf.training.stages import trainable
 
 SAMPLES = Shapes(48)
@@ -45,7 +44,7 @@ def make(build, tmp_path):
             model,
             args,
             data_collator=collator,
-            train_dataset=SampleDataset(SAMPLES),
+            train_dataset=SAMPLES,
             lengths=lengths,
             processing_class=processor,
         )

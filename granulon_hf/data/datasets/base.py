@@ -35,48 +35,31 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """How the rows of one data set become samples: all that distinguishes it from the others, as data.
+    """How the rows of one data set become samples: all that distinguishes it from the others, as data."""
 
-    Args:
-        name (`str`): what `load` calls it.
-        to_sample (`Callable`): a pure function of one row; raises [`BadRow`]. Images may be raw bytes, structs or paths.
-        columns (`Sequence[str]`): columns without which it cannot work; `"a|b"` means one of the two.
-        optional (`Sequence[str]`): columns that are read where they exist.
-        repo (`str`, *optional*): its repository on the Hub.
-        default_split (`str`): the split that `load` takes unless told.
-        eval_split (`str`, *optional*): the split that evaluation takes unless told, where the default one is trained on.
-        id_column (`str`, *optional*): where the row's name is; rows without one are named by file and row.
-        unwanted (`tuple`, *optional*): a cheap column, and a function of its value that says why such rows are filtered out, or
-            `None`; no limit or hold-out ever counts on them.
-        group (`tuple`, *optional*): a column, and a function of its value that says what the row shares with others: names on
-            one or more levels, the coarsest first (`[[video], [image]]`). No hold-out shares a name with training.
-        paper (`dict[str, int]`): rows of the paper's subset by split (supplement, section 1: preset `"paper"`).
-        holdout (`int`): rows that are kept out of training by default, in a set that has no test split.
-        max_files (`int`): files that a sample of limited size is drawn from, 0 for all: what bounds reading (ours).
-        withheld (`dict[str, str]`): splits without public answers, and the split to use instead.
-        license (`str`, *optional*): of the images and texts, for the card.
-        opener (`Callable`, *optional*): makes the [`~granulon_hf.data.readers.Source`] of a generated set from (what the user
-            calls its source or `None`, split).
-        verify (`str`): how far images are checked by default: see [`~granulon_hf.data.load`].
-    """
-
-    name: str
+    name: str  # what `load` calls it
+    # A pure function of one row; raises `BadRow`. Images may be raw bytes, structs or paths.
     to_sample: Callable[[Row], Sample]
-    columns: Sequence[str]
-    optional: Sequence[str] = ()
-    repo: str | None = None
-    default_split: str = "train"
-    eval_split: str | None = None
-    id_column: str | None = "id"
+    columns: Sequence[str]  # without which it cannot work; "a|b" means one of the two
+    optional: Sequence[str] = ()  # columns that are read where they exist
+    repo: str | None = None  # its repository on the Hub
+    default_split: str = "train"  # the split that `load` takes unless told
+    eval_split: str | None = None  # the split that evaluation takes unless told, where the default one is trained on
+    id_column: str | None = "id"  # where the row's name is; rows without one are named by file and row
+    # A cheap column, and a function of its value that says why such rows are filtered out, or `None`; no limit or hold-out ever
+    # counts on them.
     unwanted: tuple[str, Callable[[Any], str | None]] | None = None
+    # A column, and a function of its value that says what the row shares with others: names on one or more levels, the coarsest
+    # first (`[[video], [image]]`). No hold-out shares a name with training.
     group: tuple[str, Callable[[Any], Levels]] | None = None
-    paper: dict[str, int] = field(default_factory=dict)
-    holdout: int = 0
-    max_files: int = 0
-    withheld: dict[str, str] = field(default_factory=dict)
-    license: str | None = None
+    paper: dict[str, int] = field(default_factory=dict)  # rows of the paper's subset by split (supplement, section 1)
+    holdout: int = 0  # rows that are kept out of training by default, in a set that has no test split
+    max_files: int = 0  # files that a sample of limited size is drawn from, 0 for all: what bounds reading (ours)
+    withheld: dict[str, str] = field(default_factory=dict)  # splits without public answers, and the split to use instead
+    license: str | None = None  # of the images and texts, for the card
+    # Makes the `Source` of a generated set from what the user calls its source (or `None`) and the split.
     opener: Callable[[Any, str], Any] | None = None
-    verify: str = "decode"
+    verify: str = "decode"  # how far images are checked by default: see `load`
 
 
 def define(name: str, to_sample: Callable[[Row], Sample], **functions: Any) -> Adapter:

@@ -15,7 +15,7 @@ from granulon_hf.data.datasets.custom import by_group
 from granulon_hf.data.granuscenes.cutouts import VERSION
 from granulon_hf.data.granuscenes.drawn import DRAWN
 from granulon_hf.data.granuscenes.pictures import Pictures
-from granulon_hf.data.granuscenes.questions import PHRASINGS, QUESTIONS, Question, to_sample
+from granulon_hf.data.granuscenes.questions import PHRASINGS, QUESTIONS, Question, numbers_of, to_sample
 from granulon_hf.data.granuscenes.scenes import SCENES, SIDE, GranuScenes, Scene
 from granulon_hf.data.readers import Source
 from granulon_hf.errors import GranulonError
@@ -67,6 +67,8 @@ def granuscenes(
     return Dataset.from_generator(make_rows, features=features(), gen_kwargs=given, num_proc=num_proc)
 
 
+# One image for the questions of a scene, which tend to be asked for together.
+make_questions = functools.lru_cache(8)(GranuScenes.question_rows)
 COLUMNS = ("id", "scene", "image", "question", "answer", "type", "level", "phrasing", "choices")
 
 
@@ -94,11 +96,6 @@ class SceneSource(Source):
 
     def fingerprint(self, part: str) -> str | None:
         return f"{VERSION}-{self.scenes.pictures.digest}"
-
-
-@functools.lru_cache(8)  # one image for the questions of a scene, which tend to be asked for together
-def make_questions(scenes: GranuScenes, index: int) -> list[dict[str, Any]]:
-    return scenes.question_rows(index)
 
 
 def open_scenes(source: Any, split: str) -> SceneSource:
@@ -145,19 +142,17 @@ def shared(one: GranuScenes, other: GranuScenes) -> dict[str, list[str]]:
             "backgrounds": scenes.pictures.scenery[scenes.heldout],
         }
         names = {what: {name for p in every for name in (p.group, p.path, p.digest)} for what, every in found.items()}
-        texts = {PHRASINGS[kind][int(number)] for kind, number in (name.split("/") for name in scenes.phrasings)}
-        return names | {"phrasings": {*scenes.phrasings, *texts}}
+        asked = [(kind, number) for kind in PHRASINGS for number in numbers_of(kind, scenes.heldout)]
+        return names | {"phrasings": {words for kind, i in asked for words in (f"{kind}/{i}", PHRASINGS[kind][i])}}
 
     first, second = parts(one), parts(other)
     return {what: sorted((first[what] & second[what]) - {DRAWN}) for what in first}
 
 
 def baselines(train: Iterable[Scene], test: Iterable[Scene]) -> dict[str, dict[str, float]]:
-    """Measure what can be scored without looking, by type of question.
+    """Measure what can be scored without looking, by type of question: classifiers are fitted to `train`, and scored on `test`.
 
-    Args:
-        train, test (`Iterable[Scene]`): with which the classifiers are fitted, and scored. No pixels are needed, but
-            scikit-learn is.
+    No pixels are needed, but scikit-learn is.
 
     Returns:
         `dict`: for each type `questions`, and the accuracies `chance` (one over the number of answers), `majority` (the most
@@ -193,7 +188,6 @@ def baselines(train: Iterable[Scene], test: Iterable[Scene]) -> dict[str, dict[s
 def by_type(scenes: Iterable[Scene]) -> Mapping[str, list[Question]]:
     """Collect the questions of scenes by type."""
     questions: dict[str, list[Question]] = defaultdict(list)
-    for scene in scenes:
-        for question in scene.questions:
-            questions[question.type].append(question)
+    for question in itertools.chain.from_iterable(scene.questions for scene in scenes):
+        questions[question.type].append(question)
     return questions

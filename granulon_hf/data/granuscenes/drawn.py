@@ -47,9 +47,8 @@ def draw_thing(picture: Picture) -> Image.Image:
 
 def list_backgrounds() -> list[Picture]:
     """List the drawn backgrounds."""
-    return [
-        Picture(f"background/{i}", (SCENERY_SIDE, SCENERY_SIDE), group=f"background {i}", digest=DRAWN) for i in range(SCENERY)
-    ]
+    size = (SCENERY_SIDE, SCENERY_SIDE)
+    return [Picture(f"background/{i}", size, group=f"background {i}", digest=DRAWN) for i in range(SCENERY)]
 
 
 def draw_background(picture: Picture) -> Image.Image:

@@ -68,9 +68,7 @@ class Pictures:
         }
         for picture in cutouts:
             self.pools[picture.group in held][picture.category].setdefault(picture.name, []).append(picture)
-        self.scenery: dict[bool, list[Picture]] = {False: [], True: []}
-        for picture in scenery:
-            self.scenery[picture.group in held_scenery].append(picture)
+        self.scenery = {held: [p for p in scenery if (p.group in held_scenery) == held] for held in (False, True)}
 
     def check(self, heldout: bool) -> None:
         """Refuse pictures, held out or not, that are too few to make scenes of."""

@@ -22,6 +22,9 @@ LEVELS = {level: tuple(phrasings) for level, phrasings in _TABLES["phrasings"].i
 PHRASINGS: dict[str, list[str]] = {kind: texts for types in _TABLES["phrasings"].values() for kind, texts in types.items()}
 ASKED: dict[str, int] = _TABLES["asked"]
 QUESTIONS = sum(ASKED.values())
+# Answers by type; those of other types are the categories of things.
+CHOICES: dict[str, tuple[str, ...]] = {"amount": tuple(AMOUNTS), "presence": ("yes", "no"), "where": QUARTERS}
+CHOICES |= {"relation": ("left", "right"), "letter": LETTERS, "colour": tuple(COLOURS), "largest_letter": LETTERS}
 HELD_PHRASINGS = 2  # the last two of a type are asked in test_heldout alone
 
 
@@ -66,20 +69,6 @@ def numbers_of(kind: str, heldout: bool) -> range:
     return range(seen, seen + HELD_PHRASINGS) if heldout else range(seen)
 
 
-def list_choices(kind: str, categories: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the answers that questions of a type can have."""
-    fixed: dict[str, tuple[str, ...]] = {
-        "amount": tuple(AMOUNTS),
-        "presence": ("yes", "no"),
-        "where": QUARTERS,
-        "relation": ("left", "right"),
-        "letter": LETTERS,
-        "colour": tuple(COLOURS),
-        "largest_letter": LETTERS,
-    }
-    return fixed.get(kind, categories)
-
-
 def ask(dice: "Dice", things: Sequence["Thing"], categories: tuple[str, ...], side: int, heldout: bool) -> tuple[Question, ...]:
     """Draw the questions of a scene; the first of its things is the largest, and `categories` are all, in it or not."""
     questions: list[Question] = []
@@ -91,7 +80,7 @@ def ask(dice: "Dice", things: Sequence["Thing"], categories: tuple[str, ...], si
                 answer, words = found
                 number = dice.pick(numbers_of(kind, heldout))
                 text = PHRASINGS[kind][number].format(**words)
-                questions.append(Question(text, answer, kind, level, f"{kind}/{number}", list_choices(kind, categories)))
+                questions.append(Question(text, answer, kind, level, f"{kind}/{number}", CHOICES.get(kind, categories)))
                 left -= 1
     return tuple(questions)
 

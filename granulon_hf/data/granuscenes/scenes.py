@@ -22,17 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from granulon_hf.data.granuscenes.cutouts import VERSION, Picture
 from granulon_hf.data.granuscenes.drawn import DRAWN
 from granulon_hf.data.granuscenes.pictures import Pictures
-from granulon_hf.data.granuscenes.questions import (
-    AMOUNTS,
-    COLOURS,
-    LETTERS,
-    PHRASINGS,
-    Question,
-    ask,
-    list_choices,
-    nameable,
-    numbers_of,
-)
+from granulon_hf.data.granuscenes.questions import AMOUNTS, CHOICES, COLOURS, LETTERS, Question, ask, nameable
 from granulon_hf.errors import GranulonError
 
 SIDE = 192  # pixels; lengths below are in pixels of such a scene, and scale with others
@@ -170,14 +160,9 @@ class GranuScenes(Sequence[Scene]):
             settings |= {"objects": str(objects or DRAWN), "backgrounds": str(backgrounds or DRAWN)}
         return f"{place}?{urlencode(settings)}"
 
-    @property
-    def phrasings(self) -> list[str]:
-        """The phrasings that are asked in this split, as "type/number"."""
-        return [f"{kind}/{number}" for kind in PHRASINGS for number in numbers_of(kind, self.heldout)]
-
     def choices(self, kind: str) -> tuple[str, ...]:
         """Return the answers that questions of a type can have."""
-        return list_choices(kind, self.pictures.categories)
+        return CHOICES.get(kind, self.pictures.categories)
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -274,10 +259,8 @@ class GranuScenes(Sequence[Scene]):
         """Make a row for each question of scene number `index`, with the image."""
         scene = self.scene(index)
         image = self.encode(scene)
-        return [
-            {"id": f"{scene.id}-{number}", "scene": scene.id, **question.to_row(), "image": image}
-            for number, question in enumerate(scene.questions)
-        ]
+        rows = enumerate(question.to_row() for question in scene.questions)
+        return [{"id": f"{scene.id}-{number}", "scene": scene.id, **row, "image": image} for number, row in rows]
 
     def row(self, index: int) -> dict[str, Any]:
         """Make scene number `index` into a row of [`granuscenes`]."""

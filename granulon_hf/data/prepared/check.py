@@ -23,21 +23,14 @@ TINY = 8  # pixels: smaller than one patch of any vision tower
 
 @dataclass
 class Report:
-    """What [`check`] found.
+    """What [`check`] found."""
 
-    Attributes:
-        samples (`dict[str, int]`): usable samples by split.
-        errors (`list[Problem]`): broken images, empty answers, repeated ids, missing rows, duplicates within a split, and what
-            is in both training and test.
-        warnings (`list[Problem]`): what is odd but can be used.
-        lengths (`dict[str, list[int]]`): of every question and answer (words, or tokens) and image (longer side, pixels).
-        unit (`str`): "words" or "tokens".
-    """
-
-    unit: str = "words"
-    samples: dict[str, int] = field(default_factory=dict)
+    unit: str = "words"  # or "tokens"
+    samples: dict[str, int] = field(default_factory=dict)  # usable ones by split
+    # Broken images, empty answers, repeated ids, missing rows, duplicates within a split, what is in both training and test.
     errors: list[Problem] = field(default_factory=list)
-    warnings: list[Problem] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)  # what is odd but can be used
+    # Of every question and answer (in units) and image (longer side, pixels).
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"question": [], "answer": [], "image": []})
 
     @property

@@ -37,17 +37,9 @@ def features():
     from datasets import Features, Image, List, Value
 
     string = Value("string")
-    return Features(
-        {
-            "id": string,
-            "images": List(Image()),
-            "messages": List({"role": string, "content": List({"type": string, "text": string})}),
-            "reference": string,
-            "task": string,
-            "choices": List(string),
-            "meta": string,
-        }
-    )
+    message = {"role": string, "content": List({"type": string, "text": string})}
+    fields = {"id": string, "images": List(Image()), "messages": List(message)}
+    return Features(fields | {"reference": string, "task": string, "choices": List(string), "meta": string})
 
 
 def to_row(sample: Sample) -> dict[str, Any]:
