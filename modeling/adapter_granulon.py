@@ -125,8 +125,12 @@ def assemble(config, adapter: str, *, dtype, use_safetensors: bool | None, **opt
             generation_config = model.generation_config
             weights |= decoder | {"lm_head.weight": model.get_output_embeddings().weight.detach()}
     with safe_open(adapter, "pt") as file:
-        scale = float((file.metadata() or {}).get(LORA_SCALE, "1"))
+        metadata = (file.metadata() or {}).get(LORA_SCALE, "1")
         trained = {f"{'' if key.startswith('lm_head.') else 'model.'}{key}": file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    try:
+        scale = float(metadata)
+    except ValueError:
+        raise ValueError(f"The adapter {adapter} is damaged: its {LORA_SCALE} is {metadata!r}, not a number.") from None
     factors = {key: trained.pop(key) for key in list(trained) if ".lora_" in key}
     for key in [key for key in factors if ".lora_A." in key]:
         base = f"{key.partition('.lora_A.')[0]}.weight"
