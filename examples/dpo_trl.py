@@ -33,18 +33,9 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.io import Journal, write_text
 from granulon_hf.judge.judge import Judge, JudgeError, Options, estimate
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.training import DataArguments, ModelArguments
+from granulon_hf.training.arguments import ModelArguments, TrlDataArguments
 from granulon_hf.training.run import build_model, load_samples
 from granulon_hf.training.stages import keep_frozen_parts_in_eval
-
-
-@dataclass
-class SampleArguments(DataArguments):
-    """What it is trained on."""
-
-    # TRL's arguments have these names too.
-    max_length: int | None = field(default=None, init=False)
-    pad_to_multiple_of: int | None = field(default=None, init=False)
 
 
 @dataclass
@@ -197,7 +188,7 @@ def make_pairs(args: PairArguments, folder: Path, model, processor, samples) -> 
 
 
 def main(arguments: list[str] | None = None) -> DPOTrainer | None:
-    parser = TrlParser([ModelArguments, SampleArguments, PairArguments, Config])
+    parser = TrlParser([ModelArguments, TrlDataArguments, PairArguments, Config])
     parsed: tuple = parser.parse_args_and_config(arguments)
     model_args, data_args, pair_args, config = parsed
     set_seed(config.seed)

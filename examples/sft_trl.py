@@ -16,7 +16,7 @@ All options: python examples/sft_trl.py --help
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets import Dataset
 from transformers import set_seed
@@ -24,18 +24,9 @@ from trl import SFTConfig, SFTTrainer, TrlParser
 
 from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.errors import GranulonError
-from granulon_hf.training import DataArguments, ModelArguments
+from granulon_hf.training.arguments import ModelArguments, TrlDataArguments
 from granulon_hf.training.run import build_model, load_samples
 from granulon_hf.training.stages import keep_frozen_parts_in_eval
-
-
-@dataclass
-class SampleArguments(DataArguments):
-    """What it is trained on."""
-
-    # TRL's arguments have these names too.
-    max_length: int | None = field(default=None, init=False)
-    pad_to_multiple_of: int | None = field(default=None, init=False)
 
 
 @dataclass
@@ -61,7 +52,7 @@ class Trainer(SFTTrainer):
 
 
 def main(arguments: list[str] | None = None) -> SFTTrainer:
-    parser = TrlParser([ModelArguments, SampleArguments, Config])
+    parser = TrlParser([ModelArguments, TrlDataArguments, Config])
     parsed: tuple = parser.parse_args_and_config(arguments)
     model_args, data_args, config = parsed
     set_seed(config.seed)

@@ -38,6 +38,7 @@ from scenes import (
 )
 from timm.data import ImageNetInfo
 
+from granulon_hf.data.collator import encode_prompts
 from granulon_hf.demo_model import SHIPPED, build_demo, load_classifier
 from granulon_hf.modeling.aggregation_granulon import aggregate
 from granulon_hf.training.controller import CORPUS, ControllerArguments, Question
@@ -540,14 +541,7 @@ def answer(model, processor, images: list, texts: list[str]) -> tuple[list[str],
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
         for image, text in zip(images, texts, strict=True)
     ]
-    inputs = processor.apply_chat_template(
-        chats,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        add_generation_prompt=True,
-        processor_kwargs={"padding": True},
-    )
+    inputs = encode_prompts(processor, chats)
     probs = model.get_granularity_probs(inputs["input_ids"], question_mask=inputs["question_mask"])
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     return processor.batch_decode(output, skip_special_tokens=True), [LEVELS[level] for level in probs.argmax(-1)]

@@ -61,6 +61,14 @@ class DataArguments:
     )
 
 
+@dataclass
+class TrlDataArguments(DataArguments):
+    """The same beside the arguments of a TRL trainer, which have two of these names too."""
+
+    max_length: int | None = field(default=None, init=False)
+    pad_to_multiple_of: int | None = field(default=None, init=False)
+
+
 def tensorboard_if_installed() -> str:
     return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
 
