@@ -1,5 +1,6 @@
 """Build any cell of the paper's encoder × LLM table, which is `variants.yaml`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -15,24 +16,33 @@ from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """A vision tower or a language model of the paper."""
+class Encoder:
+    """A vision tower of the paper."""
 
     hub_id: str
     tiny: dict[str, Any]  # the same architecture at toy size, as a config
+    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})  # what its variants share
     gated: bool = False  # whether the Hub asks for a license first
     open_id: str | None = None  # the same weights without a gate
-    config: dict[str, Any] = field(default_factory=lambda: {"granularity_levels": []})  # what an encoder's variants share
-    special_tokens: list[str] = field(default_factory=list)  # of a decoder's toy tokenizer: start of text, end of turn, others
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A language model of the paper."""
+
+    hub_id: str
+    tiny: dict[str, Any]
+    special_tokens: Sequence[str]  # of its toy tokenizer: start of text, end of turn, others
+    gated: bool = False
 
 
 _TABLES = yaml.safe_load(files(__package__).joinpath("variants.yaml").read_text(encoding="utf-8"))
-ENCODERS = {name: Backbone(**fields) for name, fields in _TABLES["encoders"].items()}
-DECODERS = {name: Backbone(**fields) for name, fields in _TABLES["decoders"].items()}
+ENCODERS = {name: Encoder(**fields) for name, fields in _TABLES["encoders"].items()}
+DECODERS = {name: Decoder(**fields) for name, fields in _TABLES["decoders"].items()}
 NAMES: tuple[str, ...] = tuple(f"{encoder}-{decoder}" for encoder in ENCODERS for decoder in DECODERS)
 
 
-def parse(name: str) -> tuple[Backbone, Backbone]:
+def parse(name: str) -> tuple[Encoder, Decoder]:
     """Look up a variant such as `granulon-qwen2.5`; raise GranulonError for an unknown one."""
     encoder, _, decoder = name.partition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
@@ -76,7 +86,7 @@ def build(
     return model, processor
 
 
-def _build_tiny(encoder: Backbone, decoder: Backbone, **kwargs):
+def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
     tokenizer = tiny_tokenizer(decoder)
     vision_config = AutoConfig.for_model(**encoder.tiny)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -98,12 +108,12 @@ def _build_tiny(encoder: Backbone, decoder: Backbone, **kwargs):
     return model, processor
 
 
-def tiny_tokenizer(decoder: Backbone, vocab_size: int = 512) -> PreTrainedTokenizerFast:
+def tiny_tokenizer(decoder: Decoder, vocab_size: int = 512) -> PreTrainedTokenizerFast:
     """Train a small byte-level BPE tokenizer with the decoder's special tokens; it can encode any text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special, alphabet = decoder.special_tokens, pre_tokenizers.ByteLevel.alphabet()
+    special, alphabet = list(decoder.special_tokens), pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(_TABLES["tiny_corpus"], trainer)
     start, end, *others = special
