@@ -3,7 +3,7 @@
 Sources: supplement, section 1 (encoders, all 0.3–0.4 B); the Hub ids are ours.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,6 +78,8 @@ ENCODERS: dict[str, Encoder] = {
     ),
     "dinov3": _DINOV3,
     "granulon": Encoder(_DINOV3.hub_id, _DINOV3.tiny, config={}, gated=_DINOV3.gated, open_id=_DINOV3.open_id),
+    # Ours: the language model sees the semantic tokens alone.
+    "granulon-compact": replace(_DINOV3, config={"visual_tokens": "semantic"}),
 }
 
 _TINY_LM = {
@@ -126,7 +128,7 @@ def parse(name: str) -> tuple[Encoder, Decoder]:
     Raises:
         GranulonError: an unknown name; the message lists all.
     """
-    encoder, _, decoder = name.partition("-")
+    encoder, _, decoder = name.rpartition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
         raise GranulonError(f"Unknown variant {name!r}; the variants are {', '.join(NAMES)}.")
     return ENCODERS[encoder], DECODERS[decoder]
@@ -163,7 +165,11 @@ def build(
     model = GranulonForConditionalGeneration.from_vision_text_pretrained(vision, decoder.hub_id, **kwargs)
     loading = {key: kwargs[key] for key in ("vision_kwargs", "text_kwargs") if key in kwargs}
     processor = GranulonProcessor.from_vision_text_pretrained(
-        vision, decoder.hub_id, num_semantic_tokens=model.config.num_semantic_slots, **loading
+        vision,
+        decoder.hub_id,
+        num_semantic_tokens=model.config.num_semantic_slots,
+        visual_tokens=model.config.visual_tokens,
+        **loading,
     )
     return model, processor
 
@@ -186,6 +192,7 @@ def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
         tokenizer,
         vision_config,
         num_semantic_tokens=config.num_semantic_slots,
+        visual_tokens=config.visual_tokens,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
     config.image_token_id = processor.image_token_id
