@@ -72,6 +72,9 @@ class GranulonConfig(PreTrainedConfig):
             Rows and columns of these embeddings; between two of them a slot gets parts of both.
         controller_hidden_size (`int`, defaults to 256):
             Width of the granularity controller *(ours)*.
+        controller_prices (`list[float]`, *optional*):
+            Prices of a visual token, in nats of the answer's loss, that the controller was trained at *(ours)*: it has outputs
+            for each, and a call may name one. `None` is the paper's controller, which knows no price.
         pixel_loss_weight (`float`, defaults to 0.0):
             Weight of the loss with the semantic slots hidden (paper's dual-stream likelihood; 0 is the supplement's recipe).
         semantic_loss_weight (`float`, defaults to 0.0):
@@ -172,6 +175,7 @@ class GranulonConfig(PreTrainedConfig):
     slot_position: Literal["none", "semantic", "all"] | None = None
     slot_position_bins: int = 14
     controller_hidden_size: int = 256
+    controller_prices: list[float | int] | None = None
     pixel_loss_weight: float | int = 0.0
     semantic_loss_weight: float | int = 0.0
     vision_feature_layer: int | list[int] | None = None
@@ -283,6 +287,9 @@ class GranulonConfig(PreTrainedConfig):
                 'backbones are {"vision": {"name": …, "revision": …}, "text": {"name": …, "revision": …}} (and "subfolder"); '
                 f"got {self.backbones!r}."
             )
+        prices = self.controller_prices
+        if prices is not None and (not prices or min(prices) < 0 or len(set(prices)) < len(prices)):
+            raise ValueError(f"controller_prices must be different numbers of at least 0; got {prices}.")
         if self.controller_hidden_size < 1:
             raise ValueError(f"controller_hidden_size must be at least 1; got {self.controller_hidden_size}.")
 

@@ -277,7 +277,7 @@ class GranulonPreTrainedModel(PreTrainedModel):
         # After its layers, which come first. A controller that has not been trained takes the default level (ours).
         if isinstance(module, GranularityController):
             init.zeros_(module.fc2.weight)
-            init.copy_(module.fc2.bias, module.untrained_logits(module.fc2.bias.device))
+            init.copy_(module.fc2.bias, module.untrained_logits(module.fc2.bias.device).repeat(module.num_prices))
 
 
 class GranulonModel(GranulonPreTrainedModel):
@@ -358,6 +358,7 @@ class GranulonModel(GranulonPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        price: float | None = None,
     ) -> torch.Tensor:
         """p, the controller's preference among the levels.
 
@@ -366,24 +367,38 @@ class GranulonModel(GranulonPreTrainedModel):
             attention_mask (`torch.Tensor`, *optional*): 1 on real tokens, shape [B x L].
             question_mask (`torch.Tensor`, *optional*): 1 on the question's tokens, shape [B x L]. Without it, all attended
                 text tokens count.
+            price (`float`, *optional*): one of the config's `controller_prices`; the first unless given.
 
         Returns:
             `torch.Tensor`: probabilities, shape [B x n].
 
         Raises:
-            ValueError: the model has no levels.
+            ValueError: the model has no levels, or no such price.
         """
         if not self.config.granularity_levels:
             raise ValueError("This model has granularity_levels=[] and therefore no controller.")
         image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        return self._granularity_logits(*self._question(inputs_embeds, image_mask, attention_mask, question_mask)).softmax(-1)
+        question = self._question(inputs_embeds, image_mask, attention_mask, question_mask)
+        return self._granularity_logits(*question, price).softmax(-1)
 
-    def _granularity_logits(self, question_embeds, question):
+    def _granularity_logits(self, question_embeds, question, price=None):
+        index = self._price_index(price)
         if len(self.config.granularity_levels) == 1:  # nothing to choose: the question need not be read
             return question_embeds.new_zeros(len(question_embeds), 1, dtype=torch.float32)
-        return self.controller(first_block_states(self.language_model, question_embeds, question), question)
+        return self.controller(first_block_states(self.language_model, question_embeds, question), question, index)
+
+    def _price_index(self, price: float | None) -> int:
+        prices = self.config.controller_prices or []
+        if price is None or price in prices:
+            return 0 if price is None else prices.index(price)
+        known = (
+            f"one of its controller's prices, {', '.join(map(str, prices))}"
+            if prices
+            else ("a controller that was trained at prices (examples/train_controller.py --targets loss)")
+        )
+        raise ValueError(f"This model cannot take price={price}: it needs {known}.")
 
     def _question(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
         """Embeddings [B x L x E] and a mask [B x L] that is true on the questions' tokens; one row per packed sample."""
@@ -494,6 +509,13 @@ class GranulonModel(GranulonPreTrainedModel):
     def _needs(self, *what: str) -> bool:
         """Whether the reducer needs one of these things."""
         return bool(self.config.granularity_levels) and not REDUCERS[self.config.reducer].needs.isdisjoint(what)
+
+    def reusable_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features [I x N x D] that stand for these images in further calls, or the images where calls need more of them."""
+        if pixel_values.ndim == 3 or self._needs("attention", "scales") or self.last_attention is not None:
+            return pixel_values
+        patches, _ = self._patch_features(pixel_values)
+        return patches.features if patches.grid[0] == patches.grid[1] else pixel_values
 
     def _computed_features(self, features):
         """What [`_patch_features`] gave for these images before."""
@@ -642,6 +664,7 @@ class GranulonModel(GranulonPreTrainedModel):
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
         visual_tokens: Budget = None,
+        price: float | None = None,
         sample: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
@@ -651,7 +674,7 @@ class GranulonModel(GranulonPreTrainedModel):
             pixel_values (`torch.Tensor`): shape [I x channels x height x width], in the order of the placeholders.
             inputs_embeds (`torch.Tensor`): shape [B x L x E].
             image_mask (`torch.Tensor`): true on image slots, shape [B x L].
-            attention_mask, question_mask, granularity, visual_tokens: as in [`GranulonModel.forward`].
+            attention_mask, question_mask, granularity, visual_tokens, price: as in [`GranulonModel.forward`].
             sample (`torch.Tensor`, *optional*): number of the packed sample that holds each token, shape [B x L]. There are
                 then as many probabilities and levels as samples, instead of B.
 
@@ -663,7 +686,7 @@ class GranulonModel(GranulonPreTrainedModel):
         if not self.config.granularity_levels:
             return self.get_image_features(pixel_values, return_dict=True, **kwargs)
         embeds, question = self._question(inputs_embeds, image_mask, attention_mask, question_mask, sample)
-        logits = self._granularity_logits(embeds, question)
+        logits = self._granularity_logits(embeds, question, price)
         # No level is the answer to NaN (of a broken checkpoint, or of DoRA on a layer of zeros). A GPU is not waited for.
         torch._assert_async(logits.isfinite().all(), "The granularity controller's logits are not numbers; check its weights.")
         level = torch.where(forced < 0, logits.argmax(-1), forced) if budget is None else forced
@@ -736,6 +759,7 @@ class GranulonModel(GranulonPreTrainedModel):
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
         visual_tokens: Budget = None,
+        price: float | None = None,
         visual_stream: str | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -759,6 +783,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 `torch.compile` give indices: they are data, while every other name is compiled anew.
             visual_tokens (`int`, `list[int]` or `torch.Tensor`, *optional*): semantic tokens per image instead of a level, from
                 1 to K: one number for all, or one per sample. AdaTA then clusters without pooling.
+            price (`float`, *optional*): of a visual token, for a controller that was trained at several prices.
             visual_stream (`str`, *optional*): `"pixel"` hides the semantic slots, `"semantic"` the pixel slots.
             vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
             mm_encoder_outputs (`dict`, *optional*): `{"image": GranulonImageFeatures}` instead of `pixel_values`.
@@ -809,6 +834,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 question_mask,
                 granularity,
                 visual_tokens,
+                price,
                 sample,
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,
@@ -1000,6 +1026,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
         visual_tokens: Budget = None,
+        price: float | None = None,
     ) -> GranulonImageFeatures:
         """Let the question choose the level and encode the images, once for all that follows.
 
@@ -1009,7 +1036,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """
         embeds, image_mask = self.get_input_embeddings()(input_ids), self.model._image_mask(input_ids, None)
         return self.model.encode_images(
-            pixel_values, embeds, image_mask, attention_mask, question_mask, granularity, visual_tokens
+            pixel_values, embeds, image_mask, attention_mask, question_mask, granularity, visual_tokens, price
         )
 
     def aggregate(self, *args, **kwargs) -> GranulonAggregation:
@@ -1033,6 +1060,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
         visual_tokens: Budget = None,
+        price: float | None = None,
         visual_stream: str | None = None,
         labels: torch.LongTensor | None = None,
         vision_feature_layer: int | list[int] | None = None,
@@ -1072,6 +1100,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
             question_mask=question_mask,
             granularity=granularity,
             visual_tokens=visual_tokens,
+            price=price,
             visual_stream=visual_stream,
             mm_encoder_outputs=mm_encoder_outputs,
             **inputs,
@@ -1142,10 +1171,11 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         What follows (expansion for beams, static 4D masks, decoding steps) then sees an ordinary padded prompt. Where a cache
         goes on, what it hides stays hidden, and only images of the new part are expected.
         """
-        names = ("question_mask", "granularity", "visual_tokens")
-        question_mask, granularity, visual_tokens = (model_kwargs.pop(name, None) for name in names)
+        names = ("question_mask", "granularity", "visual_tokens", "price")
+        question_mask, granularity, visual_tokens, price = (model_kwargs.pop(name, None) for name in names)
         # Also where there is nothing to choose: a misspelt level is an error.
         self.model._choices(granularity, visual_tokens, inputs_tensor.shape[0], inputs_tensor.device)
+        self.model._price_index(price)
         if not self.config.granularity_levels:
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
@@ -1184,6 +1214,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
                     question_mask,
                     granularity,
                     visual_tokens,
+                    price,
                     vision_feature_layer=layer,
                     vision_feature_select_strategy=strategy,
                 )

@@ -198,6 +198,7 @@ class GranulonProcessor(ProcessorMixin):
         *,
         granularity: str | None = None,
         visual_tokens: int | None = None,
+        price: float | None = None,
         **kwargs,
     ):
         """As in transformers, and text is always text: a control token or image placeholder that somebody typed into a message
@@ -209,6 +210,7 @@ class GranulonProcessor(ProcessorMixin):
             granularity (`str`, *optional*): a level by its name, handed on to the model as it is: it is used instead of the
                 one that the question would choose. A server's clients reach it as `chat_template_kwargs`.
             visual_tokens (`int`, *optional*): semantic tokens per image instead of a level, handed on likewise.
+            price (`float`, *optional*): of a visual token, handed on likewise.
         """
         template = self._resolve_chat_template(chat_template)
         if "date_string" in template:
@@ -226,8 +228,8 @@ class GranulonProcessor(ProcessorMixin):
         given = {"prompts": prompts} | ({} if visual_tokens is None else {"visual_tokens": visual_tokens})
         kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **given}
         inputs = super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
-        if granularity is not None and kwargs.get("return_dict"):
-            inputs["granularity"] = granularity
+        if kwargs.get("return_dict"):
+            inputs |= {name: value for name, value in (("granularity", granularity), ("price", price)) if value is not None}
         return inputs
 
     def __call__(
