@@ -263,3 +263,24 @@ def test_a_processor_of_the_other_form_is_refused(compact, build, form):
     _, processor = build() if form == "semantic" else compact()
     with pytest.raises((ValueError, RuntimeError), match="slots"):
         model(**make_inputs(processor, CONVERSATIONS))
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@torch.no_grad()
+def test_compiles_whole_and_once_for_all_budgets(compact, reducer):
+    """One graph for levels and one for budgets: which is data, and nothing breaks the graph."""
+    model, processor = compact(reducer)
+    inputs = make_inputs(processor, CONVERSATIONS)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for name, values in (("granularity", ([0, 1, 2], [2, -1, 0])), ("visual_tokens", ([3, 9, 20], [20, 1, 5]))):
+        for value in values:
+            choice = {name: torch.tensor(value), "use_cache": False}
+            torch.testing.assert_close(compiled(**inputs, **choice).logits, model(**inputs, **choice).logits, atol=1e-5, rtol=0)
+    assert len(graphs) == 2
