@@ -128,7 +128,11 @@ def build_demo(
     fields.pop("model_type")
     config = GranulonConfig(vision_config=tower.config, text_config=language_model.config, dtype=dtype, **fields)
     processor = GranulonProcessor.from_parts(
-        load_image_processor(), tokenizer, tower.config, num_semantic_tokens=config.num_semantic_slots
+        load_image_processor(),
+        tokenizer,
+        tower.config,
+        num_semantic_tokens=config.num_semantic_slots,
+        visual_tokens=config.visual_tokens,
     )
     config.image_token_id = processor.image_token_id
     model = GranulonForConditionalGeneration.from_backbones(config, tower, language_model)

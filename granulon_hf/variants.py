@@ -44,7 +44,7 @@ NAMES: tuple[str, ...] = tuple(f"{encoder}-{decoder}" for encoder in ENCODERS fo
 
 def parse(name: str) -> tuple[Encoder, Decoder]:
     """Look up a variant such as `granulon-qwen2.5`; raise GranulonError for an unknown one."""
-    encoder, _, decoder = name.partition("-")
+    encoder, _, decoder = name.rpartition("-")
     if encoder not in ENCODERS or decoder not in DECODERS:
         raise GranulonError(f"Unknown variant {name!r}; the variants are {', '.join(NAMES)}.")
     return ENCODERS[encoder], DECODERS[decoder]
@@ -81,7 +81,11 @@ def build(
     model = GranulonForConditionalGeneration.from_vision_text_pretrained(vision, decoder.hub_id, **kwargs)
     loading = {key: kwargs[key] for key in ("vision_kwargs", "text_kwargs") if key in kwargs}
     processor = GranulonProcessor.from_vision_text_pretrained(
-        vision, decoder.hub_id, num_semantic_tokens=model.config.num_semantic_slots, **loading
+        vision,
+        decoder.hub_id,
+        num_semantic_tokens=model.config.num_semantic_slots,
+        visual_tokens=model.config.visual_tokens,
+        **loading,
     )
     return model, processor
 
@@ -99,6 +103,7 @@ def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
         tokenizer,
         vision_config,
         num_semantic_tokens=config.num_semantic_slots,
+        visual_tokens=config.visual_tokens,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
     config.image_token_id = processor.image_token_id

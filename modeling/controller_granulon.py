@@ -33,16 +33,19 @@ class GranularityController(nn.Module):
         self.in_proj = nn.Linear(config.text_config.hidden_size, width, bias=False)
         self.fc1 = nn.Linear(width, width)
         self.act = ACT2FN["gelu"]
+        self.num_prices = len(config.controller_prices or [None])
         # Ordinary linear layers without anything of their own: adapters and quantizers put others in their place.
-        self.fc2 = nn.Linear(width, self.num_levels)
+        self.fc2 = nn.Linear(width, self.num_prices * self.num_levels)
 
     def untrained_logits(self, device: torch.device) -> torch.Tensor:
         """Return the logits of a controller with W2 = 0, whose b2 favors the default level (ours). Shape [n]."""
         levels = torch.arange(self.num_levels, device=device)
         return UNTRAINED_PREFERENCE * (levels == self.default_level).float()
 
-    def forward(self, question_states: torch.Tensor, question_mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, question_states: torch.Tensor, question_mask: torch.Tensor, price: int = 0) -> torch.Tensor:
         """Return logits of the levels [B x n] in float32, from E1 [B x L x E] and the mask [B x L] of the question's tokens.
+
+        `price` is an index of the config's `controller_prices`.
 
         A sample without a question token gets those of the untrained controller.
         """
@@ -50,7 +53,7 @@ class GranularityController(nn.Module):
         mean = question_states.float().masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1)
         hidden = self.in_proj(cast_input(torch.sigmoid(mean), self))
         # Back to float32, and to the question's device, from which `device_map` may have led away.
-        logits = self.fc2(self.act(self.fc1(hidden))).to(mean)
+        logits = self.fc2(self.act(self.fc1(hidden))).to(mean).unflatten(-1, (self.num_prices, self.num_levels))[:, price]
         return torch.where(question_mask.any(1, keepdim=True), logits, self.untrained_logits(mean.device))
 
 

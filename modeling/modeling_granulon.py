@@ -2,12 +2,15 @@
 """PyTorch Granulon model.
 
 Notation: B batch, I images, N = H·W patch tokens of one image, D vision width, E language width, L text length, n number of
-granularity levels, K semantic slots per image, S = N + K slots of one image (N without levels).
+granularity levels, K semantic slots per image, S = N + K slots of one image (N without levels, K in the compact form).
 
     image ────► vision tower ──► F [I x N x D]
     question ─► controller ────► p [B x n] ──argmax──► level (alpha, beta, gamma)
     F, level ─► AdaTA ─────────► semantic tokens [I x K x D], keep [I x K]
     [Φ(F) ; gamma · Φ(semantic tokens)] ──► S image slots ──► language model ──► answer
+
+In the compact form (`visual_tokens="semantic"`) the slots are the semantic tokens alone, and S = K. Another reducer may stand
+in AdaTA's place.
 """
 
 import copy
@@ -15,6 +18,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -46,14 +50,25 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, load_whole, name_backbone
-from .aggregation_granulon import GranulonAggregation, aggregate, grid_positions
+from .aggregation_granulon import GranulonAggregation, grid_positions
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, cast_input, first_block_states, unpack_questions
 from .processing_granulon import find_image_token
-from .vision_granulon import LastAttention, describe, last_self_attention, probe_vision_tower, to_patch_tokens, vision_width
+from .reducers_granulon import REDUCERS, PatchFeatures, QueryReducer, side_of
+from .vision_granulon import (
+    LastAttention,
+    describe,
+    last_self_attention,
+    probe_vision_tower,
+    run_resized,
+    takes_any_size,
+    to_patch_tokens,
+    vision_width,
+)
 
 logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
+Budget = int | Sequence[int] | torch.Tensor | None
 # Labels whose logits are held at once: 1.2 GB in bfloat16 with a vocabulary of 150,000, and 2.5 GB in float32 beside it.
 LOSS_CHUNK = 4096
 
@@ -116,8 +131,6 @@ class GranulonMultiModalProjector(nn.Module):
 
     def __init__(self, config: GranulonConfig, vision_width: int):
         super().__init__()
-        layers = config.vision_feature_layer
-        vision_width *= len(layers) if isinstance(layers, list | tuple) else 1
         text_width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
         self.linear_1 = nn.Linear(vision_width, text_width, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
@@ -243,10 +256,12 @@ class GranulonPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GranulonMultiModalProjector) and module.position is not None:
             init.zeros_(module.position)
+        if isinstance(module, QueryReducer):
+            init.normal_(module.queries, std=self.config.initializer_range)
         # After its layers, which come first. A controller that has not been trained takes the default level (ours).
         if isinstance(module, GranularityController):
             init.zeros_(module.fc2.weight)
-            init.copy_(module.fc2.bias, module.untrained_logits(module.fc2.bias.device))
+            init.copy_(module.fc2.bias, module.untrained_logits(module.fc2.bias.device).repeat(module.num_prices))
 
 
 class GranulonModel(GranulonPreTrainedModel):
@@ -264,12 +279,17 @@ class GranulonModel(GranulonPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.last_attention: LastAttention | None = None
-        self.multi_modal_projector = GranulonMultiModalProjector(config, vision_width(self.vision_tower))
+        layers = config.vision_feature_layer
+        width = vision_width(self.vision_tower) * (len(layers) if isinstance(layers, list | tuple) else 1)
+        self.multi_modal_projector = GranulonMultiModalProjector(config, width)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.granularity_levels:
             self.controller = GranularityController(config)
             # The level is an argmax, through which no gradient passes: it is trained on its own, then frozen (paper).
             self.controller.requires_grad_(False)
+            self.reducer = REDUCERS[config.reducer].build(config, width)
+            if isinstance(self.reducer, nn.Module):
+                self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "reducer"]
             self._attach_backbones()
         self.post_init()
 
@@ -284,13 +304,23 @@ class GranulonModel(GranulonPreTrainedModel):
                 f"`layers` that begin with self-attention (here: {first}); use a decoder of the Llama or Qwen kind, or "
                 "granularity_levels=[]."
             )
-        if self.config.relation == "attention":
+        needs = REDUCERS[self.config.reducer].needs
+        if self.config.relation == "attention" or "attention" in needs:
             attention = last_self_attention(self.vision_tower)
-            if attention is None:
+            if attention is None and self.config.relation == "attention":
                 raise ValueError(
                     f"{describe(self.vision_tower)} has no self-attention to take the relation from; use relation='cosine'."
                 )
-            self.last_attention = LastAttention(attention)
+            self.last_attention = None if attention is None else LastAttention(attention)
+        if "scales" not in needs:
+            return
+        self.patch_size = probe_vision_tower(self.config.vision_config).patch_size
+        if not takes_any_size(self.config.vision_config, self.patch_size):
+            others = ", ".join(name for name, reducer in REDUCERS.items() if "scales" not in reducer.needs)
+            raise ValueError(
+                f"{describe(self.vision_tower)} takes images of one size only, and reducer={self.config.reducer!r} needs "
+                f"smaller ones; these reducers work: {others}."
+            )
 
     # --- granularity -------------------------------------------------------------------------------------------------
 
@@ -300,24 +330,41 @@ class GranulonModel(GranulonPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        price: float | None = None,
     ) -> torch.Tensor:
         """Return p, the controller's preference among the levels, shape [B x n]. It needs no images.
 
         Args: those of [`GranulonModel.forward`].
 
         Raises:
-            ValueError: the model has no levels.
+            ValueError: the model has no levels, or no such price.
         """
         if not self.config.granularity_levels:
             raise ValueError("This model has granularity_levels=[] and therefore no controller.")
         image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        return self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask).softmax(-1)
+        question = self._question(inputs_embeds, image_mask, attention_mask, question_mask)
+        return self._granularity_logits(*question, price).softmax(-1)
 
-    def _granularity_logits(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
+    def _granularity_logits(self, question_embeds, question, price=None):
+        index = self._price_index(price)
         if len(self.config.granularity_levels) == 1:  # nothing to choose: the question need not be read
-            return inputs_embeds.new_zeros(count_samples(inputs_embeds, sample), 1, dtype=torch.float32)
+            return question_embeds.new_zeros(len(question_embeds), 1, dtype=torch.float32)
+        return self.controller(first_block_states(self.language_model, question_embeds, question), question, index)
+
+    def _price_index(self, price: float | None) -> int:
+        prices = self.config.controller_prices or []
+        if price is None or price in prices:
+            return 0 if price is None else prices.index(price)
+        if prices:
+            raise ValueError(f"price={price} is not one of the controller's: {', '.join(map(str, prices))}.")
+        raise ValueError(
+            f"price={price} needs a controller that was trained at prices (examples/train_controller.py --targets loss)."
+        )
+
+    def _question(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
+        """Embeddings [B x L x E] and a mask [B x L] that is true on the questions' tokens; one row per packed sample."""
         # By default the question is all text that is attended to.
         question = ~image_mask
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -331,8 +378,8 @@ class GranulonModel(GranulonPreTrainedModel):
                 )
             question = question & question_mask.bool()
         if sample is not None:
-            inputs_embeds, question = unpack_questions(inputs_embeds, question, sample)
-        return self.controller(first_block_states(self.language_model, inputs_embeds, question), question)
+            return unpack_questions(inputs_embeds, question, sample)
+        return inputs_embeds, question
 
     def _level_index(self, granularity: Granularity, batch: int, device: torch.device) -> torch.Tensor:
         """Return the index of each sample's forced level, -1 where the controller decides. Shape [B]."""
@@ -355,113 +402,193 @@ class GranulonModel(GranulonPreTrainedModel):
             raise ValueError(f"Unknown granularity {unknown[0]!r}; {levels}.")
         return torch.tensor([-1 if name is None else known.index(name) for name in names], device=device)
 
-    def _level_values(self, level: torch.Tensor, key: str) -> torch.Tensor:
-        """Return the parameter `key` of each level index, by arithmetic on the device. Shape of `level`."""
-        values = torch.zeros_like(level)
+    def _budget(self, visual_tokens: Budget, count: int, device: torch.device) -> torch.Tensor:
+        """Return the visual tokens of each sample or image, where a call says how many. Shape [count]."""
+        slots = self.config.num_semantic_slots
+        if not slots:
+            raise ValueError(f"visual_tokens={visual_tokens!r} was given, but this model shows all pixel tokens and no others.")
+        budget = torch.as_tensor(visual_tokens, device=device)
+        if budget.ndim > 1 or budget.numel() not in (1, count) or budget.dtype != torch.long:
+            raise ValueError(
+                f"visual_tokens must be an integer, or one for each of {count} samples; got {visual_tokens!r:.80}."
+            )
+        message = f"visual_tokens must lie between 1 and {slots}, the slots that this model has for them"
+        if not torch.is_tensor(visual_tokens) and not ((budget >= 1) & (budget <= slots)).all():
+            raise ValueError(f"{message}; got {visual_tokens!r:.80}.")
+        torch._assert_async(((budget >= 1) & (budget <= slots)).all(), message)
+        return budget.expand(count)
+
+    def _level_values(self, level: torch.Tensor, key: str, default: float = 0) -> torch.Tensor:
+        """Return the parameter `key` of each level index, by arithmetic on the device; the default for -1. Shape of `level`."""
+        values = torch.full_like(level, default) * (level < 0)
         for index, value in enumerate(self.config.granularity_levels):
             values = values + (level == index) * value[key]
         return values
 
     # --- images ------------------------------------------------------------------------------------------------------
 
-    def _patch_features(self, pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs):
-        """Return features [I x N x D], the grid, the relation [I x N x N] or None, and the tower's outputs."""
-        if pixel_values.ndim == 3:
-            return self._computed_features(pixel_values)
-        layers = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else layers
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+    def _run_tower(self, run, pixel_values, layer, strategy, **kwargs):
+        """Return features [I x N x D], the grid, and the tower's outputs; `run` is the tower or what calls it."""
+        layers = [layer] if isinstance(layer, int) else layer
         if layers is not None and not kwargs.get("output_hidden_states"):
             # Only those are kept; timm numbers what it keeps anew, so that it has to keep all.
             kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or layers
-        outputs = self.vision_tower(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        outputs = run(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
         states = [outputs.last_hidden_state] if layers is None else [outputs.hidden_states[index] for index in layers]
         tokens, grids = zip(*(to_patch_tokens(state, self.vision_tower, pixel_values) for state in states), strict=True)
         features, (height, width) = torch.cat(tokens, dim=-1), grids[0]
         if strategy == "default":
             features = features[:, features.shape[1] - height * width :]
-        relation = None
+        return features, (height, width), outputs
+
+    def _patch_features(self, pixel_values, layer=None, strategy=None, visual_tokens=None, **kwargs):
+        """Return [`PatchFeatures`] and the tower's outputs."""
+        if pixel_values.ndim == 3:
+            return self._computed_features(pixel_values)
+        layer = self.config.vision_feature_layer if layer is None else layer
+        strategy = strategy or self.config.vision_feature_select_strategy
+        scales = None
+        if self._needs("scales"):
+            scales, patches, outputs = self._downsampled_features(pixel_values, layer, strategy, visual_tokens, **kwargs)
+        if scales is None or not self.config.compact:
+            features, grid, outputs = self._run_tower(self.vision_tower, pixel_values, layer, strategy, **kwargs)
+            patches = PatchFeatures(features, grid, training=self.training)
+        patches.scales = scales
         if self.last_attention is not None:
-            weights = self.last_attention.weights()
-            prefix = weights.shape[-1] - height * width
-            relation = weights.mean(1)[:, prefix:, prefix:]
-        return features, (height, width), relation, outputs
+            keys, weights = self.last_attention.keys(), self.last_attention.weights().mean(1)
+            prefix = weights.shape[-1] - patches.features.shape[1] if strategy == "default" else 0
+            patches.keys = None if keys is None else keys[:, prefix:]
+            patches.attention = weights[:, 0, prefix:] if prefix else weights.mean(1)
+            patches.relation = weights[:, prefix:, prefix:]
+        return patches, outputs
+
+    def _needs(self, *what: str) -> bool:
+        """Whether the reducer needs one of these things."""
+        return bool(self.config.granularity_levels) and not REDUCERS[self.config.reducer].needs.isdisjoint(what)
+
+    def reusable_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Features [I x N x D] that stand for these images in further calls, or the images where calls need more of them."""
+        if pixel_values.ndim == 3 or self._needs("attention", "scales") or self.last_attention is not None:
+            return pixel_values
+        patches, _ = self._patch_features(pixel_values)
+        return patches.features if patches.grid[0] == patches.grid[1] else pixel_values
 
     def _computed_features(self, features):
         """Return what [`_patch_features`] gave for these images before."""
         side = math.isqrt(features.shape[1])
-        if side * side != features.shape[1] or self.last_attention is not None:
-            raise ValueError("Features [I x N x D] stand for images on square grids only, and not with relation='attention'.")
-        return features, (side, side), None, BaseModelOutput(last_hidden_state=features)
+        if side * side != features.shape[1] or self.last_attention is not None or self._needs("attention", "scales"):
+            raise ValueError(
+                "Features [I x N x D] stand for images on square grids only, and not with relation='attention' or a reducer "
+                "that looks at more than features."
+            )
+        return PatchFeatures(features, (side, side), training=self.training), BaseModelOutput(last_hidden_state=features)
 
-    def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
-        config = self.config
-        aggregation = aggregate(
-            features,
-            grid,
-            self._level_values(level, "alpha"),
-            self._level_values(level, "beta"),
-            num_slots=config.num_semantic_tokens,
-            max_clusters=max(value["beta"] for value in config.granularity_levels),
-            relation=relation,
-            relation_weight=config.relation_weight,
-            clustering=config.clustering,
-            steps=config.clustering_steps,
-            filter_weights=config.filter_weights,
-        )
+    def _downsampled_features(self, pixel_values, layer, strategy, visual_tokens, **kwargs):
+        """Features of the images at all sizes that levels (or budgets that are data) may ask for, by side of the grid."""
+        slots = self.config.num_semantic_tokens
+        grid = pixel_values.shape[-2] // self.patch_size, pixel_values.shape[-1] // self.patch_size
+        if visual_tokens is None:
+            budgets = [min(level["beta"], slots) for level in self.config.granularity_levels]
+        else:
+            budgets = [visual_tokens] if isinstance(visual_tokens, int) else range(1, slots + 1)
+        scales = {}
+        for side in sorted({side_of(budget) for budget in budgets}):
+            size = min(side, grid[0]) * self.patch_size, min(side, grid[1]) * self.patch_size
+            small = nn.functional.interpolate(pixel_values, size=size, mode="bilinear", antialias=True)
+            run = partial(run_resized, self.vision_tower)
+            scales[side], _, outputs = self._run_tower(run, small, layer, strategy, **kwargs)
+        return scales, PatchFeatures(scales[side], grid, training=self.training), outputs
+
+    def _aggregate(self, patches, level, budget=None, num_slots=None, question=None) -> GranulonAggregation:
+        """Semantic tokens of images at their levels, or at budgets [I] where the level is -1."""
+        num_slots = num_slots or self.config.num_semantic_tokens
+        patches.alpha = self._level_values(level, "alpha", 1)
+        if budget is None:
+            budget = self._level_values(level, "beta")
+        if self.config.reducer != "adata":  # which alone may make more than it keeps
+            budget = budget.clamp(max=num_slots)
+        if question is not None and self._needs("question"):
+            with torch.no_grad():
+                projected = self.multi_modal_projector(patches.features).float()
+                patches.relevance = nn.functional.cosine_similarity(projected, question.unsqueeze(1), dim=-1)
+        aggregation = self.reducer(patches, budget, num_slots)
         aggregation.level = level
         return aggregation
 
-    def aggregate(self, pixel_values: torch.Tensor, granularity: Granularity = None) -> GranulonAggregation:
+    def aggregate(
+        self, pixel_values: torch.Tensor, granularity: Granularity = None, visual_tokens: Budget = None
+    ) -> GranulonAggregation:
         """Return clusters, scores and assignment maps of images, for plots and analysis.
 
         Args: those of [`GranulonModel.get_image_features`].
 
         Raises:
-            ValueError: the model has no levels, or a level is unknown.
+            ValueError: the model has no levels, a level is unknown, or there are fewer slots than tokens.
         """
         if not self.config.granularity_levels:
             raise ValueError("This model has granularity_levels=[]: there is nothing to aggregate.")
-        features, grid, relation, _ = self._patch_features(pixel_values, None, None)
-        return self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
+        patches, _ = self._patch_features(pixel_values, visual_tokens=visual_tokens)
+        return self._aggregate(patches, *self._image_choices(granularity, visual_tokens, pixel_values))
 
-    def _image_levels(self, granularity, pixel_values):
-        level = self._level_index(granularity, pixel_values.shape[0], pixel_values.device)
-        return torch.where(level < 0, self.controller.default_level, level)
+    def _choices(self, granularity, visual_tokens, count: int, device: torch.device):
+        """Forced level, -1 where none is, and number of visual tokens, `None` where the level says it. Each [count]."""
+        level = self._level_index(granularity, count, device)
+        if visual_tokens is None:
+            return level, None
+        if granularity is not None:
+            raise ValueError("granularity and visual_tokens both say how many tokens an image gets; give one of them.")
+        return level, self._budget(visual_tokens, count, device)
+
+    def _image_choices(self, granularity, visual_tokens, pixel_values):
+        level, budget = self._choices(granularity, visual_tokens, pixel_values.shape[0], pixel_values.device)
+        return (torch.where(level < 0, self.controller.default_level, level) if budget is None else level), budget
 
     @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
         granularity: Granularity = None,
+        visual_tokens: Budget = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        num_slots: int | None = None,
+        question: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
-        """Return the image slots: projected pixel tokens, then weighted projected semantic tokens.
+        """Return the image slots: projected pixel tokens (not in the compact form), then weighted projected semantic tokens.
 
         Args:
             pixel_values (`torch.Tensor`): shape [I x channels x height x width].
             granularity (`str`, `list[str]` or `torch.Tensor`, *optional*): level of all images, of each image, or level
                 indices of shape [I]. Defaults to the default level.
+            visual_tokens (`int`, `list[int]` or `torch.Tensor`, *optional*): tokens of all or of each image instead of a
+                level.
             vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
+            num_slots (`int`, *optional*): semantic slots per image; K unless given.
+            question (`torch.Tensor`, *optional*): mean embedding of the question that is asked of each image, shape [I x E],
+                for reducers that choose by it.
         """
-        features, grid, relation, outputs = self._patch_features(
-            pixel_values, vision_feature_layer, vision_feature_select_strategy, **kwargs
+        patches, outputs = self._patch_features(
+            pixel_values, vision_feature_layer, vision_feature_select_strategy, visual_tokens, **kwargs
         )
-        positions = grid_positions(grid[0], grid[1], features.device) if self.config.slot_position == "all" else None
-        slots, slot_mask, aggregation = self.multi_modal_projector(features, positions), None, None
+        slots = slot_mask = aggregation = None
+        if not self.config.compact:
+            positions = grid_positions(*patches.grid, pixel_values.device) if self.config.slot_position == "all" else None
+            slots = self.multi_modal_projector(patches.features, positions)
         if self.config.granularity_levels:
-            aggregation = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
-            gamma = self._level_values(aggregation.level, "gamma").to(slots).view(-1, 1, 1)
-            slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.long), aggregation.keep.long()], dim=1)
+            choices = self._image_choices(granularity, visual_tokens, pixel_values)
+            aggregation = self._aggregate(patches, *choices, num_slots, question)
             semantic = self.multi_modal_projector(aggregation.tokens, aggregation.positions)
-            slots = torch.cat([slots, gamma * semantic], dim=1)
+            semantic = self._level_values(aggregation.level, "gamma", 1).to(semantic).view(-1, 1, 1) * semantic
+            slot_mask = aggregation.keep.long()
+            if slots is not None:
+                slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.long), slot_mask], dim=1)
+            slots = semantic if slots is None else torch.cat([slots, semantic], dim=1)
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(slots),
             hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            attentions=outputs.get("attentions"),  # a convolutional tower has none
             slot_mask=slot_mask,
             aggregation=aggregation,
         )
@@ -481,6 +608,8 @@ class GranulonModel(GranulonPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
+        visual_tokens: Budget = None,
+        price: float | None = None,
         sample: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
@@ -493,18 +622,31 @@ class GranulonModel(GranulonPreTrainedModel):
             The others are those of [`GranulonModel.forward`].
         """
         batch = count_samples(image_mask, sample)
-        forced = self._level_index(granularity, batch, image_mask.device)
+        forced, budget = self._choices(granularity, visual_tokens, batch, image_mask.device)
         if not self.config.granularity_levels:
             return self.get_image_features(pixel_values, return_dict=True, **kwargs)
-        logits = self._granularity_logits(inputs_embeds, image_mask, attention_mask, question_mask, sample)
+        embeds, question = self._question(inputs_embeds, image_mask, attention_mask, question_mask, sample)
+        logits = self._granularity_logits(embeds, question, price)
         # No level is the answer to NaN (of a broken checkpoint, or of DoRA on a layer of zeros). A GPU is not waited for.
         torch._assert_async(logits.isfinite().all(), "The granularity controller's logits are not numbers; check its weights.")
-        level = torch.where(forced < 0, logits.argmax(-1), forced)
+        level = torch.where(forced < 0, logits.argmax(-1), forced) if budget is None else forced
         # An image belongs to the sample that holds its first slot.
         slots = (image_mask.sum(1) if sample is None else sample[image_mask].bincount(minlength=batch)).cumsum(0)
         first_slot = torch.arange(pixel_values.shape[0], device=slots.device) * slots[-1] // pixel_values.shape[0]
         sample = torch.searchsorted(slots, first_slot, right=True).clamp(max=slots.shape[0] - 1)
-        images = self.get_image_features(pixel_values, granularity=level[sample], return_dict=True, **kwargs)
+        if self._needs("question"):
+            mask = question.unsqueeze(-1)
+            kwargs["question"] = (embeds.float().masked_fill(~mask, 0.0).sum(1) / mask.sum(1).clamp(min=1))[sample]
+        if budget is None:
+            kwargs["granularity"] = level[sample]
+        elif isinstance(visual_tokens, int):
+            kwargs["visual_tokens"] = visual_tokens
+            # The processor may have written as many placeholders, and no more.
+            if self.config.compact and slots[-1] == visual_tokens * pixel_values.shape[0]:
+                kwargs["num_slots"] = visual_tokens
+        else:
+            kwargs["visual_tokens"] = budget[sample]
+        images = self.get_image_features(pixel_values, return_dict=True, **kwargs)
         images["granularity_probs"], images["granularity"] = logits.softmax(-1), level
         return images
 
@@ -526,8 +668,10 @@ class GranulonModel(GranulonPreTrainedModel):
         )
         slot_mask = images.get("slot_mask")
         if visual_stream is not None:
-            if slot_mask is None or visual_stream not in ("pixel", "semantic"):
-                raise ValueError(f"visual_stream must be 'pixel' or 'semantic', of a model with levels; got {visual_stream!r}.")
+            if self.config.visual_tokens != "pixel+semantic" or visual_stream not in ("pixel", "semantic"):
+                raise ValueError(
+                    f"visual_stream must be 'pixel' or 'semantic', of a model that shows both; got {visual_stream!r}."
+                )
             pixels = torch.arange(size, device=slot_mask.device) < size - self.config.num_semantic_slots
             slot_mask = slot_mask * (pixels if visual_stream == "pixel" else ~pixels)
         return None if slot_mask is None else torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
@@ -546,6 +690,8 @@ class GranulonModel(GranulonPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
+        visual_tokens: Budget = None,
+        price: float | None = None,
         visual_stream: str | None = None,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
@@ -567,6 +713,9 @@ class GranulonModel(GranulonPreTrainedModel):
             granularity (`str`, `list[str | None]` or `torch.Tensor`, *optional*): `None` lets the controller choose; a name
                 forces one level; a list or a tensor of level indices [B] forces one per sample (`None` or -1: choose). Under
                 `torch.compile` give indices: they are data, while every other name is compiled anew.
+            visual_tokens (`int`, `list[int]` or `torch.Tensor`, *optional*): semantic tokens per image instead of a level, from
+                1 to K: one number for all, or one per sample. AdaTA then clusters without pooling.
+            price (`float`, *optional*): of a visual token, for a controller that was trained at several prices.
             visual_stream (`str`, *optional*): `"pixel"` hides the semantic slots, `"semantic"` the pixel slots.
             vision_feature_layer, vision_feature_select_strategy (*optional*): override the config.
             mm_encoder_outputs (`dict`, *optional*): `{"image": GranulonImageFeatures}` instead of `pixel_values`.
@@ -599,8 +748,8 @@ class GranulonModel(GranulonPreTrainedModel):
                 if value.shape != shape:
                     raise ValueError(f"{name} {tuple(value.shape)} must have the shape of the tokens, {tuple(shape)}.")
             position_ids, sample = None, number_samples(seq_idx)
-        if pixel_values is None and granularity is not None:  # nothing to choose, but a misspelt level is still an error
-            self._level_index(granularity, count_samples(tokens, sample), tokens.device)
+        if pixel_values is None and (granularity is not None or visual_tokens is not None):  # nothing to choose from: check
+            self._choices(granularity, visual_tokens, count_samples(tokens, sample), tokens.device)
         if pixel_values is not None or images is not None:
             image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
@@ -610,7 +759,16 @@ class GranulonModel(GranulonPreTrainedModel):
                 vision_feature_layer=vision_feature_layer, vision_feature_select_strategy=vision_feature_select_strategy
             )
             images = self.encode_images(
-                pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, sample, **tower
+                pixel_values,
+                inputs_embeds,
+                image_mask,
+                attention_mask,
+                question_mask,
+                granularity,
+                visual_tokens,
+                price,
+                sample,
+                **tower,
             )
         if images is not None:
             hidden = self.find_empty_slots(images, image_mask, visual_stream)
@@ -704,6 +862,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
     def __init__(self, config: GranulonConfig):
         super().__init__(config)
         self.model = GranulonModel(config)
+        self._keep_in_fp32_modules = [f"model.{name}" for name in self.model._keep_in_fp32_modules]
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
@@ -775,7 +934,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         if config.granularity_levels:
             model.model._attach_backbones()
         for name, module in model.model.named_children():
-            if name in ("multi_modal_projector", "controller"):
+            if name in ("multi_modal_projector", "controller", "reducer"):
                 module.to_empty(device=language_model.device).to(language_model.dtype)
                 module.apply(model._init_weights)
         model.generation_config = copy.deepcopy(language_model.generation_config)
@@ -794,6 +953,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         attention_mask: torch.Tensor | None = None,
         question_mask: torch.Tensor | None = None,
         granularity: Granularity = None,
+        visual_tokens: Budget = None,
+        price: float | None = None,
     ) -> GranulonImageFeatures:
         """Let the question choose the level and encode the images, once for all that follows.
 
@@ -802,11 +963,13 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         Args: those of [`GranulonModel.forward`].
         """
         embeds, image_mask = self.get_input_embeddings()(input_ids), self.model._image_mask(input_ids, None)
-        return self.model.encode_images(pixel_values, embeds, image_mask, attention_mask, question_mask, granularity)
+        return self.model.encode_images(
+            pixel_values, embeds, image_mask, attention_mask, question_mask, granularity, visual_tokens, price
+        )
 
-    def aggregate(self, pixel_values: torch.Tensor, granularity: Granularity = None) -> GranulonAggregation:
+    def aggregate(self, *args, **kwargs) -> GranulonAggregation:
         """See [`GranulonModel.aggregate`]."""
-        return self.model.aggregate(pixel_values, granularity)
+        return self.model.aggregate(*args, **kwargs)
 
     def get_granularity_probs(self, *args, **kwargs) -> torch.Tensor:
         """See [`GranulonModel.get_granularity_probs`]."""
@@ -895,9 +1058,11 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         What follows (expansion for beams, static 4D masks, decoding steps) then sees an ordinary padded prompt. Where a cache
         goes on, what it hides stays hidden, and only images of the new part are expected.
         """
-        question_mask, granularity = (model_kwargs.pop(name, None) for name in ("question_mask", "granularity"))
+        names = ("question_mask", "granularity", "visual_tokens", "price")
+        question_mask, granularity, visual_tokens, price = (model_kwargs.pop(name, None) for name in names)
         # Also where there is nothing to choose: a misspelt level is an error.
-        self.model._level_index(granularity, inputs_tensor.shape[0], inputs_tensor.device)
+        self.model._choices(granularity, visual_tokens, inputs_tensor.shape[0], inputs_tensor.device)
+        self.model._price_index(price)
         if not self.config.granularity_levels:
             return super()._maybe_prepare_encoder_kwargs_for_generation(
                 inputs_tensor, model_kwargs, model_input_name, *args, **kwargs
@@ -930,7 +1095,15 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
                 image_mask = image_mask & (torch.arange(length, device=image_mask.device) >= past)
             if images is None:
                 images = self.model.encode_images(
-                    pixel_values, inputs_embeds, image_mask, attention_mask, question_mask, granularity, **tower
+                    pixel_values,
+                    inputs_embeds,
+                    image_mask,
+                    attention_mask,
+                    question_mask,
+                    granularity,
+                    visual_tokens,
+                    price,
+                    **tower,
                 )
             empty = self.model.find_empty_slots(images, image_mask, stream)
             if empty is not None:

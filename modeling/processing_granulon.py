@@ -67,12 +67,14 @@ def find_image_token(tokenizer) -> str:
 
 class GranulonProcessor(ProcessorMixin):
     r"""
-    Turns conversations and images into model inputs; every image gets N pixel slots and K semantic slots.
+    Turns conversations and images into model inputs; every image gets N pixel slots and K semantic slots, in the compact form K
+    alone.
 
     Args:
         image_processor, tokenizer: of the vision tower and of the language model.
         patch_size (`int`): side in pixels of what one patch token stands for.
         num_semantic_tokens (`int`, defaults to 0): K, semantic slots per image; 0 for a model without levels.
+        visual_tokens (`str`, defaults to `"pixel+semantic"`): as in the model's config.
         num_additional_image_tokens (`int`, defaults to 0): CLS and register tokens, which count for
             `vision_feature_select_strategy="full"` only.
         vision_feature_select_strategy (`str`, defaults to `"default"`): as in the model's config.
@@ -89,6 +91,7 @@ class GranulonProcessor(ProcessorMixin):
         tokenizer=None,
         patch_size: int | None = None,
         num_semantic_tokens: int = 0,
+        visual_tokens: str = "pixel+semantic",
         num_additional_image_tokens: int = 0,
         vision_feature_select_strategy: str = "default",
         image_token: str | None = None,
@@ -97,6 +100,7 @@ class GranulonProcessor(ProcessorMixin):
     ):
         self.patch_size = patch_size
         self.num_semantic_tokens = num_semantic_tokens
+        self.visual_tokens = visual_tokens
         self.num_additional_image_tokens = num_additional_image_tokens
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.image_token = image_token or find_image_token(tokenizer)
@@ -159,6 +163,8 @@ class GranulonProcessor(ProcessorMixin):
         )
 
     def _slots_per_image(self, height: int, width: int) -> int:
+        if self.visual_tokens == "semantic":
+            return self.num_semantic_tokens
         slots = (height // self.patch_size) * (width // self.patch_size) + self.num_semantic_tokens
         return slots + (self.num_additional_image_tokens if self.vision_feature_select_strategy == "full" else 0)
 
@@ -178,7 +184,16 @@ class GranulonProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         return [*super().model_input_names, "question_mask"]
 
-    def apply_chat_template(self, conversation, chat_template: str | None = None, *, granularity: str | None = None, **kwargs):
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        *,
+        granularity: str | None = None,
+        visual_tokens: int | None = None,
+        price: float | None = None,
+        **kwargs,
+    ):
         """As in transformers, and text is always text: a control token or image placeholder that somebody typed into a message
         stays the characters that it is, since only the template writes control tokens (ours).
 
@@ -187,6 +202,8 @@ class GranulonProcessor(ProcessorMixin):
         Args:
             granularity (`str`, *optional*): a level by its name, handed on to the model as it is: it is used instead of the
                 one that the question would choose. A server's clients reach it as `chat_template_kwargs`.
+            visual_tokens (`int`, *optional*): semantic tokens per image instead of a level, handed on likewise.
+            price (`float`, *optional*): of a visual token, handed on likewise.
         """
         template = self._resolve_chat_template(chat_template)
         if "date_string" in template:
@@ -201,13 +218,24 @@ class GranulonProcessor(ProcessorMixin):
         if not kwargs.get("tokenize"):
             return prompts if batched else prompts[0]
         conversations = [map_text(one, remove_marks) for one in conversations]
-        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), "prompts": prompts}
+        given = {"prompts": prompts} | ({} if visual_tokens is None else {"visual_tokens": visual_tokens})
+        kwargs["processor_kwargs"] = {**(kwargs.get("processor_kwargs") or {}), **given}
         inputs = super().apply_chat_template(conversations if batched else conversations[0], template, **kwargs)
-        if granularity is not None and kwargs.get("return_dict"):
-            inputs["granularity"] = granularity
+        if kwargs.get("return_dict"):
+            inputs |= {name: value for name, value in (("granularity", granularity), ("price", price)) if value is not None}
         return inputs
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, *, prompts: list[Prompt] | None = None, **kwargs):
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        videos=None,
+        audio=None,
+        *,
+        prompts: list[Prompt] | None = None,
+        visual_tokens: int | None = None,
+        **kwargs,
+    ):
         """As in transformers; the result also holds `question_mask` [B x L].
 
         Args:
@@ -217,6 +245,8 @@ class GranulonProcessor(ProcessorMixin):
                 [`~GranulonProcessor.apply_chat_template`] did not make, control tokens count as such, and the question is what
                 stands in its last user turn, or all of it where it has none of this chat template's turns.
             prompts (`list[Prompt]`, *optional*): used instead of `text`.
+            visual_tokens (`int`, *optional*): semantic tokens per image, from 1 to K, handed on to the model; in the compact
+                form an image then gets as many slots.
 
         Raises:
             ValueError: an image cannot be used, or the text has more or fewer placeholders than there are images.
@@ -243,6 +273,13 @@ class GranulonProcessor(ProcessorMixin):
                 )
         opened = list(itertools.chain(*groups))
         pixels, slots = self._process_images(opened, **options["images_kwargs"]) if opened else ({}, [])
+        if visual_tokens is not None:
+            if not 1 <= visual_tokens <= self.num_semantic_tokens:
+                raise ValueError(
+                    f"visual_tokens must lie between 1 and {self.num_semantic_tokens}, the slots of this processor; got "
+                    f"{visual_tokens!r}."
+                )
+            slots = [self.image_token * visual_tokens for _ in slots] if self.visual_tokens == "semantic" else slots
         rest = iter(slots)
         replaced = [[(span, next(rest)) for span in spans] for spans in places]
         expanded = [prompt.expand(edits) for prompt, edits in zip(prompts, replaced, strict=True)]
@@ -259,7 +296,8 @@ class GranulonProcessor(ProcessorMixin):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if offsets:
             data["text_replacement_offsets"] = [self._describe(edits) for edits in replaced]
-        return BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        inputs = BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
+        return inputs if visual_tokens is None else BatchFeature({**inputs, "visual_tokens": visual_tokens})
 
     def _describe(self, edits: list[tuple[Span, str]]) -> list[dict[str, Any]]:
         """Describe the placeholders that were replaced as transformers' processors do."""

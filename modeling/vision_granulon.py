@@ -5,6 +5,7 @@ Notation: I images, N = H·W patch tokens of one image, T = N plus prefix tokens
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -90,7 +91,7 @@ def last_self_attention(tower: PreTrainedModel) -> nn.Module | None:
 
 
 class LastAttention:
-    """Weights of one self-attention module, recomputed from its own inputs.
+    """Weights and keys of one self-attention module, recomputed from its own inputs.
 
     SDPA returns no weights, and the whole tower in eager mode would be slow: this one module runs a second time, as a shallow
     copy with the same parameters in eager mode. Hooks and copy are made once, outside of what `torch.compile` traces.
@@ -118,12 +119,45 @@ class LastAttention:
         self.seen = inputs[0]
 
     @torch.no_grad()
+    def keys(self) -> torch.Tensor | None:
+        """Keys of the module's last call, shape [I x T x heads·d]; `None` of a module that makes them in another way.
+
+        To be asked for before `weights`.
+        """
+        layers = self.eager._modules
+        layer = next((layers[name] for name in ("k_proj", "key", "qkv") if layers.get(name) is not None), None)
+        if layer is None:
+            return None
+        args, kwargs = self.inputs
+        keys = layer(args[0] if args else kwargs["hidden_states"])
+        return keys.chunk(3, dim=-1)[1] if layer is layers.get("qkv") else keys
+
+    @torch.no_grad()
     def weights(self) -> torch.Tensor:
         """Return those of the module's last call, shape [I x heads x T x T]; its inputs are let go."""
         (args, kwargs), self.inputs = self.inputs, ((), {})
         output = self.eager(*args, **kwargs)
         weights, self.seen = (output[1] if hasattr(self.eager, "config") else self.seen), None
         return weights
+
+
+def run_resized(tower: PreTrainedModel, pixel_values: torch.Tensor, **kwargs):
+    """Run a vision tower on images of another size than its own; learned positions are interpolated."""
+    if "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = True
+    return tower(pixel_values, **kwargs)
+
+
+def takes_any_size(vision_config, patch_size: int) -> bool:
+    """Whether a vision tower also takes images of two by two patches, found without weights or arithmetic."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            tower = AutoModel.from_config(vision_config)
+            pixel_values = torch.empty(1, getattr(vision_config, "num_channels", 3), 2 * patch_size, 2 * patch_size)
+            states = run_resized(tower, pixel_values, return_dict=True).last_hidden_state
+        return to_patch_tokens(states, tower, pixel_values)[1] == (2, 2)
+    except Exception:
+        return False
 
 
 def probe_vision_tower(vision_config) -> VisionGrid:

@@ -24,6 +24,7 @@ from granulon_hf.modeling.modeling_granulon import (
     GranulonModel,
 )
 from granulon_hf.modeling.processing_granulon import GranulonProcessor, find_image_token
+from granulon_hf.modeling.reducers_granulon import PatchFeatures
 from granulon_hf.training.stages import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
@@ -215,13 +216,14 @@ class ArmModel(GranulonModel):
         own = arm.get("form") == "own-projector"
         self.semantic_projector = copy.deepcopy(self.multi_modal_projector) if own else None
 
-    def _aggregate(self, features, grid, relation, level) -> GranulonAggregation:
+    def _aggregate(self, patches, level, *args) -> GranulonAggregation:
+        features = patches.features
         if self.maker is not None:
             tokens = self.maker(features, self.question)
             kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
             return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
         if self.store is None:
-            return super()._aggregate(features, grid, relation, level)
+            return super()._aggregate(patches, level, *args)
         slots = self.config.num_semantic_tokens
         rows, chosen = [], level.tolist()
         for one, index in zip(features, chosen, strict=True):
@@ -229,7 +231,7 @@ class ArmModel(GranulonModel):
             key, name = self.store.key(one), self.store.name(value["alpha"], value["beta"], self.config.clustering)
             tokens = self.store.tokens(key, name)
             if tokens is None:
-                found = super()._aggregate(one.unsqueeze(0), grid, None, torch.tensor([index]))
+                found = super()._aggregate(PatchFeatures(one.unsqueeze(0), patches.grid), torch.tensor([index]))
                 tokens = with_positions(found)[0, found.keep[0]].detach()
                 self.store.remember(key, name, tokens)
             rows.append(tokens[:slots])
@@ -243,13 +245,13 @@ class ArmModel(GranulonModel):
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
         if self.arm["pixels"] and self.arm.get("form") not in FORMS:
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
-        features, grid, relation, outputs = self._patch_features(pixel_values, None, None)
-        found = self._aggregate(features, grid, relation, self._image_levels(granularity, pixel_values))
+        patches, outputs = self._patch_features(pixel_values)
+        found = self._aggregate(patches, *self._image_choices(granularity, None, pixel_values))
         slots = (self.semantic_projector or self.multi_modal_projector)(found.tokens, found.positions)
         slots = slots * self._level_values(found.level, "gamma").to(slots).view(-1, 1, 1)
         streams = [(slots, found.keep)]
         if self.arm["pixels"]:
-            pixels = self.multi_modal_projector(features)
+            pixels = self.multi_modal_projector(patches.features)
             streams.insert(int(self.arm.get("form") == "first"), (pixels, torch.ones_like(pixels[..., 0], dtype=torch.bool)))
         slots, kept = (torch.cat(parts, dim=1) for parts in zip(*streams, strict=True))
         return GranulonImageFeatures(

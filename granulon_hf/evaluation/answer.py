@@ -164,7 +164,7 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
         raise GranulonError("The prompts differ before the pixel tokens: they cannot be shared.")
 
     level = model.get_granularity_probs(ids, mask, inputs["question_mask"]).argmax(-1)
-    features = model.model._patch_features(inputs["pixel_values"][:1], None, None)[0]
+    features = model.model._patch_features(inputs["pixel_values"][:1])[0].features
     images = model.get_image_features(features.expand(count, -1, -1), granularity=level, return_dict=True)
     encoded = torch.stack(list(images.pooler_output))
     pixels = encoded.shape[1] - model.config.num_semantic_slots

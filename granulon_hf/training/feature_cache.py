@@ -96,7 +96,7 @@ class FeatureCache:
 
     def append(self, keys: list[str], images: list[Any], device: torch.device) -> None:
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
-        features = self.model.model._patch_features(pixels, None, None)[0].to(torch.bfloat16).cpu().contiguous()
+        features = self.model.model._patch_features(pixels)[0].features.to(torch.bfloat16).cpu().contiguous()
         if not self.shape:
             self.shape = tuple(features.shape[1:])
             (self.folder / DESCRIPTION).write_text(json.dumps({**self.description, "shape": self.shape}) + "\n")

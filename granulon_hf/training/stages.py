@@ -15,12 +15,12 @@ from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, LORA_SCALE
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 
 STAGES = {
-    "projector": "the projector (supplement)",
+    "projector": "the projector (supplement), and a reducer with weights",
     "controller": "the granularity controller, on labelled questions (paper; examples/train_controller.py)",
     "projector+lora": "the projector, and low-rank adapters in the language model but for its first block (ours)",
     "full": "everything but the controller (ours)",
 }
-PARTS = ("vision_tower", "multi_modal_projector", "controller", "language_model", "lm_head")
+PARTS = ("vision_tower", "reducer", "multi_modal_projector", "controller", "language_model", "lm_head")
 
 
 def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank: int = 16, lora_alpha: int = 32) -> None:
@@ -44,7 +44,9 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
     if model.config.granularity_levels:
         model.model.controller.requires_grad_(stage == "controller")
     if stage in ("projector", "projector+lora"):
-        model.model.multi_modal_projector.requires_grad_(True)
+        for part in ("multi_modal_projector", "reducer"):
+            if isinstance(module := getattr(model.model, part, None), nn.Module):
+                module.requires_grad_(True)
     if stage == "projector+lora":
         add_lora(model.model.language_model, lora_rank, lora_alpha)
     if stage != "full":
@@ -110,7 +112,7 @@ def adapter_state(model: GranulonForConditionalGeneration) -> dict[str, torch.Te
     return {
         name.removeprefix("model."): parameter.detach().cpu().contiguous()
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad or name.startswith(("model.multi_modal_projector.", "model.controller."))
+        if parameter.requires_grad or name.startswith(("model.multi_modal_projector.", "model.controller.", "model.reducer."))
     }
 
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import logging
 
+from granulon_hf.modeling.reducers_granulon import PatchFeatures
+
 pytest.importorskip("timm")
 
 from examples.experiment import run as command
@@ -267,9 +269,9 @@ def test_cached_clusters_are_those_of_the_model(study, name):
     cache = study.features(model)
     features = torch.stack([cache(image) for image in list(study.images())[:3]])
     index = [AggregateStore.name(one["alpha"], one["beta"], "joint") for one in ARMS["pixel+adaptive"][1]["levels"]].index(name)
-    own = model.model._aggregate(features, (14, 14), None, torch.full((3,), index))
+    own = model.model._aggregate(PatchFeatures(features, (14, 14)), torch.full((3,), index))
     model.model.store = store
-    kept = model.model._aggregate(features, (14, 14), None, torch.full((3,), index))
+    kept = model.model._aggregate(PatchFeatures(features, (14, 14)), torch.full((3,), index))
     assert torch.equal(own.keep, kept.keep)
     # Kept in bfloat16, as features are.
     torch.testing.assert_close(kept.tokens.float(), own.tokens.float(), rtol=1e-2, atol=1e-2)

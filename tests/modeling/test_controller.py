@@ -210,3 +210,40 @@ def test_what_is_no_number_chooses_no_level(build):
     model.model.controller.fc2.bias.data[1] = float("nan")
     with pytest.raises(RuntimeError, match="controller"):
         model(**inputs)
+
+
+# --- prices -----------------------------------------------------------------------------------------------------------
+
+
+def test_each_price_has_its_own_choice(build):
+    model, processor = build("granulon-compact-qwen2.5", controller_prices=[0.0, 0.01, 0.5])
+    assert model.model.controller.fc2.out_features == 9
+    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(1)]))
+    with torch.no_grad():  # at each price another level, whatever the question
+        model.model.controller.fc2.weight.zero_()
+        model.model.controller.fc2.bias.copy_(torch.tensor([[0.0, 0, 1], [0, 1, 0], [1, 0, 0]]).flatten())
+        assert [model(**inputs, price=price).granularity.item() for price in (0.0, 0.01, 0.5, None)] == [2, 1, 0, 2]
+        answers = [model.generate(**inputs, max_new_tokens=4, price=price) for price in (0.5, 0.01)]
+        forced = [model.generate(**inputs, max_new_tokens=4, granularity=level) for level in ("coarse", "middle")]
+    assert all(torch.equal(*pair) for pair in zip(answers, forced, strict=True))
+    ids = inputs["input_ids"], inputs["attention_mask"], inputs["question_mask"]
+    assert model.get_granularity_probs(*ids, price=0.01).argmax(-1).item() == 1
+    chat = processor.apply_chat_template(
+        make_conversation("What is it?", [make_picture(1)]), tokenize=True, return_dict=True, return_tensors="pt", price=0.01
+    )
+    assert model(**chat).granularity.item() == 1
+
+
+@pytest.mark.parametrize("prices", [None, [0.0, 0.1]])
+def test_prices_that_no_controller_was_trained_at(build, prices):
+    model, processor = build(controller_prices=prices)
+    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(1)]))
+    for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=1)):
+        with pytest.raises(ValueError, match=r"price=0\.2"):
+            call(**inputs, price=0.2)
+
+
+def test_an_untrained_controller_takes_its_default_at_every_price(build):
+    model, processor = build(trained=False, controller_prices=[0.0, 0.1])
+    inputs = make_inputs(processor, make_conversation("What is it?", [make_picture(1)]))
+    assert [model(**inputs, price=price).granularity.item() for price in (0.0, 0.1)] == [1, 1]

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPModel,
 
 from granulon_hf import GranulonConfig, GranulonForConditionalGeneration, GranulonModel, GranulonProcessor, variants
 from granulon_hf.modeling.processing_granulon import find_image_token
-from granulon_hf.modeling.vision_granulon import probe_vision_tower, to_patch_tokens
+from granulon_hf.modeling.vision_granulon import image_size, probe_vision_tower, to_patch_tokens
 from tests.conftest import build_tiny
 
 VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -57,7 +57,8 @@ def test_grid_prefix_and_features(name):
     model = GranulonModel(GranulonConfig(vision_config=config, text_config=dict(TEXT), image_token_id=1)).eval()
     side = probed.patch_size
     pixels = torch.randn(2, 3, grid[0] * side, grid[1] * side)
-    features, (height, width), _, outputs = model._patch_features(pixels, None, None)
+    patches, outputs = model._patch_features(pixels)
+    features, (height, width) = patches.features, patches.grid
     assert (height, width) == grid
     assert features.shape == (2, height * width, model.multi_modal_projector.linear_1.in_features)
     states = outputs.last_hidden_state
@@ -98,17 +99,25 @@ def test_towers_without_patch_features_are_refused(name):
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "dinov2", "dinov2 with registers", "dinov3", "vit"])
 @torch.no_grad()
-def test_attention_relation_is_the_last_layers_attention(name):
+def test_attention_and_keys_are_the_last_layers(name):
     """Against the whole tower in eager mode, which returns its weights."""
     config, grid, prefix = TOWERS[name]
     options = dict(text_config=dict(TEXT), image_token_id=1, relation="attention")
     model = GranulonModel(GranulonConfig(vision_config=config, **options)).eval()
     pixels = torch.randn(2, 3, config.image_size, config.image_size)
-    _, _, relation, _ = model._patch_features(pixels, None, None)
+    patches = model._patch_features(pixels)[0]
+    relation = patches.relation
     assert model.vision_tower.config._attn_implementation == "sdpa"
     model.vision_tower.set_attn_implementation("eager")
+    seen = {}
+    layers = [module for name, module in model.vision_tower.named_modules() if name.endswith(("k_proj", ".key"))]
+    layers[-1].register_forward_hook(lambda _, inputs, output: seen.update(keys=output))
     outputs = model.vision_tower(pixels, output_attentions=True)
-    expected = outputs.attentions[-1].mean(1)[:, prefix:, prefix:]
+    torch.testing.assert_close(patches.keys, seen["keys"][:, prefix:], atol=1e-6, rtol=1e-5)
+    weights = outputs.attentions[-1].mean(1)
+    attention = weights[:, 0, prefix:] if prefix else weights.mean(1)  # without CLS token: what a patch receives
+    torch.testing.assert_close(patches.attention, attention, atol=1e-6, rtol=1e-5)
+    expected = weights[:, prefix:, prefix:]
     torch.testing.assert_close(relation, expected, atol=1e-6, rtol=1e-5)
     assert relation.shape == (2, grid[0] * grid[1], grid[0] * grid[1])
 
@@ -126,8 +135,42 @@ def test_attention_relation_of_timm():
     model.vision_tower(pixels)
     hook.remove()
     block.fused_attn = True
-    _, _, relation, _ = model._patch_features(pixels, None, None)
-    torch.testing.assert_close(relation, seen["weights"].mean(1)[:, 5:, 5:], atol=1e-6, rtol=1e-5)
+    patches = model._patch_features(pixels)[0]
+    torch.testing.assert_close(patches.relation, seen["weights"].mean(1)[:, 5:, 5:], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(patches.attention, seen["weights"].mean(1)[:, 0, 5:], atol=1e-6, rtol=1e-5)
+    assert patches.keys.shape[:2] == (1, 16)
+
+
+@pytest.mark.parametrize("reducer", ["attention-merge", "adaptive-prune", "downsample"])
+@pytest.mark.parametrize("name", TOWERS)
+@torch.no_grad()
+def test_reducers_that_look_at_the_tower(name, reducer):
+    config, _, _ = TOWERS[name]
+    options = dict(text_config=dict(TEXT), image_token_id=1, visual_tokens="semantic", reducer=reducer)
+    fixed_size = ("timm vit", "timm swin")
+    if reducer == "downsample" and name in fixed_size:
+        with pytest.raises(ValueError, match="adata, pool"):
+            GranulonModel(GranulonConfig(vision_config=config, **options))
+        return
+    model = GranulonModel(GranulonConfig(vision_config=config, **options)).eval()
+    height, width = image_size(config)
+    images = model.get_image_features(torch.randn(2, 3, height, width), visual_tokens=torch.tensor([4, 9]))
+    counts = images.slot_mask.sum(1)
+    assert (counts >= 1).all() and (counts <= torch.tensor([4, 9])).all()
+    if name.startswith("timm resnet") and reducer != "downsample":  # no attention: the norm of a feature stands in for it
+        patches = model._patch_features(torch.randn(1, 3, height, width))[0]
+        torch.testing.assert_close(patches.importance, patches.features.norm(dim=-1))
+
+
+@torch.no_grad()
+def test_downsample_is_the_tower_on_a_smaller_image():
+    config, _, _ = TOWERS["dinov3"]
+    options = dict(text_config=dict(TEXT), image_token_id=1, visual_tokens="semantic", reducer="downsample")
+    model = GranulonModel(GranulonConfig(vision_config=config, **options)).eval()
+    pixels = torch.randn(2, 3, 64, 64)
+    small = torch.nn.functional.interpolate(pixels, (48, 48), mode="bilinear", antialias=True)
+    expected = model.vision_tower(small).last_hidden_state[:, 5:]
+    torch.testing.assert_close(model.aggregate(pixels, visual_tokens=9).tokens[:, :9], expected)
 
 
 def test_attention_relation_needs_attention():
