@@ -344,8 +344,8 @@ class GranulonModel(GranulonPreTrainedModel):
         image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        question = self._question(inputs_embeds, image_mask, attention_mask, question_mask)
-        return self._granularity_logits(*question, price).softmax(-1)
+        question_embeds, question = self._question(inputs_embeds, image_mask, attention_mask, question_mask)
+        return self._granularity_logits(question_embeds, question, price).softmax(-1)
 
     def _granularity_logits(self, question_embeds, question, price=None):
         index = self._price_index(price)
@@ -573,11 +573,12 @@ class GranulonModel(GranulonPreTrainedModel):
         )
         slots = slot_mask = aggregation = None
         if not self.config.compact:
-            positions = grid_positions(*patches.grid, pixel_values.device) if self.config.slot_position == "all" else None
+            height, width = patches.grid
+            positions = grid_positions(height, width, pixel_values.device) if self.config.slot_position == "all" else None
             slots = self.multi_modal_projector(patches.features, positions)
         if self.config.granularity_levels:
             choices = self._image_choices(granularity, visual_tokens, pixel_values)
-            aggregation = self._aggregate(patches, *choices, num_slots, question)
+            aggregation = self._aggregate(patches, *choices, num_slots=num_slots, question=question)
             semantic = self.multi_modal_projector(aggregation.tokens, aggregation.positions)
             semantic = self._level_values(aggregation.level, "gamma", 1).to(semantic).view(-1, 1, 1) * semantic
             slot_mask = aggregation.keep.long()

@@ -438,11 +438,10 @@ class RegionReducer(nn.Module):
         values = self.norm(features)
         heads = num_heads(features.shape[2])
         parts = self.query_proj(self.query_norm(coarse)), self.key_proj(values), self.value_proj(values)
+        query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts)
         # An empty slot attends to everything: what it finds is dropped, and no row of the mask may be empty.
         mask = (members | ~cells.keep.unsqueeze(2)).unsqueeze(1)
-        found = F.scaled_dot_product_attention(
-            *(part.unflatten(2, (heads, -1)).transpose(1, 2) for part in parts), attn_mask=mask
-        )
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         tokens = coarse + self.out_proj(found.transpose(1, 2).flatten(2))
         return collect_cells(cells, patches.grid, (tokens + self.mlp(tokens)).to(patches.features), members)
 
