@@ -577,8 +577,8 @@ class GranulonModel(GranulonPreTrainedModel):
             positions = grid_positions(height, width, pixel_values.device) if self.config.slot_position == "all" else None
             slots = self.multi_modal_projector(patches.features, positions)
         if self.config.granularity_levels:
-            choices = self._image_choices(granularity, visual_tokens, pixel_values)
-            aggregation = self._aggregate(patches, *choices, num_slots=num_slots, question=question)
+            level, budget = self._image_choices(granularity, visual_tokens, pixel_values)
+            aggregation = self._aggregate(patches, level, budget, num_slots, question)
             semantic = self.multi_modal_projector(aggregation.tokens, aggregation.positions)
             semantic = self._level_values(aggregation.level, "gamma", 1).to(semantic).view(-1, 1, 1) * semantic
             slot_mask = aggregation.keep.long()
