@@ -659,11 +659,11 @@ class GranulonModel(GranulonPreTrainedModel):
         Raises:
             ValueError: there are more or fewer image slots in `image_mask` than the images fill.
         """
-        count, size = len(images.pooler_output), len(images.pooler_output[0])
+        sizes = [len(slots) for slots in images.pooler_output]
         torch_compilable_check(
-            image_mask.sum() == count * size,
+            image_mask.sum() == sum(sizes),
             lambda: (
-                f"The images need {count} x {size} image slots, but the text has {image_mask.sum()} "
+                f"The images need {len(sizes)} x {sizes[0]} image slots, but the text has {image_mask.sum()} "
                 "image tokens; make the inputs with the model's processor, and do not truncate them."
             ),
         )
@@ -673,7 +673,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 raise ValueError(
                     f"visual_stream must be 'pixel' or 'semantic', of a model that shows both; got {visual_stream!r}."
                 )
-            pixels = torch.arange(size, device=slot_mask.device) < size - self.config.num_semantic_slots
+            pixels = torch.arange(sizes[0], device=slot_mask.device) < sizes[0] - self.config.num_semantic_slots
             slot_mask = slot_mask * (pixels if visual_stream == "pixel" else ~pixels)
         return None if slot_mask is None else torch.zeros_like(image_mask).masked_scatter(image_mask, slot_mask == 0)
 
@@ -773,7 +773,7 @@ class GranulonModel(GranulonPreTrainedModel):
             )
         if images is not None:
             hidden = self.find_empty_slots(images, image_mask, visual_stream)
-            slots = torch.stack(list(images.pooler_output))
+            slots = torch.cat(list(images.pooler_output))
             inputs_embeds = inputs_embeds.masked_scatter(image_mask.unsqueeze(-1), slots.to(inputs_embeds))
             if hidden is not None:
                 if attention_mask is None:
@@ -956,6 +956,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         granularity: Granularity = None,
         visual_tokens: Budget = None,
         price: float | None = None,
+        **kwargs,
     ) -> GranulonImageFeatures:
         """Let the question choose the level and encode the images, once for all that follows.
 
@@ -965,7 +966,7 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """
         embeds, image_mask = self.get_input_embeddings()(input_ids), self.model._image_mask(input_ids, None)
         return self.model.encode_images(
-            pixel_values, embeds, image_mask, attention_mask, question_mask, granularity, visual_tokens, price
+            pixel_values, embeds, image_mask, attention_mask, question_mask, granularity, visual_tokens, price, **kwargs
         )
 
     def aggregate(self, *args, **kwargs) -> GranulonAggregation:
@@ -1052,6 +1053,47 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         return sum(checkpoint(loss_of, *chunk, use_reentrant=False) for chunk in chunks)
 
     # --- generation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """Generate as in transformers; further arguments are those of [`GranulonModel.forward`].
+
+        In the compact form, slots that stay empty are taken out of the prompt before the language model sees it, so that a
+        small budget is a short prompt (ours). They stay where a cache goes in or comes out, whose entries must be those of the
+        prompt, and where `max_new_tokens` does not say how long the answer may be.
+        """
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        mask, config = kwargs.get("attention_mask"), generation_config or self.generation_config
+        asked = {name: kwargs.get(name, getattr(config, name)) for name in ("max_new_tokens", "return_dict_in_generate")}
+        names = ("pixel_values", "mm_encoder_outputs")
+        shortens = self.config.compact and prompt is not None and any(kwargs.get(name) is not None for name in names)
+        shortens = shortens and getattr(mask, "shape", None) == prompt.shape and prompt.device == self.device
+        others = ("inputs_embeds", "cache", "past_key_values", "min_length", "custom_generate", "visual_stream")
+        if not shortens or asked["return_dict_in_generate"] or not asked["max_new_tokens"] or any(map(kwargs.get, others)):
+            return super().generate(inputs, generation_config, **kwargs)
+        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        if images is None:
+            choices = ("question_mask", "granularity", "visual_tokens", "price")
+            tower = ("vision_feature_layer", "vision_feature_select_strategy")
+            chosen = {name: kwargs.pop(name, None) for name in (*choices, *tower)}
+            images = self.encode_images(kwargs.pop("pixel_values"), prompt, mask, **chosen)
+        kwargs.pop("input_ids", None)
+        short, mask, images = self._drop_empty_slots(prompt, mask, images, config.pad_token_id)
+        kwargs |= {"attention_mask": mask, "mm_encoder_outputs": {"image": images}}
+        found = super().generate(short, generation_config, **kwargs)
+        prompts = prompt.repeat_interleave(len(found) // len(prompt), dim=0)
+        return torch.cat([prompts, found[:, short.shape[1] :]], dim=1)
+
+    def _drop_empty_slots(self, input_ids, attention_mask, images, pad_token_id):
+        """Return prompts without the slots that stay empty, padded on the left, their mask, and the images of what is left."""
+        image_mask = self.model._image_mask(input_ids, None)
+        empty = self.model.find_empty_slots(images, image_mask)
+        seen = attention_mask.bool() & ~empty
+        kept = seen.long().argsort(dim=1, stable=True)[:, seen.shape[1] - int(seen.sum(1).max()) :]
+        mask = seen.gather(1, kept)
+        ids = input_ids.gather(1, kept).masked_fill(~mask, pad_token_id or 0)
+        slots = [slots[filled] for slots, filled in zip(images.pooler_output, images.slot_mask.bool(), strict=True)]
+        return ids, mask.long(), BaseModelOutputWithPooling(pooler_output=slots)
 
     def _maybe_prepare_encoder_kwargs_for_generation(self, inputs_tensor, model_kwargs, model_input_name, *args, **kwargs):
         """Choose the level and encode the images once, before prefill, and hide their empty slots for the whole generation.

@@ -144,15 +144,16 @@ def show(table: dict[str, Any]) -> None:
 @app.command()
 @reports_bad_input(extra="train,eval", resumes=True)
 def compare(
-    config: Annotated[Path, typer.Argument(help="YAML: llm, encoders, train, eval, controller. See examples/compare.yaml.")],
+    config: Annotated[Path, typer.Argument(help="YAML: llm, encoders, reducers, budgets … See examples/compare.yaml.")],
     out: Annotated[Path, typer.Option(help="Folder of everything.")] = Path("compare"),
     debug: Debug = False,
 ) -> None:
-    """Train the projector of several encoders under one language model, identically, and evaluate them. Resumable."""
+    """Train the projector of several encoders or token reducers under one language model, identically, and evaluate them.
+    Resumable."""
     from granulon_hf.evaluation.benchmark import make_table
     from granulon_hf.evaluation.comparison import compare as run_comparison
 
-    values = read_yaml(config, {"llm", "encoders", "train", "eval", "controller"})
+    values = read_yaml(config, {"llm", "encoders", "reducers", "budgets", "prices", "train", "eval", "controller"})
     check_out(out)
     with plain_warnings():
         result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))

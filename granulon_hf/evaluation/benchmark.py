@@ -53,6 +53,7 @@ class Suite:
     # By default what suits the task: recall always, option accuracy where there are choices, exact match for other questions.
     metrics: list[str] | None = None
     generation: Generation = field(default_factory=Generation)
+    generations: dict[str, Generation] = field(default_factory=dict)  # of single models, instead of that of all
     device: str = "auto"
     dtype: str = "auto"
     bertscore_model: str = "roberta-large"  # its encoder
@@ -77,6 +78,9 @@ class Suite:
             raise GranulonError(f"Unknown metric {unknown[0]!r}; the metrics are {', '.join(METRICS)}.")
         if {"judge", "hallucination"} & set(self.metrics or []) and self.judge is None:
             raise GranulonError("The metric 'judge' needs a judge: say which, such as --judge gpt-4o.")
+
+    def generation_of(self, source: str) -> Generation:
+        return self.generations.get(source, self.generation)
 
 
 def open_set(suite: Suite, name: str) -> Any:
@@ -131,9 +135,10 @@ def run_suite(
 
     Returns:
         `dict`: `models`, `data` (columns: names of sets, or of their parts), `sets` (`{name: {"samples": number, "left_out":
-        rows, files, filtered, "parts": {column: number}}}`), `scores` (`{model: {column: {metric: [value of each sample]}}}`)
-        and `failed` (`{model: {column: number}}`, samples without an answer, which are scored as empty ones): what the tables
-        are made from, and what `scores.json` holds. Empty on all processes but the first, which alone scores.
+        rows, files, filtered, "parts": {column: number}}}`), `scores` (`{model: {column: {metric: [value of each sample]}}}`),
+        `failed` (`{model: {column: number}}`, samples without an answer, which are scored as empty ones), `visual_tokens`
+        (as `scores`, of each sample) and `samples` (`{column: [about each sample]}`): what the tables are made from, and what
+        `scores.json` holds. Empty on all processes but the first, which alone scores.
 
     Raises:
         GranulonError: data or a model cannot be used; before a model is loaded where that can be known.
@@ -173,7 +178,7 @@ def run_suite(
             description = {
                 "model_source": source_state(source),
                 "data": {"name": data, "content": digest_of(samples), "samples": len(samples)},
-                "generation": suite.generation.settings(),
+                "generation": suite.generation_of(source).settings(),
                 "dtype": suite.dtype,
             }
             rows = stored[source, data]
@@ -183,12 +188,12 @@ def run_suite(
             else:
                 if model is None:
                     model, processor, _ = load_model(source, suite.device, suite.dtype)
-                    level, levels = suite.generation.granularity, model.config.level_names
+                    level, levels = suite.generation_of(source).granularity, model.config.level_names
                     if level is not None and levels and level not in levels:
                         raise GranulonError(f"Unknown granularity {level!r}; the levels of {title} are {', '.join(levels)}.")
                 run = PredictionRun(folder, {**description, "model": answer.describe_model(source, model)})
                 told = functools.partial(on_progress, f"{title} on {data}", len(samples))
-                rows = run.run(model, processor, samples, suite.generation, state=state, on_progress=told)
+                rows = run.run(model, processor, samples, suite.generation_of(source), state=state, on_progress=told)
             if all("error" in row for row in rows):
                 raise GranulonError(
                     f"{title} could answer none of the samples of {data} ({rows[0]['error'].rstrip('.')}); when that "
@@ -204,15 +209,19 @@ def run_suite(
     if not main:
         return {}
     result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "scores": {}, "failed": {}}
+    result |= {"samples": {}, "visual_tokens": {}}
     for source, title in titles.items():
-        scores, failed = result["scores"].setdefault(title, {}), result["failed"].setdefault(title, {})
+        scores, failed, shown = (result[name].setdefault(title, {}) for name in ("scores", "failed", "visual_tokens"))
         for data, samples in sets.items():
             folder, rows = folders[source, data], answers[source, data]
-            answer.write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=suite.generation)
+            made = suite.generation_of(source)
+            answer.write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=made)
             found = score_rows(suite, rows, folder)
             for part, indices in parts_of(data, samples).items():
                 scores[part] = {name: [values[i] for i in indices] for name, values in found.items()}
                 failed[part] = sum("error" in rows[i] for i in indices)
+                shown[part] = [rows[i].get("visual_tokens") for i in indices]
+                result["samples"][part] = [about_sample(samples[i]) for i in indices]
     result["command"] = command_line()
     write_text(out / "scores.json", json.dumps(result) + "\n")
     table = make_table(result)
@@ -228,6 +237,12 @@ def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
     for i, value in enumerate(values):
         parts.setdefault(f"{data}-{value or 'other'}" if any(values) else data, []).append(i)
     return parts
+
+
+def about_sample(sample: Sample) -> dict[str, Any]:
+    """What tables group samples by: the image or images that they share, and the level of question that a set names."""
+    digest = hashlib.sha256(b"".join(map(encoded, sample.images))).hexdigest()[:16]
+    return {"id": sample.id, "image": digest if sample.images else sample.id, "level": sample.meta.get("level")}
 
 
 def digest_of(samples: Iterable[Sample]) -> str:

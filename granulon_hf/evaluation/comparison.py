@@ -1,9 +1,11 @@
-"""The fair comparison: encoders under one language model, each trained and evaluated with identical settings."""
+"""The fair comparison: encoders or reducers under one language model, each trained and evaluated with the same settings."""
 
+import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
@@ -14,65 +16,141 @@ from safetensors.torch import load_file
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, OtherPredictions, process_state
 from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
+from granulon_hf.evaluation.budgets import measure_costs, write_curve
 from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
-from granulon_hf.loading import pick_device
+from granulon_hf.loading import pick_device, read_config
+from granulon_hf.modeling.reducers_granulon import REDUCERS
 from granulon_hf.training.arguments import parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
 from granulon_hf.training.run import build_model, train
 from granulon_hf.training.stages import load_adapter_state
 from granulon_hf.variants import DECODERS, ENCODERS
 
-# What differs between the rows of a fair comparison, and only that.
-OWN = ("variant", "feature_cache", "adapter")  # the last is a trained controller
+PIXEL = "pixel"  # among reducers: all pixel tokens, the reference
+# What differs between the rows of a fair comparison, and only that; an adapter is a trained controller.
+OWN = ("variant", "feature_cache", "adapter", "visual_tokens", "reducer", "levels", "slot_position", "budgets")
+FIXED = ("variant", "output_dir", "resume_from_checkpoint", "feature_cache")
+OF_REDUCERS = ("visual_tokens", "reducer", "levels", "slot_position")
 
 
-def training_arguments(config: dict[str, Any], variant: str, out: Path) -> list[str]:
-    """The command line of one row."""
-    arguments = {**(config.get("train") or {}), "variant": variant, "output_dir": str(out / variant / "training")}
-    if config.get("controller") and has_levels(variant.partition("-")[0]):
-        arguments["adapter"] = config["controller"]
-    if arguments.pop("cache_features", False):
-        arguments["feature_cache"] = str(out / variant / "features")
-    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+@dataclass(frozen=True)
+class Row:
+    """What is trained once."""
+
+    name: str
+    variant: str
+    reducer: str | None = None  # of the compact form; without one it is the variant as it is
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is evaluated: a row, and how many visual tokens it may show."""
+
+    name: str
+    row: Row
+    visual_tokens: int | None = None
+    price: float | None = None
 
 
 def has_levels(encoder: str) -> bool:
     return ENCODERS[encoder].config.get("granularity_levels") != []
 
 
-def check(config: dict[str, Any]) -> list[str]:
-    """Return the variants of a comparison; raise GranulonError where something is missing, unknown or fixed by it.
+def training_arguments(config: dict[str, Any], row: Row, out: Path) -> list[str]:
+    """The command line of one row."""
+    arguments = {**(config.get("train") or {}), "variant": row.variant, "output_dir": str(out / row.name / "training")}
+    if row.reducer == PIXEL:
+        arguments |= {"visual_tokens": "pixel", "slot_position": "all"}
+        arguments.pop("budgets", None)
+    elif row.reducer:
+        levels = ",".join(map(str, config["budgets"]))
+        arguments = {"budgets": "random", **arguments, "visual_tokens": "semantic", "reducer": row.reducer, "levels": levels}
+    elif config.get("controller") and has_levels(row.variant.rpartition("-")[0]):
+        arguments["adapter"] = config["controller"]
+    looks_at = REDUCERS[row.reducer].needs if row.reducer in REDUCERS else frozenset()
+    if arguments.pop("cache_features", False) and looks_at.isdisjoint(("attention", "scales")):  # which no cache keeps
+        arguments["feature_cache"] = str(out / "features" / row.variant.replace("/", "--"))
+    return [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
 
-    It has `llm`, `encoders`, `train` (arguments of examples/train.py), `eval` (fields of [`Suite`]) and, if wanted,
-    `controller` (a folder of examples/train_controller.py, for the rows that have levels).
+
+def check(config: dict[str, Any]) -> list[Row]:
+    """Return the rows of a comparison; raise GranulonError where something is missing, unknown or fixed by it.
+
+    It has `llm` and `encoders`, or as `llm` a Granulon model ("demo", a folder, a Hub id) whose encoder is kept; `train`
+    (arguments of examples/train.py) and `eval` (fields of [`Suite`]). A comparison of reducers has `reducers` and `budgets`
+    (numbers of visual tokens, each of which every reducer is evaluated at), another one, if wanted, `controller` (a folder of
+    examples/train_controller.py, for the rows that have levels).
     """
-    llm, controller = config.get("llm"), config.get("controller")
-    if llm not in DECODERS:
-        raise GranulonError(f"`llm` must be one of {', '.join(DECODERS)}; got {'nothing' if llm is None else repr(llm)}.")
-    mapping = (dict, "names with values")
-    forms = {"encoders": (list, "a list of names"), "controller": (str, "a folder"), "train": mapping, "eval": mapping}
+    mapping, names = (dict, "names with values"), (list, "a list of names")
+    forms: dict[str, tuple[type, str]] = {"llm": (str, "a name"), "encoders": names, "reducers": names}
+    forms |= {"budgets": (list, "a list of numbers"), "controller": (str, "a folder"), "train": mapping, "eval": mapping}
     for name, (kind, form) in forms.items():
         if not isinstance(config.get(name) or kind(), kind):
             raise GranulonError(f"`{name}` must be {form}; got {config[name]!r}.")
-    encoders, training, evaluation = config.get("encoders") or [], config.get("train") or {}, config.get("eval") or {}
+    llm, encoders, reducers = config.get("llm") or "", config.get("encoders") or [], config.get("reducers") or []
+    if not llm:
+        raise GranulonError(
+            f"`llm` must be one of {', '.join(DECODERS)}, demo, or a folder with a Granulon model; got nothing."
+        )
+    if llm in DECODERS:
+        variants = [f"{name}-{llm}" for name in encoders]
+    elif encoders:
+        raise GranulonError(f"`encoders` go with an `llm` that is one of {', '.join(DECODERS)}; {llm!r} has its own.")
+    else:
+        read_config(llm)
+        variants = [llm]
     if unknown := [name for name in encoders if name not in ENCODERS]:
         raise GranulonError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")
-    if len(encoders) < 2 or len(set(encoders)) < len(encoders):
-        raise GranulonError("A comparison needs at least two different encoders.")
+    if unknown := [name for name in reducers if name not in (PIXEL, *REDUCERS)]:
+        raise GranulonError(f"Unknown reducer {unknown[0]!r}; the reducers are {', '.join((PIXEL, *REDUCERS))}.")
+    towers = [ENCODERS[name].hub_id if reducers else name for name in encoders]
+    if len(set(towers)) < len(towers) or len(set(reducers)) < len(reducers):
+        raise GranulonError("An encoder or reducer is named twice (with reducers, dinov3 and granulon are the same encoder).")
+    check_budgets(config, reducers)
+    check_options(config, reducers, encoders)
+    rows = [Row(name, name) for name in variants]
+    if reducers:
+        pairs = list(itertools.product(variants, reducers))
+        rows = [Row(name if len(variants) == 1 else f"{variant}+{name}", variant, name) for variant, name in pairs]
+    if len(rows) < 2:
+        raise GranulonError("A comparison needs at least two rows: different encoders, or different reducers.")
+    return rows
+
+
+def check_budgets(config: dict[str, Any], reducers: Sequence[str]) -> None:
+    budgets = config.get("budgets") or []
+    if bool(budgets) != any(name != PIXEL for name in reducers):
+        raise GranulonError("`reducers` and `budgets` go together: which reducers, at which numbers of visual tokens.")
+    if not all(type(number) is int and number >= 1 for number in budgets) or len(set(budgets)) < len(budgets):
+        raise GranulonError(f"`budgets` must be different whole numbers from 1; got {budgets!r}.")
+
+
+def check_options(config: dict[str, Any], reducers: Sequence[str], encoders: Sequence[str]) -> None:
+    training, evaluation, controller = config.get("train") or {}, config.get("eval") or {}, config.get("controller")
     if controller and not os.path.exists(controller):
         raise GranulonError(f"`controller` names {controller!r}, which is not there; examples/train_controller.py makes one.")
-    if controller and not any(map(has_levels, encoders)):
-        raise GranulonError(f"`controller` is for encoders with levels, and {', '.join(encoders)} have none; leave it out.")
-    for name in ("variant", "output_dir", "resume_from_checkpoint", "feature_cache"):
+    if controller and (reducers or not any(map(has_levels, encoders))):
+        raise GranulonError("`controller` is for encoders with levels, and there is none among the rows; leave it out.")
+    for name in FIXED + (OF_REDUCERS if reducers else ()):
         if name in training:
             raise GranulonError(f"`{name}` is set by the comparison itself; leave it out of `train`.")
-    fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out"}
+    fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out", "generations"}
     if unknown := sorted(set(evaluation) - fields):
         raise GranulonError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
     if not evaluation.get("data"):
         raise GranulonError("`eval` needs `data`: what to evaluate on.")
-    return [f"{name}-{llm}" for name in encoders]
+
+
+def arms_of(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, Arm]:
+    """Return what is evaluated, by name: rows of reducers at every budget, others as they are."""
+    arms = []
+    for row in rows:
+        if row.reducer in (None, PIXEL):
+            arms.append(Arm(row.name, row))
+        else:
+            arms += [Arm(f"{row.name}@{number}", row, visual_tokens=number) for number in sorted(config["budgets"])]
+    return {arm.name: arm for arm in arms}
 
 
 def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
@@ -80,38 +158,46 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
 
     Returns what [`run_suite`] does. Settings that differ between rows are refused, and answers made with another `eval`.
     """
-    names = check(config)
+    rows = check(config)
+    arms = arms_of(config, rows)
     generation = Generation(**config["eval"].get("generation") or {})
-    suite = Suite(**{**config["eval"], "models": names, "out": str(out / "evaluation"), "generation": generation})
-    lines = {name: parse(training_arguments(config, name, out)) for name in names}
+    own = {
+        name: replace(generation, visual_tokens=arm.visual_tokens)
+        for name, arm in arms.items()
+        if arm.visual_tokens is not None
+    }
+    fields = {**config["eval"], "models": list(arms), "generation": generation, "generations": own}
+    suite = Suite(**fields, out=str(out / "evaluation"))
+    lines = {row: parse(training_arguments(config, row, out)) for row in rows}
     for name in suite.data:
         open_set(suite, name)  # to know before anything is trained
-    models: dict[str, tuple[Any, Any]] = {}
-    for name, (model_args, data_args, args) in lines.items():
+    models: dict[Row, tuple[Any, Any]] = {}  # the one that was used last
+    for row, (model_args, data_args, args) in lines.items():
         folder = Path(args.output_dir or "")
         if (folder / ADAPTER).exists():
             check_settings(folder / RUN, settings_of(model_args, data_args, args, world_size=args.world_size))
             continue
         if last_checkpoint(folder) is not None:
             args.resume_from_checkpoint = "last"
-        models[name] = train(model_args, data_args, args)
-    manifest = {name: json.loads((out / name / "training" / RUN).read_text()) for name in names}
+        on_set(f"Training {row.name}")
+        train(model_args, data_args, args)
+    manifest = {row.name: json.loads((out / row.name / "training" / RUN).read_text()) for row in rows}
     check_equal(manifest)
 
     def load_model(source: str, device: str, dtype: str) -> tuple[Any, Any, str]:
-        if source in models:
-            model, processor = models.pop(source)
-        else:
-            model, processor = build_model(lines[source][0])
-            load_adapter_state(model, load_file(out / source / "training" / ADAPTER))
-        place = pick_device(device)
-        if place.type == "cpu":  # as load_model has it
-            model = model.float()
-        return model.to(place).eval(), processor, source
+        row, place = arms[source].row, pick_device(device)
+        if row not in models:
+            models.clear()
+            model, processor = build_model(lines[row][0])
+            load_adapter_state(model, load_file(out / row.name / "training" / ADAPTER))
+            if place.type == "cpu":  # as load_model has it
+                model = model.float()
+            models[row] = model.to(place).eval(), processor
+        return *models[row], source
 
     state = process_state(pick_device(suite.device))
-    for name in names if state.is_main_process else ():  # answers of weights that are not there any more
-        weights, answers = out / name / "training" / ADAPTER, Path(suite.out) / name
+    for arm in arms.values() if state.is_main_process else ():  # answers of weights that are not there any more
+        weights, answers = out / arm.row.name / "training" / ADAPTER, Path(suite.out) / arm.name
         if answers.exists() and any(file.stat().st_mtime < weights.stat().st_mtime for file in answers.rglob("run.json")):
             shutil.rmtree(answers)
     state.wait_for_everyone()
@@ -123,7 +209,11 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
         ) from None
     if result:  # the first of several processes writes
         write_text(out / "manifest.json", json.dumps({"config": config, "rows": manifest}, indent=1) + "\n")
-        plot_curves(names, out)
+        plot_losses([row.name for row in rows], out)
+        if config.get("reducers"):
+            by_row = {name: arm.row.name for name, arm in arms.items()}
+            costs = measure_costs(suite, by_row, load_model, out / "costs.json")
+            write_curve(result, by_row, [name for name, arm in arms.items() if arm.price is not None], costs, out)
     return result
 
 
@@ -142,7 +232,7 @@ def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
             )
 
 
-def plot_curves(names: Sequence[str], out: Path) -> None:
+def plot_losses(names: Sequence[str], out: Path) -> None:
     """Draw the training losses of all rows into one picture."""
     figure = empty_figure(7, 4)
     axes = figure.subplots()

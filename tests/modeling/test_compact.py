@@ -58,7 +58,16 @@ def test_generation_is_as_if_empty_slots_were_removed(compact, options):
     _, _, embeds = removed(model, inputs, MIXED)
     oracle = language_model_of(model)
     common = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0, disable_compile=True)
-    actual = model.generate(**inputs, granularity=MIXED, **common, **options)[:, inputs["input_ids"].shape[1] :]
+    lengths: list[int] = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    whole = model.generate(**inputs, granularity=MIXED, **common, **options)
+    assert torch.equal(whole[:, : inputs["input_ids"].shape[1]].unique_consecutive(dim=0), inputs["input_ids"])
+    assert lengths[0] == max(one.shape[1] for one in embeds)  # what is empty costs nothing
+    kept = model.generate(**inputs, granularity=MIXED, **common, **options, return_dict_in_generate=True)
+    assert torch.equal(kept.sequences, whole)  # where the cache comes out, its entries are those of the prompt
+    actual = whole[:, inputs["input_ids"].shape[1] :]
     for i, one in enumerate(embeds):
         mask = torch.ones(one.shape[:2], dtype=torch.long)
         expected = oracle.generate(inputs_embeds=one, attention_mask=mask, **common, num_beams=options.get("num_beams", 1))
