@@ -8,6 +8,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
+from .reducers_granulon import REDUCERS
+
 DEFAULT_GRANULARITY_LEVELS = (
     {"name": "coarse", "alpha": 4, "beta": 5, "gamma": 1.0},
     {"name": "middle", "alpha": 2, "beta": 10, "gamma": 1.0},
@@ -121,17 +123,7 @@ class GranulonConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655
     visual_tokens: Literal["pixel+semantic", "semantic", "pixel"] = "pixel+semantic"
-    reducer: Literal[
-        "adata",
-        "pool",
-        "queries",
-        "attention-merge",
-        "adaptive-prune",
-        "question-dpp",
-        "region-attention",
-        "random",
-        "downsample",
-    ] = "adata"
+    reducer: str = "adata"
     granularity_levels: list[dict[str, Any]] | None = None
     num_semantic_tokens: int | None = None
     default_granularity: str | None = None
@@ -213,6 +205,8 @@ class GranulonConfig(PreTrainedConfig):
                 "vision_feature_select_strategy='full' keeps CLS and register tokens, which have no place on the grid that "
                 "granularity levels pool; use 'default', or granularity_levels=[]."
             )
+        if self.reducer not in REDUCERS:
+            raise ValueError(f"reducer must be one of {', '.join(REDUCERS)}; got {self.reducer!r}.")
         if self.compact and not names:
             raise ValueError("visual_tokens='semantic' needs granularity levels, which say how many tokens an image gets.")
         if self.visual_tokens == "pixel" and names:

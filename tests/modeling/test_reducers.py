@@ -1,7 +1,6 @@
 """Reducers against plain NumPy, and their promises: batched, any grid, any budget, compiled, without host synchronisation."""
 
 import math
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from granulon_hf import GranulonConfig
-from granulon_hf.modeling.reducers_granulon import REDUCERS, PatchFeatures
+from granulon_hf.modeling.reducers_granulon import REDUCERS, PatchFeatures, collect, in_row_major, order_of, register_reducer
 from tests.modeling.test_aggregation import blobs
 
 WITHOUT_WEIGHTS = ["adata", "pool", "attention-merge", "adaptive-prune", "question-dpp", "random"]
@@ -304,5 +303,22 @@ def test_tokens_are_differentiable_and_keep_the_dtype(name):
     assert patches.features.grad.any()
 
 
-def test_config_and_registry_name_the_same_reducers():
-    assert set(get_args(GranulonConfig.__dataclass_fields__["reducer"].type)) == set(REDUCERS)
+def test_a_registered_reducer_is_a_reducer_like_any_other():
+    with pytest.raises(ValueError, match="brightest"):
+        GranulonConfig(reducer="brightest")
+
+    @register_reducer("brightest")
+    def brightest(patches, budget, num_slots):
+        rank = order_of(patches.features.float().norm(dim=-1))
+        return collect(patches, patches.features, *in_row_major(rank < budget.unsqueeze(1)), num_slots)
+
+    try:
+        assert GranulonConfig(reducer="brightest").reducer == "brightest"
+        patches = patches_of((3, 5))
+        out = make("brightest")(patches, torch.tensor(BUDGETS), SLOTS)
+        for i, budget in enumerate(BUDGETS):
+            norms = patches.features[i].float().norm(dim=-1).numpy()
+            kept = np.sort(np.argsort(-norms, kind="stable")[:budget])
+            np.testing.assert_array_equal(out.tokens[i, : len(kept)].float().numpy(), patches.features[i, kept].float().numpy())
+    finally:
+        del REDUCERS["brightest"]
