@@ -172,8 +172,9 @@ def inline(text: Any) -> str:
 
 def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -> tuple[list[dict[str, Any]], str]:
     """Make the evaluation's table for one model, a row for each data set and metric, and the command."""
-    from granulon_hf.evaluation.benchmark import PAPER, PERCENT
-    from granulon_hf.stats import bootstrap_mean
+    from granulon_hf.evaluation.benchmark import PAPER, PERCENT, scored
+    from granulon_hf.evaluation.tables import score_text
+    from granulon_hf.stats import estimate
 
     rows: list[dict[str, Any]] = []
     try:
@@ -188,12 +189,14 @@ def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -
             failed = results.get("failed", {}).get(found[0], {}).get(data, 0)
             of_set = {"data": data, "shown": Path(data).name, "failed": failed}
             for metric, values in metrics.items():
-                if scored := [value for value in values if value is not None]:
+                frame = scored(results, found[0], data, metric)
+                if frame["weight"].any():
                     scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
-                    mean, low, high = (scale * value for value in bootstrap_mean(scored))
-                    row = {"metric": metric, "unit": unit, "mean": mean, "low": low, "high": high, "n": len(scored)}
-                    paper = PAPER.get(variant or "", {}).get((data, metric))
-                    rows.append(of_set | row | {"unscored": len(values) - len(scored), "paper": paper})
+                    score = estimate(frame["value"], frame["cluster"], frame["weight"])
+                    ends = [None if score[end] is None else scale * score[end] for end in ("low", "high")]
+                    row = {"metric": metric, "unit": unit, "mean": scale * score["score"], "interval": ends, "n": len(frame)}
+                    row |= {"text": score_text(score, digits=1, scale=scale), "unscored": len(values) - len(frame)}
+                    rows.append(of_set | row | {"paper": PAPER.get(variant or "", {}).get((data, metric))})
         sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
     except (KeyError, TypeError, AttributeError) as error:
         raise GranulonError(f"The results are no scores.json of `granulon eval run` ({error!r}).") from None
@@ -213,7 +216,7 @@ def eval_result(row: dict[str, Any]) -> EvalResult:
         metric_type=row["metric"],
         metric_name=row["metric"] + row["unit"],
         metric_value=round(row["mean"], 2),
-        metric_args={"interval_95": [round(row["low"], 2), round(row["high"], 2)], "samples": row["n"]},
+        metric_args={"interval_95": [end if end is None else round(end, 2) for end in row["interval"]], "samples": row["n"]},
     )
 
 

@@ -224,7 +224,7 @@ def show_granularity(console: Console, result: dict[str, Any], out: Path) -> Non
         if row["group"] == "all":
             change = f"{row['difference']:+.3f} (p = {row['p']:.3f})" if "difference" in row else ""
             share = f"{shares[row['policy']]:.0%}" if row["policy"] in shares else ""
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            interval = "none" if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}"
             table.add_row(escape(row["policy"]), share, f"{row['score']:.3f}", interval, change)
     console.print(table)
     console.print(f"Tables and figures: {escape(str(out))}", style="dim", soft_wrap=True)

@@ -378,6 +378,12 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     write_rows(path, [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows], columns)
 
 
+def cluster_keys(sample: Sample) -> list[str]:
+    """What a sample may share with others that is answered well or badly as a whole: its images, and a group that it names."""
+    group = sample.meta.get("group")
+    return [*(hashlib.sha256(encoded(image)).hexdigest() for image in sample.images), *([] if group is None else [f"={group}"])]
+
+
 def encoded(image: dict[str, Any]) -> bytes:
     """The bytes of a sample's image, which may be in a file."""
     return image["bytes"] if image.get("bytes") is not None else Path(image["path"]).read_bytes()

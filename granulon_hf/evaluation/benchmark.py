@@ -19,13 +19,13 @@ from transformers import AutoConfig
 from granulon_hf.data import Sample
 from granulon_hf.errors import GranulonError, first_sentence
 from granulon_hf.evaluation import answer
-from granulon_hf.evaluation.answer import Generation, PredictionRun, encoded
+from granulon_hf.evaluation.answer import Generation, PredictionRun, cluster_keys, encoded
 from granulon_hf.evaluation.metrics import CAPTION_METRICS, SCORERS, bert_scores, corpus_captions
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
 from granulon_hf.evaluation.tables import difference_text, markdown_table, score_text, write_page
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device
-from granulon_hf.stats import difference, estimate
+from granulon_hf.stats import clusters_of, difference, estimate
 from granulon_hf.training.run import command_line
 
 # Figures of the paper by model, then by (data set, metric), for reference.
@@ -135,10 +135,18 @@ def run_suite(
 
     Returns:
         `dict`: `models`, `data` (columns: names of sets, or of their parts), `sets` (`{name: {"samples": number, "left_out":
+<<<<<<< HEAD
         rows, files, filtered, "parts": {column: number}}}`), `scores` (`{model: {column: {metric: [value of each sample]}}}`),
         `failed` (`{model: {column: number}}`, samples without an answer, which are scored as empty ones), `visual_tokens`
         (as `scores`, of each sample) and `samples` (`{column: [about each sample]}`): what the tables are made from, and what
         `scores.json` holds. Empty on all processes but the first, which alone scores.
+=======
+        rows, files, filtered, "parts": {column: number}}}`), `clusters` (`{column: [number of each sample]}`, the same for
+        samples that share an image), `scores` (`{model: {column: {metric: [value of each sample]}}}`), `weights` (likewise, of
+        metrics whose samples do not count alike) and `failed` (`{model: {column: number}}`, samples without an answer, which
+        are scored as empty ones): what the tables are made from, and what `scores.json` holds. Empty on all processes but the
+        first, which alone scores.
+>>>>>>> bench
 
     Raises:
         GranulonError: data or a model cannot be used; before a model is loaded where that can be known.
@@ -208,10 +216,20 @@ def run_suite(
         state._reset_state()
     if not main:
         return {}
+<<<<<<< HEAD
     result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "scores": {}, "failed": {}}
     result |= {"samples": {}, "visual_tokens": {}}
     for source, title in titles.items():
         scores, failed, shown = (result[name].setdefault(title, {}) for name in ("scores", "failed", "visual_tokens"))
+=======
+    result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "clusters": {}}
+    result |= {name: {title: {} for title in titles.values()} for name in ("scores", "weights", "failed")}
+    for data, samples in sets.items():
+        clusters = clusters_of(map(cluster_keys, samples))
+        result["clusters"] |= {part: [clusters[i] for i in places] for part, places in parts_of(data, samples).items()}
+    for source, title in titles.items():
+        scores, weights, failed = (result[name][title] for name in ("scores", "weights", "failed"))
+>>>>>>> bench
         for data, samples in sets.items():
             folder, rows = folders[source, data], answers[source, data]
             made = suite.generation_of(source)
@@ -219,6 +237,7 @@ def run_suite(
             found = score_rows(suite, rows, folder)
             for part, indices in parts_of(data, samples).items():
                 scores[part] = {name: [values[i] for i in indices] for name, values in found.items()}
+                weights[part] = {}
                 failed[part] = sum("error" in rows[i] for i in indices)
                 shown[part] = [rows[i].get("visual_tokens") for i in indices]
                 result["samples"][part] = [about_sample(samples[i]) for i in indices]
@@ -327,11 +346,8 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
     ]
     rows = []
     for model in models:
-        base = scores[models[0]] if model != models[0] else {}
-        cells = [
-            cell_text(metric, scores[model][data].get(metric), base.get(data, {}).get(metric), result["failed"][model][data])
-            for data, metric in columns
-        ]
+        base = models[0] if model != models[0] else None
+        cells = [cell_text(result, model, base, data, metric) for data, metric in columns]
         rows.append({"name": model, "cells": cells, "paper": False})
     for name, figures in PAPER.items():
         cells = [f"{figures[column]:.2f}" if column in figures else "" for column in columns]
@@ -346,17 +362,31 @@ def make_table(result: dict[str, Any]) -> dict[str, Any]:
     return {"columns": columns, "rows": rows, "note": NOTE.format(first=models[0]), "counts": counts, "remarks": remarks}
 
 
-def cell_text(metric: str, values: list[float | None] | None, base: list[float | None] | None, failed: int) -> str:
-    """Mean and interval, how many have no score or no answer, and after a semicolon the difference to `base`."""
-    both = pd.DataFrame({"own": pd.Series(values or [], dtype=float), "base": pd.Series(base or [], dtype=float)})
-    scored, pairs = both["own"].dropna(), both.dropna()
-    if scored.empty:
+def scored(result: dict[str, Any], model: str, data: str, metric: str) -> pd.DataFrame:
+    """Return `value`, `weight` and `cluster` of the samples of a column that a metric scored, by their places."""
+    values = result["scores"][model][data].get(metric) or []
+    # Results of older versions name neither.
+    weights = result.get("weights", {}).get(model, {}).get(data, {}).get(metric) or [1.0] * len(values)
+    clusters = result.get("clusters", {}).get(data) or range(len(values))
+    frame = pd.DataFrame({"value": pd.Series(values, dtype=float), "weight": weights})
+    return frame.assign(cluster=list(clusters)[: len(frame)]).dropna()
+
+
+def cell_text(result: dict[str, Any], model: str, base: str | None, data: str, metric: str) -> str:
+    """Mean and interval, how many have no score or no answer, and after a semicolon the difference to the model `base`."""
+    own = scored(result, model, data, metric)
+    if own.empty:
         return ""
     style: dict[str, Any] = {"digits": 1, "scale": 100.0 if metric in PERCENT else 1.0}
-    text = score_text(estimate(scored), **style)
-    for count, what in ((len(both) - len(scored), "unscored"), (failed, "without an answer")):
+    text = score_text(estimate(own["value"], own["cluster"], own["weight"]), **style)
+    unscored, failed = len(result["scores"][model][data][metric]) - len(own), result["failed"][model][data]
+    for count, what in ((unscored, "unscored"), (failed, "without an answer")):
         text += f" ({count} {what})" if count else ""
-    return text if pairs.empty else f"{text}; {difference_text(difference(pairs['own'], pairs['base']), **style)}"
+    both = own.join(scored(result, base, data, metric), rsuffix="_base", how="inner") if base is not None else own[:0]
+    if both.empty:
+        return text
+    sides = (both[name] for name in ("value", "value_base", "cluster", "weight", "weight_base"))
+    return f"{text}; {difference_text(difference(*sides), **style)}"
 
 
 def markdown(table: dict[str, Any]) -> str:
@@ -366,7 +396,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 NOTE = (
-    "Means with 95 % bootstrap intervals over samples; after the semicolon the difference to {first} on the same samples, with "
-    "its interval and the p-value of a sign-flip test. Rows marked (paper) are the paper's own figures, from its weights and "
-    "subsets."
+    "Means with 95 % bootstrap intervals over images, each with all its samples; after the semicolon the difference to {first} "
+    "on the same samples, with its interval and the p-value of a permutation test over images. Rows marked (paper) are the "
+    "paper's own figures, from its weights and subsets."
 )

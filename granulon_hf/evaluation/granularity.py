@@ -26,12 +26,12 @@ import torch
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.answer import Generation, PredictionRun
+from granulon_hf.evaluation.answer import Generation, PredictionRun, cluster_keys
 from granulon_hf.evaluation.metrics import SCORERS
 from granulon_hf.evaluation.tables import difference_text, empty_figure, markdown_table, score_text, write_rows
 from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.images_granulon import open_rgb
-from granulon_hf.stats import difference, estimate
+from granulon_hf.stats import clusters_of, difference, estimate
 
 Scorer = Callable[[dict[str, Any]], float]
 POLICIES = ("controller", "random", "oracle")
@@ -102,6 +102,7 @@ class GranularityAnalysis:
     def __post_init__(self):
         if not self.model.config.granularity_levels:
             raise GranulonError("This model has no granularity levels: there is nothing to choose and nothing to sweep.")
+        self.clusters = clusters_of(map(cluster_keys, self.samples))
 
     def answers(self, name: str, generation: Generation, **extra: Any) -> list[dict[str, Any]]:
         """Scored rows of one setting, in the order of the samples."""
@@ -109,7 +110,8 @@ class GranularityAnalysis:
         # The same images are answered in many settings, and only the text is looked at.
         run = PredictionRun(self.folder / name, description, copy_images=False)
         rows = run.run(self.model, self.processor, self.samples, generation, on_progress=self.on_progress)
-        return [{**row, "score": float(self.scorer(row))} for row in rows]
+        scored = zip(rows, self.clusters, strict=True)
+        return [{**row, "score": float(self.scorer(row)), "cluster": cluster} for row, cluster in scored]
 
     def levels(self) -> list[dict[str, Any]]:
         """Every level on every sample: rows with `level`, its tokens, its `probability`, and the level that was `chosen`.
@@ -192,16 +194,22 @@ def choosers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["chosen"] is not None and row["level"] == rows[0]["level"]]
 
 
+def clusters_at(rows: Sequence[dict[str, Any]], inside: Sequence[int]) -> list[int]:
+    """Return the clusters of rows at these places; rows that name none are one each."""
+    return [rows[i].get("cluster", i) for i in inside]
+
+
 def policy_table(rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
     """Score of every policy in every group, with its interval and its paired difference to the controller."""
     scores, tokens = by_policy(rows, "score"), by_policy(rows, "semantic_tokens")
     table = []
-    for group, inside in groups_of(choosers(rows), fields).items():
-        part, spent = scores.iloc[inside], tokens.iloc[inside].mean()
+    shown = choosers(rows)
+    for group, inside in groups_of(shown, fields).items():
+        part, spent, clusters = scores.iloc[inside], tokens.iloc[inside].mean(), clusters_at(shown, inside)
         for policy, values in part.items():
-            entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values)}
+            entry = {"group": group, "policy": policy, "n": len(inside), **estimate(values, clusters)}
             entry["semantic_tokens"] = None if policy == "oracle" else float(spent[policy])
-            table.append(entry if policy == "controller" else entry | difference(values, part["controller"]))
+            table.append(entry if policy == "controller" else entry | difference(values, part["controller"], clusters))
     return table
 
 
@@ -222,12 +230,12 @@ def sweep_table(cells: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[
     """Score, tokens and seconds of every setting in every group, and the paired difference to no semantic tokens."""
     table = []
     for group, inside in groups_of(cells[0]["rows"], fields).items():
-        without = [cells[0]["rows"][i]["score"] for i in inside]
+        without, clusters = [cells[0]["rows"][i]["score"] for i in inside], clusters_at(cells[0]["rows"], inside)
         for cell in cells:
             values, seconds = ([cell["rows"][i][name] for i in inside] for name in ("score", "seconds"))
             entry = {name: value for name, value in cell.items() if name != "rows"}
-            entry |= {"group": group, "n": len(inside), **estimate(values), "seconds": float(np.median(seconds))}
-            table.append(entry if cell is cells[0] else entry | difference(values, without))
+            entry |= {"group": group, "n": len(inside), **estimate(values, clusters), "seconds": float(np.median(seconds))}
+            table.append(entry if cell is cells[0] else entry | difference(values, without, clusters))
     return table
 
 
@@ -307,7 +315,8 @@ def plot_policies(policies: list[dict]):
     figure = empty_figure(max(5.0, 3.4 * columns), 1.0 + (0.4 + 0.3 * len(names)) * lines)
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for (group, rows), axes in zip(frame.groupby("group", sort=False), panels, strict=False):
-        error = np.stack([rows["score"] - rows["low"], rows["high"] - rows["score"]]).clip(min=0)
+        low, high = rows["low"].astype(float), rows["high"].astype(float)  # without an interval they are None
+        error = np.stack([rows["score"] - low, high - rows["score"]]).clip(min=0)
         axes.barh(names, rows["score"], xerr=error, color=[colors[name] for name in names], error_kw={"capsize": 2, "lw": 0.9})
         axes.set(xlim=(0, 1.02))
         axes.tick_params(labelbottom=True)  # also above a place that stays empty
@@ -322,7 +331,7 @@ def plot_policies(policies: list[dict]):
 def plot_sweep(sweep: list[dict]):
     """Score against clusters, visual tokens and seconds: a line per group or, where K was varied, per K over all samples; a
     `matplotlib.figure.Figure`."""
-    frame = pd.DataFrame(sweep)
+    frame = pd.DataFrame(sweep).astype({"low": float, "high": float})  # without an interval they are None
     frame["tokens"] = frame["pixel_tokens"] + frame["semantic_tokens"]
     varied = any(row["k"] not in (0, row["beta"]) for row in sweep)
     lines = dict(iter(frame.groupby("group", sort=False)))

@@ -14,16 +14,24 @@ from granulon_hf.io import replacing, write_text
 
 def score_text(found: dict[str, Any], digits: int = 3, scale: float = 1.0) -> str:
     """Write what [`~granulon_hf.stats.estimate`] found: "0.500 [0.400, 0.600]"."""
-    score, low, high = (f"{scale * found[name]:.{digits}f}" for name in ("score", "low", "high"))
-    return f"{score} [{low}, {high}]"
+    if found["score"] is None:
+        return "undefined"
+    return f"{scale * found['score']:.{digits}f} {interval_text(found['low'], found['high'], f'.{digits}f', scale)}"
 
 
 def difference_text(found: dict[str, Any], digits: int = 3, scale: float = 1.0) -> str:
     """Write the paired difference: "+0.100 [+0.050, +0.150], p = 0.010"; nothing where there is none."""
     if "difference" not in found:
         return ""
-    mean, low, high = (f"{scale * found[name]:+.{digits}f}" for name in ("difference", "difference_low", "difference_high"))
-    return f"{mean} [{low}, {high}], p = {found['p']:.3f}"
+    if found["difference"] is None:
+        return "undefined"
+    interval = interval_text(found["difference_low"], found["difference_high"], f"+.{digits}f", scale)
+    return f"{scale * found['difference']:+.{digits}f} {interval}, p = {found['p']:.3f}"
+
+
+def interval_text(low: float | None, high: float | None, form: str, scale: float = 1.0) -> str:
+    """Write an interval; of a single cluster, such as one image, there is none."""
+    return "[no interval]" if low is None or high is None else f"[{scale * low:{form}}, {scale * high:{form}}]"
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], rule: str = " --- ") -> str:

@@ -173,7 +173,8 @@ def test_scores_are_those_of_this_model():
     assert metadata["model-index"] == eval_results_to_model_index(title, found)
     low, high = scores["a-okvqa", "recall"].metric_args["interval_95"]
     draws = np.random.default_rng(1).choice([0.0, 25.0, 50.0, 100.0], size=(20_000, 4)).mean(1)
-    assert [low, high] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=7)
+    plain = np.percentile(draws, [2.5, 97.5])  # of four samples these are too close, as intervals of a normal variable are
+    assert 0 <= low < plain[0] and plain[1] < high <= 100
     assert metadata["metrics"] == ["recall", "judge", "exact"]
     assert "| 43.8 [" in card.text
     assert "granulon eval run --model granulon-qwen2.5 --data a-okvqa" in card.text
