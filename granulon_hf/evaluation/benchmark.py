@@ -135,18 +135,12 @@ def run_suite(
 
     Returns:
         `dict`: `models`, `data` (columns: names of sets, or of their parts), `sets` (`{name: {"samples": number, "left_out":
-<<<<<<< HEAD
-        rows, files, filtered, "parts": {column: number}}}`), `scores` (`{model: {column: {metric: [value of each sample]}}}`),
-        `failed` (`{model: {column: number}}`, samples without an answer, which are scored as empty ones), `visual_tokens`
-        (as `scores`, of each sample) and `samples` (`{column: [about each sample]}`): what the tables are made from, and what
-        `scores.json` holds. Empty on all processes but the first, which alone scores.
-=======
         rows, files, filtered, "parts": {column: number}}}`), `clusters` (`{column: [number of each sample]}`, the same for
-        samples that share an image), `scores` (`{model: {column: {metric: [value of each sample]}}}`), `weights` (likewise, of
-        metrics whose samples do not count alike) and `failed` (`{model: {column: number}}`, samples without an answer, which
-        are scored as empty ones): what the tables are made from, and what `scores.json` holds. Empty on all processes but the
-        first, which alone scores.
->>>>>>> bench
+        samples that share an image), `levels` (likewise, the level of question that a set names), `scores` (`{model: {column:
+        {metric: [value of each sample]}}}`), `weights` (likewise, of metrics whose samples do not count alike),
+        `visual_tokens` (`{model: {column: [number of each sample]}}`) and `failed` (`{model: {column: number}}`, samples
+        without an answer, which are scored as empty ones): what the tables are made from, and what `scores.json` holds. Empty
+        on all processes but the first, which alone scores.
 
     Raises:
         GranulonError: data or a model cannot be used; before a model is loaded where that can be known.
@@ -216,20 +210,16 @@ def run_suite(
         state._reset_state()
     if not main:
         return {}
-<<<<<<< HEAD
-    result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "scores": {}, "failed": {}}
-    result |= {"samples": {}, "visual_tokens": {}}
-    for source, title in titles.items():
-        scores, failed, shown = (result[name].setdefault(title, {}) for name in ("scores", "failed", "visual_tokens"))
-=======
-    result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "clusters": {}}
-    result |= {name: {title: {} for title in titles.values()} for name in ("scores", "weights", "failed")}
+    result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "clusters": {}, "levels": {}}
+    kept = ("scores", "weights", "failed", "visual_tokens")
+    result |= {name: {title: {} for title in titles.values()} for name in kept}
     for data, samples in sets.items():
         clusters = clusters_of(map(cluster_keys, samples))
-        result["clusters"] |= {part: [clusters[i] for i in places] for part, places in parts_of(data, samples).items()}
+        for part, places in parts_of(data, samples).items():
+            result["clusters"][part] = [clusters[i] for i in places]
+            result["levels"][part] = [samples[i].meta.get("level") for i in places]
     for source, title in titles.items():
-        scores, weights, failed = (result[name][title] for name in ("scores", "weights", "failed"))
->>>>>>> bench
+        scores, weights, failed, shown = (result[name][title] for name in kept)
         for data, samples in sets.items():
             folder, rows = folders[source, data], answers[source, data]
             made = suite.generation_of(source)
@@ -240,7 +230,6 @@ def run_suite(
                 weights[part] = {}
                 failed[part] = sum("error" in rows[i] for i in indices)
                 shown[part] = [rows[i].get("visual_tokens") for i in indices]
-                result["samples"][part] = [about_sample(samples[i]) for i in indices]
     result["command"] = command_line()
     write_text(out / "scores.json", json.dumps(result) + "\n")
     table = make_table(result)
@@ -256,12 +245,6 @@ def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
     for i, value in enumerate(values):
         parts.setdefault(f"{data}-{value or 'other'}" if any(values) else data, []).append(i)
     return parts
-
-
-def about_sample(sample: Sample) -> dict[str, Any]:
-    """What tables group samples by: the image or images that they share, and the level of question that a set names."""
-    digest = hashlib.sha256(b"".join(map(encoded, sample.images))).hexdigest()[:16]
-    return {"id": sample.id, "image": digest if sample.images else sample.id, "level": sample.meta.get("level")}
 
 
 def digest_of(samples: Iterable[Sample]) -> str:

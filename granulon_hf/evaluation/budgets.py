@@ -85,25 +85,25 @@ def curve(result: dict[str, Any], data: str, rows: Mapping[str, str], chosen: Co
     An arm that chooses its budget is also compared with the fixed budgets of its row at the same mean number of tokens
     (`interpolated`): each question's score is that of the two neighbors, weighted by how near they are.
     """
-    samples = pd.DataFrame(result["samples"][data])
+    clusters, kinds = result["clusters"][data], pd.Series(result["levels"][data], dtype=object).fillna("")
     scores = {arm: found[data] for arm, found in result["scores"].items()}
     metric = next(name for name in (*ACCURACY, *next(iter(scores.values()))) if all(name in one for one in scores.values()))
     values = pd.DataFrame({arm: one[metric] for arm, one in scores.items()}, dtype=float)
     tokens = pd.DataFrame({arm: found[data] for arm, found in result["visual_tokens"].items()}, dtype=float)
-    images, first = samples["image"].tolist(), values.columns[0]
+    first = values.columns[0]
     arms: dict[str, Any] = {}
     for arm in values:
-        arms[arm] = {"visual_tokens": tokens[arm].mean(), **estimate(values[arm], images)}
+        arms[arm] = {"visual_tokens": tokens[arm].mean(), **estimate(values[arm], clusters)}
         if arm != first:
-            arms[arm] |= difference(values[arm], values[first], images)
-        levels = values[arm].groupby(samples["level"].fillna("")).mean().to_dict()
+            arms[arm] |= difference(values[arm], values[first], clusters)
+        levels = values[arm].groupby(kinds).mean().to_dict()
         arms[arm]["levels"] = {name: score for name, score in levels.items() if name}
     for arm in chosen:
         fixed = [one for one in values if rows[one] == rows[arm] and one not in chosen]
         known = sorted(fixed, key=lambda one: arms[one]["visual_tokens"])
         between = interpolate(arms[arm]["visual_tokens"], [arms[one]["visual_tokens"] for one in known])
-        arms[arm]["interpolated"] = difference(values[arm], values[known] @ between, images)
-    return {"metric": metric, "samples": len(values), "images": len(set(images)), "reference": first, "arms": arms}
+        arms[arm]["interpolated"] = difference(values[arm], values[known] @ between, clusters)
+    return {"metric": metric, "samples": len(values), "images": len(set(clusters)), "reference": first, "arms": arms}
 
 
 def interpolate(place: float, known: list[float]) -> np.ndarray:

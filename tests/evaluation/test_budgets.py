@@ -19,10 +19,10 @@ def result():
     levels = ["coarse", "fine"] * 6
     scores = {arm: random.integers(0, 2, 12).astype(float).tolist() for arm in ARMS}
     tokens = {"pixel": [196] * 12, "adata@4": [4] * 12, "adata@16": [16] * 12, "adata@price=0.1": [4, 16] * 6}
-    samples = [{"id": str(i), "image": str(i // 2), "level": level} for i, level in enumerate(levels)]
     return {
         "data": ["scenes"],
-        "samples": {"scenes": samples},
+        "clusters": {"scenes": [i // 2 for i in range(12)]},
+        "levels": {"scenes": levels},
         "scores": {arm: {"scenes": {"recall": [0.0] * 12, "exact": values}} for arm, values in scores.items()},
         "visual_tokens": {arm: {"scenes": values} for arm, values in tokens.items()},
     }
