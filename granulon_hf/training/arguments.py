@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 from granulon_hf.errors import GranulonError, one_line
+from granulon_hf.modeling.reducers_granulon import REDUCERS
 from granulon_hf.variants import NAMES
 
 BATCHING = ("padded", "grouped", "packed")
@@ -36,8 +38,47 @@ class ModelArguments:
     adapter: str | None = option(None, "Folder or file of an adapter.safetensors to begin with, such as a trained controller.")
     pixel_loss_weight: float = option(0.0, "Weight of the loss with the semantic slots hidden.")
     semantic_loss_weight: float = option(0.0, "Weight of the loss with the pixel slots hidden.")
+    visual_tokens: str | None = option(
+        None, "pixel+semantic (paper), semantic (the compact form) or pixel: what the language model sees of an image."
+    )
+    reducer: str | None = option(None, f"How semantic tokens are made of patch features: {', '.join(REDUCERS)}.")
+    levels: str | None = option(None, "Visual tokens of each level, such as 16,32,64; the default level is the middle one.")
     slot_position: str | None = option(None, "none (paper), semantic or all: which visual tokens are position-encoded (ours).")
     attn_implementation: str | None = option(None, "sdpa, eager, flash_attention_2 …")
+
+    def overrides(self) -> dict[str, Any]:
+        """Return the fields of a config that are asked for; raise GranulonError for values that a field cannot have."""
+        named: tuple[tuple[str, Sequence[str]], ...] = (
+            ("visual_tokens", ("pixel+semantic", "semantic", "pixel")),
+            ("reducer", tuple(REDUCERS)),
+            ("slot_position", ("none", "semantic", "all")),
+        )
+        fields: dict[str, Any] = {}
+        for name, choices in named:
+            if (value := getattr(self, name)) is not None:
+                if value not in choices:
+                    raise GranulonError(f"--{name} must be {', '.join(choices[:-1])} or {choices[-1]}; got {value!r}.")
+                fields[name] = value
+        if self.levels is not None:
+            fields |= read_levels(self.levels)
+        if self.visual_tokens == "pixel" and (idle := [name for name in ("levels", "reducer") if getattr(self, name)]):
+            raise GranulonError(f"--visual_tokens pixel shows pixel tokens alone: leave out --{idle[0]}.")
+        for name in ("pixel_loss_weight", "semantic_loss_weight"):
+            if value := getattr(self, name):
+                if self.visual_tokens == "semantic":
+                    raise GranulonError(f"--{name} needs both kinds of tokens: leave it out with --visual_tokens semantic.")
+                fields[name] = value
+        return fields
+
+
+def read_levels(text: Any) -> dict[str, Any]:
+    """Read the visual tokens of each level, such as "16,32,64", as fields of a config."""
+    parts = [part.strip() for part in str(text).strip("[]").split(",")]
+    counts = sorted({int(part) for part in parts if part.isdecimal()})
+    if len(counts) < len(parts) or counts[0] < 1:
+        raise GranulonError(f"--levels must be different positive numbers of visual tokens, such as 16,32,64; got {text!r}.")
+    levels = [{"name": str(count), "alpha": 1, "beta": count, "gamma": 1.0} for count in counts]
+    return {"granularity_levels": levels, "num_semantic_tokens": counts[-1]}
 
 
 @dataclass
@@ -97,6 +138,11 @@ class RecipeArguments(TrainingArguments):
     report_to: None | str | list[str] = field(default_factory=tensorboard_if_installed)  # noqa: RUF036 (the parser's order)
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    budgets: str = option(
+        "controller",
+        "Visual tokens that a step trains: those of the level that the controller chooses; random: of a level drawn for each "
+        "sample; all: the mean loss over all levels, at a decoder's step for each; or a number of tokens.",
+    )
     save_full: bool = option(
         False,
         "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "

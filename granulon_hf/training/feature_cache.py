@@ -16,8 +16,10 @@ from rich.progress import track
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import Journal, batches
 from granulon_hf.modeling.images_granulon import open_rgb
+from granulon_hf.modeling.reducers_granulon import REDUCERS
 
 DESCRIPTION, INDEX, VALUES = "cache.json", "index.jsonl", "features.bin"
+MORE = {"attention", "scales"}  # what reducers may need of the tower beside features
 
 
 class FeatureCache:
@@ -27,16 +29,23 @@ class FeatureCache:
     the batch that it was at, and the next one goes on.
 
     Raises:
-        GranulonError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or the
-            relation is the tower's attention, which is not kept.
+        GranulonError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or relation
+            or reducer need more of the tower than its features.
     """
 
     def __init__(self, folder: str, model: Any, processor: Any):
         self.folder, self.model, self.processor = Path(folder), model, processor
         if any(parameter.requires_grad for parameter in model.model.vision_tower.parameters()):
             raise GranulonError("--feature_cache needs a frozen vision tower; leave it out in this stage.")
-        if model.config.relation == "attention" and model.config.granularity_levels:
+        levels, reducer = model.config.granularity_levels, model.config.reducer
+        if levels and model.config.relation == "attention":
             raise GranulonError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
+        if levels and REDUCERS[reducer].needs & MORE:
+            others = ", ".join(name for name in REDUCERS if not REDUCERS[name].needs & MORE)
+            raise GranulonError(
+                f"--feature_cache keeps the tower's features alone, and the reducer {reducer} looks at more of the images: "
+                f"leave it out, or use one of {others}."
+            )
         self.index = Journal(self.folder / INDEX, key="key")
         self.rows: dict[str, int] = {}
         self.shape: tuple[int, ...] = ()  # until the first image

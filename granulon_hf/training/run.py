@@ -1,11 +1,13 @@
 """From arguments to a run: model, data, the checks before the first step, and what is left behind at the end."""
 
+import copy
 import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import set_seed
+from transformers.utils import logging
 
 import granulon_hf
 from granulon_hf import variants
@@ -29,12 +32,14 @@ from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import existing
 from granulon_hf.loading import read_config, read_model
+from granulon_hf.overrides import reconfigure, replace_fields
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.feature_cache import FeatureCache
 from granulon_hf.training.stages import STAGES, adapter_state, load_adapter_state, parameter_table, set_stage, trainable
-from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger
+from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger, read_budgets
 
+logger = logging.get_logger(__name__)
 PROBED = 64  # samples that are looked at before the first step
 
 
@@ -51,35 +56,26 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
     if args.stage not in stages:
         what = f"--stage must be one of {', '.join(stages)} (the controller has examples/train_controller.py)"
         raise GranulonError(f"{what}; got {args.stage!r}.")
-    overrides: dict[str, Any] = {} if args.slot_position is None else {"slot_position": args.slot_position}
-    if args.slot_position not in (None, "none", "semantic", "all"):
-        raise GranulonError(f"--slot_position must be none, semantic or all; got {args.slot_position!r}.")
-    if overrides and args.variant == "demo":
-        raise GranulonError("--slot_position is not supported for the demo model; leave it out, or name another --variant.")
+    overrides = args.overrides()
     if args.variant == "demo":
         from granulon_hf.demo_model import SHIPPED, build_demo  # timm and what else only this model needs
 
-        model, processor = build_demo(None if fresh else SHIPPED)
+        with in_one_sentence(args):
+            model, processor = build_demo(None if fresh else SHIPPED, **overrides)
         for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
             layer.reset_parameters()
     elif args.variant in variants.NAMES:
+        check_reducer(args, variants.parse(args.variant)[0].config)
         try:
-            model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **overrides)
-        except ValueError as error:  # semantic slots of an encoder without levels
-            raise GranulonError(str(error)) from None
+            with in_one_sentence(args):
+                model, processor = variants.build(args.variant, tiny=args.tiny, open_weights=args.open_weights, **overrides)
         except OSError as error:
             raise GranulonError(
                 f"The backbones of {args.variant} cannot be read ({' '.join(str(error).split())[:200]}); DINOv3 and Llama 3.2 "
                 "need a Hub account that has accepted their licences (--open_weights reads DINOv3 without)."
             ) from error
     else:
-        if args.attn_implementation:
-            overrides["attn_implementation"] = args.attn_implementation
-        try:
-            read_config(args.variant)
-            model, processor, _ = read_model(args.variant, **overrides)
-        except GranulonError as error:
-            raise GranulonError(f"--variant is neither demo nor one of {', '.join(variants.NAMES)}: {error}") from error
+        model, processor = read_changed(args, overrides)
     if args.attn_implementation:
         model.set_attn_implementation({"text_config": args.attn_implementation})
     model.config.pixel_loss_weight, model.config.semantic_loss_weight = args.pixel_loss_weight, args.semantic_loss_weight
@@ -90,6 +86,46 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
             raise GranulonError(f"There is no adapter {str(file)!r}.")
         load_adapter_state(model, adapter_state(model) | load_file(file))
     return model, processor
+
+
+def read_changed(args: ModelArguments, overrides: dict[str, Any]) -> tuple[Any, Any]:
+    """Read the model of a folder or Hub id, and put other fields into its config."""
+    options = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    try:
+        config = read_config(args.variant)
+    except GranulonError as error:
+        raise GranulonError(f"--variant is neither demo nor one of {', '.join(variants.NAMES)}: {error}") from error
+    check_reducer(args, config.to_dict())
+    model, processor, _ = read_model(args.variant, **options)
+    if not overrides:
+        return model, processor
+    with in_one_sentence(args):
+        model, fresh = reconfigure(model, processor, overrides)
+    if "reducer" in fresh and args.reducer is None:
+        raise GranulonError(
+            f"The weights of the reducer {config.reducer} in {args.variant!r} do not fit these levels; say --reducer "
+            f"{config.reducer} to train it anew from random ones."
+        )
+    if "controller" in fresh:
+        logger.warning(f"The controller of {args.variant} does not fit these levels: it is untrained, and takes the default.")
+    return model, processor
+
+
+def check_reducer(args: ModelArguments, fields: Mapping[str, Any]) -> None:
+    """Refuse a reducer for a model that has no semantic tokens, given the fields of its config."""
+    if args.reducer is not None and replace_fields(fields, args.overrides()).get("granularity_levels") == []:
+        raise GranulonError(f"--reducer makes semantic tokens, and {args.variant} has none: add --visual_tokens semantic.")
+
+
+@contextmanager
+def in_one_sentence(args: ModelArguments) -> Iterator[None]:
+    """Turn what a config or a vision tower refuses into a GranulonError that names the options."""
+    try:
+        yield
+    except GranulonError:
+        raise
+    except ValueError as error:
+        raise GranulonError(f"{args.variant} cannot be built like this: {' '.join(str(error).split())}") from error
 
 
 def load_samples(args: DataArguments) -> Any:
@@ -135,9 +171,14 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
 
     samples = load_samples(data_args)
     model, processor = build_model(model_args)
+    budgets = read_budgets(args.budgets, model.config)
     check_device(args, model, model_args.stage)
     packed, multiple = data_args.batching == "packed", data_args.pad_to_multiple_of
-    collator = GranulonCollator(processor, data_args.max_length, packing=packed, pad_to_multiple_of=multiple)
+    # In the compact form a fixed number of tokens needs no empty slots.
+    slots = copy.copy(processor)
+    if isinstance(budgets, int) and model.config.compact:
+        slots.num_semantic_tokens = budgets
+    collator = GranulonCollator(slots, data_args.max_length, packing=packed, pad_to_multiple_of=multiple)
     if data_args.feature_cache:
         collator.image_features = FeatureCache(data_args.feature_cache, model, processor)
         collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)

@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
 from granulon_hf.errors import GranulonError
+from granulon_hf.modeling.modeling_granulon import count_samples, number_samples
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
 from granulon_hf.training.stages import (
     adapter_state,
@@ -57,6 +59,7 @@ class GranulonTrainer(Trainer):
       all weights too. It appears under its name when it is complete.
     - `save_model` also writes all weights where the config names no backbones to read the others from.
     - `use_liger_kernel` puts liger's kernels into the language model.
+    - `budgets` says how many visual tokens a step trains; what it draws, seed and step alone decide.
     - On SIGTERM a checkpoint is written at the end of the step, on all processes, and training stops.
     - Logs also say tokens per second, the share of padding, the chosen levels and, for known devices, MFU.
 
@@ -66,6 +69,7 @@ class GranulonTrainer(Trainer):
     """
 
     model: Any  # a GranulonForConditionalGeneration
+    args: Any  # RecipeArguments
 
     def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -76,6 +80,8 @@ class GranulonTrainer(Trainer):
             options = {**(self.args.liger_kernel_config or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
             find_liger(decoder.config.model_type)(model=decoder, **options)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
+        self.budgets = read_budgets(self.args.budgets, self.model.config)
+        self.drawn = (-1, 0)  # the step, and how many of its batches have had levels drawn
         self.whole = False
         self.seen: Counter[Any] = Counter()
         self.since: float | None = None
@@ -96,21 +102,65 @@ class GranulonTrainer(Trainer):
         keep_frozen_parts_in_eval(self.model, self.frozen)  # training_step has just called model.train()
         if torch.is_tensor(num_items_in_batch):
             num_items_in_batch = num_items_in_batch.clamp(min=1)  # all samples of a step may have been unusable
-        outputs = model(**inputs, skip_logits=True, num_items_in_batch=num_items_in_batch)
-        loss = outputs["loss"]
+        options = {"skip_logits": True, "num_items_in_batch": num_items_in_batch}
+        every = self.budgets == "all" and model.training and "pixel_values" in inputs
+        if every:
+            inputs = {**inputs, "pixel_values": self.reusable(inputs["pixel_values"])}
+        losses = []
+        for choice in range(len(self.model.config.granularity_levels)) if every else [None]:
+            chosen = {"granularity": choice} if every else self.choose(inputs, model.training)
+            outputs = model(**inputs, **chosen, **options)
+            losses.append(outputs["loss"])
+            self.count(inputs, outputs)
+        loss = sum(losses) / len(losses)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # As Trainer has it, but not in place, which the output of a compiled model does not allow.
             loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         if "pixel_values" not in inputs:  # the projector is not reached: there must be something to differentiate all the same
             loss = loss + 0.0 * sum(parameter.sum() for _, parameter in trainable(self.model))
-        self.count(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def choose(self, inputs, training: bool) -> dict[str, Any]:
+        """Return what a step says to the model of the visual tokens of its samples."""
+        if isinstance(self.budgets, int):
+            return {"visual_tokens": self.budgets}
+        if self.budgets != "random" or not training:
+            return {}
+        step, batch = self.drawn
+        batch = batch + 1 if step == self.state.global_step else 0
+        self.drawn = self.state.global_step, batch
+        seq_idx = inputs.get("seq_idx")
+        count = count_samples(inputs["input_ids"], None if seq_idx is None else number_samples(seq_idx))
+        random = np.random.default_rng((self.args.seed, self.state.global_step, batch, self.args.process_index))
+        drawn = random.integers(len(self.model.config.granularity_levels), size=count)
+        return {"granularity": torch.from_numpy(drawn).to(inputs["input_ids"].device)}
+
+    def reusable(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Run a frozen tower once for all levels; one that is sharded runs within the model's own forward pass alone."""
+        parts = self.model.model
+        if self.is_fsdp_enabled or any(parameter.requires_grad for parameter in parts.vision_tower.parameters()):
+            return pixel_values
+        with torch.no_grad(), self.accelerator.autocast():
+            features = parts.reusable_features(pixel_values)
+        self.seen["encoded"] += len(features) if features.ndim < pixel_values.ndim else 0
+        return features
 
     def count(self, inputs, outputs) -> None:
         """Add to what the next log says; sums stay on the device until then."""
         mask = inputs.get("attention_mask")
         cells = inputs["input_ids"].numel()
-        self.seen.update(cells=cells, tokens=cells if mask is None else mask.sum(), images=len(inputs.get("pixel_values", ())))
+        tokens = cells if mask is None else mask.sum()
+        images = inputs.get("pixel_values", ())
+        seen = outputs.get("attention_mask")
+        self.seen.update(
+            cells=cells,
+            tokens=tokens,
+            # Empty slots cost the decoder nothing where they are packed away.
+            visible=tokens if seen is None else seen.sum(),
+            images=len(images),
+            # Features take the place of images that the tower has seen before.
+            encoded=len(images) if getattr(images, "ndim", 0) == 4 else 0,
+        )
         if (level := outputs.get("granularity")) is not None:
             for index, name in enumerate(self.model.config.level_names):
                 self.seen[f"level_{name}"] += (level == index).sum()
@@ -125,7 +175,8 @@ class GranulonTrainer(Trainer):
                     logs["mfu"] = round(self.step_flops(seen) / max(now - self.since, 1e-6) / peak, 4)
             logs["padding"] = round(1 - seen["tokens"] / seen["cells"], 4)
             levels = {name: value for name, value in seen.items() if name.startswith("level_")}
-            logs |= {name: round(value / max(sum(levels.values()), 1), 3) for name, value in levels.items()}
+            if total := sum(levels.values()):  # a fixed number of tokens is no level
+                logs |= {name: round(value / total, 3) for name, value in levels.items()}
             self.seen, self.since = Counter(), now
         super().log(logs, start_time)
         if not math.isfinite(loss := logs.get("loss", 0.0)):
@@ -137,14 +188,16 @@ class GranulonTrainer(Trainer):
         A weight and token take 2 forward, 2 for gradients of activations, 2 more for those of trained weights; the tower runs
         forward only.
         """
-        parts = self.model.model
+        parts, config = self.model.model, self.model.config
 
         def weights(module):
             return sum(p.numel() for name, p in module.named_parameters() if "embed_tokens" not in name)
 
         of_token = (6 if any(p.requires_grad for p in parts.language_model.parameters()) else 4) * weights(parts.language_model)
-        of_patch = 6 * weights(parts.multi_modal_projector) + 2 * weights(parts.vision_tower)
-        return of_token * seen["tokens"] + of_patch * self.model.config.image_seq_length * seen["images"]
+        slots = config.num_semantic_slots + (0 if config.compact else config.image_seq_length)
+        of_image = 6 * weights(parts.multi_modal_projector) * slots
+        of_tower = 2 * weights(parts.vision_tower) * config.image_seq_length
+        return of_token * seen["visible"] + of_image * seen["images"] + of_tower * seen["encoded"]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -247,6 +300,22 @@ class GroupedSampler(Sampler[int]):
     def __iter__(self):
         random = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(LengthGroupedSampler(self.batch_size, lengths=self.lengths, generator=random))
+
+
+def read_budgets(budgets: str | int, config: Any) -> str | int:
+    """Return what `--budgets` says, a number as an integer; raise GranulonError for what a model of this config cannot do."""
+    text, slots = str(budgets), config.num_semantic_slots
+    if text == "controller":
+        return text
+    if text not in ("random", "all") and not text.isdecimal():
+        raise GranulonError(f"--budgets must be controller, random, all or a number of visual tokens; got {text!r}.")
+    if not slots:
+        raise GranulonError(
+            f"--budgets {text} needs levels, and this model has none: add --visual_tokens semantic, or --levels."
+        )
+    if text.isdecimal() and not 1 <= int(text) <= slots:
+        raise GranulonError(f"--budgets must lie between 1 and {slots}, the slots that this model has for tokens; got {text}.")
+    return int(text) if text.isdecimal() else text
 
 
 def sync(folder: Path) -> None:

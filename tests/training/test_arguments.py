@@ -6,6 +6,8 @@ import pytest
 import torch
 import yaml
 
+from granulon_hf.data.collator import GranulonCollator
+from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.comparison import check
 from granulon_hf.training import arguments, parse
@@ -15,6 +17,7 @@ from granulon_hf.variants import NAMES
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DEMO = str(EXAMPLES / "demo.yaml")
+SAMPLES = Shapes(4)
 
 
 def test_defaults_are_the_supplements():
@@ -71,16 +74,96 @@ def test_slot_position_reaches_the_model():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "fields"),
     [
-        ({"variant": "granulon-qwen2.5", "slot_position": "pixel"}, "'pixel'"),
-        ({"variant": "clip-qwen2.5", "slot_position": "semantic"}, "granularity"),
-        ({"variant": "demo", "slot_position": "all"}, "--slot_position"),
+        ({"variant": "clip-qwen2.5", "levels": "4,16,8"}, ("pixel+semantic", "adata", ["4", "8", "16"], 16, "8", "none")),
+        (
+            {"variant": "siglip-llama3.2", "visual_tokens": "semantic", "levels": 3},
+            ("semantic", "adata", ["3"], 3, "3", "semantic"),
+        ),
+        (
+            {"variant": "dinov2-qwen2.5", "visual_tokens": "semantic", "reducer": "queries"},
+            ("semantic", "queries", ["coarse", "middle", "fine"], 64, "middle", "semantic"),
+        ),
+        ({"variant": "granulon-compact-qwen2.5", "visual_tokens": "pixel"}, ("pixel", "adata", [], 20, None, "none")),
+        (
+            {"variant": "granulon-compact-qwen2.5", "reducer": "pool", "levels": "[4, 9]", "slot_position": "none"},
+            ("semantic", "pool", ["4", "9"], 9, "9", "none"),
+        ),
     ],
 )
-def test_wrong_slot_positions(options, message):
-    with pytest.raises(GranulonError, match=message):
+@pytest.mark.parametrize("folder", [False, True])
+def test_another_form_of_a_variant_or_of_a_folder(build, tmp_path, options, fields, folder):
+    if folder:
+        model, processor = build(options["variant"])
+        model.save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        options = {**options, "variant": str(tmp_path)}
+    model, processor = build_model(ModelArguments(tiny=True, **options))
+    config = model.config
+    found = (config.visual_tokens, config.reducer, config.level_names, config.num_semantic_tokens)
+    assert (*found, config.default_granularity, config.slot_position) == fields
+    assert (processor.visual_tokens, processor.num_semantic_tokens) == (config.visual_tokens, config.num_semantic_slots)
+    batch = GranulonCollator(processor)([SAMPLES[0], SAMPLES[1]])
+    loss = model(**batch).loss
+    loss.backward()
+    trained = [parameter for parameter in model.model.multi_modal_projector.parameters() if parameter.requires_grad]
+    assert loss.isfinite() and trained and all(parameter.grad is not None for parameter in trained)
+
+
+def test_a_folder_keeps_the_weights_that_fit(build, tmp_path):
+    before, processor = build("granulon-compact-qwen2.5", reducer="queries")
+    before.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    weights = before.model.state_dict()
+
+    def changed(**options):
+        model, _ = build_model(ModelArguments(variant=str(tmp_path), **options))
+        return {
+            name for name, value in model.model.state_dict().items() if not torch.equal(weights.get(name, value + 1), value)
+        }
+
+    assert changed(slot_position="none") == set()
+    assert changed(levels="2,4,64") == set()  # as many levels and slots
+    assert changed(levels="4,64") == {
+        f"controller.{name}" for name in ("in_proj.weight", "fc1.weight", "fc2.weight", "fc2.bias")
+    }
+    assert {name.partition(".")[0] for name in changed(levels="2,4,8", reducer="queries")} == {"reducer"}
+    assert changed(levels="2,4,8", reducer="pool") == set()
+    with pytest.raises(GranulonError):
+        changed(levels="2,4,8")  # nothing is random that was not asked for
+
+
+def test_reconfigured_weights_answer_alike(build, tmp_path):
+    """What does not change the form does not change the logits."""
+    before, processor = build("granulon-compact-qwen2.5")
+    before.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    after, _ = build_model(ModelArguments(variant=str(tmp_path), reducer="adata", visual_tokens="semantic"))
+    batch = GranulonCollator(processor)([SAMPLES[0]])
+    with torch.no_grad():
+        assert torch.equal(before(**batch).logits, after.eval()(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"variant": "granulon-qwen2.5", "slot_position": "pixel"},
+        {"variant": "clip-qwen2.5", "slot_position": "semantic"},
+        {"variant": "granulon-qwen2.5", "visual_tokens": "compact"},
+        {"variant": "granulon-qwen2.5", "reducer": "visionzip"},
+        {"variant": "clip-qwen2.5", "reducer": "pool"},
+        {"variant": "granulon-qwen2.5", "visual_tokens": "pixel", "reducer": "pool"},
+        {"variant": "granulon-qwen2.5", "visual_tokens": "pixel", "levels": "4"},
+        {"variant": "granulon-qwen2.5", "visual_tokens": "semantic", "pixel_loss_weight": 1.0},
+        {"variant": "granulon-compact-qwen2.5", "semantic_loss_weight": 1.0},
+        *({"variant": "granulon-qwen2.5", "levels": levels} for levels in ("", "4,", "a", "0,1", "4,4", "4.5", "-4")),
+    ],
+)
+def test_wrong_forms(options):
+    with pytest.raises(GranulonError) as error:
         build_model(ModelArguments(tiny=True, **options))
+    assert "\n" not in str(error.value)
 
 
 def test_other_data_on_the_line_do_not_inherit_the_files_subset(tmp_path):

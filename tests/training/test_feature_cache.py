@@ -40,6 +40,21 @@ def test_the_loss_is_that_of_the_pixels(tmp_path, parts, packing):
     assert model(**batch).loss.item() == pytest.approx(expected.item(), abs=1e-3)  # bfloat16
 
 
+@pytest.mark.parametrize("reducer", ["pool", "queries", "question-dpp", "region-attention"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_reducers_and_budgets_take_them(tmp_path, build, reducer, packing):
+    model, processor = build("granulon-compact-qwen2.5", reducer=reducer)
+    set_stage(model, "projector")
+    collator = GranulonCollator(processor, packing=packing)
+    rows = [SAMPLES[i] for i in range(3)]
+    plain = collator(rows)
+    collator.image_features = filled(tmp_path, (model.eval(), processor))
+    cached = collator(rows)
+    for choice in ({"granularity": torch.tensor([0, 2, 1])}, {"visual_tokens": 7}):
+        expected = model(**plain, **choice).loss
+        assert model(**cached, **choice).loss.item() == pytest.approx(expected.item(), abs=5e-3)  # bfloat16
+
+
 def test_a_killed_fill_goes_on(tmp_path, parts):
     whole = filled(tmp_path / "a", parts)
     filled(tmp_path / "b", parts, IMAGES[:4])
@@ -91,4 +106,9 @@ def test_what_cannot_be_cached(tmp_path, parts, build):
     set_stage(attention, "projector")
     with pytest.raises(GranulonError, match="attention"):
         FeatureCache(str(tmp_path / "new"), attention, processor)
+    for reducer in ("attention-merge", "adaptive-prune", "downsample"):
+        other, processor = build("granulon-compact-qwen2.5", reducer=reducer)
+        set_stage(other, "projector")
+        with pytest.raises(GranulonError, match=reducer):
+            FeatureCache(str(tmp_path / "new"), other, processor)
     assert json.loads((tmp_path / "cache.json").read_text())["shape"]

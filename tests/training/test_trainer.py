@@ -30,7 +30,7 @@ def make(build, tmp_path):
 
     def make(name="run", stage="projector", *, packing=False, grouped=True, model=None, side="right", **kwargs):
         torch.manual_seed(0)
-        built, processor = build()
+        built, processor = build(kwargs.pop("variant", "granulon-qwen2.5"))
         model = model or built
         set_stage(model, stage)
         collator = GranulonCollator(processor, packing=packing, padding_side=side)
@@ -336,3 +336,102 @@ def test_save_full_is_a_checkpoint_that_from_pretrained_loads(make, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(**batch).loss, trainer.model.eval()(**batch).loss)
     assert json.loads((tmp_path / "run" / "processor_config.json").read_text())
+
+
+COMPACT = "granulon-compact-qwen2.5"
+
+
+def chosen_levels(trainer):
+    """What each pass of a run is told, in order."""
+    told, forward = [], trainer.model.forward
+
+    def watched(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        told.append(outputs["granularity"].tolist())
+        return outputs
+
+    trainer.model.forward = watched
+    return told
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("variant", ["granulon-qwen2.5", COMPACT])
+def test_all_budgets_are_the_mean_over_the_levels(make, variant, packing):
+    trainer = make(variant=variant, budgets="all", packing=packing)
+    rows = [SAMPLES[i] for i in range(4)]
+    batch = trainer.data_collator(rows)
+    model, runs = trainer.model, []
+    losses = [model.eval()(**batch, granularity=level, skip_logits=True).loss.item() for level in range(3)]
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    loss = trainer.compute_loss(model.train(), batch)
+    loss.backward()
+    assert loss.item() == pytest.approx(sum(losses) / 3, abs=1e-5) and len(set(losses)) == 3
+    assert len(runs) == 1
+    assert all(parameter.grad is not None for _, parameter in trainable(model))
+    assert trainer.seen["encoded"] == 4 and trainer.seen["images"] == 12
+    assert [trainer.seen[f"level_{name}"] for name in model.config.level_names] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_random_budgets_are_uniform_and_of_each_sample(make, packing):
+    trainer = make(variant=COMPACT, budgets="random", packing=packing, save_strategy="no", max_steps=24)
+    told = chosen_levels(trainer)
+    trainer.train()
+    assert all(len(levels) == 4 for levels in told) and len(told) == 48
+    assert any(len(set(levels)) > 1 for levels in told) and len({tuple(levels) for levels in told}) > 20
+    counts = [sum(levels.count(level) for levels in told) for level in range(3)]
+    assert min(counts) > 40  # of 192; 64 are expected of each
+    (last, *_) = [entry for entry in reversed(trainer.state.log_history) if "loss" in entry]
+    assert sum(last[f"level_{name}"] for name in trainer.model.config.level_names) == pytest.approx(1, abs=0.01)
+
+
+def test_a_resumed_run_draws_the_same_levels(make, tmp_path):
+    whole = make("whole", variant=COMPACT, budgets="random")
+    told = chosen_levels(whole)
+    whole.train()
+    resumed = make("resumed", variant=COMPACT, budgets="random")
+    again = chosen_levels(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert again == told[8:] and losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    other = make("other", variant=COMPACT, budgets="random", seed=7)
+    different = chosen_levels(other)
+    other.train()
+    assert different != told
+
+
+@pytest.mark.parametrize("variant", ["granulon-qwen2.5", COMPACT])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_number_of_tokens(make, variant, packing):
+    trainer = make(variant=variant, budgets=5, packing=packing, save_strategy="no", max_steps=1)
+    batch = trainer.data_collator([SAMPLES[i] for i in range(2)])
+    expected = trainer.model.eval()(**batch, visual_tokens=5).loss
+    assert trainer.compute_loss(trainer.model.train(), batch).item() == pytest.approx(expected.item(), abs=1e-5)
+    trainer.train()
+    (entry, *_) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert not [name for name in entry if name.startswith("level_")]
+
+
+@pytest.mark.parametrize("budgets", ["some", "0", "21", "-1", "4.5", ""])
+def test_budgets_that_cannot_be(make, budgets):
+    with pytest.raises(GranulonError):
+        make(budgets=budgets)
+
+
+@pytest.mark.parametrize("budgets", ["random", "all", "5"])
+def test_budgets_need_levels(make, budgets):
+    with pytest.raises(GranulonError):
+        make(variant="clip-qwen2.5", budgets=budgets)
+
+
+def test_flops_count_the_tokens_that_are_there(make):
+    """The compact form projects K slots of an image, and features that are kept cost no tower."""
+    flops = {}
+    for variant in ("granulon-qwen2.5", COMPACT):
+        trainer = make(variant=variant)
+        seen = {"visible": 0, "images": 2, "encoded": 0}
+        parts = trainer.model.model
+        slots = {"granulon-qwen2.5": trainer.model.config.image_seq_length + 20, COMPACT: 64}[variant]
+        projector = sum(parameter.numel() for parameter in parts.multi_modal_projector.parameters())
+        assert trainer.step_flops(seen) == 6 * projector * slots * 2
+        flops[variant] = trainer.step_flops({**seen, "encoded": 2}) - trainer.step_flops(seen)
+    assert len(set(flops.values())) == 1 and flops[COMPACT] > 0
