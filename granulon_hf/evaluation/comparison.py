@@ -84,7 +84,8 @@ def check(config: dict[str, Any]) -> list[Row]:
     """
     mapping, names = (dict, "names with values"), (list, "a list of names")
     forms: dict[str, tuple[type, str]] = {"llm": (str, "a name"), "encoders": names, "reducers": names}
-    forms |= {"budgets": (list, "a list of numbers"), "controller": (str, "a folder"), "train": mapping, "eval": mapping}
+    forms |= dict.fromkeys(("budgets", "prices"), (list, "a list of numbers"))
+    forms |= {"controller": (str, "a folder"), "train": mapping, "eval": mapping}
     for name, (kind, form) in forms.items():
         if not isinstance(config.get(name) or kind(), kind):
             raise GranulonError(f"`{name}` must be {form}; got {config[name]!r}.")
@@ -124,6 +125,11 @@ def check_budgets(config: dict[str, Any], reducers: Sequence[str]) -> None:
         raise GranulonError("`reducers` and `budgets` go together: which reducers, at which numbers of visual tokens.")
     if not all(type(number) is int and number >= 1 for number in budgets) or len(set(budgets)) < len(budgets):
         raise GranulonError(f"`budgets` must be different whole numbers from 1; got {budgets!r}.")
+    prices = config.get("prices") or []
+    if prices and len(budgets) < 2:
+        raise GranulonError("`prices` let a controller choose among budgets: name at least two `budgets`.")
+    if not all(type(price) in (int, float) and price >= 0 for price in prices) or len(set(prices)) < len(prices):
+        raise GranulonError(f"`prices` must be different numbers from 0; got {prices!r}.")
 
 
 def check_options(config: dict[str, Any], reducers: Sequence[str], encoders: Sequence[str]) -> None:

@@ -66,6 +66,32 @@ def test_rows_are_trained_alike_and_kept():
     assert done.exit_code == 2 and "not trained alike: samples differ" in done.output
 
 
+def test_reducers_at_budgets():
+    """Every reducer is trained once, over all budgets, and evaluated at each; what it shows is what was asked for."""
+    config = {**CONFIG, "encoders": ["dinov3"], "reducers": ["pixel", "adata", "random", "downsample"], "budgets": [4, 9]}
+    config |= {"train": {**TRAIN, "cache_features": True}, "eval": {**CONFIG["eval"], "metrics": ["exact"]}}
+    assert (done := run(config)).exit_code == 0, done.output
+    rows = json.loads(Path("out/manifest.json").read_text())["rows"]
+    assert list(rows) == config["reducers"]
+    settings = [row["settings"] for row in rows.values()]
+    different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
+    assert different == {"visual_tokens", "reducer", "levels", "slot_position", "budgets"}
+    assert [one["feature_cache"] for one in settings] == 3 * ["out/features/dinov3-qwen2.5"] + [None]
+    kept = json.loads(Path("out/tokens.json").read_text())
+    arms = kept["curves"]["shapes"]["arms"]
+    names = [f"{reducer}@{budget}" for reducer in config["reducers"][1:] for budget in config["budgets"]]
+    assert list(arms) == list(kept["costs"]) == ["pixel", *names]
+    assert [one["visual_tokens"] for one in arms.values()] == [36, 4, 9, 4, 9, 4, 9]
+    flops = [one["prefill_flops"] for one in kept["costs"].values()]
+    assert flops[0] > flops[2] > flops[1] and flops[3] > flops[5]  # fewer tokens, and a smaller image
+    assert all(Path(f"out/{name}").stat().st_size > 500 for name in ("tokens.md", "tokens.png", "losses.png"))
+    table = Path("out/evaluation/table.md").read_text()
+    assert all(name in table for name in arms)
+    stamps = [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
+    assert run(config).exit_code == 0
+    assert stamps == [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
+
+
 def test_a_trained_controller_is_for_the_rows_that_have_levels():
     model, _ = build("granulon-qwen2.5", tiny=True)
     state = {f"controller.{name}": torch.full_like(value, 0.5) for name, value in model.model.controller.state_dict().items()}
@@ -94,6 +120,21 @@ def test_a_trained_controller_is_for_the_rows_that_have_levels():
         ({"eval": {}}, "`eval` needs `data`"),
         ({"eval": {"data": ["shapes"], "metrik": ["recall"]}}, "`eval` has 'metrik'"),
         ({"evaluation": {}}, "unknown name 'evaluation'"),
+        ({"reducers": ["pixel", "adatta"]}, "Unknown reducer 'adatta'"),
+        ({"reducers": ["pixel", "adata"]}, "`reducers` and `budgets` go together"),
+        ({"budgets": [4]}, "`reducers` and `budgets` go together"),
+        ({"reducers": ["adata"], "budgets": [4, 4.5]}, "`budgets` must be different whole numbers"),
+        ({"reducers": ["adata"], "budgets": ["few"]}, "`budgets` must be different whole numbers"),
+        ({"reducers": ["adata"], "budgets": 4}, "`budgets` must be"),
+        ({"reducers": ["adata", "adata"], "budgets": [4]}, "named twice"),
+        ({"encoders": ["dinov3", "granulon"], "reducers": ["adata"], "budgets": [4]}, "dinov3 and granulon are the same"),
+        ({"encoders": ["dinov3"], "reducers": ["adata"], "budgets": [4]}, "at least two rows"),
+        ({"reducers": ["adata"], "budgets": [4], "train": {**TRAIN, "levels": "4,5"}}, "`levels` is set by the comparison"),
+        ({"llm": "demo"}, "'demo' has its own"),
+        ({"llm": "nowhere", "encoders": [], "reducers": ["adata", "pool"], "budgets": [4]}, "nowhere"),
+        ({"prices": [0.1]}, "`prices`"),
+        ({"reducers": ["pixel", "adata"], "budgets": [4], "prices": [0.1]}, "at least two `budgets`"),
+        ({"reducers": ["pixel", "adata"], "budgets": [4, 9], "prices": [-1]}, "`prices` must be"),
     ],
 )
 def test_bad_configurations(change, message):
