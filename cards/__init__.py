@@ -130,7 +130,7 @@ def check_variant(config: GranulonConfig, name: str) -> None:
     for what, found, right in (
         ("vision tower", vision.model_type, "timm_wrapper" if timm else encoder.tiny["model_type"]),
         ("language model", text.model_type, decoder.tiny["model_type"]),
-        ("granularity levels", bool(config.granularity_levels), not encoder.config),
+        ("visual tokens", config.visual_tokens, GranulonConfig(**encoder.config).visual_tokens),
     ):
         if found != right:
             raise GranulonError(

@@ -101,6 +101,38 @@ def read_config(source: str) -> GranulonConfig:
         raise GranulonError(f"The config.json of {source!r} is not valid: {one_line(error)}") from error
 
 
+def check_choice(
+    config: GranulonConfig,
+    granularity: str | None = None,
+    visual_tokens: int | None = None,
+    price: float | None = None,
+    name: str | None = None,
+) -> None:
+    """Raise GranulonError for a level, a number of visual tokens or a price that a model does not take."""
+    given = {"granularity": granularity, "visual_tokens": visual_tokens, "price": price}
+    asked = [f"`{option}`" for option, value in given.items() if value is not None]
+    levels, slots, prices = config.level_names, config.num_semantic_slots, config.controller_prices or []
+    if asked and not levels:
+        raise GranulonError(
+            f"{name or 'This model'} shows all pixel tokens and has no granularity levels, so that {asked[0]} cannot be used with it."
+        )
+    if len(asked) > 1:
+        raise GranulonError(f"{' and '.join(asked)} each say how many tokens an image gets; give one of them.")
+    if granularity is not None and granularity not in levels:
+        known = f"the levels of {name}" if name else "this model's levels"
+        raise GranulonError(f"Unknown granularity {granularity!r}; {known} are {', '.join(levels)}.")
+    name = name or "this model"
+    if visual_tokens is not None and not 1 <= visual_tokens <= slots:
+        raise GranulonError(f"`visual_tokens` must lie between 1 and {slots} for {name}; got {visual_tokens}.")
+    if price is not None and price not in prices:
+        known = (
+            f"at the prices {', '.join(map(str, prices))}"
+            if prices
+            else "at no price (examples/train_controller.py --targets loss)"
+        )
+        raise GranulonError(f"`price` {price} cannot be used: the controller of {name} was trained {known}.")
+
+
 def pick_device(name: str) -> torch.device:
     """Return a device that works, or raise GranulonError."""
     if name == "auto":

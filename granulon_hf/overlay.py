@@ -42,14 +42,18 @@ def ranks(aggregation, index: int = 0) -> np.ndarray:
 def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str | None = None, size: int = 896) -> Image.Image:
     """Draw the kept clusters over the photograph, each in its color with its rank (1 = best), in RGB; the rest is gray and dim.
 
+    Of another reducer than AdaTA it draws the patches that went into each token, or that a token attends to most.
+
     Args:
         image (`PIL.Image.Image`): the picture that the grid covers: what the model saw ([`model_view`]), not the whole file.
         aggregation ([`GranulonAggregation`]): of the same image.
         index (`int`): which image of `aggregation`.
-        title (`str`, *optional*): text of a slim bar above the picture, which also says how many clusters were kept.
+        title (`str`, *optional*): text of a slim bar above the picture, which also says how many clusters, or tokens of another
+            reducer than AdaTA, were kept.
         size (`int`): long side of the picture in pixels, up to rounding to whole pixels per patch.
     """
     rank = ranks(aggregation, index)
+    kept_slots = sum(cluster >= 0 for cluster in aggregation.kept_clusters[index].tolist())
     height, width = rank.shape
     scale = size / max(image.size)
     cell_width, cell_height = (max(1, round(a * scale / b)) for a, b in zip(image.size, (width, height), strict=True))
@@ -69,15 +73,21 @@ def draw_clusters(image: Image.Image, aggregation, index: int = 0, *, title: str
     out = np.where(_near_edge(big, hairline)[..., None], np.array(INK, dtype=np.float32), out)
     picture = Image.fromarray(out.clip(0, 255).astype(np.uint8))
 
-    for slot in range(rank.max() + 1):
-        row, column = _label_cell(rank == slot)
+    for slot in range(kept_slots):
+        if (member := rank == slot).any():
+            row, column = _label_cell(member)
+        else:  # no patch went into this token first of all: its number stands at its place
+            places = (aggregation.positions[index, slot].cpu().numpy() + 1) / 2 * (height - 1, width - 1)
+            row, column = places.round().astype(int).tolist()
         badge = _badge(str(slot + 1), rank_color(slot), diameter=int(min(max(cell * 0.72, 18), 44)))
         corner = (int((column + 0.5) * cell_width - badge.width / 2), int((row + 0.5) * cell_height - badge.height / 2))
         picture.paste(badge, corner, badge)
     if title is None:
         return picture
+    if aggregation.scores is None:
+        return _with_title(picture, title, f"{kept_slots} tokens, numbered in their order")
     clusters = sum(score > -math.inf for score in aggregation.scores[index].tolist())
-    return _with_title(picture, title, f"{rank.max() + 1} of {clusters} clusters kept · 1 = best")
+    return _with_title(picture, title, f"{kept_slots} of {clusters} clusters kept · 1 = best")
 
 
 def _near_edge(big: np.ndarray, reach: int) -> np.ndarray:

@@ -226,12 +226,14 @@ def adata(patches: PatchFeatures, budget: torch.Tensor, num_slots: int, **option
     return aggregate(patches.features, patches.grid, alpha, budget, num_slots=num_slots, relation=patches.relation, **options)
 
 
-def build_adata(config, width: int) -> Reduce:
-    betas = [level["beta"] for level in config.granularity_levels]
-    return partial(
-        adata,
-        # Any budget may be asked for in the compact form, where the slots are all there is.
-        max_clusters=max(betas if config.visual_tokens == "pixel+semantic" else [*betas, config.num_semantic_tokens]),
+def adata_of(config, patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> GranulonAggregation:
+    """AdaTA with the options of a config, as they are when it is called: a sweep changes the levels of the same weights."""
+    return adata(
+        patches,
+        budget,
+        num_slots,
+        # A call may ask for as many clusters as there are slots.
+        max_clusters=max(*(level["beta"] for level in config.granularity_levels), config.num_semantic_tokens),
         relation_weight=config.relation_weight,
         clustering=config.clustering,
         steps=config.clustering_steps,
@@ -239,7 +241,7 @@ def build_adata(config, width: int) -> Reduce:
     )
 
 
-REDUCERS["adata"] = Reducer(build_adata, frozenset())
+REDUCERS["adata"] = Reducer(lambda config, width: partial(adata_of, config), frozenset())
 
 
 @register_reducer("pool")

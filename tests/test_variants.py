@@ -7,11 +7,10 @@ from granulon_hf import variants
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 
-def test_the_table_is_the_papers():
-    assert len(variants.NAMES) == 10
-    assert set(variants.NAMES) == {
-        f"{encoder}-{llm}" for encoder in ("clip", "siglip", "dinov2", "dinov3", "granulon") for llm in ("qwen2.5", "llama3.2")
-    }
+def test_the_table_is_the_papers_and_its_compact_forms():
+    encoders = ("clip", "siglip", "dinov2", "dinov3", "granulon", "granulon-compact")
+    assert set(variants.NAMES) == {f"{encoder}-{llm}" for encoder in encoders for llm in ("qwen2.5", "llama3.2")}
+    assert len(variants.NAMES) == 12
 
 
 @pytest.mark.parametrize("name", variants.NAMES)
@@ -25,7 +24,8 @@ def test_every_variant_answers(name):
     inputs = make_inputs(processor, conversations)
     answer = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert answer.shape[0] == 2
-    assert bool(model.config.granularity_levels) == name.startswith("granulon")
+    form = "semantic" if "compact" in name else "pixel+semantic" if name.startswith("granulon") else "pixel"
+    assert model.config.visual_tokens == form and bool(model.config.granularity_levels) == (form != "pixel")
     encoder, decoder = variants.parse(name)
     assert model.config.vision_config.model_type == encoder.tiny["model_type"]
     assert model.config.text_config.model_type == decoder.tiny["model_type"]

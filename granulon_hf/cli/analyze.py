@@ -182,7 +182,7 @@ def granularity(
 
     scorer, fields = work.find_scorer(score), by or ["task"]
     betas, slots = numbers(beta, "--beta"), numbers(k, "--k") if k is not None else None
-    cells = work.sweep_cells(betas, slots)
+    work.sweep_cells(betas, slots)  # refused before a model is read
     check_out(out)
     check_models([model], device, dtype)
     opened, described = open_data(data, split, source, limit, seed)
@@ -194,7 +194,8 @@ def granularity(
     if score == "option_accuracy" and not all(sample.choices for sample in samples):
         raise GranulonError("--score option_accuracy needs samples with choices; use auto.")
     loaded, processor, name, description = load(model, device, dtype)
-    total = len(samples) * (len(loaded.config.granularity_levels) + (1 + len(cells) if cells else 0))
+    cells = work.plan_sweep(loaded.config, betas, slots, alpha)
+    total = len(samples) * (len(loaded.config.granularity_levels) + len(cells))
     with progress_bar(name, total) as update:
         analysis = work.GranularityAnalysis(
             loaded,

@@ -88,6 +88,12 @@ def ask(
     ],
     model: Annotated[str | None, typer.Option(help="Hub id or folder; by default the embedded demo model.")] = None,
     granularity: Annotated[str | None, typer.Option(help="Force a level by its name; by default the question decides.")] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Semantic tokens of every image, instead of a level.", show_default=False)
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a visual token, for a controller that was trained at prices.", show_default=False)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16; auto is the checkpoint's own.")] = "auto",
@@ -113,7 +119,7 @@ def ask(
 
     from granulon_hf import overlay as drawing
     from granulon_hf.evaluation.answer import look
-    from granulon_hf.loading import check_models, pick_device, read_config, read_model
+    from granulon_hf.loading import check_choice, check_models, pick_device, read_config, read_model
 
     sources, question = split_arguments(arguments)
     images = [open_image(source) for source in sources]
@@ -124,12 +130,10 @@ def ask(
         warnings.simplefilter("ignore")
     source = model or "demo"
     check_models([source], device, dtype)
-    levels = read_config(source).level_names
-    if not levels and (granularity or overlay):
-        option = "--granularity" if granularity else "--overlay"
-        raise GranulonError(f"This model has no granularity levels, so that {option} cannot be used with it.")
-    if granularity and granularity not in levels:
-        raise GranulonError(f"Unknown granularity {granularity!r}; this model's levels are {', '.join(levels)}.")
+    config = read_config(source)
+    check_choice(config, granularity, visual_tokens, price)
+    if overlay and not config.granularity_levels:
+        raise GranulonError("This model has no granularity levels, so that --overlay cannot be used with it.")
 
     network, processor, _ = read_model(source, dtype)
     network = network.to(pick_device(device))
@@ -137,7 +141,15 @@ def ask(
     content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with torch.inference_mode():
-        seen = look(network, processor, [[{"role": "user", "content": content}]], granularity, room_for=max_new_tokens)
+        seen = look(
+            network,
+            processor,
+            [[{"role": "user", "content": content}]],
+            granularity,
+            room_for=max_new_tokens,
+            visual_tokens=visual_tokens,
+            price=price,
+        )
         tokens = network.generate(**seen.inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
     probs = seen.probs[0]
     result = {
@@ -152,7 +164,7 @@ def ask(
         "images": sources,
     }
     if overlay is not None:
-        title = f"{question.strip()} · {result['granularity']}"
+        title = f"{question.strip()} · {result['granularity'] or f'{visual_tokens} tokens'}"
         views = [drawing.model_view(processor.image_processor, *pair) for pair in zip(images, seen.pixel_values, strict=True)]
         pictures = [drawing.draw_clusters(view, seen.images.aggregation, i, title=title) for i, view in enumerate(views)]
         drawing.side_by_side(pictures).save(overlay)

@@ -76,6 +76,12 @@ def run(
     metric: Annotated[list[str] | None, typer.Option(help="Instead of those that suit the task.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer. [64]", min=1)] = None,
     granularity: Annotated[str | None, typer.Option(help="Force a level.")] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Semantic tokens of every image, instead of a level.", min=1)
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(help="Of a visual token, for controllers that were trained at prices.", min=0)
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples at once; answers do not depend on it. [8]", min=1)] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, or auto. \\[auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto: the checkpoint's own; float32 on a CPU. \\[auto]")] = None,
@@ -93,7 +99,7 @@ def run(
     """
     from granulon_hf.evaluation.answer import Generation
     from granulon_hf.evaluation.benchmark import Suite, make_table, run_suite
-    from granulon_hf.loading import check_models, load_model
+    from granulon_hf.loading import check_choice, check_models, load_model, read_config
 
     given = dict(locals())
     said = {name: given[name] for name in options_of(ctx) if given[name] not in (None, [])}
@@ -102,7 +108,17 @@ def run(
     def taken(**names: str) -> dict[str, Any]:
         return {name: options.pop(option) for name, option in names.items() if option in options}
 
-    generation = Generation(**taken(max_new_tokens="max_new_tokens", granularity="granularity", batch_size="batch_size"))
+    names = ("max_new_tokens", "granularity", "visual_tokens", "price", "batch_size")
+    generation = Generation(**taken(**dict(zip(names, names, strict=True))))
+
+    def check(sources: list[str], device: str, dtype: str) -> None:
+        check_models(sources, device, dtype)
+        for source in sources:
+            config = read_config(source)
+            # A plain model beside others answers without a level.
+            level = generation.granularity if config.granularity_levels else None
+            check_choice(config, level, generation.visual_tokens, generation.price, name=source)
+
     judged = taken(model="judge", base_url="judge_base_url", max_cost="judge_max_cost")
     lists = taken(models="model", metrics="metric")
     suite = Suite(**lists, **options, generation=generation, judge=judged if judged.get("model") else None)
@@ -123,7 +139,7 @@ def run(
                 progress.console.print(escape(line), soft_wrap=True)
 
         with plain_warnings(lambda line: on_set(f"Note: {line}")):
-            result = run_suite(suite, load_model, on_progress, on_set, check_models)
+            result = run_suite(suite, load_model, on_progress, on_set, check)
     if main:
         show(make_table(result))
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")

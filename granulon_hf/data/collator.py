@@ -268,8 +268,11 @@ def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Ten
     return {"pixel_values": torch.cat(images)} if images else {}
 
 
-def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
-    """Return inputs of `generate` for conversations with their images, padded on the left."""
+def encode_prompts(processor: Any, conversations: Sequence[Any], **options: Any) -> Any:
+    """Return inputs of `generate` for conversations with their images, padded on the left.
+
+    `options` are of the processor's `apply_chat_template`, such as `visual_tokens`.
+    """
     processor.tokenizer.padding_side = "left"
     return processor.apply_chat_template(
         conversations,
@@ -278,4 +281,5 @@ def encode_prompts(processor: Any, conversations: Sequence[Any]) -> Any:
         return_tensors="pt",
         add_generation_prompt=True,
         processor_kwargs={"padding": True},
+        **options,
     )

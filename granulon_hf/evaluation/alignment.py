@@ -59,7 +59,8 @@ class Alignment:
         """What the numbers depend on."""
         made = self.generation.settings()
         if self.answer == "reference":
-            made = {name: made[name] for name in ("granularity", "visual_stream")}
+            names = ("granularity", "visual_stream", "visual_tokens", "price")
+            made = {name: made[name] for name in names if name in made}
         return {"answer": self.answer, "tokens": self.tokens, **made}
 
 
@@ -107,7 +108,7 @@ def compare(model: Any, processor: Any, batch: dict[str, torch.Tensor], referenc
     labels, generation = batch.pop("labels"), what.generation
     outputs = model.model(
         **batch,
-        granularity=generation.granularity if "pixel_values" in batch else None,
+        **(generation.choice() if "pixel_values" in batch else {}),
         visual_stream=generation.visual_stream,
         output_hidden_states=True,
         use_cache=False,

@@ -35,6 +35,8 @@ class Generation:
         visual_stream (`str`, *optional*): "pixel" or "semantic" hides the other stream.
         batch_size (`int`): samples at once. Answers do not depend on it.
         extra (`dict`): further arguments of `generate`.
+        visual_tokens (`int`, *optional*): semantic tokens of every image, instead of a level.
+        price (`float`, *optional*): of a visual token, for a controller that was trained at prices.
     """
 
     max_new_tokens: int = 64
@@ -42,10 +44,18 @@ class Generation:
     visual_stream: str | None = None
     batch_size: int = 8
     extra: dict[str, Any] = field(default_factory=dict)
+    visual_tokens: int | None = None
+    price: float | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on."""
-        return {name: value for name, value in vars(self).items() if name != "batch_size"}
+        # Left out where they are not given: answers of before they existed are found again.
+        idle = {name for name in ("visual_tokens", "price") if getattr(self, name) is None}
+        return {name: value for name, value in vars(self).items() if name not in {"batch_size", *idle}}
+
+    def choice(self) -> dict[str, Any]:
+        """Return what says how many tokens an image gets, as arguments of [`look`]."""
+        return {"granularity": self.granularity, "visual_tokens": self.visual_tokens, "price": self.price}
 
 
 @dataclass
@@ -53,7 +63,7 @@ class View:
     """How a model looks at conversations before it answers: vision tower and controller have run, once."""
 
     inputs: dict[str, Any]  # arguments of `generate`
-    levels: list[str | None]  # of each conversation; None where the model has none or nothing is shown
+    levels: list[str | None]  # of each conversation; None where there is none, nothing is shown, or a number was asked for
     probs: list[dict[str, float] | None]  # what the controller prefers, by level
     images: Any = None  # `GranulonImageFeatures` with the clusters; None without levels or images
     pixel_values: Any = None  # of all images
@@ -62,18 +72,30 @@ class View:
 
 
 @torch.inference_mode()
-def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: str | None = None, room_for: int = 0) -> View:
+def look(
+    model: Any,
+    processor: Any,
+    conversations: Sequence[Any],
+    granularity: str | None = None,
+    room_for: int = 0,
+    *,
+    visual_tokens: int | None = None,
+    price: float | None = None,
+) -> View:
     """Encode conversations with their images, and let each question choose its level.
 
     Args:
         conversations (`list`): messages with their images, without the answer.
         granularity (`str`, *optional*): forces a level.
         room_for (`int`): tokens of an answer that must still fit behind the prompt; 0 does not look.
+        visual_tokens (`int`, *optional*): semantic tokens of every image, instead of a level.
+        price (`float`, *optional*): of a visual token, for a controller that was trained at prices.
 
     Raises:
-        GranulonError: an image that cannot be used, an unknown level, or a prompt that is too long.
+        ValueError: an image that cannot be used, a level, number of tokens or price that the model does not have, or a prompt
+            that is too long.
     """
-    inputs = encode_prompts(processor, conversations).to(model.device)
+    inputs = encode_prompts(processor, conversations, visual_tokens=visual_tokens, price=price).to(model.device)
     length, room = inputs["input_ids"].shape[1], getattr(model.config.text_config, "max_position_embeddings", None)
     if room_for and room and length + room_for > room:
         raise GranulonError(
@@ -86,7 +108,8 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
         return View(dict(inputs), [*nothing], [*nothing], pixel_values=pixels, pixel_tokens=slots)
     images, names = model.encode_images(**inputs, granularity=granularity), model.config.level_names
     shown = [bool(row.any()) for row in inputs["input_ids"] == model.config.image_token_id]
-    levels = [names[index] if seen else None for index, seen in zip(images.granularity.tolist(), shown, strict=True)]
+    indices = images.granularity.tolist()  # -1 where a number of tokens was asked for
+    levels = [names[index] if seen and index >= 0 else None for index, seen in zip(indices, shown, strict=True)]
     rows = images.granularity_probs.tolist()
     probs = [dict(zip(names, row, strict=True)) if seen else None for row, seen in zip(rows, shown, strict=True)]
     words = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -96,9 +119,17 @@ def look(model: Any, processor: Any, conversations: Sequence[Any], granularity: 
         probs=probs,
         images=images,
         pixel_values=pixels,
-        pixel_tokens=slots - len(pixels) * model.config.num_semantic_slots,
+        pixel_tokens=0 if model.config.compact else slots - len(pixels) * model.config.num_semantic_slots,
         semantic_tokens=int(images.aggregation.keep.sum()),
     )
+
+
+def count_visual_tokens(model: Any, inputs: dict[str, Any], visual_stream: str | None = None) -> list[int]:
+    """Count what the language model sees of the images of each conversation in a [`View`]: image slots that are not empty."""
+    slots = inputs["input_ids"] == model.config.image_token_id
+    if images := inputs.get("mm_encoder_outputs"):
+        slots &= ~model.model.find_empty_slots(images["image"], slots, visual_stream)
+    return slots.sum(1).tolist()
 
 
 @torch.inference_mode()
@@ -106,12 +137,15 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
     """Answer a batch of samples, of which the last assistant turn is not shown.
 
     Returns:
-        `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), new_tokens.
+        `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), visual_tokens (those that
+        the language model sees, of all images), new_tokens.
 
     Raises:
         GranulonError: an image that cannot be used.
     """
-    seen = look(model, processor, [conversation(sample.prompt, sample.images) for sample in samples], generation.granularity)
+    conversations = [conversation(sample.prompt, sample.images) for sample in samples]
+    seen = look(model, processor, conversations, **generation.choice())
+    counts = count_visual_tokens(model, seen.inputs, generation.visual_stream)
     options = {"max_new_tokens": generation.max_new_tokens, "do_sample": False, **generation.extra}
     if generation.visual_stream is not None:
         options["visual_stream"] = generation.visual_stream
@@ -127,6 +161,7 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
             "granularity": seen.levels[i],
             "granularity_probs": probs and {name: round(value, 6) for name, value in probs.items()},
             "prompt_tokens": int(seen.inputs["attention_mask"][i].sum()),
+            "visual_tokens": counts[i],
             "new_tokens": count,
         }
         results.append(answer)
@@ -139,7 +174,8 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
 
     The tower runs once, and so does the decoder on the prompt up to the last pixel slot: pixel tokens do not depend on the
     question, so that their keys and values are shared. Each question then adds its own semantic tokens and words. The answers
-    are those of [`answer_batch`].
+    are those of [`answer_batch`]. In the compact form there are no pixel tokens to share, and with a reducer that looks at more
+    than features the tower runs for every question.
 
     Args:
         image (`PIL.Image.Image`): in RGB.
@@ -163,9 +199,8 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
     if any(not torch.equal(row[:length], rows[0][:length]) for row in rows):
         raise GranulonError("The prompts differ before the pixel tokens: they cannot be shared.")
 
-    level = model.get_granularity_probs(ids, mask, inputs["question_mask"]).argmax(-1)
-    features = model.model._patch_features(inputs["pixel_values"][:1])[0].features
-    images = model.get_image_features(features.expand(count, -1, -1), granularity=level, return_dict=True)
+    features = model.model.reusable_features(inputs["pixel_values"][:1])
+    images = model.encode_images(features.expand(count, *features.shape[1:]), ids, mask, inputs["question_mask"])
     encoded = torch.stack(list(images.pooler_output))
     pixels = encoded.shape[1] - model.config.num_semantic_slots
     prefix = rows[0][:length].unsqueeze(0)
@@ -369,9 +404,11 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     names = list(found) or [level["name"] for level in DEFAULT_GRANULARITY_LEVELS]
     strings = ("model", "data", "id", "question", "reference", "task", "meta", "prediction", "error", "granularity")
     columns: dict[str, Any] = dict.fromkeys(strings, text)
-    columns |= {"choices": pa.list_(text), "images": pa.list_(text), "prompt_tokens": whole, "new_tokens": whole}
+    columns |= {"choices": pa.list_(text), "images": pa.list_(text)}
+    columns |= dict.fromkeys(("prompt_tokens", "visual_tokens", "new_tokens"), whole)
     columns |= {"seconds": pa.float64(), "granularity_probs": pa.struct(dict.fromkeys(names, pa.float64()))}
-    columns["generation"] = pa.struct({"max_new_tokens": whole, "granularity": text, "visual_stream": text, "extra": text})
+    fields = {"max_new_tokens": whole, "granularity": text, "visual_stream": text, "extra": text}
+    columns["generation"] = pa.struct({**fields, "visual_tokens": whole, "price": pa.float64()})
     settings = generation.settings()
     settings["extra"] = json.dumps(settings["extra"], default=str)
     own = {"model": model, "data": data, "generation": settings}

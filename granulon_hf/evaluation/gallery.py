@@ -51,7 +51,7 @@ class Answer:
     @property
     def forced(self) -> bool:
         """Another level than the controller's choice was used."""
-        return bool(self.probs) and self.level != max(self.probs, key=self.probs.__getitem__)
+        return self.level is not None and bool(self.probs) and self.level != max(self.probs, key=self.probs.__getitem__)
 
     @property
     def judged(self) -> float | None:
@@ -116,6 +116,7 @@ class Run:
     name: str
     source: str
     rows: dict[str, dict[str, Any]]
+    visual_tokens: int | None = None  # that the answers were made with, where a number was asked for
 
 
 def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> list[Run]:
@@ -137,7 +138,10 @@ def read_runs(folders: Sequence[Path], names: dict[Path, str] | None = None) -> 
             check_row(folder, key, row)
         model = description.get("model")
         source = str((model.get("source") if isinstance(model, dict) else model) or folder.name)
-        runs.append(Run(folder, (names or {}).get(folder) or source.rstrip("/").rpartition("/")[2], source, rows))
+        name = (names or {}).get(folder) or source.rstrip("/").rpartition("/")[2]
+        generation = description.get("generation")
+        asked = generation.get("visual_tokens") if isinstance(generation, dict) else None
+        runs.append(Run(folder, name, source, rows, asked))
     given = Counter(run.name for run in runs)
     for run in runs:
         if given[run.name] > 1:
@@ -322,8 +326,9 @@ def add_pictures(case: Case, draw: Draw | None = None) -> None:
         case.overlay_level = f"no overlay: {error}"
 
 
-def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = None) -> Draw:
-    """A function that draws the kept clusters of a case, at the level of its id in `levels` or that the controller chooses."""
+def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = None, visual_tokens: int | None = None) -> Draw:
+    """A function that draws the kept clusters of a case, at the level of its id in `levels` or that the controller chooses, or
+    this number of tokens."""
     import torch
 
     from granulon_hf import overlay
@@ -336,14 +341,14 @@ def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = N
         content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": case.question}]
         level = (levels or {}).get(case.id)
         forced = level if level in model.config.level_names else None
-        seen = look(model, processor, [[{"role": "user", "content": content}]], forced)
+        seen = look(model, processor, [[{"role": "user", "content": content}]], forced, visual_tokens=visual_tokens)
         drawn = []
         for i, (image, pixels) in enumerate(zip(images, seen.pixel_values, strict=True)):
             view = overlay.model_view(processor.image_processor, image, pixels, SIDE)
             clusters = overlay.draw_clusters(view, seen.images.aggregation, i, size=2 * SIDE)
             # Whole pixels per patch changed the proportions a little: on the page the picture would jump.
             drawn.append(clusters.resize(view.size, Image.Resampling.LANCZOS))
-        return drawn, str(seen.levels[0])
+        return drawn, seen.levels[0] or f"{visual_tokens} tokens"
 
     return draw
 

@@ -8,7 +8,9 @@ Every sample is answered once at every level. All policies are read off these an
 - *oracle*: the best level of each sample, an upper bound that no controller can pass.
 
 The sweep changes β and K of the same weights: one setting for all levels, by default α = 1, since a level that pools has fewer
-tokens than clusters to make of them (14 x 14 patches pooled by 4 are 16).
+tokens than clusters to make of them (14 x 14 patches pooled by 4 are 16). In the compact form, and with another reducer than
+AdaTA, it asks for numbers of tokens (`visual_tokens`) up to the model's K instead; the compact form, which has no answers
+without semantic tokens, is compared with its own at K.
 """
 
 import json
@@ -73,8 +75,10 @@ def setting(model: Any, processor: Any, alpha: int, beta: int, slots: int) -> It
 
 
 @torch.inference_mode()
-def image_tokens(model: Any, processor: Any, samples: Sequence[Sample], level: str) -> tuple[int, int]:
-    """Pixel tokens and filled semantic slots of an image at a level; (0, 0) where the samples have no image.
+def image_tokens(
+    model: Any, processor: Any, samples: Sequence[Sample], level: str | None, visual_tokens: int | None = None
+) -> tuple[int, int]:
+    """Pixel tokens and filled semantic slots of an image at a level, or of so many tokens; (0, 0) where there is no image.
 
     Counted on the first image: the vision tower sees all at one size.
     """
@@ -82,8 +86,8 @@ def image_tokens(model: Any, processor: Any, samples: Sequence[Sample], level: s
     if image is None:
         return 0, 0
     pixels = processor.image_processor(open_rgb(image), return_tensors="pt")["pixel_values"].to(model.device)
-    aggregation = model.aggregate(pixels, level)
-    return aggregation.assignment[0].numel(), int(aggregation.keep.sum())
+    aggregation = model.aggregate(pixels, level, visual_tokens)
+    return 0 if model.config.compact else aggregation.assignment[0].numel(), int(aggregation.keep.sum())
 
 
 @dataclass
@@ -138,20 +142,55 @@ class GranularityAnalysis:
                 clusters stay empty, and change nothing). By default K = β: all clusters are kept.
 
         Returns:
-            `list[dict]`: per setting alpha, beta, k, pixel_tokens, semantic_tokens, rows; the first is without semantic tokens.
+            `list[dict]`: per setting alpha, beta, k, pixel_tokens, semantic_tokens, rows; the first is what others are compared
+            with, see [`plan_sweep`].
         """
-        level = self.model.config.level_names[0]
+        config = self.model.config
+        level = config.level_names[0]
         generation = changed(self.generation, granularity=level)
-        pixels, _ = image_tokens(self.model, self.processor, self.samples, level)
-        rows = self.answers("pixels", changed(generation, visual_stream="pixel"))
-        cells = [{"alpha": alpha, "beta": 0, "k": 0, "pixel_tokens": pixels, "semantic_tokens": 0, "rows": rows}]
-        for beta, k in sweep_cells(betas, slots):
-            cell = {"alpha": alpha, "beta": beta, "k": k}
-            with setting(self.model, self.processor, alpha, beta, k):
-                rows = self.answers(f"alpha{alpha}-beta{beta}-k{k}", generation, **cell)
-                pixels, semantic = image_tokens(self.model, self.processor, self.samples, level)
+        cells = []
+        for cell in plan_sweep(config, betas, slots, alpha):
+            beta, k = cell["beta"], cell["k"]
+            if not beta:
+                pixels, semantic = image_tokens(self.model, self.processor, self.samples, level)[0], 0
+                rows = self.answers("pixels", changed(generation, visual_stream="pixel"))
+            elif by_number(config):
+                pixels, semantic = image_tokens(self.model, self.processor, self.samples, None, beta)
+                rows = self.answers(f"tokens{beta}", changed(self.generation, visual_tokens=beta))
+            else:
+                with setting(self.model, self.processor, alpha, beta, k):
+                    rows = self.answers(f"alpha{alpha}-beta{beta}-k{k}", generation, **cell)
+                    pixels, semantic = image_tokens(self.model, self.processor, self.samples, level)
             cells.append({**cell, "pixel_tokens": pixels, "semantic_tokens": semantic, "rows": rows})
         return cells
+
+
+def by_number(config: Any) -> bool:
+    """Whether a sweep asks for numbers of tokens, instead of other clusters in other slots."""
+    return config.compact or config.reducer != "adata"
+
+
+def plan_sweep(config: Any, betas: Sequence[int], slots: Sequence[int] | None = None, alpha: int = 1) -> list[dict[str, int]]:
+    """Return alpha, beta and k of each setting of a sweep; first those that others are compared with: no semantic tokens, or in
+    the compact form all K.
+
+    Raises:
+        GranulonError: α or K are given, and the model's sweep is one over numbers of tokens.
+    """
+    if not betas:
+        return []
+    if not by_number(config):
+        pairs = [(0, 0), *sweep_cells(betas, slots)]
+    elif slots or alpha != 1:
+        raise GranulonError(
+            "`k` and `alpha` are of clusters beside pixel tokens; this model's sweep is over numbers of tokens alone: leave them "
+            "out."
+        )
+    else:
+        first = config.num_semantic_tokens if config.compact else 0
+        numbers = [beta for beta in sorted(set(betas)) if beta <= config.num_semantic_tokens and beta != first]
+        pairs = [(number, number) for number in (first, *numbers)]
+    return [{"alpha": alpha, "beta": beta, "k": k} for beta, k in pairs]
 
 
 def sweep_cells(betas: Sequence[int], slots: Sequence[int] | None = None) -> list[tuple[int, int]]:
@@ -262,7 +301,15 @@ def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title
         for row in sweep:
             cell = [str(row[name]) for name in ("group", "beta", "k", "semantic_tokens")]
             swept.append([*cell, score_text(row), difference_text(row), f"{row['seconds']:.3f}"])
-        head = ["group", "β", "K", "semantic tokens", score, "difference to none", "seconds per sample"]
+        head = [
+            "group",
+            "β",
+            "K",
+            "semantic tokens",
+            score,
+            f"difference to {sweep[0]['beta'] or 'none'}",
+            "seconds per sample",
+        ]
         parts += [
             f"## Clusters (α = {sweep[0]['alpha']}, the same weights)",
             markdown_table(head, swept),
@@ -332,6 +379,7 @@ def plot_sweep(sweep: list[dict]):
     """Score against clusters, visual tokens and seconds: a line per group or, where K was varied, per K over all samples; a
     `matplotlib.figure.Figure`."""
     frame = pd.DataFrame(sweep).astype({"low": float, "high": float})  # without an interval they are None
+    frame = frame.sort_values("beta", kind="stable")  # the first need not have the fewest
     frame["tokens"] = frame["pixel_tokens"] + frame["semantic_tokens"]
     varied = any(row["k"] not in (0, row["beta"]) for row in sweep)
     lines = dict(iter(frame.groupby("group", sort=False)))

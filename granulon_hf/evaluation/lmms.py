@@ -3,8 +3,8 @@
     pip install "granulon-hf[lmms]"
     lmms-eval --model granulon --model_args pretrained=FOLDER_OR_HUB_ID --tasks mme --batch_size 8 --output_path results
 
-Arguments in `--model_args`: pretrained, dtype ("auto", "float32", "bfloat16", "float16") and granularity (a level for all
-questions; by default the controller chooses). `--batch_size` and `--device` are options of lmms-eval itself. Several GPUs:
+Arguments in `--model_args`: pretrained, dtype ("auto", "float32", "bfloat16", "float16"), and one of granularity (a level for
+all questions), visual_tokens (a number) and price; by default the controller chooses. `--batch_size` and `--device` are options of lmms-eval itself. Several GPUs:
 `accelerate launch --num_processes 8 -m lmms_eval --model granulon …`.
 
 Tasks of the type `multiple_choice` compare likelihoods. lmms-eval gives them to models of its "simple" kind only, so that they
@@ -29,7 +29,7 @@ from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, answer_batch
 from granulon_hf.io import batches
-from granulon_hf.loading import load_model
+from granulon_hf.loading import check_choice, load_model
 
 MAX_NEW_TOKENS = 1024  # of a task that names none; as lmms-eval's LLaVA
 SAMPLING = ("temperature", "top_p", "top_k")
@@ -58,6 +58,8 @@ class Granulon(lmms):
         dtype: str = "auto",
         batch_size: int | str = 1,
         granularity: str | None = None,
+        visual_tokens: int | None = None,
+        price: float | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -68,10 +70,9 @@ class Granulon(lmms):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         source = pretrained if pretrained.startswith("tiny:") else os.path.expanduser(pretrained)
         self.model, self.processor, _ = load_model(source, device or "auto", dtype)
-        self.device, self.batch_size, self.granularity = self.model.device, int(batch_size), granularity
-        names = self.model.config.level_names if self.model.config.granularity_levels else []
-        if granularity is not None and granularity not in names:
-            raise GranulonError(f"granularity={granularity!r} is no level of this model; it has {', '.join(names) or 'none'}.")
+        self.device, self.batch_size = self.model.device, int(batch_size)
+        self.choice = {"granularity": granularity, "visual_tokens": visual_tokens, "price": price}
+        check_choice(self.model.config, **self.choice)
 
     def question(self, request: Instance) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The conversation of a request in lmms-eval's form (an image's content is its `url`), and its generation arguments."""
@@ -125,7 +126,7 @@ class Granulon(lmms):
         for indices in groups.values():
             for batch, chosen in self.batches(requests, indices, "Granulon answers"):
                 questions = [self.question(request) for request in chosen]
-                generation, until = make_generation(questions[0][1], self.granularity)
+                generation, until = make_generation(questions[0][1], **self.choice)
                 stop = StopStrings(self.processor.tokenizer, until)
                 if until and generation.extra.get("num_beams", 1) == 1:
                     generation.extra["stopping_criteria"] = StoppingCriteriaList([stop])
@@ -162,7 +163,7 @@ class Granulon(lmms):
             # A checkpoint's generation config may hold a penalty, which would change the likelihoods.
             extra = {"logits_processor": LogitsProcessorList([forced]), "num_beams": 1, "repetition_penalty": 1.0}
             longest = max(len(answer) for answer in answers)
-            generation = Generation(max_new_tokens=longest, granularity=self.granularity, extra=extra)
+            generation = Generation(max_new_tokens=longest, extra=extra, **self.choice)
             answer_batch(self.model, self.processor, samples, generation)
             for index, scores, greedy in zip(batch, forced.log_probs, forced.greedy, strict=True):
                 pair: Any = (-sum(scores) / len(scores), greedy)
@@ -233,7 +234,7 @@ class ForcedAnswers(LogitsProcessor):
         return forced  # type: ignore[return-value]
 
 
-def make_generation(arguments: dict[str, Any], granularity: str | None) -> tuple[Generation, list[str]]:
+def make_generation(arguments: dict[str, Any], granularity: str | None, **choice: Any) -> tuple[Generation, list[str]]:
     """Generation arguments of an lmms-eval task as ours, and its stop strings.
 
     `temperature` 0 (or none, or `do_sample: false`) is greedy. What transformers' `generate` does not know is left out with a
@@ -251,7 +252,7 @@ def make_generation(arguments: dict[str, Any], granularity: str | None) -> tuple
         extra = {name: value for name, value in extra.items() if name not in SAMPLING}
     if arguments:
         logger.warning(f"Generation arguments that Granulon does not know are left out: {', '.join(sorted(arguments))}")
-    return Generation(max_new_tokens=longest, granularity=granularity, extra={**extra, "do_sample": sample}), until
+    return Generation(longest, granularity, extra={**extra, "do_sample": sample}, **choice), until
 
 
 def kind(visual: Any) -> str:

@@ -19,6 +19,7 @@ import granulon_hf.cards
 from granulon_hf import variants
 from granulon_hf.cards import card_data, model_card
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
+from granulon_hf.modeling.reducers_granulon import REDUCERS
 from tests.conftest import build_tiny
 from tests.hub_server import HubServer
 
@@ -43,7 +44,7 @@ def full_size(name: str) -> GranulonConfig:
     """A variant's config with the widths of the real backbones."""
     encoder, decoder = variants.parse(name)
     vision = AutoConfig.for_model(**{**encoder.tiny, "hidden_size": 1024})
-    width = WIDTH[name.partition("-")[2]]
+    width = WIDTH[name.rpartition("-")[2]]
     text = AutoConfig.for_model(**{**decoder.tiny, "hidden_size": width, "vocab_size": 1000})
     return GranulonConfig(vision_config=vision, text_config=text, **encoder.config)
 
@@ -108,7 +109,7 @@ def test_data_files_agree_with_the_variants(name):
     encoder, decoder = variants.parse(name)
     data = card_data(name)
     assert [data["parts"][part]["id"] for part in ("vision", "text")] == data["metadata"]["base_model"]
-    assert data["parts"]["text"]["hidden_size"] == WIDTH[name.partition("-")[2]]
+    assert data["parts"]["text"]["hidden_size"] == WIDTH[name.rpartition("-")[2]]
     licences = {data["parts"][part]["licence"] for part in ("vision", "text")}
     assert (data["metadata"]["license"] == "apache-2.0") == (licences == {"Apache-2.0"})
     assert ("dinov3-license" in str(data["metadata"].get("license_name"))) == (encoder.hub_id.startswith("facebook/dinov3"))
@@ -233,11 +234,27 @@ def test_a_model_without_a_name_gets_only_what_its_config_tells():
     assert "/home/" not in str(card)
 
 
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("name", [name for name in variants.NAMES if name.startswith("granulon")])
+def test_the_card_says_what_the_language_model_sees(name, reducer):
+    config = full_size(name)
+    config.reducer = reducer
+    text = prose_of(model_card(config, name=name, repo_id="org/Llama-x"))
+    compact = "compact" in name
+    assert ("compact form" in text) == compact == ("visual_tokens=" in text)
+    assert ("join the pixel tokens" in text) == ("196 pixel tokens" in text) == (not compact)
+    assert ("clustered" in text) == (reducer == "adata")
+    assert ("and the reducer;" in text) == (reducer in ("queries", "region-attention"))
+    (row,) = re.findall(r"^\| fine \|.*$", text, flags=re.M)
+    values = ["1 × 1"] * (reducer == "adata") + ["64" if compact else "20", "1.0"]
+    assert row == f"| {' | '.join(['fine', *values])} |"
+
+
 @pytest.mark.parametrize("name", variants.NAMES)
 def test_a_toy_is_not_taken_for_the_variant(name):
     model, _ = build_tiny(name)
     card = model_card(model.config, name=name, repo_id="org/toy")
-    assert f"`{name}` at another size: its language model is 32 wide, not {WIDTH[name.partition('-')[2]]}" in card.text
+    assert f"`{name}` at another size: its language model is 32 wide, not {WIDTH[name.rpartition('-')[2]]}" in card.text
     assert card.data.license == "unknown"
     assert not {"base_model", "datasets", "metrics"} & set(card.data.to_dict())
     assert "Built with Llama" not in card.text
@@ -255,7 +272,8 @@ def test_the_licence_asks_for_a_name():
     [
         ({"name": "dinov2-qwen2.5"}, "vision tower 'dinov3_vit' instead of 'dinov2'"),
         ({"name": "granulon-llama3.2"}, "language model 'qwen2' instead of 'llama'"),
-        ({"name": "dinov3-qwen2.5"}, "granularity levels"),
+        ({"name": "dinov3-qwen2.5"}, r"'pixel\+semantic' instead of 'pixel'"),
+        ({"name": "granulon-compact-qwen2.5"}, "instead of 'semantic'"),
         ({"name": 'x"\n---\n<b>'}, "Unknown variant"),
         ({"repo_id": 'org/"x"'}, "not a name of a repository"),
         ({"repo_id": "org/x\n---\n"}, "not a name of a repository"),

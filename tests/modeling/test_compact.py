@@ -105,6 +105,13 @@ def test_packed_as_padded(compact, reducer, choice):
     assert_equal(model, batch, pack(batch), **choice)
 
 
+def test_more_tokens_than_a_level_has(build):
+    """Of the slots, not of the levels: what a call may ask for."""
+    model, processor = build(num_semantic_tokens=30)
+    keep = model.aggregate(make_inputs(processor, CONVERSATIONS)["pixel_values"], visual_tokens=30).keep
+    assert keep.sum(1).tolist() == [30] * 4
+
+
 def test_the_paper_form_takes_budgets_and_reducers(build):
     model, processor = build(reducer="pool")
     inputs = make_inputs(processor, CONVERSATIONS)

@@ -36,7 +36,7 @@ def test_slots_per_image(name):
     model, processor = build_tiny(name)
     inputs = make_inputs(processor, make_conversation(QUESTION, [make_picture(0), make_picture(1)]))
     slots = (inputs["input_ids"] == model.config.image_token_id).sum().item()
-    assert slots == 2 * (36 + (20 if name.startswith("granulon") else 0))
+    assert slots == 2 * (64 if "compact" in name else 36 + 20 if name.startswith("granulon") else 36)
     assert inputs["pixel_values"].shape[0] == 2
     tokens = processor._get_num_multimodal_tokens(image_sizes=[(100, 50)] * 2)
     assert tokens.num_image_tokens == [slots // 2] * 2
