@@ -245,8 +245,6 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
         raise GranulonError(f"Unknown batching {data.batching!r}; the choices are {', '.join(BATCHING)}.")
     if data.batching == "packed" and data.pad_to_multiple_of:
         raise GranulonError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
-    if data.data == "shapes" and (given := [n for n in ("source", "split", "preset") if getattr(data, n) is not None]):
-        raise GranulonError(f"The drawn shapes have no {given[0]}; leave out --{given[0]}, or name another --data.")
     if recipe.label_smoothing_factor:
         raise GranulonError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":

@@ -4,7 +4,7 @@ The idea is that of AVG-LLaVA's router (aclanthology 2025.findings-acl.865); the
 another model: the loss of the answer that the data holds is computed at every level.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def answer_losses(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
 def label_by_loss(
     model: Any,
     processor: Any,
-    samples: Sequence[Sample],
+    samples: Iterable[Sample],
     journal: str | Path,
     batch_size: int = 8,
     on_progress: Callable[[int], None] = lambda count: None,
@@ -61,7 +61,7 @@ def label_by_loss(
     Args:
         model ([`GranulonForConditionalGeneration`]): in eval mode, with levels.
         processor ([`GranulonProcessor`]): its processor.
-        samples (`list[Sample]`): with different ids.
+        samples (`Iterable[Sample]`): with different ids; a batch of them is in memory at a time.
         journal (`str` or `Path`): JSONL file of the scores, one row per sample.
         batch_size (`int`, defaults to 8): samples at once; scores do not depend on it.
         on_progress (`callable`): called with the number of samples that were found or scored since the last call.
@@ -74,18 +74,23 @@ def label_by_loss(
         GranulonError: the model has no levels, or the journal holds scores of other levels.
     """
     names = model.config.level_names
-    if len(names) < 2:
-        raise GranulonError(
-            "The controller chooses among levels, and this model has fewer than two; there is nothing to label."
-        )
+    check_choice(names)
     kept = Journal(journal)
     found = {row["id"]: row for row in kept}
     if any(list(row["losses"]) != names for row in found.values()):
         raise GranulonError(f"{str(journal)!r} holds scores of other levels than {', '.join(names)}; name another --out.")
-    wanted = [samples[i] for i in range(len(samples))]
-    on_progress(sum(sample.id in found for sample in wanted))
+    order: list[str] = []
+
+    def missing() -> Iterator[Sample]:
+        for sample in samples:
+            order.append(sample.id)
+            if sample.id in found:
+                on_progress(1)
+            else:
+                yield sample
+
     collator = GranulonCollator(processor, last_answer_only=True)
-    for group in batches((sample for sample in wanted if sample.id not in found), batch_size):
+    for group in batches(missing(), batch_size):
         usable = [sample for sample in group if collator.encode(sample) is not None]
         if usable:
             batch = {name: value.to(model.device) for name, value in collator(usable).items()}
@@ -93,7 +98,15 @@ def label_by_loss(
             kept.append(rows)
             found |= {row["id"]: row for row in rows}
         on_progress(len(group))
-    return [found[sample.id] for sample in wanted if sample.id in found]
+    return [found[name] for name in order if name in found]
+
+
+def check_choice(levels: Sequence[str]) -> None:
+    """Raise GranulonError where there is nothing that a controller could choose."""
+    if len(levels) < 2:
+        raise GranulonError(
+            "The controller chooses among levels, and this model has fewer than two; there is nothing to label."
+        )
 
 
 def score_rows(

@@ -131,6 +131,8 @@ def in_one_sentence(args: ModelArguments) -> Iterator[None]:
 def load_samples(args: DataArguments) -> Any:
     """Load the training samples, a sequence of [`Sample`]; GranulonError where they cannot be read or have no random access."""
     if args.data == "shapes":
+        if given := [name for name in ("source", "split", "preset") if getattr(args, name) is not None]:
+            raise GranulonError(f"The drawn shapes have no {given[0]}; leave out --{given[0]}, or name another --data.")
         return Shapes(args.limit or 2000, seed=args.subset_seed)
     name, source = ("llava", args.source or args.data) if is_chat(args.data) else (args.data, args.source)
     try:

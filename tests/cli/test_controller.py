@@ -12,7 +12,10 @@ import typer
 from typer.testing import CliRunner
 
 from granulon_hf.cli import controller
+from granulon_hf.training import loss_labels
 from granulon_hf.training.controller import read_labels
+from granulon_hf.training.labelling import LEVELS
+from granulon_hf.training.loss_labels import answer_losses
 from tests.judge.server import Reply, Server
 from tests.training.test_labelling import GOOD, good, question_of
 
@@ -177,3 +180,70 @@ def test_a_prepared_folder_of_which_nothing_can_be_used():
     pq.write_table(pa.Table.from_pylist(rows, schema=features().arrow_schema), shard)
     done = run("set", "--out", "labels.jsonl", "--dry-run")
     assert done.exit_code == 2 and "1 rows" in done.output and "the answer is empty (1)" in done.output
+
+
+# --- by loss ----------------------------------------------------------------------------------------------------------
+
+LOSS = ("--by", "loss", "--model", "tiny:granulon-compact-qwen2.5", "--data", "shapes", "--limit", 6, "--out", "labels.jsonl")
+
+
+def test_labels_by_loss_are_kept_and_gone_on_with(monkeypatch):
+    done = run(*LOSS)
+    assert done.exit_code == 0 and "6 labelled, 0 left out" in done.output, done.output
+    rows = labels()
+    assert [set(row) for row in rows] == [{"id", "text", "losses", "tokens"}] * 6
+    assert all(list(row[name]) == list(LEVELS) for row in rows for name in ("losses", "tokens"))
+    journal = Path("labels.scores/scores.jsonl")
+    kept = journal.read_text().splitlines()
+    journal.write_text("\n".join(kept[:4]) + '\n{"id": "torn')
+    scored = []
+
+    def watched(model, batch):
+        scored.append(len(batch["labels"]))
+        return answer_losses(model, batch)
+
+    monkeypatch.setattr(loss_labels, "answer_losses", watched)
+    assert run(*LOSS, "--batch-size", 1).exit_code == 0
+    assert scored == [1, 1] and [row["id"] for row in labels()] == [row["id"] for row in rows]
+    other = run(*LOSS[:3], "tiny:granulon-qwen2.5", *LOSS[4:])
+    assert other.exit_code == 2 and "another model" in other.output
+    assert [row["id"] for row in labels()] == [row["id"] for row in rows]
+    assert run(*LOSS[:6], "--limit", 4, *LOSS[8:]).exit_code == 2
+
+
+def test_an_interrupted_run_by_loss_says_how_to_go_on(monkeypatch):
+    def interrupted(model, batch):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loss_labels, "answer_losses", interrupted)
+    done = run(*LOSS)
+    assert done.exit_code == 130 and "again" in done.output and not Path("labels.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--out", "l.jsonl"), "QUESTIONS"),
+        (("q.txt", "--out", "l.jsonl", "--by", "price"), "--by"),
+        (("q.txt", "--out", "l.jsonl", "--data", "shapes"), "--data"),
+        (("q.txt", "--out", "l.jsonl", "--batch-size", "8"), "--batch-size"),
+        (("q.txt", *LOSS), "QUESTIONS"),
+        ((*LOSS, "--max-cost", "1"), "--max-cost"),
+        ((*LOSS, "--level", "a=b"), "--level"),
+        ((*LOSS, "--dry-run"), "--dry-run"),
+        ((*LOSS[:2], *LOSS[4:]), "--model"),
+        ((*LOSS[:4], *LOSS[6:]), "--data"),
+        ((*LOSS, "--split", "train"), "--split"),
+        ((*LOSS, "--device", "tpu9"), "tpu9"),
+        ((*LOSS, "--dtype", "int3"), "int3"),
+        ((*LOSS[:3], "tiny:clip-qwen2.5", *LOSS[4:]), "levels"),
+        ((*LOSS[:3], "nowhere", *LOSS[4:]), "nowhere"),
+        ((*LOSS[:-1], "."), "--out"),
+        ((*LOSS[:-1], "q.txt"), "--out"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(arguments, word):
+    Path("q.txt").write_text("What is it?\n")
+    done = run(*arguments)
+    assert done.exit_code == 2 and word in done.output and "Traceback" not in done.output, done.output
+    assert Path("q.txt").read_text() == "What is it?\n"
