@@ -173,6 +173,7 @@ def inline(text: Any) -> str:
 def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -> tuple[list[dict[str, Any]], str]:
     """Make the evaluation's table for one model, a row for each data set and metric, and the command."""
     from granulon_hf.evaluation.benchmark import PAPER, PERCENT, scored
+    from granulon_hf.evaluation.hallucination import WEIGHTED
     from granulon_hf.evaluation.tables import score_text
     from granulon_hf.stats import estimate
 
@@ -195,7 +196,8 @@ def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -
                     score = estimate(frame["value"], frame["cluster"], frame["weight"])
                     ends = [None if score[end] is None else scale * score[end] for end in ("low", "high")]
                     row = {"metric": metric, "unit": unit, "mean": scale * score["score"], "interval": ends, "n": len(frame)}
-                    row |= {"text": score_text(score, digits=1, scale=scale), "unscored": len(values) - len(frame)}
+                    unscored = 0 if metric in WEIGHTED else len(values) - len(frame)
+                    row |= {"text": score_text(score, digits=1, scale=scale), "unscored": unscored}
                     rows.append(of_set | row | {"paper": PAPER.get(variant or "", {}).get((data, metric))})
         sets = [part for data in results["data"] for part in ("--data", Path(data).name)]
     except (KeyError, TypeError, AttributeError) as error:

@@ -24,6 +24,21 @@ def print_problems(console: Console, problems: list, style: str) -> None:
         console.print(f"… and {len(problems) - SHOWN} more", style=style)
 
 
+@app.command("list")
+@reports_bad_input(extra="train")
+def list_sets(debug: Debug = False) -> None:
+    """List the sets that are known by name: what they are, where they are read from, and what granulon eval run scores."""
+    from granulon_hf.data import ADAPTERS
+
+    table = Table("name", "what", "where", "split", "scores", box=None, padding=(0, 2, 0, 0))
+    for adapter in ADAPTERS.values():
+        if adapter.title:
+            place = adapter.repo or ("drawn, or --source" if adapter.name == "granuscenes" else "--source")
+            split = adapter.eval_split or adapter.default_split
+            table.add_row(adapter.name, escape(adapter.title), place, split, ", ".join(adapter.metrics) or "by task")
+    Console(highlight=False).print(table)
+
+
 @app.command()
 @reports_bad_input(extra="train", resumes=True)
 def prepare(

@@ -17,7 +17,7 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
     """Open what a user calls a source, the split of it where `datasets` keeps them apart.
 
     Args:
-        source: `owner/name` on the Hub; a folder, file or list of files (Parquet, JSON, lines); a folder of `save_to_disk`; or
+        source: `owner/name` on the Hub; a folder, file or list of files (Parquet, JSON, CSV, lines); a folder of `save_to_disk`; or
             a `datasets.Dataset`, `IterableDataset` or dictionary of these by split.
     """
     if isinstance(source, Mapping):
@@ -65,7 +65,7 @@ def open_folder(path: Path, split: str) -> Source:
 
 
 def open_files(root: Path, files: list[Path], location: str) -> Source:
-    """Open the files of the first kind of which there are any: Parquet, JSON, lines."""
+    """Open the files of the first kind of which there are any: Parquet, JSON, CSV, lines."""
 
     def of_kind(*endings: str) -> list[Path]:
         return [file for file in files if file.suffix.lower() in endings]
@@ -74,9 +74,11 @@ def open_files(root: Path, files: list[Path], location: str) -> Source:
         return ParquetSource(location, str(root), [file.relative_to(root).as_posix() for file in parquet])
     if chats := of_kind(".json", ".jsonl"):
         return readers.read_json(root, chats, location)
+    if tables := of_kind(".csv"):
+        return readers.read_csv(root, tables, location)
     if lines := of_kind(".txt"):
         return readers.read_lines(root, lines, location)
-    raise GranulonError(f"{location!r} holds no Parquet, JSON or question|answer files.")
+    raise GranulonError(f"{location!r} holds no Parquet, JSON, CSV or question|answer files.")
 
 
 def open_hub(repo: str, revision: str | None) -> Source:

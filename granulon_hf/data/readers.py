@@ -6,7 +6,9 @@ row count and columns, single cheap columns, and the row groups that hold chosen
 """
 
 import bisect
+import csv
 import hashlib
+import io
 import itertools
 import json
 import os
@@ -273,6 +275,20 @@ def read_json(root: Path, files: list[Path], location: str) -> RecordSource:
             if not isinstance(record, dict | ValueError):
                 records[i] = ValueError(f"the record is {kind_of(record)}, not an object")
         tables[name] = [(name, i, record) for i, record in records.items()]
+        digest[name] = f"{len(data)}-{hashlib.sha256(data).hexdigest()[:16]}"
+    return RecordSource(location, root, tables, digest)
+
+
+def read_csv(root: Path, files: list[Path], location: str) -> RecordSource:
+    """Read tables with their columns' names in the first line, in UTF-8; all values are texts."""
+    tables, digest = {}, {}
+    for path in files:
+        data, name = path.read_bytes(), path.relative_to(root).as_posix()
+        try:
+            records = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), restkey=""))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise GranulonError(f"The file {str(path)!r} is not a CSV table in UTF-8 ({one_line(error)}).") from None
+        tables[name] = [(name, i, record) for i, record in enumerate(records)]
         digest[name] = f"{len(data)}-{hashlib.sha256(data).hexdigest()[:16]}"
     return RecordSource(location, root, tables, digest)
 

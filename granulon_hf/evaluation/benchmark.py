@@ -16,10 +16,11 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from granulon_hf.data import Sample
+from granulon_hf.data import ADAPTERS, Sample
 from granulon_hf.errors import GranulonError, first_sentence
 from granulon_hf.evaluation import answer
 from granulon_hf.evaluation.answer import Generation, PredictionRun, cluster_keys, encoded
+from granulon_hf.evaluation.hallucination import WEIGHTED
 from granulon_hf.evaluation.metrics import CAPTION_METRICS, SCORERS, bert_scores, corpus_captions
 from granulon_hf.evaluation.sets import describe_set, left_out, no_sample, open_samples
 from granulon_hf.evaluation.tables import difference_text, markdown_table, score_text, write_page
@@ -33,10 +34,8 @@ PAPER: dict[str, dict[tuple[str, str], float]] = {
     model: {(data, metric): figure for data, metrics in sets.items() for metric, figure in metrics.items()}
     for model, sets in yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8")).items()
 }
-# Sets whose samples are scored in columns apart, and the field of `meta` that says in which.
-SPLIT_BY = {"surgvlm": "category"}
-METRICS = (*SCORERS, "bertscore", *CAPTION_METRICS, "judge", "hallucination")
-PERCENT = {"recall", "exact", "option_accuracy", "bertscore"}  # shown times 100
+METRICS = (*(SCORERS | WEIGHTED), "bertscore", *CAPTION_METRICS, "judge", "hallucination")
+PERCENT = {*SCORERS, *WEIGHTED, "bertscore"}  # shown times 100
 
 
 @dataclass
@@ -50,7 +49,8 @@ class Suite:
     preset: str | None = None
     limit: int | None = None
     seed: int = 0
-    # By default what suits the task: recall always, option accuracy where there are choices, exact match for other questions.
+    # By default those of the set, or what suits the task: recall always, option accuracy where there are choices, exact match
+    # for other questions.
     metrics: list[str] | None = None
     generation: Generation = field(default_factory=Generation)
     generations: dict[str, Generation] = field(default_factory=dict)  # of single models, instead of that of all
@@ -224,10 +224,13 @@ def run_suite(
             folder, rows = folders[source, data], answers[source, data]
             made = suite.generation_of(source)
             answer.write_parquet(folder / "predictions.parquet", rows, model=title, data=data, generation=made)
-            found = score_rows(suite, rows, folder)
+            found, weighted = score_rows(suite, data, samples, rows, folder)
             for part, indices in parts_of(data, samples).items():
                 scores[part] = {name: [values[i] for i in indices] for name, values in found.items()}
-                weights[part] = {}
+                weights[part] = {name: [values[i] for i in indices] for name, values in weighted.items()}
+                for name in weighted:  # a score of captions says nothing about a part with questions
+                    if all(value is None for value in scores[part][name]):
+                        del scores[part][name], weights[part][name]
                 failed[part] = sum("error" in rows[i] for i in indices)
                 shown[part] = [rows[i].get("visual_tokens") for i in indices]
     result["command"] = command_line()
@@ -239,11 +242,17 @@ def run_suite(
 
 
 def parts_of(data: str, samples: Sequence[Sample]) -> dict[str, list[int]]:
-    """Columns of a set, each with the places of its samples: one, or where it is split one for each part that is there."""
-    values = [sample.meta.get(SPLIT_BY.get(data, "")) for sample in samples]
+    """Columns of a set, each with the places of its samples: one, or where it is split one for each part that is there.
+
+    Benchmarks with metrics of their own have a column of all their samples too.
+    """
+    field = ADAPTERS[data].split_by if data in ADAPTERS else ""
+    values = [sample.meta.get(field) for sample in samples]
     parts: dict[str, list[int]] = {}
     for i, value in enumerate(values):
         parts.setdefault(f"{data}-{value or 'other'}" if any(values) else data, []).append(i)
+    if len(parts) > 1 and ADAPTERS[data].metrics:
+        return {data: list(range(len(samples))), **parts}
     return parts
 
 
@@ -274,20 +283,27 @@ def stored_rows(folder: Path, samples: Sequence[Sample]) -> list[dict[str, Any]]
     return [known[sample.id] for sample in samples]
 
 
-def metrics_for(suite: Suite, rows: list[dict[str, Any]]) -> list[str]:
+def metrics_for(suite: Suite, rows: list[dict[str, Any]], data: str = "") -> list[str]:
     if suite.metrics is not None:
         return suite.metrics
+    judged = ["judge", "hallucination"] if suite.judge else []
+    if data in ADAPTERS and ADAPTERS[data].metrics:
+        return [*ADAPTERS[data].metrics, *judged]
     chosen = ["recall"]
     if all(row["choices"] for row in rows):
         chosen.append("option_accuracy")
     elif all(row["task"] == "vqa" for row in rows):
         chosen.append("exact")
-    return chosen + (["judge", "hallucination"] if suite.judge else [])
+    return chosen + judged
 
 
-def score_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float | None]]:
-    """Values of each sample by metric; None where there is none (the judge's failures)."""
-    names = metrics_for(suite, rows)
+def score_rows(
+    suite: Suite, data: str, samples: Sequence[Sample], rows: list[dict[str, Any]], folder: Path
+) -> tuple[dict[str, list[float | None]], dict[str, list[float]]]:
+    """Values of each sample by metric, None where there is none (the judge's failures), and weights of the weighted metrics."""
+    names = metrics_for(suite, rows, data)
+    # A run keeps of `meta` what is short.
+    rows = [{**row, "meta": sample.meta} for row, sample in zip(rows, samples, strict=True)]
     predictions, references = [row["prediction"] for row in rows], [row["reference"] for row in rows]
     found: dict[str, Any] = {name: [SCORERS[name](row) for row in rows] for name in names if name in SCORERS}
     if "bertscore" in names:
@@ -296,7 +312,11 @@ def score_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[s
         found |= corpus_captions(predictions, references)
     if {"judge", "hallucination"} & set(names):
         found |= judge_rows(suite, rows, folder)
-    return {name: found[name] for name in names}
+    weights: dict[str, list[float]] = {}
+    for name in set(names) & set(WEIGHTED):
+        values, own = zip(*WEIGHTED[name](rows), strict=True)
+        found[name], weights[name] = list(values), list(own)
+    return {name: found[name] for name in names}, weights
 
 
 def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[str, list[float | None]]:
@@ -362,7 +382,9 @@ def cell_text(result: dict[str, Any], model: str, base: str | None, data: str, m
         return ""
     style: dict[str, Any] = {"digits": 1, "scale": 100.0 if metric in PERCENT else 1.0}
     text = score_text(estimate(own["value"], own["cluster"], own["weight"]), **style)
-    unscored, failed = len(result["scores"][model][data][metric]) - len(own), result["failed"][model][data]
+    # What such a metric is not about is not missing.
+    unscored = 0 if metric in WEIGHTED else len(result["scores"][model][data][metric]) - len(own)
+    failed = result["failed"][model][data]
     for count, what in ((unscored, "unscored"), (failed, "without an answer")):
         text += f" ({count} {what})" if count else ""
     both = own.join(scored(result, base, data, metric), rsuffix="_base", how="inner") if base is not None else own[:0]

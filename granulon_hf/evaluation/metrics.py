@@ -5,6 +5,8 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from granulon_hf.data.mentions import WORD
+
 ARTICLES = {"a", "an", "the"}
 COMPARISON = re.compile("[<>=]")
 # Signs and points of numbers are none: -5, 1.5, .5, but not 3-5 or "5."
@@ -97,6 +99,42 @@ def chosen_option(prediction: str, choices: Sequence[str]) -> int | None:
     return option_of(inside.pop(), choices) if len(inside) == 1 else None
 
 
+def yes_or_no(text: str) -> str | None:
+    """Return what an answer says: "yes", "no", or None where that cannot be told.
+
+    In this order: its first word is one of the two; one of the two is among its words and the other is not; its first sentence
+    negates ("not", "isn't"), or states ("There is a dog"), as POPE's own script reads such answers.
+    """
+    words = WORD.findall(MARKDOWN.sub("", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    if words and words[0] in ("yes", "no"):
+        return words[0]
+    if len(named := {"yes", "no"} & set(words)) == 1:
+        return named.pop()
+    first = WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").partition(".")[0])
+    if not named and any(word in ("not", "none", "cannot") or word.endswith("n't") for word in first):
+        return "no"
+    return "yes" if not named and first[:2] in (["there", "is"], ["there", "are"]) else None
+
+
+def asks_yes_or_no(row: dict[str, Any]) -> bool:
+    return row["reference"].strip().lower() in ("yes", "no")
+
+
+def accuracy(row: dict[str, Any]) -> float:
+    """Score an answer as right or wrong by what is asked: an option, yes or no, or else a word.
+
+    Where the sample's `meta` says `may_abstain`, as it shows nothing to know from, an answer that is neither yes nor no is right.
+    """
+    if row["choices"]:
+        return option_accuracy(row["prediction"], row["choices"], row["reference"])
+    if not asks_yes_or_no(row):
+        return exact(row["prediction"], row["reference"])
+    said = yes_or_no(row["prediction"])
+    if said is None and row["meta"].get("may_abstain"):
+        return float(bool(row["prediction"].strip()))
+    return float(said == row["reference"].strip().lower())
+
+
 # Their packages are an extra of their own, for their size.
 CAPTION_METRICS = {"cider": "pycocoevalcap", "bleu": "sacrebleu", "rouge_l": "rouge_score"}
 
@@ -153,5 +191,6 @@ def bert_scores(
 SCORERS: dict[str, Callable[[dict[str, Any]], float]] = {
     "recall": lambda row: recall(row["prediction"], row["reference"]),
     "exact": lambda row: exact(row["prediction"], row["reference"]),
+    "accuracy": accuracy,
     "option_accuracy": lambda row: option_accuracy(row["prediction"], row["choices"] or [], row["reference"]),
 }

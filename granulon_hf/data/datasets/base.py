@@ -46,6 +46,9 @@ class Adapter:
     default_split: str = "train"  # the split that `load` takes unless told
     eval_split: str | None = None  # the split that evaluation takes unless told, where the default one is trained on
     id_column: str | None = "id"  # where the row's name is; rows without one are named by file and row
+    title: str = ""  # what it is, in a few words
+    metrics: Sequence[str] = ()  # what evaluation scores unless told; by default what suits the tasks
+    split_by: str = ""  # field of `meta` that evaluation makes columns of
     # A cheap column, and a function of its value that says why such rows are filtered out, or `None`; no limit or hold-out ever
     # counts on them.
     unwanted: tuple[str, Callable[[Any], str | None]] | None = None

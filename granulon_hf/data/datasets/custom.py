@@ -54,6 +54,7 @@ def to_sample(row: Row, columns: Mapping[str, str]) -> Sample:
         answer=answer,
         task="vqa" if "question" in columns else "caption",
         choices=choices or None,
+        meta={"group": base.plain(cell.get("group"), "group") or None},
     )
 
 

@@ -128,7 +128,13 @@ def open_scenes(source: Any, split: str) -> SceneSource:
 
 
 ADAPTER = Adapter(
-    name="granuscenes", to_sample=to_sample, columns=COLUMNS, group=("scene", by_group), eval_split="test", opener=open_scenes
+    name="granuscenes",
+    title="generated scenes with questions at three levels",
+    to_sample=to_sample,
+    columns=COLUMNS,
+    group=("scene", by_group),
+    eval_split="test",
+    opener=open_scenes,
 )
 
 
