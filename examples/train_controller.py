@@ -4,6 +4,8 @@
     python examples/train_controller.py --variant granulon-qwen2.5 --output_dir runs/controller
     granulon controller label questions.txt --out labels.jsonl             # labels of GPT-4o, or of your own server
     python examples/train_controller.py --labels labels.jsonl --variant path/to/model --save_full
+    granulon controller label --by loss --model MODEL --data DATA --out scored.jsonl   # by measured value, without GPT-4o
+    python examples/train_controller.py --variant MODEL --labels scored.jsonl --targets loss --price 0.001 0.01 --save_full
     accelerate launch examples/train.py examples/granulon_qwen2.5.yaml --adapter runs/controller   # then the projector
 
 Leaves adapter.safetensors (the controller alone), config.json, results.json and controller.png in --output_dir, which must not
@@ -53,6 +55,40 @@ def print_results(results: dict, console: Console) -> None:
     console.print(reliability)
 
 
+def print_prices(results: dict, console: Console) -> None:
+    """Print what the controller chooses at each price beside every fixed level and the cheapest level of each question."""
+    for row in results["prices"]:
+        title = f"at {row['price']:g} nats a token"
+        table = Table(title, "cheapest level", "cost, nats", "loss, nats", "visual tokens", box=None, padding=(0, 2, 0, 0))
+        arms = {"controller": row, **{f"always {name}": fixed for name, fixed in row["fixed"].items()}, "oracle": row["oracle"]}
+        for name, arm in arms.items():
+            numbers = f"{arm['accuracy']:.3f}", f"{arm['cost']:.4f}", f"{arm['loss']:.4f}", f"{arm['tokens']:.1f}"
+            table.add_row(name, *numbers, style=None if name == "controller" else "dim")
+        console.print(table)
+        low, high = row["saved_ci95"]
+        console.print(f"It saves {row['saved']:.4f} nats ({low:.4f} to {high:.4f}) against always {row['best_fixed']}.")
+
+
+def plot_prices(results: dict, path: Path) -> None:
+    """Draw cost and accuracy against visual tokens, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    for axes, what, label in zip(
+        figure.subplots(1, 2), ("cost", "accuracy"), ("cost, nats", "cheapest level chosen"), strict=True
+    ):
+        for number, row in enumerate(results["prices"]):
+            color, fixed = f"C{number % 10}", sorted(row["fixed"].values(), key=lambda arm: arm["tokens"])
+            axes.plot([arm["tokens"] for arm in fixed], [arm[what] for arm in fixed], ".--", color=color, linewidth=0.8)
+            axes.plot(row["tokens"], row[what], "o", color=color, label=f"{row['price']:g} nats a token")
+            axes.plot(row["oracle"]["tokens"], row["oracle"][what], "*", color=color, alpha=0.5)
+        axes.set(xlabel="mean visual tokens", ylabel=label)
+    axes.legend(fontsize=8, title="controller (line: fixed levels, star: oracle)", title_fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def plot(results: dict, path: Path) -> None:
     """Draw confusion and reliability side by side, where matplotlib is installed."""
     try:
@@ -87,11 +123,12 @@ def main() -> None:
     set_seed(args.seed)
     results = run_controller(args)
     model, processor = results.pop("model"), results.pop("processor")
-    print_results(results, Console(highlight=False))
+    priced = args.targets == "loss"
+    (print_prices if priced else print_results)(results, Console(highlight=False))
     settings = {**asdict(args), "labels": Path(args.labels).name}
     results |= {"settings": settings, "command": shlex.join(["python", *sys.argv]), "seconds": time.monotonic() - started}
     save(Path(args.output_dir), model, processor, results, full=args.save_full)
-    plot(results, Path(args.output_dir) / "controller.png")
+    (plot_prices if priced else plot)(results, Path(args.output_dir) / "controller.png")
     print(f"{results['seconds']:.0f} s; written to {args.output_dir}")
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
+from granulon_hf.modeling.controller_granulon import GranularityController
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
 from granulon_hf.modeling.processing_granulon import GranulonProcessor
 
@@ -72,3 +73,16 @@ def reconfigure(
     processor.num_semantic_tokens = config.num_semantic_slots
     processor.visual_tokens = config.visual_tokens
     return changed, load_fitting(changed, model.model.state_dict())
+
+
+def set_prices(model: GranulonForConditionalGeneration, prices: list[float] | None) -> None:
+    """Give a model's controller outputs for these prices; they are untrained where it had them for other ones."""
+    before = model.model.controller
+    if model.config.controller_prices == prices:
+        return
+    model.config.controller_prices = prices
+    controller = GranularityController(model.config).apply(model._init_weights)
+    kept = {name: value for name, value in before.state_dict().items() if not name.startswith("fc2.")}
+    controller.load_state_dict(kept, strict=False)
+    weight = before.in_proj.weight
+    model.model.controller = controller.to(weight.device, weight.dtype).requires_grad_(False)

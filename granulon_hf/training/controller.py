@@ -1,4 +1,5 @@
-"""Training of the granularity controller: soft-label cross-entropy on questions with preference weights (paper).
+"""Training of the granularity controller: soft-label cross-entropy on questions with preference weights (paper), or on what
+their answers lose at each level (ours, [`~granulon_hf.training.loss_targets`]).
 
 Notation: Q questions, E language width, n number of granularity levels.
 
@@ -8,7 +9,7 @@ computed once and kept in memory, and what is left to train is a small network o
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,17 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.loading import read_config
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.modeling.controller_granulon import first_block_states
+from granulon_hf.overrides import set_prices
 from granulon_hf.training.arguments import ModelArguments, OptionParser
 from granulon_hf.training.checkpoints import check_output_dir, check_unused
+from granulon_hf.training.loss_targets import ScoredQuestion, costs_of, measure_costs, priced_loss, problem_of_scores
 from granulon_hf.training.run import build_model, versions
 from granulon_hf.training.stages import adapter_state, save_adapter, set_stage
 
 # Written by the project, labels included; its card is beside it.
 CORPUS = Path(data.__file__).parent / "granularity" / "questions.jsonl"
 SUM_TOLERANCE = 1e-3
+KINDS = {"weights": "weights", "loss": "losses"}  # targets, and the column of labels that they are made of
 BINS = 10
 RESAMPLES = 2000
 
@@ -48,6 +52,17 @@ class ControllerArguments:
     open_weights: bool = field(default=False, metadata={"help": "Read DINOv3 from timm's repository, which has no gate."})
     labels: str = field(
         default=str(CORPUS), metadata={"help": "Of `granulon controller label`; by default the corpus that ships."}
+    )
+    targets: str = field(
+        default="weights",
+        metadata={"help": "weights: of labels by wording (paper); loss: of labels by loss, at every --price (ours)."},
+    )
+    price: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Of a visual token, in nats; several train one controller that may be asked at each."},
+    )
+    temperature: float = field(
+        default=1.0, metadata={"help": "Of the targets softmax(-(loss + price * tokens) / temperature)."}
     )
     holdout: float = field(
         default=0.2, metadata={"help": "Share of the questions to test on, where the file has no column split."}
@@ -67,6 +82,22 @@ class ControllerArguments:
                 raise GranulonError(f"--{name} must be positive, not {getattr(self, name)!r}.")
         if not 0 < self.holdout < 1:
             raise GranulonError(f"--holdout is a share between 0 and 1, not {self.holdout!r}.")
+        if self.targets not in KINDS:
+            raise GranulonError(f"--targets must be {' or '.join(KINDS)}; got {self.targets!r}.")
+        if self.targets == "weights":
+            if self.price or self.temperature != 1:
+                name = "price" if self.price else "temperature"
+                raise GranulonError(f"--{name} is for --targets loss; leave it out, or say --targets loss.")
+            return
+        if not self.price or not all(0 <= p < math.inf for p in self.price) or len(set(self.price)) < len(self.price):
+            got = " ".join(map(str, self.price)) or "none"
+            raise GranulonError(
+                f"--targets loss needs --price: different numbers of at least 0, such as 0.001 0.01; got {got}."
+            )
+        if not 0 < self.temperature < math.inf:
+            raise GranulonError(f"--temperature must be a positive number, not {self.temperature!r}.")
+        if self.labels == str(CORPUS):
+            raise GranulonError("--targets loss needs --labels: a file of granulon controller label --by loss.")
 
 
 def parse(arguments: list[str]) -> ControllerArguments:
@@ -84,12 +115,18 @@ class Question:
     weights: dict[str, float]
     test: bool
 
+    @property
+    def levels(self) -> list[str]:
+        """Names of the levels."""
+        return list(self.weights)
 
-def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Question]:
-    """Read the labelled questions of a JSONL file with `text`, `weights` and, if wanted, `split` ("train" or else: held out).
 
-    Without `split` the share `holdout` of the different texts is drawn; a text that is there twice stays on one side.
-    GranulonError says what cannot be used.
+def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0, targets: str = "weights") -> list[Any]:
+    """Read the labelled questions of a JSONL file with `text` and, if wanted, `split` ("train" or else: held out).
+
+    Labels are `weights`, or with the targets "loss" `losses` and `tokens`: the questions are [`Question`] or
+    [`ScoredQuestion`]. Where no `split` holds questions out the share `holdout` of the different texts is drawn; a text that is
+    there twice stays on one side. GranulonError says what cannot be used.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,40 +138,50 @@ def read_labels(path: str | Path, holdout: float = 0.2, seed: int = 0) -> list[Q
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            if problem := problem_of(row, rows[0]["weights"] if rows else None):
+            if problem := problem_of(row, rows[0] if rows else None, targets):
                 raise GranulonError(f"{path}, line {number}: {problem}.")
             rows.append(row)
     if not rows:
         raise GranulonError(f"{path} has no labelled questions.")
     splits = [row["split"] != "train" for row in rows if "split" in row]
-    if not splits:
+    if splits and len(splits) < len(rows):
+        raise GranulonError(f"{path}: some rows have a split and some have none; give it to all or to none.")
+    if not any(splits):
         texts = sorted({plain(row["text"]) for row in rows})
         drawn = np.random.default_rng(seed).permutation(len(texts))[: round(holdout * len(texts))]
         held = {texts[i] for i in drawn}
         splits = [plain(row["text"]) in held for row in rows]
-    elif len(splits) < len(rows):
-        raise GranulonError(f"{path}: some rows have a split and some have none; give it to all or to none.")
-    questions = [Question(row["text"], row["weights"], test) for row, test in zip(rows, splits, strict=True)]
+    questions = [
+        ScoredQuestion(row["text"], row["losses"], row["tokens"], test)
+        if targets == "loss"
+        else Question(row["text"], row["weights"], test)
+        for row, test in zip(rows, splits, strict=True)
+    ]
     train, test = ({plain(q.text) for q in questions if q.test == side} for side in (False, True))
     if not (train and test):
-        hint = "the column split names none" if "split" in rows[0] else "there are too few"
+        hint = "there are too few" if train else "the column split names none"
         raise GranulonError(f"{path} has no questions {'held out to test on' if train else 'to train on'}: {hint}.")
-    if both := train & test:
+    # The same words are asked of many images, whose answers are scored one by one.
+    if targets == "weights" and (both := train & test):
         raise GranulonError(f"{path}: {min(both)!r} is both trained on and held out; a question belongs to one split.")
     return questions
 
 
-def problem_of(row: Any, first: dict[str, float] | None) -> str | None:
-    """Say what is wrong with a row of labels, if anything; `first` are the weights of the first row."""
+def problem_of(row: Any, first: dict[str, Any] | None, targets: str = "weights") -> str | None:
+    """Say what is wrong with a row of labels for such targets, if anything; `first` is the first row."""
     if not isinstance(row, dict):
         return "it is no JSON object"
     if not isinstance(row.get("text"), str) or not row["text"].strip():
         return "it has no question in `text`"
+    if KINDS[targets] not in row and (other := [name for name, column in KINDS.items() if column in row]):
+        return f"it has `{KINDS[other[0]]}`, which are for --targets {other[0]}; this run has --targets {targets}"
+    if targets == "loss":
+        return problem_of_scores(row, first)
     weights = row.get("weights")
     if not isinstance(weights, dict) or not all(type(w) in (int, float) and 0 <= w <= 1 for w in weights.values()):
         return 'it has no `weights` such as {"coarse": 0.8, "middle": 0.2, "fine": 0}'
-    if first is not None and weights.keys() != first.keys():
-        return f"its levels are {', '.join(weights)}, and those of the first row {', '.join(first)}"
+    if first is not None and weights.keys() != first["weights"].keys():
+        return f"its levels are {', '.join(weights)}, and those of the first row {', '.join(first['weights'])}"
     if abs(math.fsum(weights.values()) - 1) > SUM_TOLERANCE:
         return f"its weights sum to {math.fsum(weights.values()):.4g}, not to 1"
     return None
@@ -145,13 +192,13 @@ def plain(text: str) -> str:
     return text.lower().strip().rstrip("?.!").rstrip()
 
 
-def check_levels(questions: Sequence[Question], levels: Sequence[str], variant: str) -> None:
+def check_levels(questions: Sequence[Any], levels: Sequence[str], variant: str) -> None:
     """Raise GranulonError where a model has no levels, or others than the labels."""
     if not levels:
         raise GranulonError(f"{variant} has no granularity levels, and therefore no controller to train.")
-    if set(questions[0].weights) != set(levels):
+    if set(questions[0].levels) != set(levels):
         raise GranulonError(
-            f"The labels are for the levels {', '.join(questions[0].weights)}, and {variant} has {', '.join(levels)}; label "
+            f"The labels are for the levels {', '.join(questions[0].levels)}, and {variant} has {', '.join(levels)}; label "
             "the questions for these (granulon controller label --level NAME=MEANING …)."
         )
 
@@ -174,17 +221,22 @@ def question_states(model: Any, processor: Any, texts: Sequence[str], show: bool
     return torch.cat(means)
 
 
-def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: ControllerArguments, show: bool = True) -> float:
-    """Train the controller (float32) in place, from mean E1 [Q x E] to weights [Q x n], with the soft-label cross-entropy
-    -Σ w log p; return the mean loss of the last tenth of the steps."""
+def fit(
+    controller: Any,
+    count: int,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    args: ControllerArguments,
+    show: bool = True,
+) -> float:
+    """Train the controller (float32) in place by the loss of drawn questions, given as indices below `count`; return the mean
+    of the last tenth of the steps."""
     optimizer = torch.optim.AdamW(controller.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / args.steps)
     draw, losses = torch.Generator().manual_seed(args.seed), []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so small are the products that more threads mostly wait for each other
     for step in track(range(args.steps), description="controller", disable=not show):
-        chosen = torch.randint(len(states), (args.batch_size,), generator=draw)
-        loss = F.cross_entropy(logits_of(controller, states[chosen]), targets[chosen])
+        loss = loss_of(torch.randint(count, (args.batch_size,), generator=draw))
         if not loss.isfinite():
             raise GranulonError(f"The loss is not finite at step {step}; lower --learning_rate.")
         optimizer.zero_grad()
@@ -198,20 +250,24 @@ def fit(controller: Any, states: torch.Tensor, targets: torch.Tensor, args: Cont
 
 
 def logits_of(controller: Any, states: torch.Tensor) -> torch.Tensor:
-    """Return logits [Q x n] of mean states [Q x E]: the mean of one token is the token."""
-    return controller(states.unsqueeze(1), torch.ones(len(states), 1, dtype=torch.bool))
+    """Return logits [Q x P x n] of mean states [Q x E] at each of P prices (1 without prices); the mean of one token is the
+    token."""
+    alone = torch.ones(len(states), 1, dtype=torch.bool)
+    return torch.stack([controller(states.unsqueeze(1), alone, price) for price in range(controller.num_prices)], dim=1)
 
 
 def train_controller(
-    model: Any, processor: Any, questions: Sequence[Question], args: ControllerArguments, show: bool = True
+    model: Any, processor: Any, questions: Sequence[Any], args: ControllerArguments, show: bool = True
 ) -> dict[str, Any]:
     """Train the model's controller on the questions and measure it on those held out; everything else stays as it is.
 
-    Training goes on from the controller that the model has. It is done in float32 on the CPU; what is measured is the
-    controller in the language model's own precision, as it will be used.
+    Training goes on from the controller that the model has, whose last layer is new where it was not trained at these prices.
+    It is done in float32 on the CPU; what is measured is the controller in the language model's own precision, as it will be
+    used.
 
     Returns:
-        `dict`: `n_train`, `n_test`, `train_loss`, what [`measure`] says of the hold-out, and the questions it gets `wrong`.
+        `dict`: `levels`, `n_train`, `n_test`, `train_loss`; what [`measure`] says of the hold-out, and the questions it gets
+        `wrong`, or with the targets "loss" `prices`, what [`measure_costs`] says.
 
     Raises:
         GranulonError: the levels of model and questions differ, or the loss is not finite.
@@ -219,25 +275,39 @@ def train_controller(
     levels = model.config.level_names
     check_levels(questions, levels, args.variant)
     model.eval()
+    set_prices(model, args.price or None)
     set_stage(model, "controller")
     train, test = ([q for q in questions if q.test == held_out] for held_out in (False, True))
-    texts, targets = [q.text for q in train], weights_of(train, levels)
+    texts = [q.text for q in train]
+    priced = args.targets == "loss"
+    targets = costs_of(train, levels, args.price)[0] if priced else weights_of(train, levels)
     if args.as_typed:
-        texts, targets = texts + [plain(text) for text in texts], targets.repeat(2, 1)
+        texts, targets = texts + [plain(text) for text in texts], torch.cat([targets, targets])
     states = question_states(model, processor, [*texts, *(q.text for q in test)], show)
     device, controller = model.device, model.model.controller.float().cpu()
-    loss = fit(controller, states[: len(texts)], targets, args, show)
+
+    def loss_of(chosen: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(controller, states[chosen])
+        return (
+            priced_loss(logits, targets[chosen], args.temperature) if priced else F.cross_entropy(logits[:, 0], targets[chosen])
+        )
+
+    loss = fit(controller, len(texts), loss_of, args, show)
     controller.requires_grad_(False).to(model.get_input_embeddings().weight.dtype)
     with torch.no_grad():
-        probs = logits_of(controller, states[len(texts) :]).softmax(-1)
+        logits = logits_of(controller, states[len(texts) :])
     controller.to(device)
-    found = measure(probs.numpy(), weights_of(test, levels).numpy(), weights_of(train, levels).numpy())
+    found: dict[str, Any] = {"levels": levels, "n_train": len(train), "n_test": len(test), "train_loss": loss}
+    if priced:
+        return {**found, "prices": measure_costs(logits.argmax(-1).numpy(), train, test, levels, args.price)}
+    probs = logits[:, 0].softmax(-1)
+    found |= measure(probs.numpy(), weights_of(test, levels).numpy(), weights_of(train, levels).numpy())
     wrong = []
     for q, p in zip(test, probs, strict=True):
         chosen, most = levels[p.argmax()], max(q.weights, key=q.weights.__getitem__)
         if q.weights[chosen] < q.weights[most]:
             wrong.append({"text": q.text, "labelled": most, "chosen": chosen, "p": p.max().item()})
-    return {"levels": levels, "n_train": len(train), "n_test": len(test), "train_loss": loss, **found, "wrong": wrong}
+    return {**found, "wrong": wrong}
 
 
 def weights_of(questions: Iterable[Question], levels: Sequence[str]) -> torch.Tensor:
@@ -308,7 +378,7 @@ def run_controller(args: ControllerArguments) -> dict[str, Any]:
     """
     check_output_dir(args.output_dir)
     check_unused(args.output_dir)
-    questions = read_labels(args.labels, args.holdout, args.seed)
+    questions = read_labels(args.labels, args.holdout, args.seed, args.targets)
     if args.variant in variants.NAMES:  # weights come last
         check_levels(questions, GranulonConfig(**variants.parse(args.variant)[0].config).level_names, args.variant)
     elif args.variant != "demo":

@@ -19,7 +19,6 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from rich.console import Console
-from safetensors.torch import load_file
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -36,7 +35,7 @@ from granulon_hf.overrides import reconfigure, replace_fields
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.feature_cache import FeatureCache
-from granulon_hf.training.stages import STAGES, adapter_state, load_adapter_state, parameter_table, set_stage, trainable
+from granulon_hf.training.stages import STAGES, load_adapter, parameter_table, set_stage, trainable
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger, read_budgets
 
 logger = logging.get_logger(__name__)
@@ -84,7 +83,7 @@ def build_model(args: ModelArguments, *, fresh: bool = False) -> tuple[Any, Any]
         file = Path(args.adapter) / ADAPTER if os.path.isdir(args.adapter) else Path(args.adapter)
         if not file.is_file():
             raise GranulonError(f"There is no adapter {str(file)!r}.")
-        load_adapter_state(model, adapter_state(model) | load_file(file))
+        load_adapter(model, file)
     return model, processor
 
 

@@ -1,18 +1,21 @@
 """What is trained in which stage, and how the rest is kept still."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, LORA_SCALE
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
+from granulon_hf.overrides import set_prices
 
 STAGES = {
     "projector": "the projector (supplement), and a reducer with weights",
@@ -20,6 +23,7 @@ STAGES = {
     "projector+lora": "the projector, and low-rank adapters in the language model but for its first block (ours)",
     "full": "everything but the controller (ours)",
 }
+PRICES = "controller_prices"  # in the metadata of an adapter
 PARTS = ("vision_tower", "reducer", "multi_modal_projector", "controller", "language_model", "lm_head")
 
 
@@ -120,11 +124,26 @@ def save_adapter(folder: Path, model: GranulonForConditionalGeneration, state: d
     """Write [`adapter_state`], or the state given, and both configs: what `from_pretrained` assembles with the backbones."""
     factors = next(iter(low_rank_modules(model).values()), None)
     scale = {} if factors is None else {LORA_SCALE: str(factors.scaling["default"])}
+    if model.config.controller_prices:
+        scale[PRICES] = json.dumps(model.config.controller_prices)
     file = folder / ADAPTER_WEIGHTS
     save_file(adapter_state(model) if state is None else state, file, metadata={"format": "pt", **scale})
     file.chmod(0o644)  # safetensors leaves its files to their owner alone
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
+
+
+def load_adapter(model: GranulonForConditionalGeneration, file: Path) -> None:
+    """Put the weights of a file of [`save_adapter`] into a model, whose controller gets outputs for the prices of the file's.
+
+    Raises:
+        GranulonError: they do not fit.
+    """
+    state = load_file(file)
+    if model.config.granularity_levels and any(name.startswith("controller.") for name in state):
+        with safe_open(file, "pt") as opened:
+            set_prices(model, json.loads((opened.metadata() or {}).get(PRICES, "null")))
+    load_adapter_state(model, adapter_state(model) | state)
 
 
 def low_rank_modules(model: nn.Module) -> dict[str, Any]:
@@ -155,6 +174,6 @@ def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str,
             if own[name].shape != value.shape:
                 raise GranulonError(
                     f"The adapter does not fit: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}; it belongs to "
-                    "other backbones."
+                    "other backbones, levels or prices."
                 )
             own[name].copy_(value)

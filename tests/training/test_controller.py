@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import granulon_hf
 from granulon_hf.errors import GranulonError
 from granulon_hf.training import controller
+from granulon_hf.training.arguments import ModelArguments
 from granulon_hf.training.controller import (
     CORPUS,
     ControllerArguments,
@@ -22,8 +24,11 @@ from granulon_hf.training.controller import (
     measure,
     read_labels,
     run_controller,
+    save,
     train_controller,
 )
+from granulon_hf.training.loss_targets import ScoredQuestion, measure_costs, priced_loss
+from granulon_hf.training.run import build_model
 from granulon_hf.training.stages import load_adapter_state, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
@@ -256,8 +261,6 @@ def test_the_script_end_to_end(tmp_path, build, script, capsys):
     state = load_file(out / "adapter.safetensors")
     assert {name.split(".")[0] for name in state} == {"controller"}
     # The same controller by way of the adapter, and of the whole model.
-    import granulon_hf
-
     whole = granulon_hf.AutoModelForVision2Seq.from_pretrained(out)
     set_stage(model, "controller")
     load_adapter_state(model, state)
@@ -302,3 +305,146 @@ def test_the_script_says_one_sentence(tmp_path, script):
     with pytest.raises(SystemExit) as refused:
         script("--output_dir", tmp_path / "run", "--labels", tmp_path / "none.jsonl")
     assert refused.value.code.startswith("Error: ") and "none.jsonl" in refused.value.code and "\n" not in refused.value.code
+
+
+# --- targets of measured value ----------------------------------------------------------------------------------------
+
+# The right level is known by a word: what each level loses there, so that a high price moves the choice.
+WORDS = {"overall": (1.0, 0.9, 0.8), "number": (3.0, 1.0, 0.9), "corner": (6.0, 4.0, 1.0)}
+BEST = {
+    0.01: {"overall": "coarse", "number": "middle", "corner": "fine"},
+    0.1: {"overall": "coarse", "number": "middle", "corner": "middle"},
+}
+TOKENS = {"coarse": 16, "middle": 32, "fine": 64}
+
+
+def scored(word, i, **more):
+    text = f"Say about picture {i}: the {word} of the things?"
+    return {"id": f"{word}-{i}", "text": text, "losses": dict(zip(LEVELS, WORDS[word], strict=True)), "tokens": TOKENS, **more}
+
+
+SCORED = [scored(word, i) for i in range(60) for word in WORDS]
+
+
+@pytest.mark.parametrize("variant", ["granulon-compact-qwen2.5", "granulon-compact-llama3.2"])
+def test_the_right_level_is_chosen_at_each_price(tmp_path, build, script, capsys, variant):
+    """By the script, with its own defaults; then by `generate`'s way of asking, from the adapter and from the whole model."""
+    labels, out = write(tmp_path / "labels.jsonl", SCORED), tmp_path / "run"
+    model, processor = build(variant, trained=False)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = ("--variant", tmp_path / "model", "--learning_rate", 0.01, "--labels", labels, "--output_dir", out, "--save_full")
+    script(*options, "--targets", "loss", "--price", 0.01, 0.1, "--temperature", 0.5)
+    printed = capsys.readouterr().out
+    assert "always middle" in printed and "oracle" in printed
+    results = json.loads((out / "results.json").read_text())
+    assert [row["price"] for row in results["prices"]] == [0.01, 0.1]
+    assert results["settings"]["temperature"] == 0.5 and results["n_test"] == 36 and (out / "controller.png").exists()
+    for row in results["prices"]:
+        assert row["accuracy"] >= 0.95 and row["cost"] == pytest.approx(row["oracle"]["cost"], rel=0.05)
+        assert min(fixed["cost"] for fixed in row["fixed"].values()) >= row["oracle"]["cost"]
+        assert row["saved_ci95"][0] <= row["saved"] <= row["saved_ci95"][1] and row["saved"] > 0
+    texts = {word: f"Say about picture 77: the {word} of the things?" for word in WORDS}
+    inputs = make_inputs(processor, [make_conversation(text, [make_picture(0)]) for text in texts.values()])
+    asked = {"input_ids": inputs["input_ids"], "question_mask": inputs["question_mask"]}
+    adapted, _ = build_model(ModelArguments(variant=str(tmp_path / "model"), adapter=str(out)))
+    for loaded in (granulon_hf.AutoModelForVision2Seq.from_pretrained(out), adapted):
+        assert loaded.config.controller_prices == [0.01, 0.1]
+        for price in (0.01, 0.1):
+            levels = loaded.get_granularity_probs(**asked, price=price).argmax(-1)
+            assert [LEVELS[level] for level in levels] == list(BEST[price].values())
+
+
+def test_the_loss_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    logits, costs = (torch.randn(5, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    total = hinge = pairs = 0.0
+    for q in range(5):
+        for p in range(2):
+            s, c = logits[q, p], costs[q, p] / 0.7
+            target = (-c).exp() / (-c).exp().sum()
+            total -= float((target * (s.exp() / s.exp().sum()).log()).sum()) / 10
+            for i in range(3):
+                for j in range(3):
+                    if c[i] < c[j]:
+                        pairs += 1
+                        hinge += max(0.0, float((c[j] - c[i]) - (s[i] - s[j])))
+    assert priced_loss(logits, costs, 0.7).item() == pytest.approx(total + hinge / pairs)
+    learned = priced_loss(-costs, costs, 1.0)  # at the soft target nothing is left but its entropy
+    target = (-costs).softmax(-1)
+    assert learned.item() == pytest.approx(float(-(target * target.log()).sum(-1).mean()))
+
+
+def test_costs_are_measured_against_fixed_levels_and_the_oracle():
+    losses, tokens = {"a": 2.0, "b": 1.0}, {"a": 1, "b": 11}
+    questions = [ScoredQuestion("q", losses, tokens, True), ScoredQuestion("r", {"a": 1.0, "b": 1.5}, tokens, True)]
+    cheap, dear = measure_costs(np.array([[1, 0], [0, 1]]), questions, questions, ["a", "b"], [0.0, 0.2])
+    assert cheap["accuracy"] == 1 and cheap["cost"] == cheap["oracle"]["cost"] == 1 and cheap["tokens"] == 6
+    assert cheap["fixed"]["a"] == {"accuracy": 0.5, "cost": 1.5, "loss": 1.5, "tokens": 1}
+    assert cheap["best_fixed"] == "b" and cheap["saved"] == pytest.approx(0.25) and cheap["chosen"] == {"a": 1, "b": 1}
+    assert dear["oracle"] == {"accuracy": 1, "cost": pytest.approx(1.7), "loss": 1.5, "tokens": 1}
+    assert dear["accuracy"] == 0.5 and dear["cost"] == pytest.approx((2.2 + 3.7) / 2) and dear["best_fixed"] == "a"
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets"),
+    [
+        (SMALL, "loss"),
+        (SCORED, "weights"),
+        ([SCORED[0], SMALL[0]], "loss"),
+        ([{**SCORED[0], "tokens": {"coarse": 1, "fine": 2}}], "loss"),
+        ([{**SCORED[0], "losses": {"coarse": 1.0}, "tokens": {"coarse": 1}}], "loss"),
+        ([{**SCORED[0], "losses": dict.fromkeys(LEVELS, float("nan"))}], "loss"),
+        ([{**SCORED[0], "losses": dict.fromkeys(LEVELS, -1.0)}], "loss"),
+        ([SCORED[0], {**SCORED[1], "losses": {"a": 1, "b": 2}, "tokens": {"a": 1, "b": 2}}], "loss"),
+        ([{"text": "a", "losses": dict.fromkeys(LEVELS, 1.0)}], "loss"),
+    ],
+)
+def test_labels_of_another_kind_are_one_sentence(tmp_path, rows, targets):
+    with pytest.raises(GranulonError, match="line") as error:
+        read_labels(write(tmp_path / "labels.jsonl", rows), targets=targets)
+    assert "\n" not in str(error.value)
+
+
+def test_samples_of_splits_may_share_their_words(tmp_path):
+    rows = [scored("number", 1, split=split) for split in ("train", "train", "test")]
+    assert [q.test for q in read_labels(write(tmp_path / "labels.jsonl", rows), targets="loss")] == [False, False, True]
+    rows = [scored("number", i, split="train") for i in range(10)]  # of one split alone: the hold-out is drawn
+    assert sum(q.test for q in read_labels(write(tmp_path / "labels.jsonl", rows), targets="loss")) == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--targets value",
+        "--targets loss --labels x.jsonl",
+        "--targets loss --price 0.1",
+        "--targets loss --labels x.jsonl --price -1",
+        "--targets loss --labels x.jsonl --price 0.1 0.1",
+        "--targets loss --labels x.jsonl --price nan",
+        "--targets loss --labels x.jsonl --price 0.1 --temperature 0",
+        "--price 0.1",
+        "--temperature 2",
+    ],
+)
+def test_options_of_targets_that_do_not_go_together(line):
+    with pytest.raises(GranulonError) as error:
+        controller.parse(line.split())
+    assert "\n" not in str(error.value)
+
+
+def test_adapters_carry_their_prices(tmp_path, build):
+    """A controller of two prices and three levels has as many outputs as one of three and two."""
+    model, processor = build("granulon-compact-qwen2.5", trained=False)
+    args = arguments(targets="loss", price=[0.1, 0.2], labels="x", steps=2)
+    questions = [ScoredQuestion(r["text"], r["losses"], TOKENS, i > 9) for i, r in enumerate(SCORED[:20])]
+    train_controller(model, processor, questions, args, show=False)
+    save(tmp_path, model, processor, {})
+    other, _ = build_model(ModelArguments(variant="granulon-compact-qwen2.5", tiny=True, adapter=str(tmp_path)))
+    assert other.config.controller_prices == [0.1, 0.2] and not other.model.controller.fc2.weight.requires_grad
+    assert torch.equal(other.model.controller.fc2.weight, model.model.controller.fc2.weight)
+    with pytest.raises(GranulonError):
+        build_model(ModelArguments(variant="granulon-compact-qwen2.5", tiny=True, levels="4,8", adapter=str(tmp_path)))
+    # Labels by wording know no price: trained on, the controller has none.
+    train_controller(model, processor, questions_of(SMALL), arguments(steps=2), show=False)
+    assert model.config.controller_prices is None and model.model.controller.fc2.out_features == 3
