@@ -169,7 +169,7 @@ def compare(
     from granulon_hf.evaluation.benchmark import make_table
     from granulon_hf.evaluation.comparison import compare as run_comparison
 
-    values = read_yaml(config, {"llm", "encoders", "reducers", "budgets", "prices", "train", "eval", "controller"})
+    values = read_yaml(config, {"llm", "encoders", "reducers", "budgets", "prices", "scored", "train", "eval", "controller"})
     check_out(out)
     with plain_warnings():
         result = run_comparison(values, out, on_set=lambda line: typer.echo(line, err=True))

@@ -5,6 +5,7 @@ that the language model sees, the FLOPs up to the first new token, and the measu
 question counts as better only against the *interpolated* curve of the fixed budgets at its own mean number of tokens.
 """
 
+import contextlib
 import itertools
 import json
 import statistics
@@ -16,7 +17,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch.utils.flop_counter import FlopCounterMode
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from granulon_hf.evaluation.answer import answer_batch
 from granulon_hf.evaluation.benchmark import PERCENT, Suite, open_set
@@ -25,6 +27,12 @@ from granulon_hf.io import write_text
 from granulon_hf.stats import difference, estimate
 
 PROBED, ROUNDS = 4, 3  # samples whose cost is measured, and how often
+# What PyTorch does not count by itself.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+        query, key, value
+    )
+}
 # What counts as accuracy where several metrics are there, the strictest first.
 ACCURACY = ("option_accuracy", "exact", "recall")
 
@@ -41,19 +49,19 @@ def measure_costs(
     costs = json.loads(kept.read_text()) if kept.exists() else {}
     samples = list(itertools.islice(open_set(suite, suite.data[0]), PROBED))
 
-    def answer(source: str) -> float:
+    def answer(source: str, counter: Any = contextlib.nullcontext()) -> float:  # noqa: B008 (it keeps no state)
         model, processor, _ = load_model(source, suite.device, suite.dtype)
         first = replace(suite.generation_of(source), max_new_tokens=1)
         began = time.perf_counter()
-        for sample in samples:
-            answer_batch(model, processor, [sample], first)
+        with counter:
+            for sample in samples:
+                answer_batch(model, processor, [sample], first)
         return (time.perf_counter() - began) / len(samples)
 
     for _, group in itertools.groupby((arm for arm in suite.models if arm not in costs), rows.__getitem__):
-        counters = {arm: FlopCounterMode(display=False) for arm in group}
+        counters = {arm: FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) for arm in group}
         for arm, counter in counters.items():  # which also warms up
-            with counter:
-                answer(arm)
+            answer(arm, counter)
         times = [{arm: answer(arm) for arm in counters} for _ in range(ROUNDS)]
         for arm, counter in counters.items():
             seconds = statistics.median(one[arm] for one in times)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich.progress import track
 from safetensors.torch import load_file
 
 from granulon_hf.errors import GranulonError
@@ -21,13 +22,18 @@ from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
 from granulon_hf.loading import pick_device, read_config
 from granulon_hf.modeling.reducers_granulon import REDUCERS
+from granulon_hf.overrides import set_prices
 from granulon_hf.training.arguments import parse
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, last_checkpoint, settings_of
-from granulon_hf.training.run import build_model, train
-from granulon_hf.training.stages import load_adapter_state
+from granulon_hf.training.controller import ControllerArguments, train_controller
+from granulon_hf.training.loss_labels import label_by_loss
+from granulon_hf.training.loss_targets import ScoredQuestion
+from granulon_hf.training.run import build_model, load_samples, train
+from granulon_hf.training.stages import load_adapter_state, save_adapter
 from granulon_hf.variants import DECODERS, ENCODERS
 
 PIXEL = "pixel"  # among reducers: all pixel tokens, the reference
+CONTROLLER, SCORED = "controller", 400  # the folder of a controller, and questions whose answers are scored for it
 # What differs between the rows of a fair comparison, and only that; an adapter is a trained controller.
 OWN = ("variant", "feature_cache", "adapter", "visual_tokens", "reducer", "levels", "slot_position", "budgets")
 FIXED = ("variant", "output_dir", "resume_from_checkpoint", "feature_cache")
@@ -79,8 +85,9 @@ def check(config: dict[str, Any]) -> list[Row]:
 
     It has `llm` and `encoders`, or as `llm` a Granulon model ("demo", a folder, a Hub id) whose encoder is kept; `train`
     (arguments of examples/train.py) and `eval` (fields of [`Suite`]). A comparison of reducers has `reducers` and `budgets`
-    (numbers of visual tokens, each of which every reducer is evaluated at), another one, if wanted, `controller` (a folder of
-    examples/train_controller.py, for the rows that have levels).
+    (numbers of visual tokens, each of which every reducer is evaluated at) and, if wanted, `prices` of a visual token, at which
+    a controller chooses each question's budget, and `scored`, the training questions that it learns from. Another one has, if wanted,
+    `controller` (a folder of examples/train_controller.py, for the rows that have levels).
     """
     mapping, names = (dict, "names with values"), (list, "a list of names")
     forms: dict[str, tuple[type, str]] = {"llm": (str, "a name"), "encoders": names, "reducers": names}
@@ -97,7 +104,7 @@ def check(config: dict[str, Any]) -> list[Row]:
     if llm in DECODERS:
         variants = [f"{name}-{llm}" for name in encoders]
     elif encoders:
-        raise GranulonError(f"`encoders` go with an `llm` that is one of {', '.join(DECODERS)}; {llm!r} has its own.")
+        raise GranulonError(f"With `encoders`, `llm` must be one of {', '.join(DECODERS)}; {llm!r} would have its own.")
     else:
         read_config(llm)
         variants = [llm]
@@ -130,6 +137,8 @@ def check_budgets(config: dict[str, Any], reducers: Sequence[str]) -> None:
         raise GranulonError("`prices` let a controller choose among budgets: name at least two `budgets`.")
     if not all(type(price) in (int, float) and price >= 0 for price in prices) or len(set(prices)) < len(prices):
         raise GranulonError(f"`prices` must be different numbers from 0; got {prices!r}.")
+    if type(scored := config.get("scored", SCORED)) is not int or scored < 10:
+        raise GranulonError(f"`scored` must be a whole number from 10; got {scored!r}.")
 
 
 def check_options(config: dict[str, Any], reducers: Sequence[str], encoders: Sequence[str]) -> None:
@@ -156,6 +165,7 @@ def arms_of(config: dict[str, Any], rows: Sequence[Row]) -> dict[str, Arm]:
             arms.append(Arm(row.name, row))
         else:
             arms += [Arm(f"{row.name}@{number}", row, visual_tokens=number) for number in sorted(config["budgets"])]
+            arms += [Arm(f"{row.name} at price {price:g}", row, price=price) for price in sorted(config.get("prices") or [])]
     return {arm.name: arm for arm in arms}
 
 
@@ -167,11 +177,7 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
     rows = check(config)
     arms = arms_of(config, rows)
     generation = Generation(**config["eval"].get("generation") or {})
-    own = {
-        name: replace(generation, visual_tokens=arm.visual_tokens)
-        for name, arm in arms.items()
-        if arm.visual_tokens is not None
-    }
+    own = {name: replace(generation, visual_tokens=arm.visual_tokens, price=arm.price) for name, arm in arms.items()}
     fields = {**config["eval"], "models": list(arms), "generation": generation, "generations": own}
     suite = Suite(**fields, out=str(out / "evaluation"))
     lines = {row: parse(training_arguments(config, row, out)) for row in rows}
@@ -187,6 +193,11 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
             args.resume_from_checkpoint = "last"
         on_set(f"Training {row.name}")
         train(model_args, data_args, args)
+    prices = sorted(config.get("prices") or [])
+    for row in rows if prices else ():
+        if row.reducer != PIXEL and not (out / row.name / CONTROLLER / ADAPTER).exists():
+            on_set(f"Controller of {row.name}: scoring {config.get('scored', SCORED)} questions at every budget")
+            train_by_loss(row, lines[row], prices, config.get("scored", SCORED), out)
     manifest = {row.name: json.loads((out / row.name / "training" / RUN).read_text()) for row in rows}
     check_equal(manifest)
 
@@ -195,7 +206,10 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
         if row not in models:
             models.clear()
             model, processor = build_model(lines[row][0])
-            load_adapter_state(model, load_file(out / row.name / "training" / ADAPTER))
+            trained = out / row.name / CONTROLLER if prices and row.reducer != PIXEL else out / row.name / "training"
+            if prices and row.reducer != PIXEL:
+                set_prices(model, prices)
+            load_adapter_state(model, load_file(trained / ADAPTER))
             if place.type == "cpu":  # as load_model has it
                 model = model.float()
             models[row] = model.to(place).eval(), processor
@@ -221,6 +235,30 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
             costs = measure_costs(suite, by_row, load_model, out / "costs.json")
             write_curve(result, by_row, [name for name, arm in arms.items() if arm.price is not None], costs, out)
     return result
+
+
+def train_by_loss(row: Row, line: Any, prices: Sequence[float], count: int, out: Path) -> None:
+    """Let the controller of a trained row choose budgets: score training questions at each, and train it at these prices.
+
+    Leaves the scores, by which it goes on where it was stopped, the row's weights with the controller, and its results.
+    """
+    model_args, data_args, args = line
+    model, processor = build_model(model_args)
+    load_adapter_state(model, load_file(out / row.name / "training" / ADAPTER))
+    model.to(args.device).eval()
+    samples = load_samples(data_args)
+    count = min(count, len(samples))
+    folder = out / row.name / CONTROLLER
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = track((samples[i * len(samples) // count] for i in range(count)), f"{row.name} at every budget", count)
+    scored = label_by_loss(model, processor, drawn, folder / "scores.jsonl")
+    questions = [
+        ScoredQuestion(one["text"], one["losses"], one["tokens"], number % 5 == 0) for number, one in enumerate(scored)
+    ]
+    options = ControllerArguments(variant=row.variant, targets="loss", price=list(prices), labels=str(folder / "scores.jsonl"))
+    results = train_controller(model.cpu(), processor, questions, options)
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    save_adapter(folder, model)
 
 
 def check_equal(manifest: dict[str, dict[str, Any]]) -> None:

@@ -92,6 +92,29 @@ def test_reducers_at_budgets():
     assert stamps == [path.stat().st_mtime_ns for path in sorted(Path("out").rglob("adapter.safetensors"))]
 
 
+def test_budgets_that_a_controller_chooses_at_prices():
+    """A price so high that only tokens count gives the smallest budget; the arm is held against the interpolated curve."""
+    config = {
+        **CONFIG,
+        "encoders": ["dinov3"],
+        "reducers": ["pixel", "pool"],
+        "budgets": [4, 9],
+        "prices": [0, 5],
+        "scored": 10,
+    }
+    assert (done := run(config)).exit_code == 0, done.output
+    kept = json.loads(Path("out/tokens.json").read_text())
+    arms = kept["curves"]["shapes"]["arms"]
+    assert list(arms) == ["pixel", "pool@4", "pool@9", "pool at price 0", "pool at price 5"]
+    assert arms["pool at price 5"]["visual_tokens"] == 4
+    assert [name for name, one in arms.items() if "interpolated" in one] == ["pool at price 0", "pool at price 5"]
+    assert arms["pool at price 5"]["interpolated"]["difference"] == 0  # the same answers as at 4
+    costs = kept["costs"]
+    assert costs["pool at price 5"]["prefill_flops"] == pytest.approx(costs["pool@4"]["prefill_flops"], rel=0.05)
+    stamp = Path("out/pool/controller/adapter.safetensors").stat().st_mtime_ns
+    assert run(config).exit_code == 0 and Path("out/pool/controller/adapter.safetensors").stat().st_mtime_ns == stamp
+
+
 def test_a_trained_controller_is_for_the_rows_that_have_levels():
     model, _ = build("granulon-qwen2.5", tiny=True)
     state = {f"controller.{name}": torch.full_like(value, 0.5) for name, value in model.model.controller.state_dict().items()}
@@ -104,19 +127,19 @@ def test_a_trained_controller_is_for_the_rows_that_have_levels():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"llm": "gpt5"}, "must be one of qwen2.5, llama3.2"),
+        ({"llm": "gpt5"}, "`llm` must be one of qwen2.5, llama3.2"),
         ({"llm": None}, "`llm` must be"),
         ({"encoders": "clip"}, "`encoders` must be"),
         ({"encoders": {"clip": 1}}, "`encoders` must be"),
         ({"train": [1]}, "`train` must be"),
         ({"eval": "shapes"}, "`eval` must be"),
         ({"controller": 3}, "`controller` must be"),
-        ({"encoders": ["clip"]}, "at least two different encoders"),
+        ({"encoders": ["clip"]}, "at least two rows"),
         ({"encoders": ["clip", "vgg"]}, "Unknown encoder 'vgg'"),
         ({"train": {**TRAIN, "output_dir": "x"}}, "`output_dir` is set by the comparison"),
         ({"train": {**TRAIN, "learning_rat": 1}}, "learning_rat"),
         ({"controller": "gone"}, "`controller` names 'gone', which is not there"),
-        ({"controller": ".", "encoders": ["clip", "siglip"]}, "clip, siglip have none"),
+        ({"controller": ".", "encoders": ["clip", "siglip"]}, "`controller` is for encoders with levels"),
         ({"eval": {}}, "`eval` needs `data`"),
         ({"eval": {"data": ["shapes"], "metrik": ["recall"]}}, "`eval` has 'metrik'"),
         ({"evaluation": {}}, "unknown name 'evaluation'"),
@@ -130,7 +153,7 @@ def test_a_trained_controller_is_for_the_rows_that_have_levels():
         ({"encoders": ["dinov3", "granulon"], "reducers": ["adata"], "budgets": [4]}, "dinov3 and granulon are the same"),
         ({"encoders": ["dinov3"], "reducers": ["adata"], "budgets": [4]}, "at least two rows"),
         ({"reducers": ["adata"], "budgets": [4], "train": {**TRAIN, "levels": "4,5"}}, "`levels` is set by the comparison"),
-        ({"llm": "demo"}, "'demo' has its own"),
+        ({"llm": "demo"}, "'demo' would have its own"),
         ({"llm": "nowhere", "encoders": [], "reducers": ["adata", "pool"], "budgets": [4]}, "nowhere"),
         ({"prices": [0.1]}, "`prices`"),
         ({"reducers": ["pixel", "adata"], "budgets": [4], "prices": [0.1]}, "at least two `budgets`"),

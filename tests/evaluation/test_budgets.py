@@ -8,8 +8,8 @@ import pytest
 from granulon_hf.evaluation.budgets import curve, interpolate, write_curve
 from granulon_hf.stats import estimate
 
-ARMS = {"pixel": "pixel", "adata@4": "adata", "adata@16": "adata", "adata@price=0.1": "adata"}
-CHOSEN = ["adata@price=0.1"]
+ARMS = {"pixel": "pixel", "adata@4": "adata", "adata@16": "adata", "adata at price 0.1": "adata"}
+CHOSEN = ["adata at price 0.1"]
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def result():
     random = np.random.default_rng(0)
     levels = ["coarse", "fine"] * 6
     scores = {arm: random.integers(0, 2, 12).astype(float).tolist() for arm in ARMS}
-    tokens = {"pixel": [196] * 12, "adata@4": [4] * 12, "adata@16": [16] * 12, "adata@price=0.1": [4, 16] * 6}
+    tokens = {"pixel": [196] * 12, "adata@4": [4] * 12, "adata@16": [16] * 12, "adata at price 0.1": [4, 16] * 6}
     return {
         "data": ["scenes"],
         "clusters": {"scenes": [i // 2 for i in range(12)]},
