@@ -76,7 +76,9 @@ def run(
     metric: Annotated[list[str] | None, typer.Option(help="Instead of those that suit the task.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer. [64]", min=1)] = None,
     granularity: Annotated[str | None, typer.Option(help="Force a level.")] = None,
-    visual_tokens: Annotated[int | None, typer.Option(help="Semantic tokens of every image, instead of a level.", min=1)] = None,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Semantic tokens of every image, instead of a level.", min=1)
+    ] = None,
     price: Annotated[
         float | None, typer.Option(help="Of a visual token, for controllers that were trained at prices.", min=0)
     ] = None,

@@ -326,9 +326,7 @@ def add_pictures(case: Case, draw: Draw | None = None) -> None:
         case.overlay_level = f"no overlay: {error}"
 
 
-def cluster_drawer(
-    model: Any, processor: Any, levels: dict[str, str] | None = None, visual_tokens: int | None = None
-) -> Draw:
+def cluster_drawer(model: Any, processor: Any, levels: dict[str, str] | None = None, visual_tokens: int | None = None) -> Draw:
     """A function that draws the kept clusters of a case, at the level of its id in `levels` or that the controller chooses, or
     this number of tokens."""
     import torch
