@@ -113,9 +113,8 @@ def check_choice(
     asked = [f"`{option}`" for option, value in given.items() if value is not None]
     levels, slots, prices = config.level_names, config.num_semantic_slots, config.controller_prices or []
     if asked and not levels:
-        raise GranulonError(
-            f"{name or 'This model'} shows all pixel tokens and has no granularity levels, so that {asked[0]} cannot be used with it."
-        )
+        who = name or "This model"
+        raise GranulonError(f"{who} has no granularity levels, only pixel tokens, so that {asked[0]} cannot be used with it.")
     if len(asked) > 1:
         raise GranulonError(f"{' and '.join(asked)} each say how many tokens an image gets; give one of them.")
     if granularity is not None and granularity not in levels:
@@ -125,11 +124,7 @@ def check_choice(
     if visual_tokens is not None and not 1 <= visual_tokens <= slots:
         raise GranulonError(f"`visual_tokens` must lie between 1 and {slots} for {name}; got {visual_tokens}.")
     if price is not None and price not in prices:
-        known = (
-            f"at the prices {', '.join(map(str, prices))}"
-            if prices
-            else "at no price (examples/train_controller.py --targets loss)"
-        )
+        known = f"at the prices {', '.join(map(str, prices))}" if prices else "without prices"
         raise GranulonError(f"`price` {price} cannot be used: the controller of {name} was trained {known}.")
 
 

@@ -274,14 +274,14 @@ class GranulonProcessor(ProcessorMixin):
         opened = list(itertools.chain(*groups))
         pixels, slots = self._process_images(opened, **options["images_kwargs"]) if opened else ({}, [])
         if visual_tokens is not None:
-            if not self.num_semantic_tokens:
+            most = self.num_semantic_tokens
+            if not most:
                 raise ValueError(
                     f"visual_tokens={visual_tokens!r} was given, but this model shows all pixel tokens and no others."
                 )
-            if not isinstance(visual_tokens, int) or not 1 <= visual_tokens <= self.num_semantic_tokens:
+            if not isinstance(visual_tokens, int) or not 1 <= visual_tokens <= most:
                 raise ValueError(
-                    f"visual_tokens must be an integer between 1 and {self.num_semantic_tokens}, the slots of this processor; got "
-                    f"{visual_tokens!r:.80}."
+                    f"visual_tokens must be an integer from 1 to {most}, the slots of an image; got {visual_tokens!r:.80}."
                 )
             slots = [self.image_token * visual_tokens for _ in slots] if self.visual_tokens == "semantic" else slots
         rest = iter(slots)

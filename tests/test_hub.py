@@ -218,6 +218,30 @@ def test_adapter_form_is_assembled_and_is_small(assembled, tmp_path):
         AutoModelForVision2Seq.from_pretrained(run_folder)
 
 
+@pytest.mark.parametrize(
+    ("form", "reducer"), [("full", "attention-merge"), ("full", "downsample"), ("adapter", "queries"), ("adapter", "adata")]
+)
+def test_the_compact_form_is_loaded_where_the_package_is_not(backbones, form, reducer, tmp_path):
+    """An export is loaded by its own code, in either form, and compared."""
+    from granulon_hf import GranulonProcessor
+
+    paths = str(backbones / "vision"), str(backbones / "text")
+    model = GranulonForConditionalGeneration.from_vision_text_pretrained(*paths, visual_tokens="semantic", reducer=reducer)
+    source = tmp_path / "run"
+    source.mkdir()
+    save_adapter(source, model) if form == "adapter" else model.save_pretrained(source)
+    slots = model.config.num_semantic_slots
+    GranulonProcessor.from_vision_text_pretrained(*paths, num_semantic_tokens=slots, visual_tokens="semantic").save_pretrained(
+        source
+    )
+    folder = hub.export(source, tmp_path / "out", form=form)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["visual_tokens"], config["reducer"]) == ("semantic", reducer)
+    held = load_file(folder / ("adapter.safetensors" if form == "adapter" else "model.safetensors"))
+    assert any("reducer" in name for name in held) == (reducer == "queries")
+    assert "all that the language model sees" in " ".join((folder / "README.md").read_text().split())
+
+
 def test_foreign_code_deep_in_a_source_is_neither_run_nor_passed_on(full, tmp_path):
     code = tmp_path / "code"
     code.mkdir()

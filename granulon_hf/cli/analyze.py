@@ -161,7 +161,9 @@ def granularity(
     score: Annotated[
         str, typer.Option(help="auto, exact, recall or option_accuracy; auto takes what fits the sample.")
     ] = "auto",
-    beta: Annotated[str, typer.Option(help="Clusters of the sweep, with commas between, or none.")] = "5,10,20,30,40,50",
+    beta: Annotated[
+        str, typer.Option(help="Clusters (tokens, in the compact form) of the sweep, with commas between, or none.")
+    ] = "5,10,20,30,40,50",
     k: Annotated[str | None, typer.Option(help="Slots K of the sweep; by default as many as clusters.")] = None,
     alpha: Annotated[int, typer.Option(help="Pooling kernel side of the sweep.", min=1)] = 1,
     split: Split = None,

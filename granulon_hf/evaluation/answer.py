@@ -137,8 +137,8 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
     """Answer a batch of samples, of which the last assistant turn is not shown.
 
     Returns:
-        `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), visual_tokens (those that
-        the language model sees, of all images), new_tokens.
+        `list[dict]`: prediction, granularity, granularity_probs, prompt_tokens (image slots included), visual_tokens (of all
+        images, those that the language model sees), new_tokens.
 
     Raises:
         GranulonError: an image that cannot be used.

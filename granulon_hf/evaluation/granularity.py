@@ -183,8 +183,7 @@ def plan_sweep(config: Any, betas: Sequence[int], slots: Sequence[int] | None = 
         pairs = [(0, 0), *sweep_cells(betas, slots)]
     elif slots or alpha != 1:
         raise GranulonError(
-            "`k` and `alpha` are of clusters beside pixel tokens; this model's sweep is over numbers of tokens alone: leave them "
-            "out."
+            "`k` and `alpha` are of clusters beside pixel tokens; this model's sweep is over numbers of tokens: leave them out."
         )
     else:
         first = config.num_semantic_tokens if config.compact else 0
@@ -301,15 +300,8 @@ def markdown(choices: list[dict], policies: list[dict], sweep: list[dict], title
         for row in sweep:
             cell = [str(row[name]) for name in ("group", "beta", "k", "semantic_tokens")]
             swept.append([*cell, score_text(row), difference_text(row), f"{row['seconds']:.3f}"])
-        head = [
-            "group",
-            "β",
-            "K",
-            "semantic tokens",
-            score,
-            f"difference to {sweep[0]['beta'] or 'none'}",
-            "seconds per sample",
-        ]
+        reference = sweep[0]["beta"] or "none"
+        head = ["group", "β", "K", "semantic tokens", score, f"difference to {reference}", "seconds per sample"]
         parts += [
             f"## Clusters (α = {sweep[0]['alpha']}, the same weights)",
             markdown_table(head, swept),

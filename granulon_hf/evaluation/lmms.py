@@ -4,8 +4,8 @@
     lmms-eval --model granulon --model_args pretrained=FOLDER_OR_HUB_ID --tasks mme --batch_size 8 --output_path results
 
 Arguments in `--model_args`: pretrained, dtype ("auto", "float32", "bfloat16", "float16"), and one of granularity (a level for
-all questions), visual_tokens (a number) and price; by default the controller chooses. `--batch_size` and `--device` are options of lmms-eval itself. Several GPUs:
-`accelerate launch --num_processes 8 -m lmms_eval --model granulon …`.
+all questions), visual_tokens (a number for all) and price; by default the controller chooses. `--batch_size` and `--device` are
+options of lmms-eval itself. Several GPUs: `accelerate launch --num_processes 8 -m lmms_eval --model granulon …`.
 
 Tasks of the type `multiple_choice` compare likelihoods. lmms-eval gives them to models of its "simple" kind only, so that they
 need `--force_simple`; all others run in its "chat" kind. See `examples/lmms_eval.md`.

@@ -35,7 +35,7 @@ QUESTION = "What is in the picture?"
 def models(tmp_path_factory):
     """Folders of a Granulon and of a plain LLaVA, at toy size."""
     folders = {}
-    for name in ("granulon-qwen2.5", "clip-llama3.2"):
+    for name in ("granulon-qwen2.5", "granulon-compact-qwen2.5", "clip-llama3.2"):
         folders[name] = tmp_path_factory.mktemp(name)
         for part in variants.build(name, tiny=True):
             part.save_pretrained(folders[name])
@@ -92,6 +92,24 @@ def test_forced_levels(run, photo, level, tokens):
     result = answer_as_json(run(photo, QUESTION, "--granularity", level, "--json"))
     assert (result["granularity"], result["semantic_tokens"]) == (level, tokens)
     assert max(result["granularity_probs"], key=result["granularity_probs"].get) == "middle"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "tokens", "level"),
+    [
+        ("granulon-compact-qwen2.5", [], (0, 32), "middle"),
+        ("granulon-compact-qwen2.5", ["--granularity", "coarse"], (0, 16), "coarse"),
+        ("granulon-compact-qwen2.5", ["--visual-tokens", 7], (0, 7), None),
+        ("granulon-qwen2.5", ["--visual-tokens", 7], (36, 7), None),
+        ("tiny:granulon-compact-llama3.2", ["--visual-tokens", 1], (0, 1), None),
+    ],
+)
+def test_numbers_of_tokens(run, photo, tmp_path, model, options, tokens, level):
+    result = answer_as_json(run(photo, QUESTION, "--json", "--overlay", tmp_path / "o.png", *options, model=model))
+    assert (result["pixel_tokens"], result["semantic_tokens"]) == tokens
+    assert result["granularity"] == level and (tmp_path / "o.png").stat().st_size > 1000
+    shown = run(photo, QUESTION, *options, model=model).stdout
+    assert f"{tokens[0]} pixel + {tokens[1]} semantic tokens" in shown and ("◀ used" in shown) == (level is not None)
 
 
 def test_several_images_and_their_overlay(run, photo, tmp_path):
@@ -337,13 +355,19 @@ def test_a_question_that_begins_with_a_tilde(run, photo):
         (["--overlay", "overlay.docx"], "ending .png"),
         (["--overlay", "overlay.xbm"], "ending .png"),  # Pillow writes it, but in black and white only
         (["--json", "--stream"], "exclude each other"),
+        (["--visual-tokens", "0"], "--visual-tokens must"),
+        (["--visual-tokens", "21"], "between 1 and 20"),
+        (["--visual-tokens", "4", "--granularity", "fine"], "--granularity and --visual-tokens"),
+        (["--price", "0.1"], "--price 0.1"),
     ],
 )
 def test_wrong_options(run, photo, options, words):
     assert_refused(run(photo, QUESTION, *options), words)
 
 
-@pytest.mark.parametrize("options", [["--granularity", "fine"], ["--overlay", "x.png"]])
+@pytest.mark.parametrize(
+    "options", [["--granularity", "fine"], ["--overlay", "x.png"], ["--visual-tokens", "4"], ["--price", "0.5"]]
+)
 def test_what_needs_levels(run, photo, options):
     assert_refused(run(photo, QUESTION, *options, model="clip-llama3.2"), "no granularity levels", options[0])
 

@@ -338,3 +338,34 @@ def test_one_name_in_yaml_is_a_list_of_one():
 def test_bad_input_is_one_sentence(arguments, message):
     done = run(*arguments, "--limit", 2, "--out", "out")
     assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output, done.output
+
+
+COMPACT = ["--model", "tiny:granulon-compact-qwen2.5"]
+
+
+def test_numbers_of_tokens():
+    done = run(*COMPACT, "--model", "tiny:granulon-llama3.2", *SHORT, "--visual-tokens", 6, "--out", "out")
+    assert done.exit_code == 0, done.output
+    for name, count in (("tiny-granulon-compact-qwen2.5", 6), ("tiny-granulon-llama3.2", 36 + 6)):
+        found = rows(f"out/{name}/shapes")
+        assert {row["visual_tokens"] for row in found} == {count} and {row["granularity"] for row in found} == {None}
+    other = run(*COMPACT, *SHORT, "--visual-tokens", 7, "--out", "out")
+    assert other.exit_code == 2 and "predictions of another generation" in other.output
+    Path("suite.yaml").write_text("model: tiny:granulon-compact-qwen2.5\ndata: shapes\nlimit: 8\nvisual_tokens: 6\n")
+    again = run("suite.yaml", "--max-new-tokens", 4, "--out", "out")
+    assert again.exit_code == 0, again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([*COMPACT, *MODELS, "--visual-tokens", 6], ["tiny:clip-qwen2.5", "--visual-tokens"]),
+        ([*MODELS, "--price", 0.5], ["tiny:clip-qwen2.5", "--price"]),
+        ([*COMPACT, "--price", 0.5], ["tiny:granulon-compact-qwen2.5", "--price"]),
+        ([*COMPACT, "--visual-tokens", 65], ["tiny:granulon-compact-qwen2.5", "64"]),
+        ([*COMPACT, "--visual-tokens", 6, "--granularity", "fine"], ["--granularity and --visual-tokens"]),
+    ],
+)
+def test_choices_are_checked_before_a_model_is_loaded(no_model, arguments, words):
+    done = run(*arguments, *SHORT, "--out", "out")
+    assert done.exit_code == 2 and all(word in done.stderr for word in words), done.output

@@ -81,6 +81,18 @@ def test_a_model_without_levels(talkative, picture, name):
         next(work.Answerer(model, processor).answer(picture, QUESTION, "fine"))
 
 
+@pytest.mark.parametrize("reducer", ["adata", "queries", "attention-merge", "random", "downsample"])
+def test_the_compact_form(build, picture, reducer):
+    model, processor = build("granulon-compact-qwen2.5", reducer=reducer)
+    for level in (None, "coarse"):
+        final = last(work.Answerer(model, processor, 4).answer(picture, QUESTION, level))
+        output = model(**make_inputs(processor, make_conversation(QUESTION, [picture])), granularity=level)
+        assert (final.pixel_tokens, final.semantic_tokens) == (0, int(output.aggregation.keep.sum()))
+        assert final.level == level or (level is None and final.level in model.config.level_names)
+        assert final.overlay.width > 300
+        assert f"visual tokens: 0 pixel + {final.semantic_tokens} semantic" in work.numbers(final, level is not None)
+
+
 @pytest.mark.parametrize("name", ["granulon-qwen2.5", "clip-qwen2.5"])
 def test_the_tower_runs_once(talkative, picture, name):
     model, processor = talkative(name)

@@ -233,6 +233,7 @@ def test_parquet_holds_what_the_journal_holds(talker, tmp_path):
     for row, (name, old) in zip(back, [(name, row) for name, rows in written.items() for row in rows], strict=True):
         assert (row.pop("model"), row.pop("data")) == (name, "shapes")
         row["meta"], settings = json.loads(row["meta"]), row.pop("generation")
+        settings = {key: value for key, value in settings.items() if value is not None or key in generation.settings()}
         assert {**settings, "extra": json.loads(settings["extra"])} == generation.settings()
         assert {key: value for key, value in row.items() if value is not None or key in old} == old
     assert sum(back[3]["granularity_probs"].values()) == pytest.approx(1, abs=1e-5) and back[5]["error"]

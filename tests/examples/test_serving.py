@@ -183,6 +183,9 @@ def test_bad_requests_are_errors_and_the_server_lives(talker, server, picture):
     assert [ask(server, user(question, url), extra_body=forced) for question in QUESTIONS] == [
         expected(talker, make_conversation(question, [picture]), granularity="coarse") for question in QUESTIONS
     ]
+    number = {"chat_template_kwargs": {"visual_tokens": 7}}
+    answer = expected(talker, make_conversation(question, [picture]), visual_tokens=7)
+    assert ask(server, user(question, url), extra_body=number) == answer
     with pytest.raises(openai.UnprocessableEntityError):
         ask(server, user(question, url), extra_body={"granularity": "coarse"})
     assert ask(server, user(question, url)) == expected(talker, make_conversation(question, [picture]))
