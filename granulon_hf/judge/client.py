@@ -58,10 +58,11 @@ class Run:
         self.stop = ""
         self.error: Exception | None = None
         self.failures = 0
-        self.done = before.done if before else 0
+        self.done: int = before.done if before else 0
         self.total = total or len(units)
         self.n_requests = 0
-        self.spent = self.spent_before = before.spent if before else 0.0
+        self.spent: float = before.spent if before else 0.0
+        self.spent_before = self.spent
         self.reserved = 0.0
 
     @functools.cached_property

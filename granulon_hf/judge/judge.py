@@ -23,7 +23,7 @@ from .batch import BatchRun
 from .client import Run
 from .images import encode_image, open_image, to_rgb
 from .known_models import SOURCE
-from .models import PRICES_DATE, choices, find_model, image_tokens
+from .models import PRICES_DATE, find_model, image_tokens, known_names
 from .options import Options, Unit, columns_of, digest_of, estimate, foresee, panel_of, units_of
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter

@@ -79,12 +79,18 @@ def find_model(name: str, given: Mapping[str, Any] | None = None) -> JudgeModel 
         raise ValueError(f"judge_models: {place} of {name!r} is wrong ({first['msg']}); the fields are {fields}.") from None
 
 
+def known_names(given: Mapping[str, Any] | None = None) -> list[str]:
+    """Return the names of the judges that are known: those that are given, then the table's, the cheapest first."""
+    names = dict.fromkeys((*(given or {}), *MODELS))
+    cost = {name: (model.prompt if (model := find_model(name, given)) else None) or 0.0 for name in names}
+    return sorted(names, key=lambda name: (name not in (given or {}), cost[name]))
+
+
 def choices(given: Mapping[str, Any] | None = None) -> list[str]:
-    """Return the names of the judges that are served today: those that are given, then the table's, the cheapest first."""
+    """Return the names of the judges that are served today."""
     today = datetime.date.today()
-    found = {name: find_model(name, given) for name in (*(given or {}), *MODELS)}
-    served = [name for name, model in found.items() if model and not (model.retires and model.retires <= today)]
-    return sorted(served, key=lambda name: (name not in (given or {}), found[name].prompt or 0.0))  # type: ignore[union-attr]
+    found = {name: find_model(name, given) for name in known_names(given)}
+    return [name for name, model in found.items() if model and not (model.retires and model.retires <= today)]
 
 
 def is_own(url: str) -> bool:

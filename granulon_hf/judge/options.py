@@ -350,6 +350,7 @@ def foresee(units: list[Unit], options: Options) -> dict:
         "prompt_tokens": sum(prompts),
         "completion_tokens": usual * len(prompts),
         "cost_usd": price and price[0] * sum(prompts) + price[1] * usual * len(prompts),
+        "own_server": not options.is_priced and price is not None,
         "prices_date": None if options.told_price or not options.is_priced else PRICES_DATE,
     }
 
@@ -358,7 +359,7 @@ def panel_of(model: str | Sequence[str] = "gpt-4o", **options: Any) -> list[Opti
     """Return the options of each judge of a panel; a name alone is a panel of one."""
     names = [model] if isinstance(model, str) else list(model)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"model takes one name, or different ones; got {names}; samples=2 asks a judge twice.")
+        raise ValueError(f"model must be one name or different ones, not {', '.join(names)}; samples=2 asks a judge twice.")
     return [Options(model=name, **options) for name in names]
 
 
@@ -374,5 +375,7 @@ def estimate(predictions: Any, images: Any, references: Any = None, questions: A
         **{name: sum(one[name] for one in found) for name in ("n_stored", "n_requests", "prompt_tokens", "completion_tokens")},
         "too_long": sorted({sample for one in found for sample in one["too_long"]}),
         "cost_usd": None if None in costs else sum(costs),
+        "own_server": all(one["own_server"] for one in found),
+        "prices_date": next((one["prices_date"] for one in found if one["prices_date"]), None),
     }
     return {"n": len(columns["predictions"]), "n_empty": n_empty, **total}

@@ -93,13 +93,14 @@ def test_dry_run_sends_and_writes_nothing():
     write([{"prediction": "number 1"}, {"prediction": "number 2"}, {"prediction": ""}])
     with Server() as server:
         done = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run")
-        unknown = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run", "--model", "own")
+        own = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run", "--model", "own")
+        unknown = run("run", "predictions.jsonl", "--base-url", "https://judges.example/v1", "--dry-run", "--model", "own")
         priced = run("run", "predictions.jsonl", "--dry-run", "--model", "own", "--price", "1000", "0")
         assert not server.requests
     assert done.exit_code == 0 and not Path("predictions.judged").exists()
     assert re.search(r"requests\s+2\s*\n", done.output) and re.search(r"empty, not sent\s+1\s*\n", done.output)
     assert re.search(r"cost, about\s+0\.00\d\d USD", done.output)
-    assert "unknown for own; say --price" in unknown.output
+    assert "unknown for own; say --price" in unknown.output and re.search(r"0\.0000 USD \(.*--price", own.output)
     assert float(re.search(r"cost, about\s+([\d.]+) USD", priced.output)[1]) > 0.1
     assert "prices of 20" in done.output and "prices of 20" not in priced.output
 
