@@ -277,10 +277,10 @@ def show_result(console: Console, result: dict[str, Any], folder: Path) -> None:
     counts = f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty"
     console.print(counts + (f"{spent(result)}, {result['cost_usd']:.4f} in all" if spent(result) else ""))
     for name, alpha in result.get("agreement", {}).items():
-        told = {"the judges": alpha["judges"]} if alpha["judges"] is not None else {}
-        told |= {f"the samples of {judge}": value for judge, value in alpha.get("samples", {}).items() if value is not None}
-        for who, value in told.items():
-            console.print(escape(f"Agreement of {who} on {name}: Krippendorff's α {value:.3f}"), soft_wrap=True)
+        by_samples = {f"the samples of {judge}": value for judge, value in alpha.get("samples", {}).items()}
+        for who, value in {"the judges": alpha["judges"], **by_samples}.items():
+            if value is not None:
+                console.print(escape(f"Agreement of {who} on {name}: Krippendorff's α {value:.3f}"), soft_wrap=True)
     show_reasons(console, result["reasons"])
     console.print(f"Report: {escape(str(folder / 'report.html'))}", style="dim", soft_wrap=True)
 

@@ -49,7 +49,7 @@ def agree(
 
 
 def show_agreement(console: Console, found: list[Any]) -> None:
-    head = ("", "samples", "Spearman's ρ", "Krippendorff's α", "weighted κ", "mean difference", "limits of agreement")
+    head = ("", "samples", "Spearman's ρ", "Krippendorff's α", "mean difference", "limits of agreement", "weighted κ")
     table = Table(*head, box=None, padding=(0, 2, 0, 0))
 
     def cell(value: float | None, ci: tuple[float, float] | None) -> str:
@@ -58,9 +58,9 @@ def show_agreement(console: Console, found: list[Any]) -> None:
         return f"{value:.3f}" + ("" if ci is None else f" [{ci[0]:.3f}, {ci[1]:.3f}]")
 
     for r in found:
-        coefficients = cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci), cell(r.kappa, r.kappa_ci)
+        coefficients = cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci)
         limits = f"{r.limits[0]:+.1f} to {r.limits[1]:+.1f}"
-        table.add_row(r.score, str(r.n), *coefficients, f"{r.mean_difference:+.1f}", limits)
+        table.add_row(r.score, str(r.n), *coefficients, f"{r.mean_difference:+.1f}", limits, cell(r.kappa, r.kappa_ci))
     console.print(table)
 
 

@@ -195,7 +195,7 @@ def write_report(path: Path, title: str, samples: list[Prediction], result: dict
         scores = [row[name] for row in rows if row[name] is not None]
         counts, _ = np.histogram(scores, bins=10, range=(0, 100))
         histograms[name] = {"counts": counts, "top": max(1, counts.max())}
-    more = {"n": len(rows), "histograms": histograms, "length": length_correlation(rows)}
+    more: dict[str, Any] = {"n": len(rows), "histograms": histograms, "length": length_correlation(rows)}
     write_page(path, "judge_report.html.jinja", title=title, result=result, cards=cards, **more)
 
 
