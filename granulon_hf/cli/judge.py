@@ -1,6 +1,7 @@
-"""`granulon judge`: score a file of predictions, compare two judges, install the metric for offline use."""
+"""`granulon judge`: score a file of predictions, compare judges with each other and with people, install the metric."""
 
 import dataclasses
+import datetime
 import json
 import math
 from collections import Counter
@@ -15,10 +16,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from granulon_hf.cli.common import Debug, check_out, in_options, pairs, progress_bar, reports_bad_input
+from granulon_hf.cli.judge_agreement import agree, compare
 from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.io import write_text
 
 LONG = 100_000  # tokens, which most models do not take
+SOON = 180  # days before a judge retires
 
 app = typer.Typer(help="Score answers about images with GPT-4o or any OpenAI-compatible judge.", no_args_is_help=True)
 
@@ -32,12 +35,23 @@ Price = Annotated[
     ),
 ]
 
+Models = Annotated[
+    Path | None,
+    typer.Option(
+        "--judge-models",
+        metavar="FILE.yaml",
+        help="What judges cost and are, for those that granulon judge models does not list or lists otherwise.",
+    ),
+]
+
 
 def judge_options(given: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Return those arguments of a command that are options of the judge by the same name, the prices, and `more`."""
-    from granulon_hf.judge.judge import Options
+    from granulon_hf.judge.judge import Options, find_model
 
     options = {field.name: given[field.name] for field in dataclasses.fields(Options) if field.name in given}
+    if file := given.get("judge_models"):
+        options["judge_models"] = read_models(file)
     if price := given["price"]:
         try:
             amounts = float(price[0]), float(price[1])
@@ -48,8 +62,26 @@ def judge_options(given: dict[str, Any], **more: Any) -> dict[str, Any]:
                 "--price takes two amounts with a space between, USD per million prompt tokens and per million completion "
                 f"tokens, such as --price 2.5 10; got {' '.join(price)!r}."
             )
-        options["prices"] = {given["model"]: amounts}
+        names = [given["model"]] if isinstance(given["model"], str) else given["model"]
+        # In a panel it is the price of those that have none.
+        options["prices"] = {name: amounts for name in names if len(names) == 1 or find_model(name) is None}
     return {**options, **more}
+
+
+def read_models(path: Path) -> dict[str, Any]:
+    """Read a YAML file of judges; the judge checks the fields."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise GranulonError(f"--judge-models {str(path)!r} cannot be read as YAML ({one_line(error)}).") from None
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise GranulonError(
+            f"--judge-models {str(path)!r} must map names of judges to what they cost and are, such as "
+            "gpt-4o: {prompt: 2.5, completion: 10}; granulon judge models shows the names of the fields."
+        )
+    return found
 
 
 @contextmanager
@@ -79,7 +111,14 @@ def run(
     task: Annotated[
         str | None, typer.Option(help="reasoning, vqa or caption; by default what the file's task column says, or reasoning.")
     ] = None,
-    model: Annotated[str, typer.Option(help="The judge.")] = "gpt-4o",
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--judge", "--model", help="The judge, gpt-4o by default; several are a panel, whose scores are averaged."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="How often each judge scores each answer; see --temperature.", min=1)] = 1,
+    judge_models: Models = None,
     out: Annotated[Path | None, typer.Option(help="Folder for answers, scores and report; by default beside the file.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first N predictions.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would ask and cost, and send nothing.")] = False,
@@ -95,8 +134,17 @@ def run(
     segments: Annotated[int | None, typer.Option(help="Also score this many chronological segments.", min=1)] = None,
     detail: Annotated[str, typer.Option(help="high or low, of the image.")] = "high",
     max_tokens: Annotated[
-        int, typer.Option(help="Tokens of an answer at most; a judge that reasons before it answers needs more.", min=1)
-    ] = 100,
+        int | None,
+        typer.Option(
+            help="Tokens of an answer at most, else 100, or 4,000 where the judge reasons; asked once more with more.", min=1
+        ),
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Of the judge; above 0 the samples differ. One that reasons has none.", min=0)
+    ] = 0.0,
+    reasoning_effort: Annotated[
+        str | None, typer.Option(help="Of a judge that reasons: low by default, or what else it takes.")
+    ] = None,
     column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN where a column has another name.")] = None,
     image_root: Annotated[Path | None, typer.Option(help="Where relative image paths start, if not beside the file.")] = None,
     price: Price = None,
@@ -109,12 +157,13 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Score predictions. A run that was killed is started again with the same command, and pays for nothing twice."""
-    given = dict(locals())
+    given = {**locals(), "model": (model or ["gpt-4o"]) if len(model or []) != 1 else model[0]}  # type: ignore[index]
     from granulon_hf.evaluation import judging as work
+    from granulon_hf.evaluation.agreement import panel_agreement
 
     console = Console(highlight=False)
-    samples = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
-    tasks = sorted({sample.task or "reasoning" for sample in samples})
+    read = work.read_predictions(predictions, pairs(column, "--column"), image_root)[:limit]
+    tasks = sorted({sample.task or "reasoning" for sample in read})
     if task is None and len(tasks) > 1:
         raise GranulonError(f"The predictions are of the tasks {' and '.join(tasks)}; judge one file for each, or say --task.")
     folder = out or predictions.with_name(f"{predictions.stem}.judged")
@@ -124,25 +173,44 @@ def run(
         raise GranulonError(
             f"{str(store)!r} already holds answers; leave out --no-resume to use them, or say --out ANOTHER_FOLDER."
         )
-    inputs = {f"{name}s": [getattr(s, name) for s in samples] for name in ("prediction", "image", "reference", "question")}
+    inputs = {f"{name}s": [getattr(s, name) for s in read] for name in ("prediction", "image", "reference", "question")}
     options = judge_options(given, task=task or tasks[0], store=str(store))
     with judge_errors(store):
-        chosen = work.judge.Options(**options)
-        units = work.judge.units_of(work.judge.columns_of(**inputs), chosen)
-        warn_of_lengths(console, chosen, units, [sample.id for sample in samples])
+        panel = work.judge.panel_of(**options)
+        for chosen in panel:
+            units = work.judge.units_of(work.judge.columns_of(**inputs), chosen)
+            warn_of_lengths(console, chosen, units, [sample.id for sample in read])
+            warn_of_retirement(console, chosen)
         if dry_run:
-            show_estimate(console, work.judge.estimate(**inputs, **options), model)
+            estimate = work.judge.estimate(**inputs, **options)
+            refusal = next(filter(None, (chosen.refusal() for chosen in panel)), None)
+            if refusal and estimate["n_requests"]:
+                raise GranulonError(refusal)
+            show_estimate(console, estimate, " and ".join(chosen.model for chosen in panel))
             return
         if backend == "batch":
             console.print(f"Looking at batches every {poll_seconds:g} s; stop at will, the same command goes on.", style="dim")
         with progress("judging") as on_result:
             result = work.judge.Judge().compute(**inputs, **options, on_result=on_result)
-    rows = work.judged(samples, result)
+    if "judges" in result:
+        result["agreement"] = panel_agreement(result)
+    rows = work.judged(read, result)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(folder / "samples.jsonl", lines, errors="replace")
     write_text(folder / "results.json", json.dumps({"predictions": str(predictions), **result}, indent=1) + "\n")
-    work.write_report(folder / "report.html", f"{predictions.name} judged by {model}", samples, result, show)
+    by = " and ".join(chosen.model for chosen in panel)
+    work.write_report(folder / "report.html", f"{predictions.name} judged by {by}", read, result, show)
     show_result(console, result, folder)
+
+
+def warn_of_retirement(console: Console, options: Any) -> None:
+    """Say that the judge will be gone soon, while there is time to compare another one with it."""
+    retires = options.known.retires
+    if not options.is_openai or retires is None or not 0 < (retires - datetime.date.today()).days <= SOON:
+        return
+    follows = f"; its maker names {options.known.successor} as its successor" if options.known.successor else ""
+    note = f"{options.model} will be retired on {retires}{follows}. granulon judge compare shows how far two judges agree."
+    console.print(escape(note), style="dim", soft_wrap=True)
 
 
 def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[str]) -> None:
@@ -153,7 +221,7 @@ def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[
     if too_long:
         more = f" and {len(too_long) - 1} more" if len(too_long) > 1 else ""
         note = f"{options.model} cannot take prompts as long as that of {too_long[0]!r}{more}; what is too long is not sent."
-    elif options.context is None and longest > LONG:
+    elif options.known.context is None and longest > LONG:
         name = ids[units[tokens.index(longest)].sample]
         note = f"The prompt of {name!r} has about {longest:,} tokens; whether {options.model} takes so many is not known."
     else:
@@ -163,7 +231,8 @@ def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[
 
 def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: str = "predictions") -> None:
     cost, date = estimate["cost_usd"], estimate["prices_date"]
-    known = cost is not None and f"{cost:.4f} USD ({f'prices of {date}' if date else 'by --price'})"
+    source = "a server of your own; say --price if it charges" if estimate["own_server"] else "by --price"
+    known = cost is not None and f"{cost:.4f} USD ({f'prices of {date}' if date else source})"
     lines = {
         what: f"{estimate['n']}",
         "empty, not sent": estimate.get("n_empty"),
@@ -199,45 +268,61 @@ def show_result(console: Console, result: dict[str, Any], folder: Path) -> None:
         table.add_row(name, "none" if mean is None else f"{mean:.1f}", "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}")
         if result["n_empty"] and rest is not None:
             table.add_row(f"{name}, without empty answers", f"{rest:.1f}", "", style="dim")
+    for judge, one in result.get("judges", {}).items():
+        for name in ("accuracy", "hallucination"):
+            mean, ci = one[name], one[f"{name}_ci"]
+            told = "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}"
+            table.add_row(escape(f"{name}, {judge}"), "none" if mean is None else f"{mean:.1f}", told, style="dim")
     console.print(table)
     counts = f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty"
     console.print(counts + (f"{spent(result)}, {result['cost_usd']:.4f} in all" if spent(result) else ""))
+    for name, alpha in result.get("agreement", {}).items():
+        by_samples = {f"the samples of {judge}": value for judge, value in alpha.get("samples", {}).items()}
+        for who, value in {"the judges": alpha["judges"], **by_samples}.items():
+            if value is not None:
+                console.print(escape(f"Agreement of {who} on {name}: Krippendorff's α {value:.3f}"), soft_wrap=True)
     show_reasons(console, result["reasons"])
     console.print(f"Report: {escape(str(folder / 'report.html'))}", style="dim", soft_wrap=True)
 
 
+app.command()(agree)
+app.command()(compare)
+
+
 @app.command()
 @reports_bad_input(extra="judge")
-def agree(
-    first: Annotated[Path, typer.Argument(help="Scores by id: samples.jsonl of a run, or people's labels (JSONL, Parquet).")],
-    second: Annotated[Path, typer.Argument(help="The other scores.")],
-    column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the second file, as accuracy=human.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+def models(
+    judge_models: Models = None,
+    litellm: Annotated[
+        Path | None, typer.Option(help="litellm's model_prices_and_context_window_backup.json, newer than this package.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the table as YAML, for --judge-models.")] = None,
     debug: Debug = False,
 ) -> None:
-    """How far two judges, or a judge and people, agree: Spearman's ρ and Krippendorff's α, with 95 % bootstrap intervals."""
-    from granulon_hf.evaluation import agreement
+    """The judges that are known: what they cost, whether they reason, and when they retire."""
+    import yaml
 
-    a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
-    found = agreement.agreement(a, b)
-    if as_json:
-        typer.echo(json.dumps({result.score: dataclasses.asdict(result) for result in found}))
-        return
-    table = Table("", "samples", "Spearman's ρ", "Krippendorff's α", "mean difference", box=None, padding=(0, 2, 0, 0))
+    from granulon_hf.evaluation.judge_table import read_litellm
+    from granulon_hf.judge.judge import PRICES_DATE, SOURCE, find_model, known_names
 
-    def cell(value: float | None, ci: tuple[float, float] | None) -> str:
-        if value is None:
-            return "undefined (no variation)"
-        return f"{value:.3f}" + ("" if ci is None else f" [{ci[0]:.3f}, {ci[1]:.3f}]")
-
-    for r in found:
-        coefficients = cell(r.spearman, r.spearman_ci), cell(r.alpha, r.alpha_ci)
-        table.add_row(r.score, str(r.n), *coefficients, f"{r.mean_difference:+.1f}")
+    given = {**(read_litellm(litellm) if litellm else {}), **(read_models(judge_models) if judge_models else {})}
     console = Console(highlight=False)
+    names = list(given) if litellm else known_names(given)
+    found = {name: model for name in names if (model := find_model(name, given))}
+    if out:
+        rows = {name: model.model_dump(mode="json", exclude_defaults=True) for name, model in found.items()}
+        write_text(out, yaml.safe_dump(rows, sort_keys=False, default_flow_style=None, width=1_000))
+        console.print(f"{len(rows)} judges are in {escape(str(out))}.")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for head in ("judge", "USD/M prompt", "USD/M answer", "reasons", "retires", "successor"):
+        table.add_column(head, overflow="fold")
+    for name, model in found.items():
+        prices = ("" if price is None else f"{price:g}" for price in (model.prompt, model.completion))
+        table.add_row(escape(name), *prices, "yes" if model.reasons else "", str(model.retires or ""), model.successor or "")
     console.print(table)
-    for path, only in ((first, a.keys() - b.keys()), (second, b.keys() - a.keys())):
-        if only:
-            console.print(f"{len(only)} ids are in {escape(str(path))} alone, such as {escape(min(only))}.", style="yellow")
+    source = escape(str(litellm)) if litellm else f"{SOURCE}, {PRICES_DATE}"
+    console.print(f"Prices of {source}. Any other name can judge through --base-url.", style="dim")
 
 
 @app.command()

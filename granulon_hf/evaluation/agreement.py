@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import numpy as np
 from scipy import stats
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.judging import rows_of, score_of
-
-SCORES = ("accuracy", "hallucination")
+from granulon_hf.evaluation.calibration import Calibration, length_bias, prediction_powered_mean
+from granulon_hf.evaluation.judging import SCORES, rows_of, score_of
 
 
 @dataclass
 class Agreement:
-    """Agreement on one score: coefficients with 95 % percentile bootstrap intervals over samples; None where undefined."""
+    """Agreement on one score: coefficients with 95 % percentile bootstrap intervals over samples; None where undefined.
+
+    `alpha` is Krippendorff's, `kappa` Cohen's with quadratic weights; `limits` are those of Bland and Altman, between which
+    95 % of the differences are expected.
+    """
 
     score: str
     n: int
@@ -26,14 +30,22 @@ class Agreement:
     spearman_ci: tuple[float, float] | None
     alpha: float | None
     alpha_ci: tuple[float, float] | None
+    kappa: float | None
+    kappa_ci: tuple[float, float] | None
     mean_difference: float
+    limits: tuple[float, float]
+
+
+def samples_of(path: Path) -> Path:
+    """Return the file of scores: in the folder of a run it is `samples.jsonl`."""
+    return path / "samples.jsonl" if (path / "samples.jsonl").is_file() else path
 
 
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
-    """Read scores by id from a JSONL or Parquet file with the column "id", and "accuracy" or "hallucination" or both."""
+    """Read scores by id from a run's folder, or a JSONL or Parquet file with "id" and "accuracy" or "hallucination" or both."""
     named = {name: name for name in ("id", *SCORES)} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
-    for place, row in rows_of(path):
+    for place, row in rows_of(samples_of(path)):
         if named["id"] not in row or not any(named[score] in row for score in SCORES):
             wanted = ", ".join(named.values())
             raise GranulonError(f"{path}, {place} lacks an id or any score (columns looked for: {wanted}).")
@@ -42,6 +54,16 @@ def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, 
             raise GranulonError(f"{path}, {place} has the id {key!r} a second time.")
         found[key] = {score: score_of(row, named[score], f"{path}, {place}") for score in SCORES}
     return found
+
+
+def read_answers(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the answers and the paths of their images by id, where the file has them."""
+    rows = {str(row["id"]): row for _, row in rows_of(samples_of(path))}
+    columns = (
+        {key: row[name] for key, row in rows.items() if isinstance(row.get(name), str)} for name in ("prediction", "image")
+    )
+    texts, images = columns
+    return texts, images
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -61,6 +83,13 @@ def alpha(a: np.ndarray, b: np.ndarray) -> float:
     return math.nan if np.ptp(values) == 0 else float(1 - np.mean((a - b) ** 2) / (2 * values.var(ddof=1)))
 
 
+def weighted_kappa(a: np.ndarray, b: np.ndarray) -> float:
+    """Return Cohen's κ with quadratic weights, which of numbers is 1 − mean((a − b)²) / (that of independent a and b); NaN
+    where all values are the same. A test holds it against scikit-learn."""
+    chance = a.var() + b.var() + (a.mean() - b.mean()) ** 2
+    return math.nan if chance == 0 else float(1 - np.mean((a - b) ** 2) / chance)
+
+
 def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
     """Compare every score that both sides have, over the ids, at least two, that both scored."""
     results = []
@@ -70,14 +99,15 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
             continue
         x, y = (np.array([side[key][score] for key in both], dtype=float) for side in (a, b))
         row: dict[str, Any] = {}
-        for name, function in (("spearman", spearman), ("alpha", alpha)):
+        for name, function in (("spearman", spearman), ("alpha", alpha), ("kappa", weighted_kappa)):
             value = function(x, y)
             undefined = math.isnan(value)
             row[name] = None if undefined else value
             row[f"{name}_ci"] = None if undefined else interval(function, x, y, n_resamples)
         if row["alpha"] is not None:
             row["alpha"] = float(krippendorff.alpha(reliability_data=np.stack([x, y]), level_of_measurement="interval"))
-        results.append(Agreement(score, len(both), mean_difference=float((x - y).mean()), **row))
+        mean, half = float((x - y).mean()), 1.96 * float((x - y).std(ddof=1))
+        results.append(Agreement(score, len(both), mean_difference=mean, limits=(mean - half, mean + half), **row))
     if not results:
         raise GranulonError(
             f"Fewer than two ids were scored on both sides ({len(a)} and {len(b)} ids, {len(a.keys() & b.keys())} in common)."
@@ -94,3 +124,64 @@ def interval(function: Any, x: np.ndarray, y: np.ndarray, n_resamples: int) -> t
         )
     low, high = (float(edge) for edge in found.confidence_interval)
     return None if math.isnan(low) or math.isnan(high) else (low, high)
+
+
+def panel_agreement(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return Krippendorff's α of a panel's judges, and of each judge's own samples, by score; None where undefined.
+
+    Empty answers, on which nobody was asked, are left out.
+    """
+    places = [i for i, empty in enumerate(result["empty"]) if not empty]
+    found: dict[str, dict[str, Any]] = {}
+    for score in SCORES:
+        columns = [[judge[f"{score}_scores"][i] for i in places] for judge in result["judges"].values()]
+        found[score] = {"judges": alpha_of_many(columns) if len(columns) > 1 else None}
+        if result["samples"] > 1:
+            found[score]["samples"] = {
+                name: alpha_of_many(list(zip(*(judge[f"{score}_samples"][i] for i in places), strict=True)))
+                for name, judge in result["judges"].items()
+            }
+    return found
+
+
+def alpha_of_many(raters: Sequence[Sequence[float | None]]) -> float | None:
+    """Return Krippendorff's α of raters on an interval scale, some of whose ratings may be missing."""
+    ratings = np.array(raters, dtype=float)
+    ratings = ratings[:, (~np.isnan(ratings)).sum(0) > 1] if ratings.size else ratings
+    if not ratings.size or np.nanmax(ratings) == np.nanmin(ratings):
+        return None
+    return float(krippendorff.alpha(reliability_data=ratings, level_of_measurement="interval"))
+
+
+def calibration(
+    judge: dict, human: dict, texts: dict[str, str], groups: dict[str, Any]
+) -> dict[str, tuple[Calibration | None, tuple[float, float, float] | None]]:
+    """Return by score what human labels say about a judge: corrected means, and the bias towards length.
+
+    Args:
+        judge, human (`dict`): scores by id, as `read_scores` returns them.
+        texts (`dict[str, str]`): the answers by id, for their lengths.
+        groups (`dict[str, Any]`): by id what belongs together, such as an image; by default each is on its own.
+    """
+    found = {}
+    for score in SCORES:
+        ids = sorted(key for key in judge if judge[key].get(score) is not None)
+        labeled = [key for key in ids if human.get(key, {}).get(score) is not None]
+        rest = [key for key in ids if key not in set(labeled)]
+        if not labeled:
+            continue
+        y, f, u = (
+            [human[key][score] for key in labeled],
+            [judge[key][score] for key in labeled],
+            [judge[key][score] for key in rest],
+        )
+        powered = prediction_powered_mean(y, f, u, [groups.get(key, key) for key in (*labeled, *rest)])
+        long = [key for key in labeled if key in texts]
+        bias = length_bias(
+            [human[key][score] for key in long],
+            [judge[key][score] for key in long],
+            [len(texts[key].split()) for key in long],
+            [groups.get(key, key) for key in long],
+        )
+        found[score] = powered, bias
+    return found

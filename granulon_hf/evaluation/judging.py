@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import spearmanr
 
 from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.evaluation.tables import data_url, jpeg, write_page
@@ -15,6 +16,7 @@ from granulon_hf.judge import judge
 from granulon_hf.judge.judge import encode_image, open_image, to_rgb
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
+SCORES = ("accuracy", "hallucination")
 THUMBNAIL = 320  # pixels
 
 
@@ -143,17 +145,32 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
 
 
 def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores."""
+    """Return one row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores.
+
+    Of a panel, or of several samples, also the spread and, as "accuracy.JUDGE", each judge's own score.
+    """
     rows = []
     for i, sample in enumerate(samples):
         row = asdict(sample)
         row["image"] = row["image"] if isinstance(row["image"], str) else row["image"].get("path")
-        row |= {name: result[f"{name}_scores"][i] for name in ("accuracy", "hallucination")}
+        row |= {name: result[f"{name}_scores"][i] for name in SCORES}
         row |= {"reason": result["reasons"][i], "empty": result["empty"][i]}
+        if judges := result.get("judges"):
+            row |= {f"{name}_spread": result[f"{name}_spread"][i] for name in SCORES}
+            row |= {f"{name}.{judge}": one[f"{name}_scores"][i] for judge, one in judges.items() for name in SCORES}
         if parts := result.get("segments"):
-            row["segments"] = {n: [part[i] for part in parts[f"{n}_scores"]] for n in ("accuracy", "hallucination")}
+            row["segments"] = {name: [part[i] for part in parts[f"{name}_scores"]] for name in SCORES}
         rows.append(row)
     return rows
+
+
+def length_correlation(rows: list[dict[str, Any]]) -> float | None:
+    """Return Spearman's correlation of accuracy with the number of words; None where it is undefined."""
+    scored = [row for row in rows if row["accuracy"] is not None and not row["empty"]]
+    accuracy, words = [row["accuracy"] for row in scored], [len(row["prediction"].split()) for row in scored]
+    if len(set(accuracy)) < 2 or len(set(words)) < 2:
+        return None
+    return float(spearmanr(accuracy, words).statistic)
 
 
 def thumbnail(image: Any) -> str | None:
@@ -174,11 +191,12 @@ def write_report(path: Path, title: str, samples: list[Prediction], result: dict
     worst = sorted(range(len(rows)), key=worth.__getitem__)[:show]
     cards = [{**rows[i], "thumbnail": thumbnail(samples[i].image)} for i in worst]
     histograms = {}
-    for name in ("accuracy", "hallucination"):
+    for name in SCORES:
         scores = [row[name] for row in rows if row[name] is not None]
         counts, _ = np.histogram(scores, bins=10, range=(0, 100))
         histograms[name] = {"counts": counts, "top": max(1, counts.max())}
-    write_page(path, "judge_report.html.jinja", title=title, result=result, cards=cards, n=len(rows), histograms=histograms)
+    more: dict[str, Any] = {"n": len(rows), "histograms": histograms, "length": length_correlation(rows)}
+    write_page(path, "judge_report.html.jinja", title=title, result=result, cards=cards, **more)
 
 
 def install() -> Path:

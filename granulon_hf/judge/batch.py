@@ -9,9 +9,10 @@ from typing import Any
 
 import openai
 
-from .client import JudgeError, Run, Stopped, headers_of, triage
+from .client import Run, Stopped
 from .options import Unit
-from .store import Ledger
+from .server import JudgeError, headers_of, triage
+from .store import ATTEMPTS, Ledger
 
 # Limits of the Batch API: 50,000 requests and 200 MB.
 BATCH_REQUESTS = 50_000
@@ -31,14 +32,16 @@ class BatchRun(Run):
         raise Stopped(self.pending.get(key) or "the batch gave no answer; run again to submit it again")
 
     async def prepare(self) -> None:
-        """Collect what is under way, then submit, poll and collect what is missing, then the same for repairs."""
+        """Collect what is under way, then submit, poll and collect what is missing, then what has to be asked again."""
         self.ledger = Ledger(self.options.store)
         with contextlib.closing(self.ledger), self.ledger.lock:  # a second process waits, and finds the answers in the store
             self.ledger.refresh()
             try:
                 for intent in self.ledger.unfinished():
-                    await self.collect(intent)
-                for attempt in (0, 1):
+                    # What another judge of a panel was asked, its own run collects.
+                    if intent.get("model", self.options.model) == self.options.model:
+                        await self.collect(intent)
+                for attempt in range(ATTEMPTS):
                     self.reserved = 0.0
                     batches = self.make_batches(attempt)
                     intents = []
@@ -69,7 +72,7 @@ class BatchRun(Run):
                 continue
             seen.add(key)
             try:
-                self.reserve(tokens)
+                self.reserve(tokens, self.options.limit(rows))
             except Stopped as error:
                 self.pending[key] = str(error)
                 continue
@@ -96,7 +99,12 @@ class BatchRun(Run):
         batch by that name instead of submitting again.
         """
         file = await self.client.files.create(file=("requests.jsonl", b"".join(lines.values())), purpose="batch")
-        intent: dict[str, Any] = {"intent": secrets.token_hex(16), "names": list(lines), "batch": None}
+        intent: dict[str, Any] = {
+            "intent": secrets.token_hex(16),
+            "names": list(lines),
+            "batch": None,
+            "model": self.options.model,
+        }
         self.ledger.append(intent)
         intent["batch"] = (await self.create(file.id, intent["intent"])).id
         self.n_requests += len(lines)

@@ -12,80 +12,28 @@ from typing import Any, NoReturn
 
 import openai
 
-from .options import Options, Unit, cost_of, price_of
+from .options import SEEDS, Options, Unit
 from .rate import Limiter, seconds
 from .replies import to_row
+from .server import JudgeError, connect, headers_of, served, triage
 from .store import Ledger, Store
 
-NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
-FATAL = {
-    401: "The API key is not accepted; set OPENAI_API_KEY to one that is",
-    402: "The account has no quota left; check plan and billing, then run again to go on",
-    403: "The API key may not use this model or server; check its project and region",
-    404: "The server does not know the model or address; check model= and base_url=",
-}
-
-
-class JudgeError(RuntimeError):
-    """The run cannot go on: one sentence says why and what to do. What was paid for is in the store."""
 
 
 class Stopped(Exception):
     """A unit is not sent because the run stops; the message is the reason."""
 
 
-def connect(options: Options) -> openai.AsyncOpenAI:
-    """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say."""
-    local = options.base_url or os.environ.get("OPENAI_BASE_URL")
-    keyed = options.api_key or os.environ.get("OPENAI_API_KEY")
-    azure = options.azure_endpoint or (os.environ.get("AZURE_OPENAI_ENDPOINT") and not (local or keyed))
-    common: dict[str, Any] = {
-        "api_key": "none" if local and not (keyed or azure) else options.api_key,  # a server of one's own
-        "organization": options.organization,
-        # Of chat completions the run repeats what failed itself, within its budgets.
-        "max_retries": options.max_retries if options.backend == "batch" else 0,
-        "timeout": options.timeout,
-    }
-    try:
-        if azure:
-            common |= {"azure_endpoint": options.azure_endpoint, "api_version": options.api_version}
-            return openai.AsyncAzureOpenAI(**common)
-        return openai.AsyncOpenAI(base_url=options.base_url, **common)
-    except (openai.OpenAIError, ValueError) as error:
-        known = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION" if azure else "OPENAI_API_KEY"
-        raise JudgeError(f"No judge to talk to: set {known}, or base_url= for a server of your own.") from error
-
-
-def triage(error: Exception) -> tuple[str, str]:
-    """Return an error's kind, "fatal" (stop the run), "limit" (wait), "retry" or "bad" (give this unit up), and its message."""
-    if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
-        return "retry", "timeout: the server did not answer in time"
-    if isinstance(error, openai.APIConnectionError):
-        return "retry", f"connection: {error.__cause__ or error}"
-    if not isinstance(error, openai.APIStatusError):
-        return "retry", f"reply: {error}"
-    status, said = error.status_code, str(error.message).lower()
-    text = f"{status}: {' '.join(str(error.message).split())[:300]}"
-    no_quota = "exceeded your current quota" in said and status == 429 and not error.code
-    if {str(error.code), str(error.type)} & NO_QUOTA or no_quota:
-        status = 402
-    if status in FATAL:
-        return "fatal", f"{FATAL[status]} ({text})."
-    if status == 429:
-        return ("bad" if said.startswith("request too large") else "limit"), text
-    return ("retry" if status in (408, 409) or status >= 500 else "bad"), text
-
-
-def headers_of(error: Exception) -> Any:
-    """Return the headers of the reply that an error is about, if there is one."""
-    return getattr(getattr(error, "response", None), "headers", None)
-
-
 class Run:
-    """All requests of one `compute`: `results` has one dict per unit, in order."""
+    """All requests to one judge: `results` has one dict per unit, in order.
 
-    def __init__(self, options: Options, units: list[Unit], store: Store):
+    `before` is the run of the judge before it in a panel of so many units in all (`total`), with which it shares the budget.
+    """
+
+    def __init__(
+        self, options: Options, units: list[Unit], store: Store, before: "Run | None" = None, total: int | None = None
+    ):
         self.options = options
         self.units = units
         self.store = store
@@ -95,8 +43,11 @@ class Run:
         self.pending: dict[str, str] = {}
         self.limiter = Limiter(options.rpm, options.tpm)
         self.formats = list(options.formats) if options.response_format == "auto" else [options.response_format]
-        self.extras: dict = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
-        self.price = price_of(options.model, options.prices, options.backend)
+        limit = "max_completion_tokens" if options.known.reasons else "max_tokens"
+        self.extras: dict = {"temperature": options.temperature, limit: options.max_tokens, "seed": options.seed}
+        if options.reasoning_effort:
+            self.extras["reasoning_effort"] = options.reasoning_effort
+        self.price = options.price()
         # Until a first request has succeeded, they go out one at a time.
         self.probe = asyncio.Lock()
         self.proven = False
@@ -107,9 +58,11 @@ class Run:
         self.stop = ""
         self.error: Exception | None = None
         self.failures = 0
-        self.done = 0
+        self.done: int = before.done if before else 0
+        self.total = total or len(units)
         self.n_requests = 0
-        self.spent = 0.0
+        self.spent: float = before.spent if before else 0.0
+        self.spent_before = self.spent
         self.reserved = 0.0
 
     @functools.cached_property
@@ -165,16 +118,23 @@ class Run:
             raise self.error
 
     def finish(self, index: int, rows: Sequence[dict] = (), reason: str | None = None, **more: Any) -> None:
-        outcome, repairable = self.options.outcome(rows[-1] if rows else None)
+        outcome, remedy = self.options.outcome(rows[-1] if rows else None)
         reason = outcome["reason"] or reason
-        if repairable:
-            reason = f"{reason} (after one repair request)"
+        if remedy:
+            told = {"repair": "one repair request", "larger": "one request with a higher limit"}
+            reason = f"{reason} (after {' and '.join(told[one] for one in self.options.remedies(list(rows)))})"
         result = {**outcome, "reason": reason, "rows": list(rows), "cached": False, "key": None, **more}
         self.results[index] = result
         self.done += 1
         if self.options.on_result is not None:
             unit = self.units[index]
-            progress = {"sample": unit.sample, "segment": unit.segment, "done": self.done, "total": len(self.units)}
+            progress = {
+                "model": self.options.model,
+                "sample": unit.sample,
+                "segment": unit.segment,
+                "done": self.done,
+                "total": self.total,
+            }
             self.options.on_result({**progress, **result, "spent_usd": self.spent if self.price else None})
 
     async def one(self, index: int) -> None:
@@ -220,21 +180,32 @@ class Run:
                 self.store.release(key)
 
     def request(self, unit: Unit, url: str, rows: list[dict], form: str, extras: dict) -> dict:
-        """Return the arguments of a chat completion in one of the `formats`; with an answer in `rows` it is a repair."""
-        bad = (rows[0].get("content") or "") if rows else None
-        body = {"model": self.options.model, "messages": self.options.messages(unit, url, bad), **extras}
+        """Return the arguments of a chat completion in one of the `formats`, after the answers in `rows`."""
+        body = {"model": self.options.model, "messages": self.options.messages(unit, url, self.bad(rows)), **extras}
+        limit = "max_tokens" if body.get("max_tokens") is not None else "max_completion_tokens"
+        body[limit] = self.options.limit(rows)
         if body["seed"] is not None:
-            body["seed"] += len(rows)
+            body["seed"] += len(rows) + SEEDS * unit.draw
         body["response_format"] = self.options.formats[form]
         return {name: value for name, value in body.items() if value is not None}
 
-    def reserve(self, tokens: int) -> float:
-        """Take a request's estimated cost off the budget, and return it; raise Stopped beyond that or the judge's context."""
-        if reason := self.options.too_long(tokens):
+    def bad(self, rows: list[dict]) -> str | None:
+        """Return the answer that a repair is about, None where the next request is none."""
+        if "repair" not in self.options.remedies(rows):
+            return None
+        return next(row.get("content") or "" for row in rows if self.options.outcome(row)[1] == "repair")
+
+    def reserve(self, tokens: int, limit: int) -> float:
+        """Take the cost of a request with so many prompt tokens off the budget, and return it; `limit` is that of its answer.
+
+        Raises:
+            Stopped: it is beyond the budget, or beyond the judge's context.
+        """
+        if reason := self.options.too_long(tokens, limit):
             raise Stopped(reason)
         if self.price is None:
             return 0.0
-        cost = self.price[0] * tokens * self.excess + self.price[1] * self.options.max_tokens
+        cost = self.price[0] * tokens * self.excess + self.price[1] * limit
         if self.options.max_cost is not None and self.spent + self.reserved + cost > self.options.max_cost:
             self.stop = self.stop or f"max_cost of {self.options.max_cost} USD reached"
             self.refuse_if_stopped()
@@ -249,9 +220,9 @@ class Run:
                 if self.proven:
                     await stack.aclose()
             self.refuse_if_stopped()
-            if rows:
-                tokens += len(((rows[0].get("content") or "") + self.options.repair).encode()) // 4
-            cost = self.reserve(tokens)
+            if (bad := self.bad(rows)) is not None:
+                tokens += len((bad + self.options.repair).encode()) // 4
+            cost = self.reserve(tokens, self.options.limit(rows))
             try:
                 await self.ask_until(key, unit, url, tokens, rows, cost)
             finally:
@@ -288,6 +259,8 @@ class Run:
                 if kind == "bad" and (simpler := self.simplify(error, formats, extras)) is not None:
                     trial = simpler
                     continue
+                if getattr(error, "status_code", None) == 404:
+                    message = message.replace("check model=", f"{await served(self.client, self.options)}; check model=")
                 if kind in ("fatal", "bad"):
                     self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
                 if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
@@ -316,7 +289,7 @@ class Run:
         row = to_row(body, estimated, **fields, **told)
         row |= self.options.outcome(row)[0]
         self.store.append(row)
-        self.spent += cost_of([row], self.options.model, self.options.prices) or 0.0
+        self.spent += self.options.cost([row]) or 0.0
         return row
 
     def give_up(self, message: str, fatal: bool = False, refused: bool = False) -> NoReturn:

@@ -45,21 +45,23 @@ def fit(width: int, height: int, detail: str) -> tuple[int, int]:
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def image_tokens(width: int, height: int, detail: str, model: str) -> int:
-    """Return the prompt tokens of an image as OpenAI documents them: by tiles of 512 pixels, or by patches of 32."""
+def count_tokens(width: int, height: int, detail: str, rule: dict) -> int:
+    """Return the prompt tokens of an image by tiles of 512 pixels, `base` and `tile` each, or by patches of 32, `patch` each.
+
+    `fit` keeps an image within the 1,536 patches that are counted at most.
+    """
     width, height = fit(width, height, detail)
-    for name, factor in (("gpt-4.1-mini", 1.62), ("gpt-4.1-nano", 2.46)):
-        if model.startswith(name):
-            return math.ceil(min(1536, math.ceil(width / 32) * math.ceil(height / 32)) * factor)
-    base, tile = (2833, 5667) if model.startswith("gpt-4o-mini") else (85, 170)
-    return base + (tile * math.ceil(width / 512) * math.ceil(height / 512) if detail == "high" else 0)
+    if rule["patch"] is not None:
+        return math.ceil(math.ceil(width / 32) * math.ceil(height / 32) * rule["patch"])
+    tiles = math.ceil(width / 512) * math.ceil(height / 512) if detail == "high" else 0
+    return math.ceil(rule["base"] + rule["tile"] * tiles)
 
 
-def prepare_image(image: dict, detail: str, model: str) -> tuple[str, str, int]:
+def prepare_image(image: dict, detail: str, rule: dict) -> tuple[str, str, int]:
     """Return the digest of the pixels before resizing (the same for a path and its bytes), data URL as sent, and tokens."""
     rgb = to_rgb(open_image(image))
     digest = hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
-    tokens = image_tokens(*rgb.size, detail, model)
+    tokens = count_tokens(*rgb.size, detail, rule)
     size = fit(*rgb.size, detail)
     buffer = io.BytesIO()
     (rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)).save(buffer, "JPEG", quality=90)

@@ -20,12 +20,16 @@ import PIL
 import pydantic
 
 from .batch import BatchRun
-from .client import JudgeError, Run
-from .images import encode_image, image_tokens, open_image, to_rgb
-from .options import PRICES_DATE, Options, Unit, columns_of, cost_of, digest_of, estimate, foresee, price_of, units_of
+from .client import Run
+from .images import encode_image, open_image, to_rgb
+from .known_models import SOURCE
+from .models import PRICES_DATE, find_model, image_tokens, known_names
+from .options import Options, Unit, columns_of, digest_of, estimate, foresee, panel_of, units_of
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter
 from .replies import NoBoolean, parse, read_object, to_row
+from .reports import mean_and_interval, report
+from .server import JudgeError
 from .store import Store
 
 _INPUTS = """
@@ -35,15 +39,19 @@ Args:
     references (list of str, optional): right answers ("vqa") or captions ("caption"); task "reasoning" never sends them.
     questions (list of str, optional): for "vqa"; task "reasoning" never sends them.
     task (str): "reasoning" (the supplement's prompt), "vqa" or "caption" (prompts of ours).
-    model (str): the judge; its price must be in `prices` ({model: (USD per million prompt tokens, completion tokens)}) if
-    unusual. store (str): JSONL file of all answers; a run with the same inputs asks only what is missing in it. None keeps
-    nothing. hardened (bool): fence lines and a system message against instructions in predictions; False sends the printed
-    prompt alone. segments (int, optional): also score this many chronological segments of each prediction.
+    model (str, or list of str): the judge, or a panel whose scores are averaged; of unusual ones `prices` ({model: (USD per
+    million prompt tokens, completion tokens)}) or `judge_models` ({model: fields of `JudgeModel`}) say what they cost and are.
+    samples (int): how often each judge rates each text; a `temperature` above 0 makes it more than a repetition.
+    store (str): JSONL file of all answers; a run with the same inputs asks only what is missing in it. None keeps nothing.
+    hardened (bool): fence lines and a system message against instructions in predictions; False sends the printed prompt alone.
+    segments (int, optional): also score this many chronological segments of each prediction.
     backend (str): "chat", or "batch" for the Batch API, which costs half and takes up to a day (`poll_seconds` between looks).
     detail (str): "high" or "low", of the image.
     base_url, api_key, organization, azure_endpoint, api_version: default to OpenAI's environment variables.
     rpm, tpm (float, optional): requests and tokens per minute; learnt from the server's headers by default. concurrency (int).
-    timeout (s), max_retries, max_wait (s that the server may make a request wait), max_tokens, temperature, seed.
+    timeout (s), max_retries, max_wait (s that the server may make a request wait), temperature (0; not sent to a judge that
+    reasons), reasoning_effort ("low" for one that does), max_tokens (100, or 4,000 where it reasons; an answer that reaches it
+    is asked for once more with four times as many, at least 4,096), seed.
     response_format (str): "auto" tries "json_schema", "json_object", "none", in this order, until the server takes one.
     max_cost (float, optional): USD that this run may spend; then it stops cleanly. retry_unscored (bool): ask those again.
     on_result (callable, optional): called with a dict after every unit: sample, segment, done, total, accuracy, hallucination,
@@ -52,7 +60,7 @@ Returns:
     dict: accuracy, hallucination (means of all scores, 0 for empty predictions; *_nonempty without those), *_ci (95 %
     bootstrap), *_scores (None where unscored), reasons, empty, n = n_scored + n_unscored + n_empty, tokens, cost_usd (all
     answers used), spent_usd (this run), judge_models (as the server reports them), hardened, segments (lists segment by
-    segment), ...
+    segment), with a panel or samples also *_spread (standard deviations) and judges (the same for each judge), ...
 """
 
 
@@ -84,7 +92,7 @@ class Judge(evaluate.Metric):
         Raises:
             JudgeError: the run cannot go on (key, quota, model, network); what was paid for is in the store.
         """
-        Options(**kwargs)  # a wrong argument fails here
+        panel_of(**kwargs)  # a wrong argument fails here
         if predictions is not None:
             self.add_batch(predictions=predictions, references=references, images=images, questions=questions)
         elif images is not None or references is not None or questions is not None:
@@ -93,18 +101,44 @@ class Judge(evaluate.Metric):
 
     def _compute(self, **inputs):
         columns = {name: list(inputs.pop(name)) for name in self.features}
-        options = Options(**inputs)
-        return report(columns, ask(units_of(columns, options), options))
+        panel = [(options, units_of(columns, options)) for options in panel_of(**inputs)]
+        return report(columns["predictions"], ask_panel(panel))
 
     estimate = staticmethod(estimate)
 
 
 def ask(units: list[Unit], options: Options) -> Run:
-    """Ask for all units, by the store or the judge; return the run with its results."""
-    with contextlib.closing(Store(options.store)) as store:
-        run = (BatchRun if options.backend == "batch" else Run)(options, units, store)
-        run_blocking(run.run)
-    return run
+    """Ask one judge for all units; see `ask_panel`."""
+    return ask_panel([(options, units)])[0]
+
+
+def ask_panel(panel: list[tuple[Options, list[Unit]]]) -> list[Run]:
+    """Ask each judge for its units, by the one store or the judge; return the runs with their results.
+
+    Raises:
+        ValueError: a judge is unknown or retired, and has something left to answer; nothing was sent.
+        JudgeError: the run cannot go on; what was paid for is in the store.
+    """
+    total = sum(len(units) for _, units in panel)
+    runs: list[Run] = []
+    with contextlib.closing(Store(panel[0][0].store)) as store:
+        for options, units in panel:
+            if (refusal := options.refusal()) and not all(is_answered(unit, options, store) for unit in units):
+                raise ValueError(refusal)
+        for options, units in panel:
+            kind = BatchRun if options.backend == "batch" else Run
+            runs.append(kind(options, units, store, before=runs[-1] if runs else None, total=total))
+            run_blocking(runs[-1].run)
+    return runs
+
+
+def is_answered(unit: Unit, options: Options, store: Store) -> bool:
+    """Return whether nothing has to be asked about a unit: its answer is stored, or its image cannot be read."""
+    try:
+        key, *_ = options.prepare(unit)
+    except Exception:  # told when the run comes to it
+        return True
+    return options.settled(store.answers(key))
 
 
 def run_blocking(function: Callable[[], Coroutine]) -> None:
@@ -122,64 +156,3 @@ def run_blocking(function: Callable[[], Coroutine]) -> None:
         except KeyboardInterrupt:  # the run stops as it does outside of a loop: what is under way is awaited and stored
             loop.call_soon_threadsafe(task.cancel)
             raise
-
-
-def mean_and_interval(scores: list, n_resamples: int) -> tuple[float | None, list[float] | None]:
-    """Return the mean of the scores that are not None, and its 95 % percentile bootstrap interval (seed 0)."""
-    values = numpy.array([score for score in scores if score is not None], dtype=float)
-    if not len(values):
-        return None, None
-    draw = numpy.random.default_rng(0)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(n_resamples)]
-    return float(values.mean()), [float(edge) for edge in numpy.percentile(means, [2.5, 97.5])]
-
-
-def summarize(scored: list[dict], n_resamples: int) -> dict:
-    """Return means, intervals, the scores themselves and the reasons where there are none."""
-    summary: dict[str, Any] = {}
-    for name in ("accuracy", "hallucination"):
-        scores = [sample[name] for sample in scored]
-        summary[name], summary[f"{name}_ci"] = mean_and_interval(scores, n_resamples)
-        summary[f"{name}_scores"] = scores
-    summary["reasons"] = [sample["reason"] for sample in scored]
-    return summary
-
-
-def report(columns: dict[str, list], run: Run) -> dict:
-    """Make the result of `compute`."""
-    options = run.options
-    found = {(unit.sample, unit.segment): result for unit, result in zip(run.units, run.results, strict=True)}
-    empty = [not text.strip() for text in columns["predictions"]]
-    zero = {"accuracy": 0, "hallucination": 0, "reason": None}
-    samples = [found.get((i, None), zero) for i in range(len(empty))]
-    sent = [found[i, None] for i in range(len(empty)) if not empty[i]]
-    paid = {result["key"]: result["rows"] for result in run.results if result["rows"]}
-    rows = [row for answers in paid.values() for row in answers]
-    tokens = {name: sum(row.get(name, 0) for row in rows) for name in ("prompt_tokens", "completion_tokens")}
-    output = {
-        **summarize(samples, options.n_resamples),
-        "empty": empty,
-        "n": len(samples),
-        "n_scored": sum(sample["accuracy"] is not None for sample in sent),
-        "n_unscored": sum(sample["accuracy"] is None for sample in sent),
-        "n_empty": sum(empty),
-        **{f"{name}_nonempty": mean_and_interval([s[name] for s in sent], 1)[0] for name in ("accuracy", "hallucination")},
-        "n_requests": run.n_requests,
-        "n_repaired": sum(len(answers) == 2 for answers in paid.values()),
-        "tokens": {**tokens, "total_tokens": sum(tokens.values())},
-        "cost_usd": cost_of(rows, options.model, options.prices),
-        "spent_usd": run.spent if run.price else None,
-        "prices_date": PRICES_DATE,
-        "judge_models": sorted({str(row["model"]) for row in rows if row.get("model")}),
-        "task": options.task,
-        "model": options.model,
-        "hardened": options.hardened,
-        "response_formats": sorted({str(row.get("response_format")) for row in rows}),
-        "parameters": {**run.extras, "detail": options.detail},
-    }
-    if options.segments:
-        missing = {**options.nothing, "reason": None}  # a segment without words
-        places = [[found.get((i, j), missing) for i in range(len(samples))] for j in range(options.segments)]
-        by_segment = [summarize(place, options.n_resamples) for place in places]
-        output["segments"] = {name: [summary[name] for summary in by_segment] for name in by_segment[0]}
-    return output

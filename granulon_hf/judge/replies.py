@@ -10,11 +10,22 @@ import pydantic
 
 from .prompts import SCORES
 
-# Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1, and "8_5" as 85.
 NoBoolean = pydantic.BeforeValidator(lambda value: None if isinstance(value, bool) else value)
 WRITTEN = re.compile(r"\s*\d{1,3}(?:\.0+)?\s*")
 Written = pydantic.BeforeValidator(lambda value: None if isinstance(value, str) and not WRITTEN.fullmatch(value) else value)
-SCORE_NUMBERS = pydantic.TypeAdapter(dict[str, Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, Written]])
+# Pydantic reads 85, 85.0, "85" and "85.0" as the integer 85, but also true as 1 and "8_5" as 85. "85%" and "85/100" are not
+# read: they may be of another scale than what was asked for, and a repair tells.
+Score = Annotated[int, pydantic.Field(ge=0, le=100), NoBoolean, Written]
+
+
+class Scores(pydantic.BaseModel):
+    """What the judge says of a text; other names in its object are passed over."""
+
+    accuracy_score: Score
+    hallucination_score: Score
+
+
+READ = pydantic.TypeAdapter(Scores)
 # What a model thinks before it answers, between the tags of many models: <think>, [THINK], <seed:think>, <|START_THINKING|>,
 # <|begin_of_thought|>, ◁think▷, and the channels of gpt-oss. Some chat templates write the first tag into the prompt.
 THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|analysis|reflection|rationale|scratchpad)[\w:.-]{0,20}\|?[>▷]"
@@ -66,8 +77,8 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     """Return the numbers by these names in the one JSON object of a reply that has them.
 
     Reasoning, prose, code fences, other objects and other names are passed over. The numbers may be there twice, in an object
-    or in words, if they are the same both times. `numbers` is what they have to be, as the adapter of a `dict`; a ValueError
-    says what is wrong.
+    or in words, if they are the same both times. `numbers` is what they have to be, as the adapter of a model or a `dict`; a
+    ValueError says what is wrong.
     """
     wanted, shown = set(names), repr(content.strip()[-80:])
     text = re.sub(r",(\s*[}\]])", r"\1", content)  # a comma behind the last entry
@@ -78,7 +89,8 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     if not objects:
         raise ValueError(f"no JSON object, or a broken one: {shown}")
     try:
-        read = [numbers.validate_python(one) for _, _, value in objects for one in find_inside(value, wanted)]
+        inside = [one for _, _, value in objects for one in find_inside(value, wanted)]
+        read = [numbers.dump_python(numbers.validate_python(one)) for one in inside]
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc'][0]}: {first['msg']}: {shown}") from None
@@ -96,7 +108,7 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
 
 def parse(content: str) -> tuple[int, int]:
     """Return accuracy and hallucination of a reply, integers from 0 to 100; raise ValueError with what is wrong."""
-    scores = read_object(content, SCORES, SCORE_NUMBERS)
+    scores = read_object(content, SCORES, READ)
     return scores["accuracy_score"], scores["hallucination_score"]
 
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+# Of one key: the request, and one more each for an answer that cannot be read or that reached its limit.
+ATTEMPTS = 3
+
 
 class Log:
     """An append-only JSONL file that several processes may write: one `write` per row, under a lock, then fsync.
@@ -77,12 +80,12 @@ class Store(Log):
         super().__init__(path)
 
     def keep(self, row: dict) -> None:
-        if not isinstance(row["key"], str) or row["attempt"] not in (0, 1):
+        if not isinstance(row["key"], str) or row["attempt"] not in range(ATTEMPTS):
             raise ValueError
         self.rows[row["key"]] = {**(self.rows.get(row["key"], {}) if row["attempt"] else {}), row["attempt"]: row}
 
     def answers(self, key: str) -> list[dict]:
-        """Return the answers to a request as of now, other processes' too: none, one, or one and that to a repair."""
+        """Return the answers to a request as of now, other processes' too, in the order in which they were asked for."""
         self.refresh()
         return [row for _, row in sorted(self.rows.get(key, {}).items())]
 

@@ -93,13 +93,14 @@ def test_dry_run_sends_and_writes_nothing():
     write([{"prediction": "number 1"}, {"prediction": "number 2"}, {"prediction": ""}])
     with Server() as server:
         done = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run")
-        unknown = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run", "--model", "own")
+        own = run("run", "predictions.jsonl", "--base-url", server.url, "--dry-run", "--model", "own")
+        unknown = run("run", "predictions.jsonl", "--base-url", "https://judges.example/v1", "--dry-run", "--model", "own")
         priced = run("run", "predictions.jsonl", "--dry-run", "--model", "own", "--price", "1000", "0")
         assert not server.requests
     assert done.exit_code == 0 and not Path("predictions.judged").exists()
     assert re.search(r"requests\s+2\s*\n", done.output) and re.search(r"empty, not sent\s+1\s*\n", done.output)
     assert re.search(r"cost, about\s+0\.00\d\d USD", done.output)
-    assert "unknown for own; say --price" in unknown.output
+    assert "unknown for own; say --price" in unknown.output and re.search(r"0\.0000 USD \(.*--price", own.output)
     assert float(re.search(r"cost, about\s+([\d.]+) USD", priced.output)[1]) > 0.1
     assert "prices of 20" in done.output and "prices of 20" not in priced.output
 
@@ -298,3 +299,123 @@ def test_agree():
     (found,) = json.loads(run("agree", "a.jsonl", "b.jsonl", "--column", "accuracy=human", "--json").output).values()
     assert found["n"] == 10
     assert "lacks an id or any score" in run("agree", "a.jsonl", "b.jsonl").output
+
+
+def scored(folder, values, texts=None):
+    Path(folder).mkdir()
+    rows = [{"id": f"s{i}", "accuracy": x, "hallucination": y} for i, (x, y) in enumerate(values)]
+    for row, text in zip(rows, texts or [], strict=False):
+        row |= {"prediction": text, "image": f"{row['id']}.png"}
+    (Path(folder) / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_compare_writes_a_page_with_the_largest_disagreements_first():
+    texts = [f"number <b>{i}</b>" for i in range(6)]
+    scored("A.judged", [(90, 5), (80, 10), (70, 10), (60, 30), (None, None), (10, 90)], texts)
+    scored("B.judged", [(85, 5), (20, 10), (70, 15), (55, 30), (50, 50), (30, 60)], texts)
+    done = run("compare", "A.judged", "B.judged")
+    assert done.exit_code == 0, done.output
+    assert re.search(r"accuracy\s+5\s+0\.", done.output) and re.search(r"s1\s+80, 20\s+10, 10", done.output)
+    page = Path("A-B.compared/comparison.html").read_text()
+    places = [page.index(f"<td>s{i}</td>") for i in (1, 5, 0)]
+    assert places == sorted(places) and "<td>s4</td>" not in page and "<b>1</b>" not in page
+    with Image.open("A-B.compared/bland_altman.png") as plot:
+        assert plot.format == "PNG" and plot.width > 500
+    swapped = run("compare", "A.judged/samples.jsonl", "B.judged", "--out", "else")
+    assert swapped.exit_code == 0 and Path("else/comparison.html").exists()
+
+
+def test_compare_refuses_what_cannot_be_compared():
+    scored("A.judged", [(90, 5), (80, 10)], ["a cat", "a dog"])
+    scored("B.judged", [(90, 5), (80, 10)], ["a cat", "a bird"])
+    scored("C.judged", [(None, None), (80, 10)], ["a cat", "a dog"])
+    for second, word in (("B.judged", "a bird"), ("C.judged", "Fewer than two"), ("none.judged", "no file")):
+        done = run("compare", "A.judged", second)
+        assert done.exit_code == 2 and word in done.output and done.output.count("\n") == 1
+        assert not Path("A-B.compared").exists()
+
+
+def test_agree_corrects_means_and_looks_at_length():
+    texts = ["word " * (10 + 5 * i) for i in range(40)]
+    scored("A.judged", [(50 + i % 7, 20) for i in range(40)], texts)
+    labels = [{"id": f"s{i}", "accuracy": 45 + i % 7 - i // 8} for i in range(0, 40, 2)]
+    Path("labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labels))
+    done = run("agree", "A.judged", "labels.jsonl")
+    assert done.exit_code == 0 and re.search(r"accuracy\s+52\.\d\s+4\d\.\d \[", done.output), done.output
+    assert re.search(r"accuracy changes by \+\d\.\d \[", done.output)
+    found = json.loads(run("agree", "A.judged", "labels.jsonl", "--json").output)["accuracy"]
+    means = found["calibration"]
+    assert (means["n_labels"], means["n_rest"]) == (20, 20)
+    assert means["corrected"][1] < means["corrected"][0] < means["corrected"][2] < means["judge"]
+    assert found["length_bias"][1] > 0
+
+
+def test_a_panel_has_columns_spread_and_agreement():
+    write([{"id": f"s{i}", "prediction": f"number {value}"} for i, value in enumerate((80, 20, 50))])
+
+    def behave(server, body):
+        number = int(re.search(r"\d+", prediction_of(body))[0]) + 10 * (body["model"] == "b") + body["seed"] // 100
+        return Reply(content=json.dumps({"accuracy_score": number, "hallucination_score": 10}))
+
+    with Server(behave) as server:
+        panel = ("run", "predictions.jsonl", "--base-url", server.url, "--judge", "a", "--judge", "b", "--samples", 2)
+        done = run(*panel)
+        assert done.exit_code == 0, done.output
+        assert len(server.requests) == 12
+        assert run(*panel).exit_code == 0 and len(server.requests) == 12
+    assert [row["accuracy"] for row in samples()] == [85.5, 25.5, 55.5]
+    assert samples()[0]["accuracy.a"] == 80.5 and samples()[0]["accuracy.b"] == 90.5
+    assert samples()[0]["accuracy_spread"] == pytest.approx(50**0.5)
+    results = json.loads(Path("predictions.judged/results.json").read_text())
+    assert results["model"] == ["a", "b"] and 0.9 < results["agreement"]["accuracy"]["judges"] < 1
+    assert results["agreement"]["hallucination"]["judges"] is None
+    assert re.search(r"accuracy, b\s+60\.5", done.output) and "α 0.9" in done.output
+    page = Path("predictions.judged/report.html").read_text()
+    assert "accuracy, a" in page and "2 samples of each" in page and "order of answers" in page
+    alone = run("agree", "predictions.judged", "predictions.judged", "--column", "accuracy=accuracy.b")
+    assert alone.exit_code == 0 and "-5.0" in alone.output
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize("name", ["gpt-7-imaginary", "gpt-4-turbo"])
+def test_a_judge_that_openai_does_not_serve_is_one_sentence_with_the_choices(name, dry):
+    write([{"prediction": "number 1"}])
+    done = run("run", "predictions.jsonl", "--judge", "gpt-4o", "--judge", name, *dry)
+    assert done.exit_code == 2 and done.output.splitlines()[-1].startswith(f"Error: The judge '{name}'")
+    assert "gpt-4o" in done.output and "--judge-models" in done.output and "--base-url" in done.output
+    priced = run("run", "predictions.jsonl", "--judge", name, "--price", "1", "1", "--dry-run")
+    assert priced.exit_code == 0 and re.search(r"requests\s+1", priced.output)
+
+
+def test_judge_models_in_a_file():
+    write([{"prediction": "number 1"}])
+    Path("judges.yaml").write_text("thinker: {prompt: 1000, completion: 0, reasons: true}\n")
+    with Server(by_words) as server:
+        options = ("--base-url", server.url, "--judge", "thinker", "--judge-models", "judges.yaml")
+        assert "prices of" in run("run", "predictions.jsonl", *options, "--dry-run").output
+        done = run("run", "predictions.jsonl", *options, "--reasoning-effort", "high")
+        assert done.exit_code == 0 and server.requests[0]["reasoning_effort"] == "high"
+    assert re.search(r"1\.0+\d* USD in this run", done.output), done.output
+    for text, word in (
+        ("- a", "names of judges"),
+        ("a: {prise: 1}", "prise"),
+        ("a: [", "YAML"),
+        ("a: {prompt: 1}", "go together"),
+    ):
+        Path("judges.yaml").write_text(text)
+        wrong = run("run", "predictions.jsonl", "--judge", "a", "--judge-models", "judges.yaml", "--dry-run")
+        assert wrong.exit_code == 2 and word in wrong.output and "--judge-models" in wrong.output
+        assert wrong.output.count("\n") == 1
+
+
+def test_models_are_listed_and_written():
+    listed = run("models").output
+    assert re.search(r"gpt-4o\s+2\.5\s+10\s+2027-01-14", listed) and "litellm" in listed
+    row = {"litellm_provider": "openai", "mode": "chat", "supports_vision": True, "supports_reasoning": True}
+    row |= {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 9000, "max_output_tokens": 4000}
+    Path("prices.json").write_text(json.dumps({"gpt-9": row}))
+    assert run("models", "--litellm", "prices.json", "--out", "judges.yaml").exit_code == 0
+    assert re.search(r"gpt-9\s+1\s+2\s+yes", run("models", "--judge-models", "judges.yaml").output)
+    write([{"prediction": "number 1"}])
+    dry = run("run", "predictions.jsonl", "--judge", "gpt-9", "--judge-models", "judges.yaml", "--dry-run")
+    assert dry.exit_code == 0 and re.search(r"completion tokens, about\s+600", dry.output)

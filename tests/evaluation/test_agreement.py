@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.agreement import agreement, alpha, read_scores
+from granulon_hf.evaluation.agreement import agreement, alpha, alpha_of_many, panel_agreement, read_scores, weighted_kappa
 
 
 def scores(values):
@@ -24,6 +24,16 @@ def test_alpha_is_that_of_the_krippendorff_package(seed):
     assert alpha(a, b) == pytest.approx(oracle, abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_weighted_kappa_is_that_of_scikit_learn(seed):
+    sklearn_metrics = pytest.importorskip("sklearn.metrics")
+    random = np.random.default_rng(seed)
+    a = random.integers(0, 101, 40)
+    b = np.clip(a + random.normal(seed, 5 + 10 * seed, 40), 0, 100).astype(int)
+    oracle = sklearn_metrics.cohen_kappa_score(a, b, weights="quadratic", labels=range(101))
+    assert weighted_kappa(a, b) == pytest.approx(oracle, abs=1e-12)
+
+
 def test_coefficients_over_the_ids_that_both_scored():
     random = np.random.default_rng(0)
     a = random.integers(0, 101, 60).tolist()
@@ -32,7 +42,12 @@ def test_coefficients_over_the_ids_that_both_scored():
     assert (found.score, found.n) == ("accuracy", 60)
     assert found.spearman == pytest.approx(stats.spearmanr(a, b).statistic)
     assert found.mean_difference == pytest.approx(np.mean(a) - np.mean(b))
-    for value, (low, high) in ((found.spearman, found.spearman_ci), (found.alpha, found.alpha_ci)):
+    assert found.limits == pytest.approx(found.mean_difference + np.array([-1.96, 1.96]) * np.std(np.subtract(a, b), ddof=1))
+    for value, (low, high) in (
+        (found.spearman, found.spearman_ci),
+        (found.alpha, found.alpha_ci),
+        (found.kappa, found.kappa_ci),
+    ):
         assert low < value < high
         assert 0.02 < high - low < 0.4
 
@@ -72,3 +87,19 @@ def test_bad_files_are_named(tmp_path, rows, message):
 def test_nothing_in_common():
     with pytest.raises(GranulonError, match="0 in common"):
         agreement(scores([1, 2]), {"x": {"accuracy": 1}, "y": {"accuracy": 2}})
+
+
+def test_agreement_of_a_panel_leaves_out_what_nobody_was_asked():
+    judges = {
+        "a": {"accuracy_scores": [10, 50, 90, 0], "accuracy_samples": [[10, 12], [50, 40], [90, None], [0, 0]]},
+        "b": {"accuracy_scores": [20, 50, None, 0], "accuracy_samples": [[20, 20], [50, 50], [None, None], [0, 0]]},
+    }
+    for one in judges.values():
+        one |= {name.replace("accuracy", "hallucination"): values for name, values in list(one.items())}
+    found = panel_agreement({"empty": [False, False, False, True], "samples": 2, "judges": judges})
+    gaps = [[10, 50, 90], [20, 50, np.nan]]
+    oracle = krippendorff.alpha(reliability_data=gaps, level_of_measurement="interval")
+    assert found["accuracy"]["judges"] == pytest.approx(oracle)
+    assert found["hallucination"]["samples"]["a"] == pytest.approx(alpha(np.array([10, 50]), np.array([12, 40])))
+    assert found["accuracy"]["samples"]["b"] == 1
+    assert alpha_of_many([[5, 5], [5, 5]]) is None and alpha_of_many([[1, None], [None, 2]]) is None

@@ -315,7 +315,7 @@ def test_failures_are_unscored_and_never_enter_means(metric):
     predictions = ["good", *replies, "", " \n"]
     with Server(lambda server, body: replies.get(prediction_of(body), Reply())) as server:
         result = score(metric, server, predictions, max_retries=1, concurrency=2)
-    assert "" not in server.paid and len(server.requests) == 7
+    assert "" not in server.paid and len(server.requests) == 8  # what was cut is asked for once more
     assert result["accuracy_scores"] == [70, None, None, None, None, None, 0, 0]
     assert result["hallucination_scores"] == [20, None, None, None, None, None, 0, 0]
     assert (result["n_scored"], result["n_unscored"], result["n_empty"]) == (1, 5, 2)
@@ -323,8 +323,8 @@ def test_failures_are_unscored_and_never_enter_means(metric):
     for reason, word in zip(result["reasons"][1:6], ("refused", "truncated", "content filter", "400", "500"), strict=True):
         assert word in reason
     assert result["accuracy"] == pytest.approx(70 / 3) and result["accuracy_nonempty"] == 70
-    assert result["tokens"]["prompt_tokens"] == 4000  # four answers came, and were paid for
-    assert result["cost_usd"] == pytest.approx(4 * (1000 * 2.5e-6 + 20 * 10e-6))
+    assert result["tokens"]["prompt_tokens"] == 5000  # five answers came, and were paid for
+    assert result["cost_usd"] == pytest.approx(5 * (1000 * 2.5e-6 + 20 * 10e-6))
     assert result["judge_models"] == ["gpt-4o-2024-11-20"]
 
 
