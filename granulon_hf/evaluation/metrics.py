@@ -15,7 +15,7 @@ PUNCTUATION = re.compile(rf"(?!{NUMBER_MARK})(?![<>=])[{re.escape(string.punctua
 MARKDOWN = re.compile(r"[*`]|\b_+|_+\b|(?<!\w)_+|_+(?!\w)")
 LETTER = re.compile(r"\(?([a-z])[ \t]*(?:[.):\n]|$)", re.IGNORECASE)
 UNSURE = re.compile(
-    r"(?:\b(?:not|cannot|unable to)|n't) (?:be )?(?:sure|certain|clear|possible|enough|know|tell|determined?|say|answer|confirm)\b"
+    r"(?:\b(?:not|cannot|unable to)|n't) (?:be )?(?:sure|certain|clear|possible|enough|know|tell|determined?|say|answer)\b"
     r"|\b(?:impossible|unclear|uncertain|unknown|no way|no information)\b"
 )
 EXPLICIT = re.compile(
