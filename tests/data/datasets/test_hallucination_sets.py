@@ -49,10 +49,22 @@ def test_hallusion_bench(tmp_path):
     assert all("figure" not in sample.meta for sample in blind)
 
 
-@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_hallusion_bench_of_its_authors(tmp_path):
+    rows = [tables.hallusion_row(0), tables.hallusion_row(1, category="VS", figure_id="0", visual_input="0", filename=None)]
+    del rows[0]["image"], rows[1]["image"]
+    (tmp_path / "hallusion_bench/VD/illusion").mkdir(parents=True)
+    (tmp_path / "hallusion_bench/VD/illusion/0.png").write_bytes(tables.jpeg())
+    (tmp_path / "HallusionBench.json").write_text(json.dumps(rows))
+    first, second = load("hallusion-bench", source=tmp_path / "HallusionBench.json")
+    assert len(first.images) == 1 and second.images == [] and second.meta["may_abstain"]
+
+
+@pytest.mark.parametrize("form", ["parquet", "lower", "csv"])
 def test_mmvp(tmp_path, form):
     rows = [tables.mmvp_row(i) for i in (1, 2, 99, 100)] + [tables.mmvp_row(5, **{"Correct Answer": "(c)"})]
-    if form == "parquet":
+    if form == "lower":
+        rows = [{"answer" if name == "Correct Answer" else name.lower(): value for name, value in row.items()} for row in rows]
+    if form != "csv":
         tables.write(tmp_path / "data" / "train-00000-of-00001.parquet", rows)
     else:  # as the authors have it
         (tmp_path / "MMVP Images").mkdir()
