@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from huggingface_hub import parse_eval_result_entries
 from sklearn.metrics import precision_recall_fscore_support
 from typer.testing import CliRunner
 
@@ -141,8 +143,9 @@ def answering(monkeypatch, tmp_path):
         known = {}
 
         def answer_batch(model, processor, samples, generation):
-            said = known.setdefault(id(model), None) or known.update({id(model): next(turn)}) or known[id(model)]
-            return [{"prediction": said(sample), "new_tokens": 1, "prompt_tokens": 1} for sample in samples]
+            if id(model) not in known:
+                known[id(model)] = next(turn)
+            return [{"prediction": known[id(model)](sample), "new_tokens": 1, "prompt_tokens": 1} for sample in samples]
 
         monkeypatch.setattr(answer, "answer_batch", answer_batch)
         given = [part for name in names for part in ("--model", name)]
@@ -181,6 +184,20 @@ def test_pope_through_the_table(answering, tmp_path):
     assert len(set(result["clusters"]["pope"])) == 8 and len(result["clusters"]["pope-random"]) == 24
     again, _ = answering("pope=pope", str, str, options=["--metric", "exact"])
     assert set(again["scores"]["tiny:clip-qwen2.5"]["pope"]) == {"exact"}
+
+
+def test_results_for_the_hub(answering, tmp_path):
+    rows = [tables.pope_row(i, category=("random", "popular")[i // 6 % 2]) for i in range(24)]
+    tables.write(tmp_path / "pope" / "data" / "test-00000-of-00001.parquet", rows, tables.POPE)
+    (tmp_path / "eval.yaml").write_text("results_yaml: true\nseed: 0\n")
+    answering("pope=pope", lambda sample: "yes", options=["--data", "shapes", "--limit", "24", "eval.yaml"])
+    (path,) = Path("out").rglob(".eval_results/*")
+    assert path.name == "pope.yaml"
+    entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+    found = {entry.task_id: entry.value for entry in entries}
+    assert found["accuracy"] == 50 and found["random_yes_ratio"] == 100 and found["popular_yes_f1"] == 66.67
+    assert {entry.dataset_id for entry in entries} == {"lmms-lab/POPE"} and len(found) == 15
+    assert all("[" in entry.notes and entry.date for entry in entries)
 
 
 def test_hallusion_bench_and_mmvp_through_the_table(answering, tmp_path):
