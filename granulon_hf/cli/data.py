@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from granulon_hf.cli.common import Debug, check_out, note, pairs, plain_warnings, progress_bar, reports_bad_input
 from granulon_hf.errors import GranulonError, first_sentence
@@ -30,12 +30,13 @@ def list_sets(debug: Debug = False) -> None:
     """List the sets that are known by name: what they are, where they are read from, and what granulon eval run scores."""
     from granulon_hf.data import ADAPTERS
 
-    table = Table("name", "what", "where", "split", "scores", box=None, padding=(0, 2, 0, 0))
+    heads = (Column(name, overflow="fold") for name in ("name", "what", "where", "scores"))
+    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
     for adapter in ADAPTERS.values():
         if adapter.title:
             place = adapter.repo or ("drawn, or --source" if adapter.name == "granuscenes" else "--source")
-            split = adapter.eval_split or adapter.default_split
-            table.add_row(adapter.name, escape(adapter.title), place, split, ", ".join(adapter.metrics) or "by task")
+            table.add_row(adapter.name, escape(adapter.title), place, ", ".join(adapter.metrics) or "by task")
+    table.add_row("shapes", "drawn shapes, for quick tests", "drawn", "by task")
     Console(highlight=False).print(table)
 
 

@@ -10,9 +10,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from granulon_hf.cli.common import Debug, check_out, plain_warnings, quiet, reports_bad_input
+from granulon_hf.cli.common import Debug, check_out, note, plain_warnings, quiet, reports_bad_input
 from granulon_hf.errors import GranulonError, one_line
 
+COLUMNS = 6  # that fit beside each other
 app = typer.Typer(help="Evaluate models: answers, scores with intervals, tables.", no_args_is_help=True)
 
 
@@ -43,11 +44,11 @@ def read_options(ctx: typer.Context, path: Path | None) -> dict[str, Any]:
     known, line = options_of(ctx), []
     values = read_yaml(path, set(known))
     for name, value in values.items():
-        items = [] if value is None else value if known[name] and isinstance(value, list) else [value]
+        items = [] if value is None or value is False else value if known[name] and isinstance(value, list) else [value]
         if any(isinstance(item, list | dict) for item in items):
             form = "a list of names" if known[name] else "one value"
             raise GranulonError(f"{str(path)!r}: {name} is {value!r}; it takes {form}.")
-        line += [f"--{name.replace('_', '-')}={item}" for item in items]
+        line += [f"--{name.replace('_', '-')}" + (f"={item}" if item is not True else "") for item in items]
     try:
         found = ctx.command.make_context(ctx.info_name, line).params
     except Exception as error:
@@ -90,6 +91,7 @@ def run(
     judge_max_cost: Annotated[float | None, typer.Option(help="USD for each model and set.", min=0)] = None,
     bertscore_model: Annotated[str | None, typer.Option(help="Encoder of BERTScore. \\[roberta-large]")] = None,
     bertscore_layers: Annotated[int | None, typer.Option(help="Its layer, for a folder.")] = None,
+    results_yaml: Annotated[bool, typer.Option("--results-yaml", help="Write the Hub's .eval_results/*.yaml too.")] = False,
     debug: Debug = False,
 ) -> None:
     """Answer, score, compare. A stopped run goes on.
@@ -102,7 +104,7 @@ def run(
     from granulon_hf.loading import check_choice, check_models, load_model, read_config
 
     given = dict(locals())
-    said = {name: given[name] for name in options_of(ctx) if given[name] not in (None, [])}
+    said = {name: given[name] for name in options_of(ctx) if given[name] not in (None, []) and given[name] is not False}
     options = {"model": [], "data": [], "out": "eval", **read_options(ctx, config), **said}
 
     def taken(**names: str) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def run(
             check_choice(config, level, generation.visual_tokens, generation.price, name=source)
 
     judged = taken(model="judge", base_url="judge_base_url", max_cost="judge_max_cost")
-    lists = taken(models="model", metrics="metric")
+    lists, written = taken(models="model", metrics="metric"), options.pop("results_yaml", False)
     suite = Suite(**lists, **options, generation=generation, judge=judged if judged.get("model") else None)
     check_out(Path(suite.out))
     quiet()
@@ -143,14 +145,29 @@ def run(
     if main:
         show(make_table(result))
         typer.echo(f"Tables: {Path(suite.out) / 'table.md'}, {Path(suite.out) / 'table.html'}")
+    if main and written:
+        from granulon_hf.evaluation.results import write_results
+
+        files, left = write_results(result, Path(suite.out))
+        if files:
+            typer.echo(f"Results for the Hub: {', '.join(map(str, files))}")
+        if left:
+            note(f"{', '.join(left)} is no data set of the Hub: nothing is written about it for --results-yaml.")
 
 
 def show(table: dict[str, Any]) -> None:
-    heads = (escape(f"{data}\n{metric} (n = {table['counts'][data]})") for data, metric in table["columns"])
-    printed = Table("model", *heads, box=None, padding=(0, 2, 0, 0))
-    for row in table["rows"]:
-        cells = [escape(cell.replace("; ", "\n")) for cell in row["cells"]]
-        printed.add_row(escape(row["name"]), *cells, style="dim" if row["paper"] else "")
+    """Print the table, with the models side by side where it has more columns than a terminal."""
+    heads = [escape(f"{data}\n{metric} (n = {table['counts'][data]})") for data, metric in table["columns"]]
+    rows = [[escape(cell.replace("; ", "\n")) for cell in row["cells"]] for row in table["rows"]]
+    names, styles = [escape(row["name"]) for row in table["rows"]], ["dim" if row["paper"] else "" for row in table["rows"]]
+    corner = "model"
+    if len(heads) > COLUMNS:
+        corner = ""
+        heads, names = names, [head.replace("\n", ": ") for head in heads]
+        rows, styles = [list(cells) for cells in zip(*rows, strict=True)], [""] * len(names)
+    printed = Table(corner, *heads, box=None, padding=(0, 2, 0, 0))
+    for name, cells, style in zip(names, rows, styles, strict=True):
+        printed.add_row(name, *cells, style=style)
     console = Console(highlight=False)
     console.print(printed)
     for remark in table["remarks"]:

@@ -165,7 +165,7 @@ def take_split(adapter: Adapter, source: Source, split: str | None) -> tuple[str
     refuse_withheld(adapter, split)
     drawn = split == "holdout" and split not in present
     wanted = default if drawn else split
-    if wanted not in (known := present or ((adapter.default_split, "holdout") if adapter.holdout else SPLITS)):
+    if wanted not in (known := present or (adapter.default_split, *(["holdout"] if adapter.holdout else SPLITS))):
         has = "it has" if present else "its files name none, and it can be called"
         raise GranulonError(f"{source.location!r} has no split {wanted!r}; {has} {', '.join(map(repr, known))}.")
     if present and not source.split:

@@ -17,8 +17,8 @@ def open_source(source: Any, revision: str | None = None, split: str = "train") 
     """Open what a user calls a source, the split of it where `datasets` keeps them apart.
 
     Args:
-        source: `owner/name` on the Hub; a folder, file or list of files (Parquet, JSON, CSV, lines); a folder of `save_to_disk`; or
-            a `datasets.Dataset`, `IterableDataset` or dictionary of these by split.
+        source: `owner/name` on the Hub; a folder, file or list of files (Parquet, JSON, CSV, lines); a folder of
+            `save_to_disk`; or a `datasets.Dataset`, `IterableDataset` or dictionary of these by split.
     """
     if isinstance(source, Mapping):
         known = {SPLIT_WORDS.get(name, name): name for name in source} | {name: name for name in source}

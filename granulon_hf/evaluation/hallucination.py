@@ -5,13 +5,13 @@ Precision, for one, has the weight 1 where the answer is "yes". None stands for 
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from granulon_hf.data.mentions import named_objects
 from granulon_hf.evaluation.metrics import accuracy, asks_yes_or_no, yes_or_no
 
-Row = Mapping[str, Any]  # of a run, with the sample's `meta`
+Row = dict[str, Any]  # of a run, with the sample's `meta`
 Weighted = list[tuple[float | None, float]]  # value and weight of each sample
 LEFT_OUT = (None, 0.0)
 
@@ -76,8 +76,9 @@ def by_group(field: str, size: int | None = None) -> Callable[[Sequence[Row]], W
 def by_objects(count: Callable[[list[str], dict[str, Any]], tuple[float, float]]) -> Callable[[Sequence[Row]], Weighted]:
     """Make a score of the objects that a caption names, from which `count` makes value and weight.
 
-    The `meta` of such a sample has `words` (see [`~granulon_hf.data.mentions.named_objects`]), `objects` (of each that is there the names), and may have
-    `neutral` (names that are never wrong) and `unlikely` (names of each that people would expect, and that is not there).
+    The `meta` of such a sample has `words` (see [`~granulon_hf.data.mentions.named_objects`]), `objects` (of each that is there
+    the names), and may have `neutral` (names that are never wrong) and `unlikely` (the names of each object that one would
+    expect, and that is not there).
     """
 
     def score(rows: Sequence[Row]) -> Weighted:

@@ -14,6 +14,10 @@ NUMBER_MARK = r"(?<![\w.])-(?=\.?\d)|(?<=\d)\.(?=\d)|(?<![\w.])\.(?=\d)"
 PUNCTUATION = re.compile(rf"(?!{NUMBER_MARK})(?![<>=])[{re.escape(string.punctuation)}]")
 MARKDOWN = re.compile(r"[*`]|\b_+|_+\b|(?<!\w)_+|_+(?!\w)")
 LETTER = re.compile(r"\(?([a-z])[ \t]*(?:[.):\n]|$)", re.IGNORECASE)
+UNSURE = re.compile(
+    r"(?:\b(?:not|cannot|unable to)|n't) (?:be )?(?:sure|certain|clear|possible|enough|know|tell|determined?|say|answer)\b"
+    r"|\b(?:impossible|unclear|uncertain|unknown|no way|no information)\b"
+)
 EXPLICIT = re.compile(
     r"\b(?:answer|option|choice)(?:\s+is)?\s*:?\s*(?:option\s+)?\(?([a-z])[ \t]*(?:[.):;!?\n]|,(?!\s*[a-z]\b)|$)", re.IGNORECASE
 )
@@ -102,18 +106,22 @@ def chosen_option(prediction: str, choices: Sequence[str]) -> int | None:
 def yes_or_no(text: str) -> str | None:
     """Return what an answer says: "yes", "no", or None where that cannot be told.
 
-    In this order: its first word is one of the two; one of the two is among its words and the other is not; its first sentence
-    negates ("not", "isn't"), or states ("There is a dog"), as POPE's own script reads such answers.
+    In this order: its first word is one of the two; it says that it does not know; one of the two is among its words and the
+    other is not; its first sentence negates ("not", "isn't"), or states ("There is a dog"), as POPE's own script reads such
+    answers.
     """
-    words = WORD.findall(MARKDOWN.sub("", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
+    text = MARKDOWN.sub("", text).lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    words, first = WORD.findall(text), WORD.findall(text.partition(".")[0])
     if words and words[0] in ("yes", "no"):
         return words[0]
-    if len(named := {"yes", "no"} & set(words)) == 1:
-        return named.pop()
-    first = WORD.findall(text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").partition(".")[0])
-    if not named and any(word in ("not", "none", "cannot") or word.endswith("n't") for word in first):
+    named = {"yes", "no"} & set(words)
+    if "yes" not in named and UNSURE.search(" ".join(words)):
+        return None
+    if named:
+        return named.pop() if len(named) == 1 else None
+    if any(word in ("not", "none", "cannot") or word.endswith("n't") for word in first):
         return "no"
-    return "yes" if not named and first[:2] in (["there", "is"], ["there", "are"]) else None
+    return "yes" if first[:2] in (["there", "is"], ["there", "are"]) else None
 
 
 def asks_yes_or_no(row: dict[str, Any]) -> bool:
@@ -123,7 +131,8 @@ def asks_yes_or_no(row: dict[str, Any]) -> bool:
 def accuracy(row: dict[str, Any]) -> float:
     """Score an answer as right or wrong by what is asked: an option, yes or no, or else a word.
 
-    Where the sample's `meta` says `may_abstain`, as it shows nothing to know from, an answer that is neither yes nor no is right.
+    Where the sample's `meta` says `may_abstain`, since there is nothing to know from, an answer that is neither yes nor no is
+    right.
     """
     if row["choices"]:
         return option_accuracy(row["prediction"], row["choices"], row["reference"])

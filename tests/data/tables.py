@@ -135,6 +135,73 @@ def recap_row(number, kind="CC12M", **changes):
     return row | changes
 
 
+POPE = pa.schema(
+    dict.fromkeys(("id", "question_id", "question", "answer", "image_source"), pa.string())
+    | {"image": IMAGE, "category": pa.string()}
+)
+
+
+def pope_row(number, **changes):
+    row = {
+        "id": str(number),
+        "question_id": str(1 + number % 6),
+        "question": f"Is there a thing {number} in the image?",
+        "answer": ("yes", "no")[number % 2],
+        "image_source": f"COCO_val2014_{number // 6:012d}",
+        "image": {"bytes": jpeg(number // 6), "path": None},
+        "category": "adversarial",
+    }
+    return row | changes
+
+
+HALLUSION_NAMES = ("category", "subcategory", "visual_input", "set_id", "figure_id", "sample_note", "question_id", "question")
+HALLUSION = pa.schema(
+    dict.fromkeys((*HALLUSION_NAMES, "gt_answer_details", "gt_answer", "filename"), pa.string()) | {"image": IMAGE}
+)
+
+
+def hallusion_row(number, **changes):
+    row = {
+        "category": "VD",
+        "subcategory": "illusion",
+        "visual_input": "1",
+        "set_id": str(number // 4),
+        "figure_id": str(number // 2 % 2),
+        "sample_note": "circle",
+        "question_id": str(number % 2),
+        "question": "Are the two circles of the same size?",
+        "gt_answer_details": "They are.",
+        "gt_answer": str(number % 2),
+        "filename": f"./hallusion_bench/VD/illusion/{number}.png",
+        "image": {"bytes": jpeg(number // 2), "path": None},
+    }
+    return row | changes
+
+
+def mmvp_row(number, **changes):
+    row = {
+        "Index": number,
+        "Question": "Are the butterfly's wings closer to being open or closed?",
+        "Options": "(a) Open (b) Closed",
+        "Correct Answer": "(a)" if number % 2 else "(b)",
+        "image": {"bytes": jpeg(number), "path": None},
+    }
+    return row | changes
+
+
+def realworldqa_row(number, **changes):
+    row = {
+        "image": {"bytes": jpeg(number), "path": None},
+        "image_path": f"{number}.webp",
+        "question": (
+            "In which direction is the front wheel of the car on the right side facing?\n\nA. Left\nB. Straight\nC. Right\n"
+            "Please answer directly with only the letter of the correct option and nothing else."
+        ),
+        "answer": "ABC"[number % 3],
+    }
+    return row | changes
+
+
 def chat(root, records, name="chat.json", images=("a.jpg", "b.jpg")):
     (root / "images").mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):

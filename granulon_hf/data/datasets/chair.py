@@ -1,8 +1,8 @@
 """CHAIR: descriptions of COCO's images, scored by the objects that they mention and that are not there.
 
-`source` is a folder with COCO's `instances_*.json` and `captions_*.json` (anywhere below it) and the images. As in the paper, an
-object is there where it was segmented or where one of the reference captions mentions it. A file `synonyms.txt` there (a line
-for each object: its name and what it is called, separated by commas), such as the paper's, takes the place of ours.
+`source` is a folder with COCO's `instances_*.json` and `captions_*.json` (anywhere below it) and the images. As in the paper,
+an object is there where it was segmented or where one of the reference captions mentions it. A file `synonyms.txt` there, such
+as the paper's (a line for each object: its name and other words for it, separated by commas), takes the place of ours.
 """
 
 from collections import defaultdict
@@ -37,13 +37,12 @@ def read_words(path: Path) -> dict[str, str]:
     lines = TABLES["coco_objects"]
     if path.is_file():
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    words = {}
+    words: dict[str, str] = {}
     for line in lines:
         names = [name.strip().lower() for name in line.split(",")]
         words |= dict.fromkeys(names, names[0])
-    phrases = {
-        f"{age} {name}": words[name] for age in TABLES["coco_ages"] for name in words if words[name] in TABLES["coco_animals"]
-    }
+    animals = {word: name for word, name in words.items() if name in TABLES["coco_animals"]}
+    phrases = {f"{age} {word}": name for age in TABLES["coco_ages"] for word, name in animals.items()}
     phrases |= {phrase: words.get(name, "") for phrase, name in TABLES["coco_phrases"].items()}
     return phrases | words
 
@@ -56,7 +55,9 @@ def open_coco(place: Any, split: str) -> RecordSource:
         if missing := [kind for kind, files in found.items() if not files]:
             raise GranulonError(f"{str(root)!r} holds no COCO annotations: {missing[0]}_*.json is not there.")
         words = read_words(next(iter(sorted(root.rglob("synonyms.txt"))), root / "synonyms.txt"))
-        names, captions, objects = {}, defaultdict(list), defaultdict(list)
+        names: dict[int, str] = {}
+        captions: dict[int, list[str]] = defaultdict(list)
+        objects: dict[int, list[str]] = defaultdict(list)
         for path in found["captions"]:
             table = read_table(path, "chair", ("images", "annotations"))
             names |= {image["id"]: image["file_name"] for image in table["images"]}

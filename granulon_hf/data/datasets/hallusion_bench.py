@@ -1,4 +1,7 @@
-"""HallusionBench: questions about figures and their edited copies, and (split `non_image`) without any figure."""
+"""HallusionBench: questions about figures and their edited copies, and (split `non_image`) without any figure.
+
+Both forms are read: the table that lmms-eval made, and the authors' `HallusionBench.json`, which names files.
+"""
 
 from granulon_hf.data.datasets.base import BadRow, Row, define, encoded_list, plain, single_turn, text
 from granulon_hf.data.sample import Sample
@@ -17,8 +20,9 @@ def to_sample(row: Row) -> Sample:
         raise BadRow(f"the gt_answer is {row['gt_answer']!r}, neither 0 (no) nor 1 (yes)")
     kind, part, group, figure, asked = (text(row[name], name) for name in NAMES)
     without = kind == "VS" and figure == "0"
+    image = row.get("image", row.get("filename"))
     # A figure that should be there and is not makes a bad row.
-    images = [] if row["image"] is None and plain(row["visual_input"], "visual_input") in ("0", "0.0") else row["image"]
+    images = [] if not image and plain(row["visual_input"], "visual_input") in ("0", "0.0") else image
     return single_turn(
         {"id": "-".join((kind, part, group, figure, asked))},
         id_column="id",

@@ -14,21 +14,22 @@ def to_sample(row: Row) -> Sample:
 
     Two pairs of the authors' table have their answers swapped (their issue 30); they are put right.
     """
-    number = plain(row["Index"], "Index").removesuffix(".0")
+    index, question, options, answer = (row.get(name, row.get(other)) for name, other in NAMES.items())
+    number = plain(index, "Index").removesuffix(".0")
     if not number.isdecimal() or number == "0":
-        raise BadRow(f"the Index is {row['Index']!r}, not a whole number from 1")
-    found = re.split(r"\(([a-z])\)", text(row["Options"], "Options"))
+        raise BadRow(f"the Index is {index!r}, not a whole number from 1")
+    found = re.split(r"\(([a-z])\)", text(options, "Options"))
     choices = dict(zip(found[1::2], map(str.strip, found[2::2]), strict=True))
-    letter = TABLES["mmvp_corrections"].get(int(number)) or plain(row["Correct Answer"], "Correct Answer").strip("() ").lower()
+    letter = TABLES["mmvp_corrections"].get(int(number)) or plain(answer, "Correct Answer").strip("() ").lower()
     if letter not in choices or not all(choices.values()):
-        raise BadRow(f"the Correct Answer {row['Correct Answer']!r} is none of the Options {row['Options']!r}")
+        raise BadRow(f"the Correct Answer {answer!r} is none of the Options {options!r}")
     pair = str((int(number) + 1) // 2)
-    image = row.get("image") if "image" in row else f"MMVP Images/{number}.jpg"
+    image = row.get("image", f"MMVP Images/{number}.jpg")
     return single_turn(
         {"id": number},
         id_column="id",
         images=[encoded(image)],
-        question=list_options(text(row["Question"], "Question"), list(choices.values())),
+        question=list_options(text(question, "Question"), list(choices.values())),
         answer=choices[letter],
         task="vqa",
         choices=list(choices.values()),
@@ -36,4 +37,5 @@ def to_sample(row: Row) -> Sample:
     )
 
 
+NAMES = {"Index": "index", "Question": "question", "Options": "options", "Correct Answer": "answer"}
 ADAPTER = define("mmvp", to_sample)

@@ -32,6 +32,14 @@ def test_every_adapter_is_data_and_refuses_what_it_cannot_use():
         "surgvlm": {"image": b"x", "question": "Phase?", "answer": "Preparation"},
         "llava": {"id": "1", "image": "a.jpg", "conversations": tables.turn("<image>\nWhat?", "This.")},
     }
+    rows |= {
+        "pope": tables.pope_row(0),
+        "hallusion-bench": tables.hallusion_row(0),
+        "mmvp": tables.mmvp_row(1),
+        "realworldqa": tables.realworldqa_row(0),
+        "amber": {"id": 1, "image": b"x", "query": "Is it?", "type": "relation", "truth": "no"},
+        "chair": {"id": "1", "image": b"x", "captions": ["A cat."], "objects": ["cat"], "words": {"cat": "cat"}},
+    }
     rows["granuscenes"] = next(SceneSource(GranuScenes(scenes=1)).rows("", [0], ["image"]))[1]
     rows["prepared"] = to_row(ADAPTERS["llava"].to_sample(rows["llava"]))
     assert set(rows) == set(ADAPTERS)
@@ -51,7 +59,7 @@ def test_every_adapter_is_data_and_refuses_what_it_cannot_use():
 def test_every_module_with_an_adapter_is_registered():
     found = [import_module(f"{datasets_package.__name__}.{module.name}") for module in iter_modules(datasets_package.__path__)]
     adapters = [module.ADAPTER for module in found if hasattr(module, "ADAPTER")]
-    assert len(adapters) == 6 and all(ADAPTERS[adapter.name] is adapter for adapter in adapters)
+    assert len(adapters) == 12 and all(ADAPTERS[adapter.name] is adapter for adapter in adapters)
 
 
 def test_flux(tmp_path):
