@@ -86,8 +86,8 @@ def check(config: dict[str, Any]) -> list[Row]:
     It has `llm` and `encoders`, or as `llm` a Granulon model ("demo", a folder, a Hub id) whose encoder is kept; `train`
     (arguments of examples/train.py) and `eval` (fields of [`Suite`]). A comparison of reducers has `reducers` and `budgets`
     (numbers of visual tokens, each of which every reducer is evaluated at) and, if wanted, `prices` of a visual token, at which
-    a controller chooses each question's budget, and `scored`, the training questions that it learns from. Another one has, if wanted,
-    `controller` (a folder of examples/train_controller.py, for the rows that have levels).
+    a controller chooses each question's budget, and `scored`, the training questions that it learns from. Another one has, if
+    wanted, `controller` (a folder of examples/train_controller.py, for the rows that have levels).
     """
     mapping, names = (dict, "names with values"), (list, "a list of names")
     forms: dict[str, tuple[type, str]] = {"llm": (str, "a name"), "encoders": names, "reducers": names}
