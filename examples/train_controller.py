@@ -83,9 +83,9 @@ def plot_prices(results: dict, path: Path) -> None:
             color, fixed = f"C{number % 10}", sorted(row["fixed"].values(), key=lambda arm: arm["tokens"])
             axes.plot([arm["tokens"] for arm in fixed], [arm[what] for arm in fixed], ".--", color=color, linewidth=0.8)
             axes.plot(row["tokens"], row[what], "o", color=color, label=f"{row['price']:g} nats a token")
-            axes.plot(row["oracle"]["tokens"], row["oracle"][what], "*", color=color, alpha=0.5)
+            axes.plot(row["oracle"]["tokens"], row["oracle"][what], "*", color=color, markersize=14, markerfacecolor="none")
         axes.set(xlabel="mean visual tokens", ylabel=label)
-    axes.legend(fontsize=8, title="controller (line: fixed levels, star: oracle)", title_fontsize=8)
+    axes.legend(fontsize=8, title="controller (line: fixed levels, star: oracle)", title_fontsize=8, framealpha=0.5)
     figure.savefig(path, dpi=120)
 
 

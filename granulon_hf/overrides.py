@@ -75,14 +75,15 @@ def reconfigure(
     return changed, load_fitting(changed, model.model.state_dict())
 
 
-def set_prices(model: GranulonForConditionalGeneration, prices: list[float] | None) -> None:
-    """Give a model's controller outputs for these prices; they are untrained where it had them for other ones."""
+def set_prices(model: GranulonForConditionalGeneration, prices: list[float] | None) -> bool:
+    """Give a model's controller outputs for these prices; say whether they are new, and untrained."""
     before = model.model.controller
     if model.config.controller_prices == prices:
-        return
+        return False
     model.config.controller_prices = prices
     controller = GranularityController(model.config).apply(model._init_weights)
     kept = {name: value for name, value in before.state_dict().items() if not name.startswith("fc2.")}
     controller.load_state_dict(kept, strict=False)
     weight = before.in_proj.weight
     model.model.controller = controller.to(weight.device, weight.dtype).requires_grad_(False)
+    return True

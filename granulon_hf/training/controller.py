@@ -256,6 +256,18 @@ def logits_of(controller: Any, states: torch.Tensor) -> torch.Tensor:
     return torch.stack([controller(states.unsqueeze(1), alone, price) for price in range(controller.num_prices)], dim=1)
 
 
+@torch.no_grad()
+def standardize(controller: Any, states: torch.Tensor) -> None:
+    """Let the first layer of a controller tell questions apart: of mean states [Q x E] it makes features of mean 0, variance 1.
+
+    Sigmoids of states differ far less from question to question than they differ from 0, so that their mean is left out.
+    """
+    weight, features = controller.in_proj.weight, torch.sigmoid(states)
+    mean = features.mean(0)
+    weight -= torch.outer(weight @ mean, mean) / mean.dot(mean)
+    weight /= (features @ weight.T).std(0).clamp(min=1e-6).unsqueeze(1)
+
+
 def train_controller(
     model: Any, processor: Any, questions: Sequence[Any], args: ControllerArguments, show: bool = True
 ) -> dict[str, Any]:
@@ -275,7 +287,7 @@ def train_controller(
     levels = model.config.level_names
     check_levels(questions, levels, args.variant)
     model.eval()
-    set_prices(model, args.price or None)
+    new = set_prices(model, args.price or None)
     set_stage(model, "controller")
     train, test = ([q for q in questions if q.test == held_out] for held_out in (False, True))
     texts = [q.text for q in train]
@@ -285,6 +297,8 @@ def train_controller(
         texts, targets = texts + [plain(text) for text in texts], torch.cat([targets, targets])
     states = question_states(model, processor, [*texts, *(q.text for q in test)], show)
     device, controller = model.device, model.model.controller.float().cpu()
+    if new:
+        standardize(controller, states[: len(texts)])
 
     def loss_of(chosen: torch.Tensor) -> torch.Tensor:
         logits = logits_of(controller, states[chosen])

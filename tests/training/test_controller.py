@@ -333,7 +333,7 @@ def test_the_right_level_is_chosen_at_each_price(tmp_path, build, script, capsys
     model, processor = build(variant, trained=False)
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    options = ("--variant", tmp_path / "model", "--learning_rate", 0.01, "--labels", labels, "--output_dir", out, "--save_full")
+    options = ("--variant", tmp_path / "model", "--labels", labels, "--output_dir", out, "--save_full")
     script(*options, "--targets", "loss", "--price", 0.01, 0.1, "--temperature", 0.5)
     printed = capsys.readouterr().out
     assert "always middle" in printed and "oracle" in printed

@@ -16,6 +16,7 @@ from granulon_hf.cli import app
 from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
 from granulon_hf.training import parse
+from granulon_hf.training import run as run_module
 from granulon_hf.training.checkpoints import ADAPTER
 from granulon_hf.training.run import train
 
@@ -72,6 +73,36 @@ def test_a_finished_run_goes_on_with_and_without_all_weights(tmp_path, photo, ca
     assert "Nothing to resume" not in capfd.readouterr().err
     with pytest.raises(GranulonError, match="learning_rate"):
         run(folder, "--resume_from_checkpoint", "last", "--learning_rate", "1")
+
+
+COMPACT = ["--variant", "clip-qwen2.5", *LINE[2:], "--visual_tokens", "semantic", "--levels", "2,4,8"]
+
+
+@pytest.mark.parametrize("batching", ["grouped", "packed"])
+@pytest.mark.parametrize("budgets", ["random", "all", "3"])
+def test_a_compact_run_with_budgets_is_read_again_and_goes_on_as_it_was(tmp_path, photo, budgets, batching):
+    folder, line = tmp_path / "run", [*COMPACT, "--batching", batching, "--reducer", "queries"]
+    cache = ("--feature_cache", str(tmp_path / "features"))
+    _, processor = run(folder, "--budgets", budgets, *cache, line=line)
+    assert processor.num_semantic_tokens == 8  # also where training needs fewer slots
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    asked = {"visual_tokens": "semantic", "reducer": "queries", "levels": "2,4,8", "budgets": budgets}
+    assert {name: settings[name] for name in asked} == asked
+    assert ask(folder, photo).exit_code == 0
+    for changed in (("--budgets", "controller"), ("--budgets", budgets, "--levels", "2,4,6"), ("--budgets", "5")):
+        with pytest.raises(GranulonError, match=changed[-2].strip("-")):
+            run(folder, *changed, *cache, "--resume_from_checkpoint", "last", line=line)
+    run(folder, "--budgets", budgets, *cache, "--resume_from_checkpoint", "last", line=line)
+
+
+def test_a_fixed_number_of_tokens_has_no_empty_slots(tmp_path, monkeypatch):
+    rows = []
+    monkeypatch.setattr(run_module, "GranulonTrainer", lambda *args, data_collator, **rest: rows.append(data_collator) or 1 / 0)
+    for budgets in ("3", "random"):
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / budgets, "--budgets", budgets, line=COMPACT)
+    slots = [(collator([Shapes(1)[0]])["input_ids"] == collator.processor.image_token_id).sum() for collator in rows]
+    assert slots == [3, 8]
 
 
 def test_a_run_without_checkpoints_is_not_overwritten(tmp_path):
@@ -140,6 +171,13 @@ def test_a_folder_in_the_llava_form(tmp_path, capfd):
     [
         ("--variant granulon-gpt5", "clip-qwen2.5"),
         ("--stage everything", "projector"),
+        ("--budgets some", "--budgets"),
+        ("--budgets 21", "--budgets"),
+        ("--variant clip-qwen2.5 --budgets all", "--budgets"),
+        ("--reducer mean", "--reducer"),
+        ("--levels 4,x", "--levels"),
+        ("--visual_tokens few", "--visual_tokens"),
+        ("--visual_tokens semantic --reducer downsample --feature_cache features", "downsample"),
         ("--stage controller", "examples/train_controller.py"),
         ("--data no-such-set", "--data 'no-such-set'"),
         ("--max_length 10", "None of the first"),
