@@ -83,7 +83,7 @@ def gallery(
         # Where the model's own answers are on the page, the clusters are those that it answered with.
         own = next((run for run in runs if run.source == overlay), None)
         levels = {key: row["granularity"] for key, row in own.rows.items()} if own else None
-        draw = work.cluster_drawer(model, processor, levels, own and own.visual_tokens)
+        draw = work.cluster_drawer(model, processor, levels, own.visual_tokens if own else None)
         overlay_model = own.name if own else overlay_model
     order = sort or ("judge" if judged else "recall")
     shown = min(limit, len(cases))

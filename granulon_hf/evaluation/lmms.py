@@ -71,7 +71,7 @@ class Granulon(lmms):
         source = pretrained if pretrained.startswith("tiny:") else os.path.expanduser(pretrained)
         self.model, self.processor, _ = load_model(source, device or "auto", dtype)
         self.device, self.batch_size = self.model.device, int(batch_size)
-        self.choice = {"granularity": granularity, "visual_tokens": visual_tokens, "price": price}
+        self.choice: dict[str, Any] = {"granularity": granularity, "visual_tokens": visual_tokens, "price": price}
         check_choice(self.model.config, **self.choice)
 
     def question(self, request: Instance) -> tuple[list[dict[str, Any]], dict[str, Any]]:
