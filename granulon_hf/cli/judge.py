@@ -150,6 +150,7 @@ def run(
     price: Price = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server; by default OPENAI_BASE_URL.")] = None,
     concurrency: Annotated[int, typer.Option(help="Requests under way at once.", min=1)] = 64,
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take; long ones get more.")] = 120.0,
     rpm: Annotated[float | None, typer.Option(help="Requests a minute; by default what the server allows.")] = None,
     tpm: Annotated[float | None, typer.Option(help="Tokens a minute; by default what the server allows.")] = None,
     poll_seconds: Annotated[float, typer.Option(help="Between two looks at a batch.")] = 30.0,

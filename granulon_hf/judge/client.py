@@ -15,7 +15,7 @@ import openai
 from .options import SEEDS, Options, Unit
 from .rate import Limiter, seconds
 from .replies import to_row
-from .server import JudgeError, connect, headers_of, served, triage
+from .server import JudgeError, connect, headers_of, message_of, triage, unserved
 from .store import Ledger, Store
 
 UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
@@ -240,8 +240,9 @@ class Run:
                 self.n_requests += 1
                 request = self.request(unit, url, rows, formats[0], extras)
                 # The client's own timeout is for each read: a server that sends a byte now and then would never meet it.
-                reply = self.client.chat.completions.with_raw_response.create(**request)
-                raw = await asyncio.wait_for(reply, self.options.timeout)
+                patience = self.options.patience(rows)
+                reply = self.client.chat.completions.with_raw_response.create(**request, timeout=patience)
+                raw = await asyncio.wait_for(reply, patience)
                 headers = raw.headers
                 row = self.keep(json.loads(raw.content), tokens, key=key, attempt=len(rows), response_format=formats[0])
                 self.proven = True
@@ -259,8 +260,8 @@ class Run:
                 if kind == "bad" and (simpler := self.simplify(error, formats, extras)) is not None:
                     trial = simpler
                     continue
-                if getattr(error, "status_code", None) == 404:
-                    message = message.replace("check model=", f"{await served(self.client, self.options)}; check model=")
+                if (unknown := await unserved(self.client, self.options, error)) is not None:
+                    self.give_up(unknown, fatal=True)
                 if kind in ("fatal", "bad"):
                     self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
                 if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
@@ -326,7 +327,7 @@ class Run:
         """
         if not isinstance(error, openai.APIStatusError) or error.status_code not in (400, 415, 422):
             return None
-        clue = f"{error.param} {error.message}".lower()
+        clue = f"{error.param} {message_of(error)}".lower()
         told = "use 'max_completion_tokens'" in clue or any(word in clue for word in UNSUPPORTED)
         for parameter, value in extras.items():
             meant = error.param == parameter or (parameter in clue and told)

@@ -26,6 +26,7 @@ MAX_TOKENS = {False: 100, True: 4_000}
 USUAL_TOKENS = {False: 20, True: 600}
 # After an answer that reached the limit, the limit is this times as high, and at least so high.
 LARGER, LARGER_AT_LEAST = 4, 4_096
+TOKENS_A_SECOND = 10  # that are waited for beyond the first
 SEEDS = 100  # between the seeds of two samples; those of repairs are in between
 
 
@@ -195,6 +196,10 @@ class Options:
             return self.max_tokens
         larger = max(LARGER * self.max_tokens, LARGER_AT_LEAST)
         return max(self.max_tokens, min(larger, self.known.output or larger))
+
+    def patience(self, rows: list[dict]) -> float:
+        """Return the seconds that the next answer may take: longer ones get more than the `timeout`."""
+        return self.timeout + max(0, self.limit(rows) - MAX_TOKENS[False]) / TOKENS_A_SECOND
 
     def settled(self, rows: list[dict]) -> bool:
         """Return whether stored answers are to be used as they are."""

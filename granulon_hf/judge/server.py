@@ -47,15 +47,33 @@ def connect(options: Options) -> openai.AsyncOpenAI:
         raise JudgeError(f"No judge to talk to: set {known}, or base_url= for a server of your own.") from error
 
 
-async def served(client: openai.AsyncOpenAI, options: Options) -> str:
-    """Say which judges there are: those that the server lists or, at OpenAI's, those of the table."""
+async def unserved(client: openai.AsyncOpenAI, options: Options, error: Exception) -> str | None:
+    """Return that the server does not have this judge, with those that it has; None where the error is about something else.
+
+    Most servers answer 404 then; others answer 400, name the model, and do not list it.
+    """
+    if not isinstance(error, openai.APIStatusError):
+        return None
+    missing = error.status_code == 404
+    if not missing and not (error.status_code in (400, 422) and options.model in message_of(error)):
+        return None
     names = choices(options.judge_models) if options.is_openai else []
     if not options.is_openai:
         with contextlib.suppress(Exception):  # whatever a server that has no such list answers
             page = await client.with_options(max_retries=0, timeout=10).models.list()
             names = [model.id for model in page.data if isinstance(model.id, str)]
+    if not missing and (not names or options.model in names):
+        return None
     more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return f"choose one of {', '.join(names[:20])}{more}" if names else "see which models it serves"
+    told = f"choose one of {', '.join(names[:20])}{more}; " if names else ""
+    said = f"{error.status_code}: {message_of(error)[:300].rstrip('.')}"
+    return f"The server does not know the model or address; {told}check model= and base_url= ({said})."
+
+
+def message_of(error: openai.APIStatusError) -> str:
+    """Return what the server says; many local ones say it as "detail", which the client does not look for."""
+    detail = error.body.get("detail") if isinstance(error.body, dict) else None
+    return " ".join((detail if isinstance(detail, str) else str(error.message)).split())
 
 
 def triage(error: Exception) -> tuple[str, str]:
@@ -66,8 +84,8 @@ def triage(error: Exception) -> tuple[str, str]:
         return "retry", f"connection: {error.__cause__ or error}"
     if not isinstance(error, openai.APIStatusError):
         return "retry", f"reply: {error}"
-    status, said = error.status_code, str(error.message).lower()
-    text = f"{status}: {' '.join(str(error.message).split())[:300]}"
+    status, said = error.status_code, message_of(error).lower()
+    text = f"{status}: {message_of(error)[:300]}"
     no_quota = "exceeded your current quota" in said and status == 429 and not error.code
     if {str(error.code), str(error.type)} & NO_QUOTA or no_quota:
         status = 402

@@ -247,10 +247,10 @@ def test_replies_are_read(content):
     ],
 )
 def test_ambiguous_replies_are_not_read(content):
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ValueError):  # noqa: PT011
         module.parse(content)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("backend", ["chat", "batch"])

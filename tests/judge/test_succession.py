@@ -149,6 +149,22 @@ def test_a_model_that_the_server_does_not_know_is_told_with_those_that_it_serves
     assert ("llava, qwen-vl" in str(error.value)) == lists and "no such model" in str(error.value)
 
 
+def test_a_server_that_is_pinned_to_another_model_is_told_too(metric):
+    """`transformers serve` answers 400 then, with a "detail" as FastAPI makes it."""
+
+    def behave(server, body):
+        return Reply(
+            status=400, raw=json.dumps({"detail": f"Server is pinned to 'llava'; requested {body['model']!r}."}).encode()
+        )
+
+    with Server(behave) as server:
+        server.batches = {"llava": {"id": "llava", "object": "model"}}
+        with pytest.raises(module.JudgeError, match="choose one of llava; .*pinned to 'llava'"):
+            score(metric, server, ["a", "b"], model="lava")
+        refused = score(metric, server, ["a"], model="llava")  # is listed: the error is about something else
+    assert not server.paid and "pinned" in refused["reasons"][0]
+
+
 # --- judges that reason, and limits -----------------------------------------------------------------------------------
 
 
@@ -192,6 +208,16 @@ def test_the_higher_limit_is_what_the_model_can_write(metric):
         score(metric, server, ["a"], model="thinker", judge_models=REASONS, max_tokens=8_000)
         score(metric, server, ["b"], model="thinker", judge_models=REASONS, max_tokens=1_500)
     assert [body["max_completion_tokens"] for body in server.requests] == [8_000, 20_000, 1_500, 6_000]
+
+
+def test_long_answers_are_waited_for_longer(metric):
+    assert Options(timeout=5).patience([]) == 5 < Options(timeout=5, max_tokens=1_100).patience([])
+
+    def behave(server, body):
+        return Reply(delay=0.5) if body["max_tokens"] > 100 else Reply("", finish="length")
+
+    with Server(behave) as server:
+        assert score(metric, server, ["a"], timeout=0.3, max_retries=0)["accuracy_scores"] == [70]
 
 
 @pytest.mark.parametrize("order", [("length", "unread"), ("unread", "length")])
