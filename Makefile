@@ -52,11 +52,11 @@ format: $(VENV)/.dev  ## let ruff mend and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The pages of the API reference: all modules but the command line, what only a Space or lmms-eval imports, and the lazy
+# The pages of the API reference: all modules but the command line, what only a Space, inspect_ai or lmms-eval imports, and the lazy
 # granulon_hf.modeling, whose names are in its files. pdoc finds some modules twice, and no name that is imported when it is used.
 DOCS ?= build/docs
 MODULES = $(shell find -L granulon_hf -name '*.py' ! -name __main__.py ! -path '*/cli/*' ! -path '*/judge/app.py' ! -path '*/modeling/__init__.py' \
-	| sed 's|/__init__||; s|\.py$$||; s|/|.|g' | sort) !granulon_hf.cli !granulon_hf.evaluation.lmms
+	| sed 's|/__init__||; s|\.py$$||; s|/|.|g' | sort) !granulon_hf.cli !granulon_hf.evaluation.inspect !granulon_hf.evaluation.lmms
 
 .PHONY: docs
 
@@ -65,7 +65,8 @@ $(VENV)/.docs: $(VENV)/.demo
 	@touch $@
 
 docs: $(VENV)/.docs  ## build the API reference into build/docs
-	$(BIN)/python -W "ignore:Couldn't import granulon_hf.evaluation.lmms" -W "ignore:The module specification" -W "ignore:Found" \
+	$(BIN)/python -W "ignore:Couldn't import granulon_hf.evaluation.lmms" -W "ignore:Couldn't import granulon_hf.evaluation.inspect" \
+		-W "ignore:The module specification" -W "ignore:Found" \
 		-m pdoc --docformat google --no-show-source --output-directory $(DOCS) $(MODULES:%='%')
 	@echo "Open $(DOCS)/index.html"
 

@@ -30,8 +30,8 @@ def list_sets(debug: Debug = False) -> None:
     """List the sets that are known by name: what they are, where they are read from, and what granulon eval run scores."""
     from granulon_hf.data import ADAPTERS
 
-    heads = (Column(name, overflow="fold") for name in ("name", "what", "where", "scores"))
-    table = Table(*heads, box=None, padding=(0, 2, 0, 0))
+    heads = (Column(name, overflow="fold") for name in ("what", "where", "scores"))
+    table = Table(Column("name", no_wrap=True), *heads, box=None, padding=(0, 2, 0, 0))
     for adapter in ADAPTERS.values():
         if adapter.title:
             place = adapter.repo or ("drawn, or --source" if adapter.name == "granuscenes" else "--source")

@@ -9,6 +9,11 @@ IRREGULAR |= {"feet": "foot", "teeth": "tooth", "leaves": "leaf", "knives": "kni
 PLURALS = (("ies", "y"), ("ves", "f"), ("es", ""), ("s", ""))
 
 
+def phrase_of(text: str) -> str:
+    """Write a word or phrase as captions are looked through: small letters, without hyphens."""
+    return " ".join(token.removesuffix("'s") for token in WORD.findall(text.lower()))
+
+
 def singulars(word: str) -> Iterable[str]:
     """Give what a word may be the plural of, and itself first."""
     yield word
@@ -24,11 +29,12 @@ def named_objects(caption: str, words: Mapping[str, str]) -> list[str]:
 
     Args:
         caption (`str`): of any length.
-        words (`Mapping[str, str]`): the name of the object for each word or phrase that means one; an empty name for phrases
-            that mean none, such as "home plate". Of phrases that begin alike the longest counts: a hot dog is no dog.
+        words (`Mapping[str, str]`): the name of the object for each word or phrase, as [`phrase_of`] writes it, that means one;
+            an empty name for phrases that mean none, such as "home plate". Of phrases that begin alike the longest counts: a
+            hot dog is no dog.
     """
     found = []
-    tokens = [token.removesuffix("'s") for token in WORD.findall(caption.lower())]
+    tokens = phrase_of(caption).split()
     longest = max((phrase.count(" ") + 1 for phrase in words), default=1)
     start = 0
     while start < len(tokens):

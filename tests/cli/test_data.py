@@ -57,6 +57,23 @@ def same(first, second):
         assert one == other
 
 
+@pytest.mark.parametrize("width", [60, 200])
+def test_sets_are_listed(run, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    listed = ok(CliRunner().invoke(app, ["list"]))
+    first = [line.split()[0] for line in listed.splitlines() if line[:1].strip()]
+    assert first == ["name", *(name for name in granulon_hf.data.ADAPTERS if name != "prepared"), "shapes"]
+    if width == 200:
+        line = next(line for line in listed.splitlines() if line.startswith("pope"))
+        assert "lmms-lab/POPE" in line and "yes_f1" in line
+
+
+def test_the_benchmarks_of_hallucination_are_refused_by_the_name_of_their_option(run, tmp_path):
+    refused(run("prepare", "amber", "--out", tmp_path / "out"), "--source")
+    tables.write(tmp_path / "t.parquet", [{"q": "?"}])
+    refused(run("prepare", "pope", "--source", tmp_path / "t.parquet", "--out", tmp_path / "out"), "'answer'")
+
+
 def test_what_is_prepared_is_what_was_loaded(flux, prepared, monkeypatch, tmp_path):
     original = granulon_hf.data.load("flux-reason", source=flux, limit=25, holdout=5)
     same(granulon_hf.data.load(prepared), original)

@@ -11,6 +11,7 @@ from sklearn.metrics import precision_recall_fscore_support
 from typer.testing import CliRunner
 
 from granulon_hf.cli import app
+from granulon_hf.cli.eval import show
 from granulon_hf.evaluation import answer
 from granulon_hf.evaluation.hallucination import WEIGHTED
 from granulon_hf.evaluation.metrics import accuracy, yes_or_no
@@ -160,6 +161,23 @@ def cells(table):
     """The rows of a table in Markdown, as dictionaries by column."""
     head, _, *rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_a_wide_table_has_a_line_for_each_column(capsys):
+    columns = [("pope", name) for name in WEIGHTED]
+    rows = [{"name": name, "cells": [f"{i}.0 [1, 2]; +1" for i in range(len(columns))], "paper": False} for name in "ab"]
+    show({"columns": columns, "rows": rows, "counts": {"pope": 9}, "remarks": []})
+    printed = capsys.readouterr().out
+    assert all(f"pope: {name} (n = 9)" in printed for name in WEIGHTED)
+    show(
+        {
+            "columns": columns[:2],
+            "rows": [row | {"cells": row["cells"][:2]} for row in rows],
+            "counts": {"pope": 9},
+            "remarks": [],
+        }
+    )
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if "0.0" in line] == ["a", "b"]
 
 
 def test_pope_through_the_table(answering, tmp_path):

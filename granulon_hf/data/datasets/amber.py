@@ -10,6 +10,7 @@ from typing import Any
 from granulon_hf.data.datasets.base import Row, by_image, define, encoded, single_turn, text
 from granulon_hf.data.datasets.pope import yes_no
 from granulon_hf.data.joined import Rows, open_joined, read_table
+from granulon_hf.data.mentions import phrase_of
 from granulon_hf.data.readers import RecordSource
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
@@ -24,7 +25,7 @@ def to_sample(row: Row) -> Sample:
     meta: dict[str, Any] = {"category": CATEGORIES.get(row["type"], "attribute"), "type": row["type"]}
     if generative:
         objects, unlikely = ([[name, *row["relation"].get(name, [])] for name in dict.fromkeys(row[key])] for key in KINDS)
-        words = {word: word for name, others in row["relation"].items() for word in (name, *others)}
+        words = {phrase_of(word): word for name, others in row["relation"].items() for word in (name, *others)}
         meta |= {"category": "generative", "words": words, "objects": objects, "unlikely": unlikely, "neutral": row["safe"]}
     return single_turn(
         row,

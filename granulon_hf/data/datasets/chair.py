@@ -11,7 +11,7 @@ from typing import Any
 
 from granulon_hf.data.datasets.base import TABLES, BadRow, Row, by_image, define, encoded, single_turn, text
 from granulon_hf.data.joined import Rows, open_joined, read_table
-from granulon_hf.data.mentions import named_objects
+from granulon_hf.data.mentions import named_objects, phrase_of
 from granulon_hf.data.readers import RecordSource
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
@@ -40,7 +40,7 @@ def read_words(path: Path) -> dict[str, str]:
     words: dict[str, str] = {}
     for line in lines:
         names = [name.strip().lower() for name in line.split(",")]
-        words |= dict.fromkeys(names, names[0])
+        words |= dict.fromkeys(map(phrase_of, names), names[0])
     animals = {word: name for word, name in words.items() if name in TABLES["coco_animals"]}
     phrases = {f"{age} {word}": name for age in TABLES["coco_ages"] for word, name in animals.items()}
     phrases |= {phrase: words.get(name, "") for phrase, name in TABLES["coco_phrases"].items()}
@@ -66,7 +66,7 @@ def open_coco(place: Any, split: str) -> RecordSource:
                 objects[one["image_id"]] += named_objects(one["caption"], words)
         for path in found["instances"]:
             table = read_table(path, "chair", ("annotations", "categories"))
-            kinds = {kind["id"]: words.get(kind["name"].lower(), kind["name"]) for kind in table["categories"]}
+            kinds = {kind["id"]: words.get(phrase_of(kind["name"]), kind["name"]) for kind in table["categories"]}
             for one in table["annotations"]:
                 objects[one["image_id"]].append(kinds[one["category_id"]])
         rows = [

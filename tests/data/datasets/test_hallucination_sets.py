@@ -108,7 +108,14 @@ def amber(root):
         {"id": 4, "type": "discriminative-hallucination", "truth": "no"},
         {"id": 5, "type": "relation", "truth": "no"},
     ]
-    relation = {"sky": [], "road": ["path", "street"], "person": ["man", "woman"], "dog": [], "cloud": [], "cup": ["mug"]}
+    relation = {
+        "sky": [],
+        "road": ["path", "street"],
+        "person": ["man", "woman"],
+        "dog": [],
+        "cloud": [],
+        "cup": ["mug", "tea-cup"],
+    }
     files = {
         "query/query_all.json": [{"id": n, "image": f"AMBER_{image}.jpg", "query": query} for n, image, query in queries],
         "annotations.json": truths,
@@ -134,6 +141,7 @@ def test_amber(tmp_path):
     assert found[0].meta["unlikely"] == [["dog"], ["cloud"]] and found[0].meta["neutral"] == ["orange", "light"]
     assert found[0].reference == "sky, road, person" and found[2].reference == "yes"
     assert clusters_of(map(cluster_keys, found)) == [0, 1, 0, 0, 1]
+    assert named_objects("Two tea-cups", found[0].meta["words"]) == ["tea-cup"]
     again = load(manifest=samples.manifest)
     assert [sample.id for sample in again] == [sample.id for sample in found]
 
