@@ -468,7 +468,7 @@ class GranulonModel(GranulonPreTrainedModel):
 
     def reusable_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Features [I x N x D] that stand for these images in further calls, or the images where calls need more of them."""
-        if pixel_values.ndim == 3 or self._needs("attention", "scales") or self.last_attention is not None:
+        if pixel_values.ndim == 3 or self._needs("scales") or self.last_attention is not None:
             return pixel_values
         patches, _ = self._patch_features(pixel_values)
         return patches.features if patches.grid[0] == patches.grid[1] else pixel_values
@@ -476,7 +476,7 @@ class GranulonModel(GranulonPreTrainedModel):
     def _computed_features(self, features):
         """Return what [`_patch_features`] gave for these images before."""
         side = math.isqrt(features.shape[1])
-        if side * side != features.shape[1] or self.last_attention is not None or self._needs("attention", "scales"):
+        if side * side != features.shape[1] or self.last_attention is not None or self._needs("scales"):
             raise ValueError(
                 "Features [I x N x D] stand for images on square grids only, and not with relation='attention' or a reducer "
                 "that looks at more than features."

@@ -24,11 +24,12 @@ from granulon_hf.modeling.modeling_granulon import (
     GranulonModel,
 )
 from granulon_hf.modeling.processing_granulon import GranulonProcessor, find_image_token
-from granulon_hf.modeling.reducers_granulon import PatchFeatures
+from granulon_hf.modeling.reducers_granulon import REDUCERS, PatchFeatures
 from granulon_hf.training.stages import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
+COMPACT = (4, 9, 16, 36, 64)  # squares, which every reducer fills
 FORMS = ("first", "own-projector")  # semantic slots in front; a projector of their own
 PLACES = {"place": "semantic", "places": "all"}  # `slot_position`: semantic slots are told where they are, or all slots
 CHANNELS = 128  # of queries and keys of the resampler
@@ -84,7 +85,14 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
         )
         for count in GRIDS
     }
-    return {name: (group, one) for group, arms in (("main", main), ("budget", budget)) for name, one in arms.items()}
+    # The compact form with the package's own reducers, told where their tokens are; AdaTA's clusters are kept in the store.
+    compact = {f"adata{count}": arm(False, "clusters", "fixed", [level("all", 1, count)]) for count in COMPACT}
+    for reducer in (name for name, one in REDUCERS.items() if name != "adata" and "scales" not in one.needs):
+        for count in COMPACT:
+            compact[f"{reducer}{count}"] = arm(False, "reducer", "fixed", [level("all", 1, count)]) | {"reducer": reducer}
+    reducers = {f"{name}+place": one | {"form": "place"} for name, one in compact.items()}
+    groups = {"main": main, "budget": budget, "reducers": reducers}
+    return {name: (group, one) for group, arms in groups.items() for name, one in arms.items()}
 
 
 ARMS = make_arms()
@@ -216,14 +224,14 @@ class ArmModel(GranulonModel):
         own = arm.get("form") == "own-projector"
         self.semantic_projector = copy.deepcopy(self.multi_modal_projector) if own else None
 
-    def _aggregate(self, patches, level, *args) -> GranulonAggregation:
+    def _aggregate(self, patches, level, *args, **kwargs) -> GranulonAggregation:
         features = patches.features
         if self.maker is not None:
             tokens = self.maker(features, self.question)
             kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
             return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
         if self.store is None:
-            return super()._aggregate(patches, level, *args)
+            return super()._aggregate(patches, level, *args, **kwargs)
         slots = self.config.num_semantic_tokens
         rows, chosen = [], level.tolist()
         for one, index in zip(features, chosen, strict=True):
@@ -243,7 +251,7 @@ class ArmModel(GranulonModel):
         return GranulonAggregation(tokens=tokens, kept_clusters=kept, positions=positions.float(), level=level)
 
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
-        if self.arm["pixels"] and self.arm.get("form") not in FORMS:
+        if self.config.compact or (self.arm["pixels"] and self.arm.get("form") not in FORMS):
             return super().get_image_features(pixel_values, granularity, return_dict=return_dict, **kwargs)
         patches, outputs = self._patch_features(pixel_values)
         found = self._aggregate(patches, *self._image_choices(granularity, None, pixel_values))
@@ -319,6 +327,7 @@ def build(
         granularity_levels=arm["levels"],
         num_semantic_tokens=max(1, arm["tokens"]),
         clustering=arm["clustering"],
+        **({"visual_tokens": "semantic", "reducer": arm["reducer"]} if "reducer" in arm else {}),
         slot_position=PLACES.get(arm.get("form", ""), "none"),
         controller_hidden_size=64,
         image_seq_length=patches,

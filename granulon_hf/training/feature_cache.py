@@ -40,8 +40,10 @@ class FeatureCache:
         levels, reducer = model.config.granularity_levels, model.config.reducer
         if levels and model.config.relation == "attention":
             raise GranulonError("--feature_cache keeps no attention, which relation='attention' needs; leave it out.")
-        if levels and REDUCERS[reducer].needs & MORE:
-            others = ", ".join(name for name in REDUCERS if not REDUCERS[name].needs & MORE)
+        # A tower without attention has features alone to look at.
+        more = MORE if model.model.last_attention is not None else MORE - {"attention"}
+        if levels and REDUCERS[reducer].needs & more:
+            others = ", ".join(name for name in REDUCERS if not REDUCERS[name].needs & more)
             raise GranulonError(
                 f"--feature_cache keeps the tower's features alone, and the reducer {reducer} looks at more of the images: "
                 f"leave it out, or use one of {others}."
