@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from rich.progress import track
 from safetensors.torch import load_file
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, OtherPredictions, process_state
-from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite
+from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite, slug
 from granulon_hf.evaluation.budgets import measure_costs, write_curve
 from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
-from granulon_hf.loading import pick_device, read_config
+from granulon_hf.loading import DTYPES, pick_device, read_config
 from granulon_hf.modeling.reducers_granulon import REDUCERS
 from granulon_hf.overrides import set_prices
 from granulon_hf.training.arguments import parse
@@ -153,6 +154,8 @@ def check_options(config: dict[str, Any], reducers: Sequence[str], encoders: Seq
     fields = {field.name for field in dataclass_fields(Suite)} - {"models", "out", "generations"}
     if unknown := sorted(set(evaluation) - fields):
         raise GranulonError(f"`eval` has {unknown[0]!r}; its names are {', '.join(sorted(fields))}.")
+    if (dtype := evaluation.get("dtype", "auto")) not in DTYPES:
+        raise GranulonError(f"`dtype` of `eval` must be one of {', '.join(DTYPES)}; got {dtype!r}.")
     if not evaluation.get("data"):
         raise GranulonError("`eval` needs `data`: what to evaluate on.")
 
@@ -193,11 +196,14 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
             args.resume_from_checkpoint = "last"
         on_set(f"Training {row.name}")
         train(model_args, data_args, args)
-    prices = sorted(config.get("prices") or [])
-    for row in rows if prices else ():
-        if row.reducer != PIXEL and not (out / row.name / CONTROLLER / ADAPTER).exists():
-            on_set(f"Controller of {row.name}: scoring {config.get('scored', SCORED)} questions at every budget")
-            train_by_loss(row, lines[row], prices, config.get("scored", SCORED), out)
+    prices, count = sorted(config.get("prices") or []), config.get("scored", SCORED)
+    weights = {row: out / row.name / "training" / ADAPTER for row in rows}
+    state = process_state(pick_device(suite.device))
+    with state.main_process_first():  # the others find what it has made
+        for row in rows if prices else ():
+            if row.reducer != PIXEL:
+                on_set(f"Controller of {row.name}: {count} questions at every budget")
+                weights[row] = train_by_loss(row, lines[row], prices, count, out)
     manifest = {row.name: json.loads((out / row.name / "training" / RUN).read_text()) for row in rows}
     check_equal(manifest)
 
@@ -206,19 +212,17 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
         if row not in models:
             models.clear()
             model, processor = build_model(lines[row][0])
-            trained = out / row.name / CONTROLLER if prices and row.reducer != PIXEL else out / row.name / "training"
-            if prices and row.reducer != PIXEL:
+            if weights[row].parent.name == CONTROLLER:
                 set_prices(model, prices)
-            load_adapter_state(model, load_file(trained / ADAPTER))
-            if place.type == "cpu":  # as load_model has it
-                model = model.float()
+            load_adapter_state(model, load_file(weights[row]))
+            if dtype != "auto" or place.type == "cpu":  # as load_model has it
+                model = model.to(torch.float32 if dtype == "auto" else getattr(torch, dtype))
             models[row] = model.to(place).eval(), processor
         return *models[row], source
 
-    state = process_state(pick_device(suite.device))
-    for arm in arms.values() if state.is_main_process else ():  # answers of weights that are not there any more
-        weights, answers = out / arm.row.name / "training" / ADAPTER, Path(suite.out) / arm.name
-        if answers.exists() and any(file.stat().st_mtime < weights.stat().st_mtime for file in answers.rglob("run.json")):
+    for name, arm in arms.items() if state.is_main_process else ():  # answers of weights that are not there any more
+        answers, made = Path(suite.out) / slug(name), weights[arm.row].stat().st_mtime
+        if answers.exists() and any(file.stat().st_mtime < made for file in answers.rglob("run.json")):
             shutil.rmtree(answers)
     state.wait_for_everyone()
     try:
@@ -237,28 +241,34 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
     return result
 
 
-def train_by_loss(row: Row, line: Any, prices: Sequence[float], count: int, out: Path) -> None:
+def train_by_loss(row: Row, line: Any, prices: Sequence[float], count: int, out: Path) -> Path:
     """Let the controller of a trained row choose budgets: score training questions at each, and train it at these prices.
 
-    Leaves the scores, by which it goes on where it was stopped, the row's weights with the controller, and its results.
+    Leaves the scores, by which it goes on where it was stopped, and results; returns the row's weights with the controller,
+    which are made anew where any of this has changed.
     """
     model_args, data_args, args = line
+    folder, trained = out / row.name / CONTROLLER, out / row.name / "training" / ADAPTER
+    made_of = {"prices": list(prices), "scored": count, "trained": trained.stat().st_mtime_ns}
+    if (folder / ADAPTER).exists() and json.loads((folder / "results.json").read_text())["made_of"] == made_of:
+        return folder / ADAPTER
     model, processor = build_model(model_args)
-    load_adapter_state(model, load_file(out / row.name / "training" / ADAPTER))
+    load_adapter_state(model, load_file(trained))
     model.to(args.device).eval()
     samples = load_samples(data_args)
     count = min(count, len(samples))
-    folder = out / row.name / CONTROLLER
     folder.mkdir(parents=True, exist_ok=True)
+    scores = folder / f"scores-{made_of['trained']}.jsonl"  # which are those of these weights
     drawn = track((samples[i * len(samples) // count] for i in range(count)), f"{row.name} at every budget", count)
-    scored = label_by_loss(model, processor, drawn, folder / "scores.jsonl")
+    scored = label_by_loss(model, processor, drawn, scores)
     questions = [
         ScoredQuestion(one["text"], one["losses"], one["tokens"], number % 5 == 0) for number, one in enumerate(scored)
     ]
-    options = ControllerArguments(variant=row.variant, targets="loss", price=list(prices), labels=str(folder / "scores.jsonl"))
+    options = ControllerArguments(variant=row.variant, targets="loss", price=list(prices), labels=str(scores))
     results = train_controller(model.cpu(), processor, questions, options)
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
     save_adapter(folder, model)
+    write_text(folder / "results.json", json.dumps({**results, "made_of": made_of}, indent=1) + "\n")
+    return folder / ADAPTER
 
 
 def check_equal(manifest: dict[str, dict[str, Any]]) -> None:

@@ -111,8 +111,14 @@ def test_budgets_that_a_controller_chooses_at_prices():
     assert arms["pool at price 5"]["interpolated"]["difference"] == 0  # the same answers as at 4
     costs = kept["costs"]
     assert costs["pool at price 5"]["prefill_flops"] == pytest.approx(costs["pool@4"]["prefill_flops"], rel=0.05)
-    stamp = Path("out/pool/controller/adapter.safetensors").stat().st_mtime_ns
-    assert run(config).exit_code == 0 and Path("out/pool/controller/adapter.safetensors").stat().st_mtime_ns == stamp
+    weights = Path("out/pool/controller/adapter.safetensors")
+    stamp, scores = weights.stat().st_mtime_ns, next(Path("out/pool/controller").glob("scores-*"))
+    assert run(config).exit_code == 0 and weights.stat().st_mtime_ns == stamp
+    found, lines = scores.stat().st_mtime_ns, Path("out/evaluation/pool-4/shapes/run.json").stat().st_mtime_ns
+    # Another price is another controller, of the same scores; its answers and those of the same weights are made anew.
+    assert (done := run({**config, "prices": [0, 6]})).exit_code == 0, done.output
+    assert weights.stat().st_mtime_ns > stamp and scores.stat().st_mtime_ns == found
+    assert Path("out/evaluation/pool-4/shapes/run.json").stat().st_mtime_ns > lines
 
 
 def test_a_trained_controller_is_for_the_rows_that_have_levels():
@@ -156,6 +162,7 @@ def test_a_trained_controller_is_for_the_rows_that_have_levels():
         ({"llm": "demo"}, "'demo' would have its own"),
         ({"llm": "nowhere", "encoders": [], "reducers": ["adata", "pool"], "budgets": [4]}, "nowhere"),
         ({"prices": [0.1]}, "`prices`"),
+        ({"eval": {"data": ["shapes"], "dtype": "float8"}}, "`dtype` of `eval`"),
         ({"reducers": ["pixel", "adata"], "budgets": [4], "prices": [0.1]}, "at least two `budgets`"),
         ({"reducers": ["pixel", "adata"], "budgets": [4, 9], "prices": [-1]}, "`prices` must be"),
     ],
