@@ -50,8 +50,9 @@ Args:
     base_url, api_key, organization, azure_endpoint, api_version: default to OpenAI's environment variables.
     rpm, tpm (float, optional): requests and tokens per minute; learnt from the server's headers by default. concurrency (int).
     timeout (s, and one more for every 10 tokens that `max_tokens` allows beyond 100), max_retries, max_wait (s that the server
-    may make a request wait), temperature (0; not sent to a judge that reasons), reasoning_effort ("low" for one that does), max_tokens (100, or 4,000 where it reasons; an answer that reaches it
-    is asked for once more with four times as many, at least 4,096), seed.
+    may make a request wait), temperature (0; not sent to a judge that reasons), reasoning_effort ("low" for one that does),
+    max_tokens (100, or 4,000 where it reasons; an answer that reaches it is asked for once more with four times as many, at
+    least 4,096), seed.
     response_format (str): "auto" tries "json_schema", "json_object", "none", in this order, until the server takes one.
     max_cost (float, optional): USD that this run may spend; then it stops cleanly. retry_unscored (bool): ask those again.
     on_result (callable, optional): called with a dict after every unit: sample, segment, done, total, accuracy, hallucination,
