@@ -1,7 +1,6 @@
 """`granulon judge`: score a file of predictions, compare judges with each other and with people, install the metric."""
 
 import dataclasses
-import datetime
 import json
 import math
 from collections import Counter
@@ -206,8 +205,10 @@ def run(
 
 def warn_of_retirement(console: Console, options: Any) -> None:
     """Say that the judge will be gone soon, while there is time to compare another one with it."""
+    from granulon_hf.judge import models
+
     retires = options.known.retires
-    if not options.is_openai or retires is None or not 0 < (retires - datetime.date.today()).days <= SOON:
+    if not options.is_openai or retires is None or not 0 < (retires - models.today()).days <= SOON:
         return
     follows = f"; its maker names {options.known.successor} as its successor" if options.known.successor else ""
     note = f"{options.model} will be retired on {retires}{follows}. granulon judge compare shows how far two judges agree."

@@ -19,6 +19,11 @@ PRICES_DATE = DATE
 Amount = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
 
 
+def today() -> datetime.date:
+    """Return the date; tests set another one, since judges retire."""
+    return datetime.date.today()
+
+
 class ImageRule(pydantic.BaseModel, extra="forbid"):
     """How many prompt tokens an image is: `base`, and `tile` for every 512 pixels square; or `patch` for every 32 square."""
 
@@ -50,6 +55,10 @@ class JudgeModel(pydantic.BaseModel, extra="forbid"):
     successor: str | None = None
     base_url: str | None = None
     api_key_env: str | None = None
+
+    @property
+    def is_retired(self) -> bool:
+        return self.retires is not None and self.retires <= today()
 
     @pydantic.model_validator(mode="after")
     def check_prices(self) -> "JudgeModel":
@@ -88,9 +97,8 @@ def known_names(given: Mapping[str, Any] | None = None) -> list[str]:
 
 def choices(given: Mapping[str, Any] | None = None) -> list[str]:
     """Return the names of the judges that are served today."""
-    today = datetime.date.today()
     found = {name: find_model(name, given) for name in known_names(given)}
-    return [name for name, model in found.items() if model and not (model.retires and model.retires <= today)]
+    return [name for name, model in found.items() if model and not model.is_retired]
 
 
 def is_own(url: str) -> bool:

@@ -4,7 +4,6 @@ A *sample* is one prediction about one image; a *unit* is one text to be scored:
 """
 
 import contextlib
-import datetime
 import hashlib
 import json
 import math
@@ -276,7 +275,7 @@ class Options:
         names = ", ".join(choices(self.judge_models))
         if find_model(self.model, self.judge_models) is None:
             what = f"The judge {self.model!r} is not known (table of {PRICES_DATE})"
-        elif self.known.retires and self.known.retires <= datetime.date.today():
+        elif self.known.is_retired:
             follows = f"; its maker names {self.known.successor} instead" if self.known.successor else ""
             what = f"The judge {self.model!r} is retired since {self.known.retires} (table of {PRICES_DATE}){follows}"
         else:

@@ -1,5 +1,6 @@
 """`granulon judge`: real commands against the misbehaving server."""
 
+import datetime
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from granulon_hf.cli import app
+from granulon_hf.judge import models
 from tests.conftest import make_picture
 from tests.judge.server import Reply, Server, prediction_of
 
@@ -29,6 +31,7 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-test")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(models, "today", lambda: datetime.date(2026, 11, 28))  # while gpt-4o is served
     monkeypatch.chdir(tmp_path)
 
 

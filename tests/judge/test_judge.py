@@ -27,7 +27,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from granulon_hf.evaluation import judging
-from granulon_hf.judge import batch
+from granulon_hf.judge import batch, models
 from granulon_hf.judge import judge as module
 from granulon_hf.judge.store import Store
 from tests.hub_server import HubServer
@@ -60,6 +60,7 @@ def environment(monkeypatch, tmp_path):
         if name.startswith(("OPENAI_", "AZURE_OPENAI_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(models, "today", lambda: datetime.date(2026, 11, 28))  # while gpt-4o is served
     monkeypatch.chdir(tmp_path)
 
 

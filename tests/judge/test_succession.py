@@ -1,6 +1,7 @@
 """Judges that reason, retire or are not known; answers that reach their limit; panels and repeats."""
 
 import collections
+import datetime
 import json
 import os
 import re
@@ -29,6 +30,7 @@ def environment(monkeypatch, tmp_path):
     for name in list(os.environ):
         if name.startswith(("OPENAI_", "AZURE_OPENAI_")):
             monkeypatch.delenv(name)
+    monkeypatch.setattr(models, "today", lambda: datetime.date(2026, 11, 28))  # while gpt-4o is served
     monkeypatch.chdir(tmp_path)
 
 
@@ -149,6 +151,13 @@ def test_a_model_that_the_server_does_not_know_is_told_with_those_that_it_serves
     assert ("llava, qwen-vl" in str(error.value)) == lists and "no such model" in str(error.value)
 
 
+def test_a_judge_that_retires_soon_still_judges(metric, monkeypatch):
+    assert Options().refusal() is None
+    monkeypatch.setattr(models, "today", lambda: datetime.date(2027, 1, 14))
+    assert "gpt-6-luna" in Options().refusal() and Options(judge_models={"gpt-4o": {"retires": None}}).refusal() is None
+    assert Options(base_url="http://gpu.local/v1").refusal() is None and Options(prices={"gpt-4o": (1, 1)}).refusal() is None
+
+
 def test_a_server_that_is_pinned_to_another_model_is_told_too(metric):
     """`transformers serve` answers 400 then, with a "detail" as FastAPI makes it."""
 
@@ -163,6 +172,13 @@ def test_a_server_that_is_pinned_to_another_model_is_told_too(metric):
             score(metric, server, ["a", "b"], model="lava")
         refused = score(metric, server, ["a"], model="llava")  # is listed: the error is about something else
     assert not server.paid and "pinned" in refused["reasons"][0]
+
+
+def test_stores_of_before_are_still_read():
+    """The key of the paper's request, as it was before there were panels, samples and judges that reason."""
+    shown = module.encode_image(Image.new("RGB", (8, 6), (1, 2, 3)))
+    key, *_ = Options().prepare(module.Unit(0, None, "a cat", shown, "", ""))
+    assert key == "3623cb0c4d4f022a5cb8d8b0588dabc03adb05850d44a3ff"
 
 
 # --- judges that reason, and limits -----------------------------------------------------------------------------------
