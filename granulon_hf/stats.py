@@ -37,7 +37,8 @@ def bootstrap_mean(
     """Return the mean and its 95 % bootstrap interval over clusters: not a number with a single cluster.
 
     Percentiles are those of Hesterberg's expanded interval (2015, "What Teachers Should Know About the Bootstrap"), as wide as
-    Student's t: plain percentiles of few clusters are too close.
+    Student's t: plain percentiles of few clusters are too close. Where all values are 0, or all are 1, no resample differs: the
+    other end is then that of Clopper and Pearson's interval, with clusters as trials.
 
     Args:
         values (`list[float]`): of the samples.
@@ -49,7 +50,12 @@ def bootstrap_mean(
         ValueError: there are no values.
     """
     sums = cluster_sums(clusters, (values, weights))
-    return (mean := float(ratio(*sums.sum(1)))), *interval(ratio, sums, mean, n_resamples)
+    mean = float(ratio(*sums.sum(1)))
+    low, high = interval(ratio, sums, mean, n_resamples)
+    if low == high and mean in (0, 1):
+        bound = 0.025 ** (1 / np.count_nonzero(sums[1]))
+        low, high = (bound, 1.0) if mean else (0.0, 1 - bound)
+    return mean, low, high
 
 
 def paired_difference(

@@ -110,6 +110,17 @@ def test_weights_are_those_of_a_weighted_mean():
     assert found == pytest.approx(5 / 6 - 1 / 2)
 
 
+@pytest.mark.parametrize("count", [2, 20, 300])
+def test_all_right_is_no_certainty(count):
+    clusters = np.repeat(np.arange(count), 3)
+    edge = stats.binomtest(count, count).proportion_ci(method="exact").low
+    assert bootstrap_mean(np.ones(3 * count), clusters) == pytest.approx((1, edge, 1))
+    assert bootstrap_mean(np.zeros(3 * count), clusters) == pytest.approx((0, 0, 1 - edge))
+    few = np.r_[np.ones(6), np.zeros(3 * count - 6)]  # of two clusters alone something counts
+    assert bootstrap_mean(np.ones(3 * count), clusters, few)[1] == pytest.approx(0.025**0.5)
+    assert bootstrap_mean(np.full(3 * count, 55.0), clusters) == (55, 55, 55)
+
+
 @pytest.mark.parametrize("clusters", [[7, 7, 7], None])
 def test_one_image_has_no_interval(clusters):
     values = [1.0, 0.0, 1.0] if clusters else [1.0]
