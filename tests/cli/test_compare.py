@@ -11,12 +11,15 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from granulon_hf.cli import app
+from granulon_hf.evaluation.comparison import arms_of, check, training_arguments
+from granulon_hf.training.arguments import parse
 from granulon_hf.variants import build
 
 TRAIN = {
     **{"tiny": True, "data": "shapes", "limit": 16, "max_steps": 2, "save_steps": 1, "logging_steps": 1, "use_cpu": True},
     **{"report_to": "none", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "disable_tqdm": True},
 }
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = {
     "llm": "qwen2.5",
     "encoders": ["clip", "granulon"],
@@ -119,6 +122,19 @@ def test_budgets_that_a_controller_chooses_at_prices():
     assert (done := run({**config, "prices": [0, 6]})).exit_code == 0, done.output
     assert weights.stat().st_mtime_ns > stamp and scores.stat().st_mtime_ns == found
     assert Path("out/evaluation/pool-4/shapes/run.json").stat().st_mtime_ns > lines
+
+
+@pytest.mark.parametrize("name", ["compare", "compare_reducers", "compare_demo"])
+def test_the_examples_are_comparisons(name):
+    config = yaml.safe_load((EXAMPLES / f"{name}.yaml").read_text())
+    rows = check(config)
+    arms = arms_of(config, rows)
+    prices, budgets = config.get("prices", []), config.get("budgets", [])
+    reducers = [row for row in rows if row.reducer not in (None, "pixel")]
+    assert len(arms) == len(rows) + len(reducers) * (len(budgets) + len(prices) - 1)
+    for row in rows:
+        model_args, _, args = parse(training_arguments(config, row, Path("out")))
+        assert (model_args.variant, args.budgets) == (row.variant, "random" if row in reducers else "controller")
 
 
 def test_a_trained_controller_is_for_the_rows_that_have_levels():
