@@ -86,13 +86,12 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
         for count in GRIDS
     }
     # The compact form with the package's own reducers, told where their tokens are; AdaTA's clusters are kept in the store.
-    compact = {f"adata{count}": arm(False, "clusters", "fixed", [level("all", 1, count)]) for count in COMPACT}
-    for reducer in (name for name, one in REDUCERS.items() if name != "adata" and "scales" not in one.needs):
+    for reducer in (name for name, one in REDUCERS.items() if "scales" not in one.needs):
+        maker = "clusters" if reducer == "adata" else "reducer"
         for count in COMPACT:
-            compact[f"{reducer}{count}"] = arm(False, "reducer", "fixed", [level("all", 1, count)]) | {"reducer": reducer}
-    reducers = {f"{name}+place": one | {"form": "place"} for name, one in compact.items()}
-    groups = {"main": main, "budget": budget, "reducers": reducers}
-    return {name: (group, one) for group, arms in groups.items() for name, one in arms.items()}
+            one = arm(False, maker, "fixed", [level("all", 1, count)]) | {"reducer": reducer, "form": "place"}
+            budget[f"{reducer}{count}+place"] = one
+    return {name: (group, one) for group, arms in (("main", main), ("budget", budget)) for name, one in arms.items()}
 
 
 ARMS = make_arms()
@@ -327,7 +326,7 @@ def build(
         granularity_levels=arm["levels"],
         num_semantic_tokens=max(1, arm["tokens"]),
         clustering=arm["clustering"],
-        **({"visual_tokens": "semantic", "reducer": arm["reducer"]} if "reducer" in arm else {}),
+        **({"visual_tokens": "semantic", "reducer": arm["reducer"]} if arm["maker"] == "reducer" else {}),
         slot_position=PLACES.get(arm.get("form", ""), "none"),
         controller_hidden_size=64,
         image_seq_length=patches,
@@ -373,6 +372,11 @@ def forward_flops(
         total += 2.0 * patches * (width * CHANNELS + extra * (CHANNELS + width))
     elif arm["maker"] == "clusters" and not cached:
         total += 2.0 * patches**2 * width + 2.0 * 10 * patches**2 * extra
-    elif arm["maker"] == "pool":
+    elif arm["maker"] == "pool" or arm.get("reducer") == "pool":
         total += 1.0 * patches * width
+    elif arm.get("reducer") in ("queries", "region-attention"):  # keys, values, queries and sums; the latter has an MLP, too
+        projected = 2 * patches + (4 if arm["reducer"] == "region-attention" else 2) * extra
+        total += 2.0 * width**2 * projected + 4.0 * patches * extra * width
+    elif arm.get("reducer") in ("attention-merge", "adaptive-prune", "question-dpp"):  # every patch with every other
+        total += 2.0 * patches**2 * width
     return total

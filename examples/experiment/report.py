@@ -794,7 +794,8 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
         "unanswered": unanswered(arms["main"], chance, study.types),
         "costs": costs(study),
         "makers": {
-            arm: [runs[0].manifest["arm"][name] for name in ("maker", "tokens")] for arm, runs in study.arms("budget").items()
+            arm: [one.get("reducer", one["maker"]), one["tokens"]]
+            for arm, one in ((arm, runs[0].manifest["arm"]) for arm, runs in study.arms("budget").items())
         },
         "unfinished": study.unfinished,
         "no_plateau": [run.name for run in study.runs if not run.plateau],
