@@ -70,6 +70,10 @@ logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
 Budget = int | Sequence[int] | torch.Tensor | None
 # Labels whose logits are held at once: 1.2 GB in bfloat16 with a vocabulary of 150,000, and 2.5 GB in float32 beside it.
+# What of `generate` depends on the length of the prompt, and arguments that see the prompt.
+GENERATION_LENGTHS = ("max_new_tokens", "min_length", "return_dict_in_generate")
+SEE_PROMPT = ("inputs_embeds", "cache", "past_key_values", "custom_generate", "visual_stream", "stopping_criteria")
+SEE_PROMPT += ("logits_processor", "prefix_allowed_tokens_fn")
 LOSS_CHUNK = 4096
 
 
@@ -1059,30 +1063,43 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         """Generate as in transformers; further arguments are those of [`GranulonModel.forward`].
 
         In the compact form, slots that stay empty are taken out of the prompt before the language model sees it, so that a
-        small budget is a short prompt (ours). They stay where a cache goes in or comes out, whose entries must be those of the
-        prompt, and where `max_new_tokens` does not say how long the answer may be.
+        small budget is a short prompt (ours). They stay where someone else sees the prompt or counts its tokens: a cache that
+        goes in or comes out, the caller's own criteria, processors and streamers, and lengths other than `max_new_tokens`.
         """
         prompt = kwargs.get("input_ids") if inputs is None else inputs
-        mask, config = kwargs.get("attention_mask"), generation_config or self.generation_config
-        asked = {name: kwargs.get(name, getattr(config, name)) for name in ("max_new_tokens", "return_dict_in_generate")}
-        names = ("pixel_values", "mm_encoder_outputs")
-        shortens = self.config.compact and prompt is not None and any(kwargs.get(name) is not None for name in names)
-        shortens = shortens and getattr(mask, "shape", None) == prompt.shape and prompt.device == self.device
-        others = ("inputs_embeds", "cache", "past_key_values", "min_length", "custom_generate", "visual_stream")
-        if not shortens or asked["return_dict_in_generate"] or not asked["max_new_tokens"] or any(map(kwargs.get, others)):
+        if not self._shortens(prompt, generation_config or self.generation_config, kwargs):
             return super().generate(inputs, generation_config, **kwargs)
-        images = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+        mask, images = kwargs["attention_mask"], (kwargs.get("mm_encoder_outputs") or {}).get("image")
         if images is None:
             choices = ("question_mask", "granularity", "visual_tokens", "price")
             tower = ("vision_feature_layer", "vision_feature_select_strategy")
             chosen = {name: kwargs.pop(name, None) for name in (*choices, *tower)}
             images = self.encode_images(kwargs.pop("pixel_values"), prompt, mask, **chosen)
         kwargs.pop("input_ids", None)
-        short, mask, images = self._drop_empty_slots(prompt, mask, images, config.pad_token_id)
+        pad = (generation_config or self.generation_config).pad_token_id
+        short, mask, images = self._drop_empty_slots(prompt, mask, images, pad)
         kwargs |= {"attention_mask": mask, "mm_encoder_outputs": {"image": images}}
         found = super().generate(short, generation_config, **kwargs)
         prompts = prompt.repeat_interleave(len(found) // len(prompt), dim=0)
         return torch.cat([prompts, found[:, short.shape[1] :]], dim=1)
+
+    def _shortens(self, prompt, config, options) -> bool:
+        """Say whether [`generate`] may take empty slots out of a prompt without anyone's notice."""
+        if not self.config.compact or prompt is None or getattr(options.get("attention_mask"), "shape", None) != prompt.shape:
+            return False
+        images = (options.get("mm_encoder_outputs") or {}).get("image")
+        given = options.get("pixel_values") is not None
+        if given is (images is not None) or (images is not None and images.get("slot_mask") is None):
+            return False
+        asked = {name: options.get(name, getattr(config, name, None)) for name in GENERATION_LENGTHS}
+        if not asked.pop("max_new_tokens") or any(asked.values()):
+            return False
+        if options.get("streamer") is not None and not getattr(options["streamer"], "skip_prompt", False):
+            return False
+        read = ("input_ids", "attention_mask", "question_mask")
+        seen = (value for name, value in options.items() if torch.is_tensor(value) and name not in read)
+        alone = all(options.get(name) is None for name in SEE_PROMPT)
+        return alone and all(value.shape[:2] != prompt.shape for value in seen)
 
     def _drop_empty_slots(self, input_ids, attention_mask, images, pad_token_id):
         """Return prompts without the slots that stay empty, padded on the left, their mask, and the images of what is left."""

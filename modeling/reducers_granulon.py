@@ -314,6 +314,8 @@ def question_dpp(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -
     question's words (ours: the paper takes CLIP's text tower, which most towers lack). In row-major order.
     """
     similarity = cosine_relation(patches.features)
+    # A patch is exactly as like itself as any other is: rounding must not choose among equals.
+    similarity = torch.where(torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device), 1.0, similarity)
     relevance = similarity.new_ones(similarity.shape[:2])
     if patches.relevance is not None:
         lowest, highest = patches.relevance.to(similarity).aminmax(dim=1, keepdim=True)
@@ -325,7 +327,8 @@ def question_dpp(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -
     rank = torch.full_like(gain, gain.shape[1], dtype=torch.long)
     factors: list[torch.Tensor] = []  # rows of a Cholesky factor, one for each chosen patch
     for step in range(min(num_slots, gain.shape[1])):
-        best = gain.masked_fill(rank <= step, -float("inf")).argmax(1, keepdim=True)
+        left = gain.masked_fill(rank <= step, -float("inf"))
+        best = torch.where(left == left.amax(1, keepdim=True), patch, len(patch)).amin(1, keepdim=True)
         row = kernel.gather(1, best.unsqueeze(2).expand(-1, -1, kernel.shape[2])).squeeze(1)
         for factor in factors:
             row = row - factor * factor.gather(1, best)
@@ -335,6 +338,14 @@ def question_dpp(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -
         gain = gain - factors[-1].square()
         rank = torch.where(patch == best, step, rank)
     return collect(patches, patches.features, *in_row_major(rank < budget.unsqueeze(1)), num_slots)
+
+
+def scatter(index: torch.Tensor) -> torch.Tensor:
+    """Hash integers to 32 bits that look drawn at random, without any generator (the finalizer of MurmurHash3)."""
+    mixed = index + 0x9E3779B9
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        mixed = (mixed ^ (mixed >> shift)) * factor & 0xFFFFFFFF
+    return mixed ^ (mixed >> 16)
 
 
 @register_reducer("random")
@@ -347,8 +358,7 @@ def random(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> Gran
     if patches.training:
         draw = torch.rand(images, number, device=budget.device)
     else:
-        # Multiplicative hashing scatters the indices without any generator.
-        draw = (torch.arange(1, number + 1, device=budget.device) * 2654435761 % 2**32).expand(images, -1)
+        draw = scatter(torch.arange(number, device=budget.device)).expand(images, -1)
     return collect(patches, patches.features, *in_row_major(order_of(draw) < budget.unsqueeze(1)), num_slots)
 
 

@@ -38,15 +38,21 @@ ACCURACY = ("option_accuracy", "exact", "recall")
 
 
 def measure_costs(
-    suite: Suite, rows: Mapping[str, str], load_model: Callable[[str, str, str], tuple[Any, Any, str]], kept: Path
+    suite: Suite,
+    rows: Mapping[str, str],
+    stamps: Mapping[str, Any],
+    load_model: Callable[[str, str, str], tuple[Any, Any, str]],
+    kept: Path,
 ) -> dict[str, dict[str, float]]:
     """Measure FLOPs and seconds up to the first new token, one sample at a time; what the file `kept` holds is not repeated.
 
-    Arms of one row, which share their weights, are timed in turn. FLOPs are those of matrix products, convolutions and
-    attention, as PyTorch counts them, of tower, reducer and prefill together; the seconds are medians, and hold everything from
-    the opened image on.
+    `stamps` say of each arm which weights and settings it has. Arms of one row, which share their weights, are timed in turn.
+    FLOPs are those of matrix products, convolutions and attention, as PyTorch counts them, of tower, reducer and prefill
+    together; the seconds are medians, and hold everything from the opened image on.
     """
-    costs = json.loads(kept.read_text()) if kept.exists() else {}
+    measured = {arm: json.loads(json.dumps([stamps[arm], suite.data[0], suite.device, suite.dtype])) for arm in suite.models}
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    costs = {arm: one for arm, one in known.items() if arm in measured and one["measured"] == measured[arm]}
     samples = list(itertools.islice(open_set(suite, suite.data[0]), PROBED))
 
     def answer(source: str, counter: Any = contextlib.nullcontext()) -> float:  # noqa: B008 (it keeps no state)
@@ -65,9 +71,10 @@ def measure_costs(
         times = [{arm: answer(arm) for arm in counters} for _ in range(ROUNDS)]
         for arm, counter in counters.items():
             seconds = statistics.median(one[arm] for one in times)
-            costs[arm] = {"prefill_flops": counter.get_total_flops() / len(samples), "first_token_seconds": seconds}
+            flops = counter.get_total_flops() / len(samples)
+            costs[arm] = {"prefill_flops": flops, "first_token_seconds": seconds, "measured": measured[arm]}
         write_text(kept, json.dumps(costs, indent=1) + "\n")
-    return costs
+    return {arm: costs[arm] for arm in suite.models}
 
 
 def write_curve(
@@ -130,7 +137,7 @@ def markdown(data: str, found: dict[str, Any], costs: dict[str, dict[str, float]
         cells = [name, f"{one['visual_tokens']:.1f}", score_text(one, **style), difference_text(one, **style)]
         cells += [f"{style.get('scale', 1.0) * one['levels'].get(level, float('nan')):.{style['digits']}f}" for level in levels]
         cost = costs.get(name, {})
-        cells += [f"{cost['prefill_flops'] / 1e9:.1f}", f"{1000 * cost['first_token_seconds']:.0f}"] if cost else ["", ""]
+        cells += [f"{cost['prefill_flops'] / 1e9:.3g}", f"{1000 * cost['first_token_seconds']:.0f}"] if cost else ["", ""]
         lines.append(cells)
     text = f"## {data} ({found['samples']} samples, {found['images']} images)\n\n"
     text += markdown_table([*head, "GFLOPs to the first token", "ms to the first token"], lines) + "\n"

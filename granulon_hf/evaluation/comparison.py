@@ -202,7 +202,6 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
     with state.main_process_first():  # the others find what it has made
         for row in rows if prices else ():
             if row.reducer != PIXEL:
-                on_set(f"Controller of {row.name}: {count} questions at every budget")
                 weights[row] = train_by_loss(row, lines[row], prices, count, out)
     manifest = {row.name: json.loads((out / row.name / "training" / RUN).read_text()) for row in rows}
     check_equal(manifest)
@@ -236,7 +235,9 @@ def compare(config: dict[str, Any], out: Path, on_set: Callable[[str], None] = l
         plot_losses([row.name for row in rows], out)
         if config.get("reducers"):
             by_row = {name: arm.row.name for name, arm in arms.items()}
-            costs = measure_costs(suite, by_row, load_model, out / "costs.json")
+            settings = {name: suite.generation_of(name).settings() for name in arms}
+            stamps = {name: [weights[arm.row].stat().st_mtime_ns, settings[name]] for name, arm in arms.items()}
+            costs = measure_costs(suite, by_row, stamps, load_model, out / "costs.json")
             write_curve(result, by_row, [name for name, arm in arms.items() if arm.price is not None], costs, out)
     return result
 
@@ -291,9 +292,7 @@ def plot_losses(names: Sequence[str], out: Path) -> None:
     figure = empty_figure(7, 4)
     axes = figure.subplots()
     for name in names:
-        if (checkpoint := last_checkpoint(out / name / "training")) is None:
-            continue
-        history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+        history = json.loads((out / name / "training" / "trainer_state.json").read_text())["log_history"]
         axes.plot("step", "loss", data=pd.DataFrame(history, columns=["step", "loss"]).dropna(), label=name)
     axes.set(xlabel="step", ylabel="training loss")
     axes.legend(frameon=False)

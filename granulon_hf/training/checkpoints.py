@@ -69,6 +69,8 @@ def settings_of(*groups: Any, **more: Any) -> dict[str, Any]:
         settings |= {name: value for name, value in values.items() if not callable(value)}
     local = ("output_dir", "local_rank", "resume_from_checkpoint", "logging_dir", "ddp_backend", "auto_precision")
     settings = {name: value for name, value in settings.items() if name not in local} | more
+    if cache := settings.get("feature_cache"):  # the same features, wherever they are
+        settings["feature_cache"] = os.path.basename(os.path.normpath(cache))
     return json.loads(json.dumps(settings, default=str, sort_keys=True))
 
 

@@ -199,7 +199,7 @@ def check_levels(questions: Sequence[Any], levels: Sequence[str], variant: str) 
     if set(questions[0].levels) != set(levels):
         raise GranulonError(
             f"The labels are for the levels {', '.join(questions[0].levels)}, and {variant} has {', '.join(levels)}; label "
-            "the questions for these (granulon controller label --level NAME=MEANING …)."
+            "the questions for these with granulon controller label."
         )
 
 

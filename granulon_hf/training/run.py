@@ -214,6 +214,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     if trainer.stop_on_signal.stopped:
         raise TrainingStopped(trainer.stop_on_signal.stopped)
     trainer.save_model()
+    trainer.save_state()
     if trainer.is_world_process_zero():
         finish(trainer, described, collator, samples)
     return model, processor

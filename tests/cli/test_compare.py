@@ -79,7 +79,7 @@ def test_reducers_at_budgets():
     settings = [row["settings"] for row in rows.values()]
     different = {name for name in settings[0] if settings[0][name] != settings[1][name]}
     assert different == {"visual_tokens", "reducer", "levels", "slot_position", "budgets"}
-    assert [one["feature_cache"] for one in settings] == 3 * ["out/features/dinov3-qwen2.5"] + [None]
+    assert [one["feature_cache"] for one in settings] == 3 * ["dinov3-qwen2.5"] + [None]
     kept = json.loads(Path("out/tokens.json").read_text())
     arms = kept["curves"]["shapes"]["arms"]
     names = [f"{reducer}@{budget}" for reducer in config["reducers"][1:] for budget in config["budgets"]]

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, DynamicCache, GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from granulon_hf import GranulonConfig, GranulonForConditionalGeneration, GranulonProcessor
 from granulon_hf.modeling.reducers_granulon import REDUCERS
@@ -72,6 +73,47 @@ def test_generation_is_as_if_empty_slots_were_removed(compact, options):
         mask = torch.ones(one.shape[:2], dtype=torch.long)
         expected = oracle.generate(inputs_embeds=one, attention_mask=mask, **common, num_beams=options.get("num_beams", 1))
         assert torch.equal(actual[i], expected[0]), f"sample {i}"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        lambda prompt: {"stopping_criteria": [lambda ids, scores, **_: torch.full((3,), ids.shape[1] - prompt >= 2)]},
+        lambda prompt: {
+            "logits_processor": [lambda ids, scores: scores + (ids.shape[1] == prompt + 1) * torch.arange(scores.shape[1])]
+        },
+        lambda prompt: {"prefix_allowed_tokens_fn": lambda row, ids: [300 + len(ids) - prompt]},
+        lambda prompt: {"generation_config": GenerationConfig(max_new_tokens=6, min_length=prompt + 5, pad_token_id=0)},
+        lambda prompt: {"position_ids": 3 * torch.arange(prompt).expand(3, -1)},
+        lambda prompt: {"cache": DynamicCache()},
+        lambda prompt: {"min_length": prompt + 5},
+        lambda prompt: {"output_logits": True, "return_dict_in_generate": True},
+    ],
+)
+@torch.no_grad()
+def test_whoever_sees_the_prompt_sees_the_whole_prompt(compact, option):
+    model, processor = compact()
+    inputs = make_inputs(processor, CONVERSATIONS)
+    given = option(inputs["input_ids"].shape[1])
+    common = dict(granularity=MIXED, do_sample=False, **({} if "generation_config" in given else {"max_new_tokens": 6}))
+    actual = model.generate(**inputs, **common, **given)
+    again = option(inputs["input_ids"].shape[1])
+    expected = super(GranulonForConditionalGeneration, model).generate(**inputs, **common, **again)
+    if "return_dict_in_generate" in given:
+        actual, expected = actual.sequences, expected.sequences
+    assert torch.equal(actual, expected)
+
+
+@torch.no_grad()
+def test_images_whose_empty_slots_are_hidden_already(compact):
+    model, processor = compact()
+    inputs = make_inputs(processor, CONVERSATIONS)
+    images = model.encode_images(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"})
+    bare = BaseModelOutputWithPooling(pooler_output=images.pooler_output)
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert (
+        model.generate(**prompt, mm_encoder_outputs={"image": bare}, max_new_tokens=4).shape[1] > prompt["input_ids"].shape[1]
+    )
 
 
 @torch.no_grad()

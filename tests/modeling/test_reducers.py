@@ -303,6 +303,24 @@ def test_tokens_are_differentiable_and_keep_the_dtype(name):
     assert patches.features.grad.any()
 
 
+def test_one_draw_looks_drawn():
+    """As a control it must be no grid: gaps between neighbors are spread as those of real draws are."""
+    patches = patches_of((14, 14))
+    kept = make("random")(patches, torch.full((5,), SLOTS), SLOTS).assignment[0].flatten() >= 0
+    gaps = kept.nonzero().flatten().diff()
+    drawn = [np.diff(np.sort(np.random.default_rng(i).permutation(196)[:SLOTS])).std() for i in range(200)]
+    assert np.quantile(drawn, 0.02) < gaps.double().std().item() < np.quantile(drawn, 0.98)
+    halves = kept.view(2, -1).sum(1).tolist()
+    assert min(halves) >= 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_without_a_question_all_patches_are_as_relevant(dtype):
+    features = torch.randn(8, 196, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    out = make("question-dpp")(PatchFeatures(features, (14, 14)), torch.ones(8, dtype=torch.long), 4)
+    assert (out.assignment.flatten(1) >= 0).nonzero().tolist() == [[i, 0] for i in range(8)]
+
+
 def test_a_registered_reducer_is_a_reducer_like_any_other():
     with pytest.raises(ValueError, match="brightest"):
         GranulonConfig(reducer="brightest")
