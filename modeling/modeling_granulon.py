@@ -553,6 +553,7 @@ class GranulonModel(GranulonPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         num_slots: int | None = None,
         question: torch.Tensor | None = None,
+        num_image_slots: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
         """Return the image slots: projected pixel tokens (not in the compact form), then weighted projected semantic tokens.
@@ -567,6 +568,8 @@ class GranulonModel(GranulonPreTrainedModel):
             num_slots (`int`, *optional*): semantic slots per image; K unless given.
             question (`torch.Tensor`, *optional*): mean embedding of the question that is asked of each image, shape [I x E],
                 for reducers that choose by it.
+            num_image_slots (`torch.Tensor`, *optional*): slots of each image that `pooler_output` has, shape [I], as the
+                processor has counted them for an engine that cannot hide empty ones, which come last. All of them by default.
         """
         patches, outputs = self._patch_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, visual_tokens, **kwargs
@@ -585,6 +588,8 @@ class GranulonModel(GranulonPreTrainedModel):
             if slots is not None:
                 slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.long), slot_mask], dim=1)
             slots = semantic if slots is None else torch.cat([slots, semantic], dim=1)
+        if num_image_slots is not None:
+            slots = [one[:count] for one, count in zip(slots, num_image_slots.tolist(), strict=True)]
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(slots),
