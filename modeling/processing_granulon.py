@@ -76,7 +76,9 @@ class GranulonImagesKwargs(ImagesKwargs, total=False):
 class GranulonProcessorKwargs(ProcessingKwargs, total=False):
     """All arguments of a call, by which serving engines know them."""
 
-    images_kwargs: GranulonImagesKwargs
+    images_kwargs: GranulonImagesKwargs  # type: ignore[misc]
+    # transformers before 5.24 looks for it.
+    _defaults = {}  # type: ignore[misc]
 
 
 class GranulonProcessor(ProcessorMixin):
@@ -134,6 +136,13 @@ class GranulonProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "GranulonProcessor":
+        # vLLM loads the processor with the arguments of a request, of which this one has the name of an option of ours.
+        if isinstance(kwargs.get("visual_tokens"), int):
+            del kwargs["visual_tokens"]
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
     def from_vision_text_pretrained(
         cls,
         vision: str,
@@ -186,13 +195,6 @@ class GranulonProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    @classmethod
-    def from_args_and_dict(cls, args, processor_dict, **kwargs):
-        # vLLM loads the processor with the arguments of a request, of which this one has the name of an option of ours.
-        if isinstance(kwargs.get("visual_tokens"), int):
-            del kwargs["visual_tokens"]
-        return super().from_args_and_dict(args, processor_dict, **kwargs)
-
     def _slots_per_image(self, height: int, width: int, semantic: int | None = None) -> int:
         """Count the slots of an image of this size in pixels, with K semantic ones unless it is said how many."""
         semantic = self.num_semantic_tokens if semantic is None else semantic
@@ -225,10 +227,8 @@ class GranulonProcessor(ProcessorMixin):
         names = [level["name"] for level in self.granularity_levels or []]
         if not names:
             raise ValueError(
-                "This processor does not know the levels of its model, which are needed to count filled slots; export the model "
-                "again with `granulon push`."
-                if self.num_semantic_tokens
-                else f"Unknown granularity {granularity!r}; this model has no granularity levels."
+                "This processor does not know the levels of its model, which are needed to count filled slots; export the "
+                "model again with `granulon push`."
             )
         name = granularity or self.default_granularity
         if name not in names:
@@ -236,9 +236,11 @@ class GranulonProcessor(ProcessorMixin):
         return names.index(name)
 
     def _check_choice(self, granularity: str | None, visual_tokens: int | None):
+        most = self.num_semantic_tokens
+        if granularity is not None and not most:
+            raise ValueError(f"Unknown granularity {granularity!r}; this model has no granularity levels.")
         if visual_tokens is None:
             return
-        most = self.num_semantic_tokens
         if granularity is not None:
             raise ValueError("granularity and visual_tokens both say how many tokens an image gets; give one of them.")
         if not most:
@@ -347,12 +349,19 @@ class GranulonProcessor(ProcessorMixin):
         """
         if text is None and prompts is None:
             return super().__call__(images=None if images is None else open_images(images), **kwargs)
+        options = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        image_options, text_options = options["images_kwargs"], options["text_kwargs"]
+        asked = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        kinds, offsets = (text_options.pop(name, options.get(name)) for name in asked)
+        # With character offsets it is transformers itself that asks, to find assistants' tokens in what is trained on.
+        filled = offsets and not text_options.get("return_offsets_mapping")
         if prompts is None:
             texts = [text] if isinstance(text, str) else text
             if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
                 raise ValueError(f"`text` must be a string or a list of strings; got {text!r:.80}.")
-            prompts = [one if isinstance(one, Prompt) else self._read_plain(one) for one in texts]
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+            # An engine's text is placeholders alone: there is no question in it.
+            read = Prompt if filled else self._read_plain
+            prompts = [one if isinstance(one, Prompt) else read(one) for one in texts]
         places = [prompt.find_all(self.image_token) for prompt in prompts]
         # Lists of images, one for each text, must fit text by text; other images are dealt out in order.
         by_text = isinstance(images, list | tuple) and len(images) == len(prompts)
@@ -366,19 +375,15 @@ class GranulonProcessor(ProcessorMixin):
                     '{"type": "image"} of a message for apply_chat_template, or processor.image_token in a plain text.'
                 )
         opened = list(itertools.chain(*groups))
-        image_options, text_options = options["images_kwargs"], options["text_kwargs"]
         granularity = image_options.pop("granularity", granularity)
         visual_tokens = image_options.pop("visual_tokens", visual_tokens)
         self._check_choice(granularity, visual_tokens)
-        asked = ("return_mm_token_type_ids", "return_text_replacement_offsets")
-        kinds, offsets = (text_options.pop(name, options.get(name)) for name in asked)
-        # With character offsets it is transformers itself that asks, to find assistants' tokens in what is trained on.
-        filled = offsets and not text_options.get("return_offsets_mapping")
         choice = {"granularity": granularity, "visual_tokens": visual_tokens}
         pixels, slots = self._process_images(opened, **image_options) if opened else ({}, [])
         if filled:
-            counts = [self._filled_slots(*get_image_size(to_numpy_array(one)), **choice) for one in pixels.get("pixel_values", ())]
-            slots = [self.image_token * count for count in counts]
+            sizes = [get_image_size(to_numpy_array(one)) for one in pixels.get("pixel_values", ())]
+            filled_slots = [self._filled_slots(*size, **choice) for size in sizes]
+            slots = [self.image_token * count for count in filled_slots]
         elif visual_tokens is not None and self.visual_tokens == "semantic":
             slots = [self.image_token * visual_tokens for _ in slots]
         rest = iter(slots)
@@ -395,11 +400,10 @@ class GranulonProcessor(ProcessorMixin):
         if offsets:
             data["text_replacement_offsets"] = [self._describe(edits) for edits in replaced]
         if filled:
-            del data["question_mask"]  # of a text that is not the user's
-        if filled and self.num_semantic_tokens:
-            pixels["num_image_slots"] = counts
-            name, value = ("visual_tokens", visual_tokens) if visual_tokens else ("granularity", self._level(granularity))
-            pixels[name] = [value] * len(counts)
+            del data["question_mask"]
+            if self.num_semantic_tokens:
+                name, value = ("visual_tokens", visual_tokens) if visual_tokens else ("granularity", self._level(granularity))
+                data |= {"num_image_slots": filled_slots, name: [value] * len(filled_slots)}
             choice = {}
         inputs = BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
         return BatchFeature({**inputs, **{name: value for name, value in choice.items() if value is not None}})
