@@ -1080,6 +1080,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         small budget is a short prompt (ours). They stay where a cache goes in or comes out, whose entries must be those of the
         prompt, and where `max_new_tokens` does not say how long the answer may be.
         """
+        if hasattr(kwargs.get("tokenizer"), "tokenizer"):  # a processor, which `transformers serve` gives for stop strings
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         mask, config = kwargs.get("attention_mask"), generation_config or self.generation_config
         asked = {name: kwargs.get(name, getattr(config, name)) for name in ("max_new_tokens", "return_dict_in_generate")}
