@@ -208,7 +208,8 @@ def check_python(words: list[str]) -> None:
         elif module.startswith("tests."):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"There is no {module}."
         else:
-            assert module.partition(".")[0] in ("build", "lmms_eval", "pytest", "twine", "venv", "vllm"), f"{module} is not known."
+            foreign = ("build", "lmms_eval", "pytest", "twine", "venv", "vllm")
+            assert module.partition(".")[0] in foreign, f"{module} is not known."
     elif words[0] != "-c":
         check_script(ROOT / words[0], words[1:])
 
