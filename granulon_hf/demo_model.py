@@ -136,8 +136,7 @@ def build_demo(
         load_image_processor(),
         tokenizer,
         tower.config,
-        num_semantic_tokens=config.num_semantic_slots,
-        visual_tokens=config.visual_tokens,
+        **config.slot_options,
     )
     config.image_token_id = processor.image_token_id
     model = GranulonForConditionalGeneration.from_backbones(config, tower, language_model)

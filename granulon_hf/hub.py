@@ -145,6 +145,7 @@ def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: s
         save_adapter(folder, model)
         if trained is not None:  # as it was trained: in float32, and low-rank factors not merged
             shutil.copyfile(trained, folder / ADAPTER_WEIGHTS)
+    vars(processor).update(model.config.slot_options)  # an older one does not know the levels
     processor.auto_map = {"AutoProcessor": AUTO_MAP["AutoProcessor"]}
     processor.save_pretrained(folder)
     for path in (*CODE.glob("*_granulon.py"), *CODE.glob("*.jinja")):

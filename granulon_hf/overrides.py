@@ -70,8 +70,7 @@ def reconfigure(
     for part in PARTS:
         if isinstance(module := getattr(changed.model, part, None), nn.Module):
             module.to(dtype)
-    processor.num_semantic_tokens = config.num_semantic_slots
-    processor.visual_tokens = config.visual_tokens
+    vars(processor).update(config.slot_options)
     return changed, load_fitting(changed, model.model.state_dict())
 
 

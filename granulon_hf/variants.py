@@ -84,8 +84,7 @@ def build(
     processor = GranulonProcessor.from_vision_text_pretrained(
         vision,
         decoder.hub_id,
-        num_semantic_tokens=model.config.num_semantic_slots,
-        visual_tokens=model.config.visual_tokens,
+        **model.config.slot_options,
         **loading,
     )
     return model, processor
@@ -103,8 +102,7 @@ def _build_tiny(encoder: Encoder, decoder: Decoder, **kwargs):
         image_processor,
         tokenizer,
         vision_config,
-        num_semantic_tokens=config.num_semantic_slots,
-        visual_tokens=config.visual_tokens,
+        **config.slot_options,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
     )
     config.image_token_id = processor.image_token_id

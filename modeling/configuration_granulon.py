@@ -183,6 +183,12 @@ class GranulonConfig(PreTrainedConfig):
         """Semantic slots that every image gets: K, or 0 without levels."""
         return self.num_semantic_tokens if self.granularity_levels else 0
 
+    @property
+    def slot_options(self) -> dict[str, Any]:
+        """What the processor must know of the slots of an image; arguments of [`GranulonProcessor`]."""
+        names = ("visual_tokens", "reducer", "granularity_levels", "default_granularity")
+        return {"num_semantic_tokens": self.num_semantic_slots} | {name: getattr(self, name) for name in names}
+
     def _check_levels(self):
         for level in self.granularity_levels:
             if not isinstance(level, dict) or set(level) != set(LEVEL_RULES):

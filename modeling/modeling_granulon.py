@@ -38,13 +38,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPooling,
-    MultimodalBaseModelOutputWithPast,
-    MultimodalCausalLMOutputWithPast,
-)
-from transformers.modeling_utils import slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils import GENERATION_CONFIG_NAME, WEIGHTS_NAME, logging, torch_compilable_check
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
@@ -65,6 +59,18 @@ from .vision_granulon import (
     to_patch_tokens,
     vision_width,
 )
+
+try:
+    from transformers.modeling_outputs import MultimodalBaseModelOutputWithPast, MultimodalCausalLMOutputWithPast
+    from transformers.modeling_utils import slice_logits_to_keep
+
+    CACHE = "cache"
+except ImportError:
+    # vLLM pins a transformers before 5.24, of which it needs no more than the states: it generates, and keeps caches, itself.
+    from transformers.modeling_outputs import BaseModelOutputWithPast as MultimodalBaseModelOutputWithPast
+    from transformers.modeling_outputs import CausalLMOutputWithPast as MultimodalCausalLMOutputWithPast
+
+    CACHE = "past_key_values"
 
 logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
@@ -91,6 +97,7 @@ class GranulonModelOutputWithPast(MultimodalBaseModelOutputWithPast):
         aggregation (`GranulonAggregation`, *optional*): clusters, scores and assignment maps of every image.
     """
 
+    image_outputs: BaseModelOutputWithPooling | None = None
     granularity_probs: torch.Tensor | None = None
     granularity: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
@@ -102,6 +109,7 @@ class GranulonCausalLMOutputWithPast(MultimodalCausalLMOutputWithPast):
     """Next-token loss (a scalar, where `labels` are given), logits [B x L x vocabulary], and the fields of
     [`GranulonModelOutputWithPast`]."""
 
+    image_outputs: BaseModelOutputWithPooling | None = None
     granularity_probs: torch.Tensor | None = None
     granularity: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
@@ -557,6 +565,7 @@ class GranulonModel(GranulonPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         num_slots: int | None = None,
         question: torch.Tensor | None = None,
+        num_image_slots: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
         """Return the image slots: projected pixel tokens (not in the compact form), then weighted projected semantic tokens.
@@ -571,6 +580,8 @@ class GranulonModel(GranulonPreTrainedModel):
             num_slots (`int`, *optional*): semantic slots per image; K unless given.
             question (`torch.Tensor`, *optional*): mean embedding of the question that is asked of each image, shape [I x E],
                 for reducers that choose by it.
+            num_image_slots (`torch.Tensor`, *optional*): slots of each image that `pooler_output` has, shape [I], as the
+                processor has counted them for an engine that cannot hide empty ones, which come last. All of them by default.
         """
         patches, outputs = self._patch_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, visual_tokens, **kwargs
@@ -589,6 +600,8 @@ class GranulonModel(GranulonPreTrainedModel):
             if slots is not None:
                 slot_mask = torch.cat([torch.ones_like(slots[..., 0], dtype=torch.long), slot_mask], dim=1)
             slots = semantic if slots is None else torch.cat([slots, semantic], dim=1)
+        if num_image_slots is not None:
+            slots = [one[:count] for one, count in zip(slots, num_image_slots.tolist(), strict=True)]
         return GranulonImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=list(slots),
@@ -793,17 +806,18 @@ class GranulonModel(GranulonPreTrainedModel):
             if self.config.granularity_levels and position_ids is None and getattr(attention_mask, "ndim", 0) == 2:
                 # Hidden slots of earlier steps are known by the mask alone.
                 position_ids = visible_positions(attention_mask)[:, -inputs_embeds.shape[1] :]
+            kwargs[CACHE] = cache
             outputs = self.language_model(
-                attention_mask=attention_mask, position_ids=position_ids, cache=cache, inputs_embeds=inputs_embeds, **kwargs
+                attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
             )
         seen = {} if images is None else images
         return GranulonModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_outputs=images,
             attention_mask=attention_mask if seen.get("slot_mask") is not None else None,
+            **{CACHE: outputs.get(CACHE)},
             **{name: seen.get(name) for name in ("granularity_probs", "granularity", "aggregation")},
         )
 
@@ -865,6 +879,10 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
     _keep_in_fp32_modules = [f"model.{name}" for name in GranulonModel._keep_in_fp32_modules]
 
     def __init__(self, config: GranulonConfig):
+        if CACHE != "cache":
+            raise ImportError(
+                "Granulon needs transformers 5.24 or later outside vLLM; run: pip install -U 'transformers>=5.24'"
+            )
         super().__init__(config)
         self.model = GranulonModel(config)
         self._keep_in_fp32_modules = [f"model.{name}" for name in self.model._keep_in_fp32_modules]
@@ -1066,6 +1084,8 @@ class GranulonForConditionalGeneration(GranulonPreTrainedModel, GenerationMixin)
         small budget is a short prompt (ours). They stay where someone else sees the prompt or counts its tokens: a cache that
         goes in or comes out, the caller's own criteria, processors and streamers, and lengths other than `max_new_tokens`.
         """
+        if hasattr(kwargs.get("tokenizer"), "tokenizer"):  # a processor, which `transformers serve` gives for stop strings
+            kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if not self._shortens(prompt, generation_config or self.generation_config, kwargs):
             return super().generate(inputs, generation_config, **kwargs)

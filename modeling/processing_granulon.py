@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import PILImageResampling, get_image_size, to_numpy_array
-from transformers.processing_utils import MultiModalData, ProcessorMixin
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .images_granulon import open_images
 from .prompt_granulon import (
@@ -27,6 +27,7 @@ from .prompt_granulon import (
     strip_span,
     tokens_in,
 )
+from .reducers_granulon import REDUCERS
 from .vision_granulon import probe_vision_tower
 
 # Words of a conversation that is rendered only to see what the chat template writes around them.
@@ -65,6 +66,21 @@ def find_image_token(tokenizer) -> str:
     )
 
 
+class GranulonImagesKwargs(ImagesKwargs, total=False):
+    """Arguments of a call that say how many slots its images get."""
+
+    granularity: str | None
+    visual_tokens: int | None
+
+
+class GranulonProcessorKwargs(ProcessingKwargs, total=False):
+    """All arguments of a call, by which serving engines know them."""
+
+    images_kwargs: GranulonImagesKwargs  # type: ignore[misc]
+    # transformers before 5.24 looks for it.
+    _defaults = {}  # type: ignore[misc]
+
+
 class GranulonProcessor(ProcessorMixin):
     r"""
     Turns conversations and images into model inputs; every image gets N pixel slots and K semantic slots, in the compact form K
@@ -79,11 +95,15 @@ class GranulonProcessor(ProcessorMixin):
             `vision_feature_select_strategy="full"` only.
         vision_feature_select_strategy (`str`, defaults to `"default"`): as in the model's config.
         image_token (`str`, *optional*): placeholder of an image; found in the tokenizer by default.
+        granularity_levels, default_granularity, reducer (*optional*): as in the model's config. Only engines that cannot hide
+            empty slots, such as vLLM, need them.
         chat_template (`str`, *optional*): Jinja template.
 
     The result of a call, or of `apply_chat_template(..., tokenize=True, return_dict=True)`, also holds `question_mask` [B x L]:
     1 on the tokens of the last user turn's own words, which is what the granularity controller reads.
     """
+
+    valid_processor_kwargs = GranulonProcessorKwargs
 
     def __init__(
         self,
@@ -95,10 +115,16 @@ class GranulonProcessor(ProcessorMixin):
         num_additional_image_tokens: int = 0,
         vision_feature_select_strategy: str = "default",
         image_token: str | None = None,
+        granularity_levels: list[dict[str, Any]] | None = None,
+        default_granularity: str | None = None,
+        reducer: str = "adata",
         chat_template: str | None = None,
         **kwargs,
     ):
         self.patch_size = patch_size
+        self.granularity_levels = granularity_levels
+        self.default_granularity = default_granularity
+        self.reducer = reducer
         self.num_semantic_tokens = num_semantic_tokens
         self.visual_tokens = visual_tokens
         self.num_additional_image_tokens = num_additional_image_tokens
@@ -108,6 +134,13 @@ class GranulonProcessor(ProcessorMixin):
         if tokenizer.encode(self.image_token, add_special_tokens=False) != [self.image_token_id]:
             raise ValueError(f"image_token={self.image_token!r} is not a single token of the tokenizer.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> "GranulonProcessor":
+        # vLLM loads the processor with the arguments of a request, of which this one has the name of an option of ours.
+        if isinstance(kwargs.get("visual_tokens"), int):
+            del kwargs["visual_tokens"]
+        return super().from_pretrained(*args, **kwargs)
 
     @classmethod
     def from_vision_text_pretrained(
@@ -162,22 +195,78 @@ class GranulonProcessor(ProcessorMixin):
             **kwargs,
         )
 
-    def _slots_per_image(self, height: int, width: int) -> int:
+    def _slots_per_image(self, height: int, width: int, semantic: int | None = None) -> int:
+        """Count the slots of an image of this size in pixels, with K semantic ones unless it is said how many."""
+        semantic = self.num_semantic_tokens if semantic is None else semantic
         if self.visual_tokens == "semantic":
-            return self.num_semantic_tokens
-        slots = (height // self.patch_size) * (width // self.patch_size) + self.num_semantic_tokens
+            return semantic
+        slots = (height // self.patch_size) * (width // self.patch_size) + semantic
         return slots + (self.num_additional_image_tokens if self.vision_feature_select_strategy == "full" else 0)
+
+    def _filled_slots(self, height: int, width: int, granularity: str | None, visual_tokens: int | None) -> int:
+        """Count the slots that a level, or a number of visual tokens, fills of an image of this size in pixels.
+
+        Raises:
+            ValueError: there is no such level, or the number depends on more than the size.
+        """
+        semantic = 0
+        if self.num_semantic_tokens:
+            fills = REDUCERS[self.reducer].fills
+            if fills is None:
+                raise ValueError(
+                    f"How many tokens reducer={self.reducer!r} makes, or which, depends on the image or the question, so that "
+                    "an engine which counts them before it runs the model cannot serve it; use `granulon serve`."
+                )
+            level = {"alpha": 1, "beta": visual_tokens} if visual_tokens else self.granularity_levels[self._level(granularity)]
+            grid = height // self.patch_size, width // self.patch_size
+            semantic = fills(min(level["beta"], self.num_semantic_tokens), level["alpha"], grid)
+        return self._slots_per_image(height, width, semantic)
+
+    def _level(self, granularity: str | None) -> int:
+        """Return the index of a level, by default that of the default level."""
+        names = [level["name"] for level in self.granularity_levels or []]
+        if not names:
+            raise ValueError(
+                "This processor does not know the levels of its model, which are needed to count filled slots; export the "
+                "model again with `granulon push`."
+            )
+        name = granularity or self.default_granularity
+        if name not in names:
+            raise ValueError(f"Unknown granularity {name!r}; this model's levels are {', '.join(names)}.")
+        return names.index(name)
+
+    def _check_choice(self, granularity: str | None, visual_tokens: int | None):
+        most = self.num_semantic_tokens
+        if granularity is not None and not most:
+            raise ValueError(f"Unknown granularity {granularity!r}; this model has no granularity levels.")
+        if visual_tokens is None:
+            return
+        if granularity is not None:
+            raise ValueError("granularity and visual_tokens both say how many tokens an image gets; give one of them.")
+        if not most:
+            raise ValueError(f"visual_tokens={visual_tokens!r} was given, but this model shows all pixel tokens and no others.")
+        if not isinstance(visual_tokens, int) or not 1 <= visual_tokens <= most:
+            raise ValueError(
+                f"visual_tokens must be an integer from 1 to {most}, the slots of an image; got {visual_tokens!r:.80}."
+            )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         height, width = get_image_size(to_numpy_array(image_inputs["pixel_values"][image_idx]))
         return self.image_token * self._slots_per_image(height, width)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes=None, granularity: str | None = None, visual_tokens: int | None = None, **kwargs
+    ) -> MultiModalData:
+        """Count the slots of images: those that the level or the number fills, or without either all that an image may get."""
         if image_sizes is None:
             return MultiModalData()
+        self._check_choice(granularity, visual_tokens)
         crops = getattr(self.image_processor, "do_center_crop", False)
         size = self.image_processor.crop_size if crops else self.image_processor.size
-        slots = self._slots_per_image(size["height"], size["width"])
+        if granularity is None and visual_tokens is None:
+            slots = self._slots_per_image(size["height"], size["width"])
+        else:
+            slots = self._filled_slots(size["height"], size["width"], granularity, visual_tokens)
         return MultiModalData(num_image_tokens=[slots] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
     @property
@@ -233,10 +322,16 @@ class GranulonProcessor(ProcessorMixin):
         audio=None,
         *,
         prompts: list[Prompt] | None = None,
+        granularity: str | None = None,
         visual_tokens: int | None = None,
         **kwargs,
     ):
         """As in transformers; the result also holds `question_mask` [B x L].
+
+        An engine that asks for `return_text_replacement_offsets` (vLLM) cannot hide slots that a level leaves empty, nor let
+        the question choose the level. For it every image gets as many slots as are filled, at the default level unless another
+        one or a number is given, and the result holds `num_image_slots` and the level or the number of each image, for
+        `get_image_features`.
 
         Args:
             images: one image, or (nested) lists of them, each a path, URL, bytes, base64 text, `PIL.Image.Image`, array or
@@ -245,6 +340,7 @@ class GranulonProcessor(ProcessorMixin):
                 [`~GranulonProcessor.apply_chat_template`] did not make, control tokens count as such, and the question is what
                 stands in its last user turn, or all of it where it has none of this chat template's turns.
             prompts (`list[Prompt]`, *optional*): used instead of `text`.
+            granularity (`str`, *optional*): a level by its name, handed on to the model.
             visual_tokens (`int`, *optional*): semantic tokens per image, from 1 to K, handed on to the model; in the compact
                 form an image then gets as many slots.
 
@@ -253,12 +349,19 @@ class GranulonProcessor(ProcessorMixin):
         """
         if text is None and prompts is None:
             return super().__call__(images=None if images is None else open_images(images), **kwargs)
+        options = self._merge_kwargs(self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        image_options, text_options = options["images_kwargs"], options["text_kwargs"]
+        asked = ("return_mm_token_type_ids", "return_text_replacement_offsets")
+        kinds, offsets = (text_options.pop(name, options.get(name)) for name in asked)
+        # With character offsets it is transformers itself that asks, to find assistants' tokens in what is trained on.
+        filled = offsets and not text_options.get("return_offsets_mapping")
         if prompts is None:
             texts = [text] if isinstance(text, str) else text
             if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):
                 raise ValueError(f"`text` must be a string or a list of strings; got {text!r:.80}.")
-            prompts = [one if isinstance(one, Prompt) else self._read_plain(one) for one in texts]
-        options = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+            # An engine's text is placeholders alone: there is no question in it.
+            read = Prompt if filled else self._read_plain
+            prompts = [one if isinstance(one, Prompt) else read(one) for one in texts]
         places = [prompt.find_all(self.image_token) for prompt in prompts]
         # Lists of images, one for each text, must fit text by text; other images are dealt out in order.
         by_text = isinstance(images, list | tuple) and len(images) == len(prompts)
@@ -272,25 +375,21 @@ class GranulonProcessor(ProcessorMixin):
                     '{"type": "image"} of a message for apply_chat_template, or processor.image_token in a plain text.'
                 )
         opened = list(itertools.chain(*groups))
-        pixels, slots = self._process_images(opened, **options["images_kwargs"]) if opened else ({}, [])
-        if visual_tokens is not None:
-            most = self.num_semantic_tokens
-            if not most:
-                raise ValueError(
-                    f"visual_tokens={visual_tokens!r} was given, but this model shows all pixel tokens and no others."
-                )
-            if type(visual_tokens) is not int or not 1 <= visual_tokens <= most:
-                raise ValueError(
-                    f"visual_tokens must be an integer from 1 to {most}, the slots of an image; got {visual_tokens!r:.80}."
-                )
-            slots = [self.image_token * visual_tokens for _ in slots] if self.visual_tokens == "semantic" else slots
+        granularity = image_options.pop("granularity", granularity)
+        visual_tokens = image_options.pop("visual_tokens", visual_tokens)
+        self._check_choice(granularity, visual_tokens)
+        choice = {"granularity": granularity, "visual_tokens": visual_tokens}
+        pixels, slots = self._process_images(opened, **image_options) if opened else ({}, [])
+        if filled:
+            sizes = [get_image_size(to_numpy_array(one)) for one in pixels.get("pixel_values", ())]
+            filled_slots = [self._filled_slots(*size, **choice) for size in sizes]
+            slots = [self.image_token * count for count in filled_slots]
+        elif visual_tokens is not None and self.visual_tokens == "semantic":
+            slots = [self.image_token * visual_tokens for _ in slots]
         rest = iter(slots)
         replaced = [[(span, next(rest)) for span in spans] for spans in places]
         expanded = [prompt.expand(edits) for prompt, edits in zip(prompts, replaced, strict=True)]
 
-        text_options = options["text_kwargs"]
-        asked = ("return_mm_token_type_ids", "return_text_replacement_offsets")
-        kinds, offsets = (text_options.pop(name, options[name]) for name in asked)
         tensors = text_options.pop("return_tensors", None)
         data = self._tokenize(expanded, **text_options)
         for ids, edits in zip(data["input_ids"], replaced, strict=True):
@@ -300,8 +399,14 @@ class GranulonProcessor(ProcessorMixin):
             data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
         if offsets:
             data["text_replacement_offsets"] = [self._describe(edits) for edits in replaced]
+        if filled:
+            del data["question_mask"]
+            if self.num_semantic_tokens:
+                name, value = ("visual_tokens", visual_tokens) if visual_tokens else ("granularity", self._level(granularity))
+                data |= {"num_image_slots": filled_slots, name: [value] * len(filled_slots)}
+            choice = {}
         inputs = BatchFeature(data | pixels, tensor_type=tensors, skip_tensor_conversion=self.skip_tensor_conversion)
-        return inputs if visual_tokens is None else BatchFeature({**inputs, "visual_tokens": visual_tokens})
+        return BatchFeature({**inputs, **{name: value for name, value in choice.items() if value is not None}})
 
     def _describe(self, edits: list[tuple[Span, str]]) -> list[dict[str, Any]]:
         """Describe the placeholders that were replaced as transformers' processors do."""

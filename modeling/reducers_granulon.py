@@ -63,6 +63,8 @@ class PatchFeatures:
 
 
 Reduce = Callable[[PatchFeatures, torch.Tensor, int], GranulonAggregation]
+# Slots that a budget fills of every image: (budget, alpha, (H, W)) -> number.
+Fills = Callable[[int, int, tuple[int, int]], int]
 
 
 class Reducer(NamedTuple):
@@ -71,27 +73,40 @@ class Reducer(NamedTuple):
     Args:
         build (`Callable`): gives the reducer of a config and a vision width.
         needs (`frozenset[str]`): of "attention" (and keys), "question" and "scales", what [`PatchFeatures`] must hold.
+        fills (`Callable`, *optional*): how many slots a budget (at most K) fills of an image with a pooling kernel side and a
+            grid; `None` where the picture or the question decides. The filled slots come first.
     """
 
     build: Callable[[Any, int], Reduce]
     needs: frozenset[str]
+    fills: Fills | None = None
 
 
 REDUCERS: dict[str, Reducer] = {}
 
 
-def register_reducer(name: str, *needs: str) -> Callable:
+def register_reducer(name: str, *needs: str, fills: Fills | None = None) -> Callable:
     """Register a function as the reducer of this name, or a module's class, which is built from a config and a vision width."""
 
     def register(reducer):
         build = reducer if isinstance(reducer, type) else lambda config, width: reducer
-        REDUCERS[name] = Reducer(build, frozenset(needs))
+        REDUCERS[name] = Reducer(build, frozenset(needs), fills)
         return reducer
 
     return register
 
 
 # --- what several reducers share --------------------------------------------------------------------------------------
+
+
+def fill_patches(budget: int, alpha: int, grid: tuple[int, int]) -> int:
+    """One slot for each chosen patch."""
+    return min(budget, grid[0] * grid[1])
+
+
+def fill_cells(budget: int, alpha: int, grid: tuple[int, int]) -> int:
+    """One slot for each cell of [`cut_cells`]."""
+    return min(side_of(budget), grid[0]) * min(side_of(budget), grid[1])
 
 
 def filled(count: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -241,10 +256,15 @@ def adata_of(config, patches: PatchFeatures, budget: torch.Tensor, num_slots: in
     )
 
 
-REDUCERS["adata"] = Reducer(lambda config, width: partial(adata_of, config), frozenset())
+def fill_clusters(budget: int, alpha: int, grid: tuple[int, int]) -> int:
+    """One slot for each cluster of the pooled patches: none of them runs empty."""
+    return min(budget, math.ceil(grid[0] / alpha) * math.ceil(grid[1] / alpha))
 
 
-@register_reducer("pool")
+REDUCERS["adata"] = Reducer(lambda config, width: partial(adata_of, config), frozenset(), fill_clusters)
+
+
+@register_reducer("pool", fills=fill_cells)
 def pool(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> GranulonAggregation:
     """Average-pool the grid to ⌊√b⌋ × ⌊√b⌋ tokens (Matryoshka Multimodal Models, arXiv 2405.17430), with the cells of adaptive
     pooling where the grid cannot be divided."""
@@ -254,7 +274,7 @@ def pool(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> Granul
     return collect_cells(cells, patches.grid, share.to(patches.features) @ patches.features, members)
 
 
-@register_reducer("attention-merge", "attention")
+@register_reducer("attention-merge", "attention", fills=fill_patches)
 def attention_merge(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> GranulonAggregation:
     """Keep the patches that get most attention and merge the rest into a few (VisionZip, arXiv 2412.04467).
 
@@ -348,7 +368,7 @@ def scatter(index: torch.Tensor) -> torch.Tensor:
     return mixed ^ (mixed >> 16)
 
 
-@register_reducer("random")
+@register_reducer("random", fills=fill_patches)
 def random(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> GranulonAggregation:
     """Keep b patches drawn at random, in row-major order: a control that reducers must beat (arXiv 2511.02650).
 
@@ -362,7 +382,7 @@ def random(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> Gran
     return collect(patches, patches.features, *in_row_major(order_of(draw) < budget.unsqueeze(1)), num_slots)
 
 
-@register_reducer("downsample", "scales")
+@register_reducer("downsample", "scales", fills=fill_cells)
 def downsample(patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> GranulonAggregation:
     """Let the tower see the image at ⌊√b⌋ × ⌊√b⌋ patches: a control that reducers must beat (arXiv 2510.07143)."""
     cells = cut_cells(patches.grid, budget, num_slots)
@@ -391,7 +411,7 @@ def num_heads(width: int) -> int:
     return next(heads for heads in range(max(1, width // 64), 0, -1) if width % heads == 0)
 
 
-@register_reducer("queries")
+@register_reducer("queries", fills=lambda budget, alpha, grid: budget)
 class QueryReducer(nn.Module):
     """K learned queries and one cross-attention, of which a budget takes the first b (MQT, arXiv 2405.19315).
 
@@ -424,7 +444,7 @@ class QueryReducer(nn.Module):
         )
 
 
-@register_reducer("region-attention")
+@register_reducer("region-attention", fills=fill_cells)
 class RegionReducer(nn.Module):
     """⌊√b⌋ × ⌊√b⌋ queries, each attending to its own region of the features (TokenPacker, arXiv 2407.02392).
 

@@ -46,7 +46,7 @@ SMALLER = {"scenes=2000": "scenes=4", "scenes=7000": "scenes=3", "scenes=500": "
 SMALLER |= {'folder="pictures"': "", '"pictures': '"drawn'}
 SMALLER |= {"max_new_tokens=20": "max_new_tokens=3", "max_new_tokens=8": "max_new_tokens=3"}
 # Programs of others, whose options are theirs.
-FOREIGN = {".", "apt-get", "cd", "dpkg", "export", "for", "done", "lmms-eval", "mkdir", "tar", "transformers"}
+FOREIGN = {".", "apt-get", "cd", "dpkg", "export", "for", "done", "lmms-eval", "mkdir", "tar", "transformers", "vllm"}
 OURS = ("granulon ", "make ", "python ", "accelerate launch ", "torchrun ", "examples/")
 
 
@@ -208,7 +208,8 @@ def check_python(words: list[str]) -> None:
         elif module.startswith("tests."):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"There is no {module}."
         else:
-            assert module in ("build", "lmms_eval", "pytest", "twine", "venv"), f"{module} is not known."
+            foreign = ("build", "lmms_eval", "pytest", "twine", "venv", "vllm")
+            assert module.partition(".")[0] in foreign, f"{module} is not known."
     elif words[0] != "-c":
         check_script(ROOT / words[0], words[1:])
 

@@ -13,16 +13,15 @@ from granulon_hf.errors import GranulonError
 
 
 @reports_bad_input(extra="serve")
-def check(force_model: Annotated[str | None, typer.Argument()] = None) -> None:
-    """Raise GranulonError where no server could be started, before weights are read."""
+def check(force_model: Annotated[str | None, typer.Argument()] = None) -> Any:
+    """Return the config of the model; raise GranulonError where no server could be started, before weights are read."""
     from transformers.utils.import_utils import is_serve_available
 
     from granulon_hf.loading import read_config
 
     if not is_serve_available():
         raise GranulonError("The server needs more packages; run: pip install 'granulon-hf[serve]'")
-    if force_model is not None:
-        read_config(force_model.partition("@")[0])
+    return None if force_model is None else read_config(force_model.partition("@")[0])
 
 
 def serve_options() -> inspect.Signature:
@@ -44,11 +43,36 @@ def serve_options() -> inspect.Signature:
 
 
 def serve(**options: Any) -> None:
-    """Serve a Granulon model with an OpenAI-compatible API; the options are those of `transformers serve`."""
-    check(options["force_model"])
+    """Serve a Granulon model with an OpenAI-compatible API; options are those of `transformers serve`, and two more."""
+    allow_remote_images, max_requests = options.pop("allow_remote_images"), options.pop("max_requests")
+    config = check(options["force_model"])
     from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
 
+    from granulon_hf.serving import Gate
+
+    build = server.build_server
+
+    def build_guarded(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        app.add_middleware(Gate, config=config, allow_remote_images=allow_remote_images, max_requests=max_requests)
+        return app
+
+    server.build_server = build_guarded
     Serve(**options)  # the Auto classes know Granulon by now
 
 
-serve.__signature__ = serve_options()  # type: ignore[attr-defined]
+def own_options(
+    allow_remote_images: Annotated[
+        bool, typer.Option(help="Fetch pictures that a request names by http(s), from public addresses only.")
+    ] = False,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Requests that may run or wait; further ones get 503 and come back later.")
+    ] = 32,
+) -> None:
+    """Carry the options that `transformers serve` does not have."""
+
+
+theirs = serve_options()
+parameters = [*theirs.parameters.values(), *inspect.signature(own_options).parameters.values()]
+serve.__signature__ = theirs.replace(parameters=parameters)  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from granulon_hf import GranulonProcessor, variants
 from granulon_hf.modeling import processing_granulon
 from granulon_hf.modeling.processing_granulon import make_chat_template, to_serializable
 from granulon_hf.modeling.prompt_granulon import Prompt, encode_typed
+from granulon_hf.modeling.reducers_granulon import REDUCERS
 from tests.conftest import build_tiny, make_conversation, make_inputs, make_picture
 
 MODELING = Path(processing_granulon.__file__).parent
@@ -40,6 +41,82 @@ def test_slots_per_image(name):
     assert inputs["pixel_values"].shape[0] == 2
     tokens = processor._get_num_multimodal_tokens(image_sizes=[(100, 50)] * 2)
     assert tokens.num_image_tokens == [slots // 2] * 2
+
+
+def offsets_of(processor, images, **choice):
+    """What an engine asks of the processor: placeholders alone, and what becomes of each."""
+    text = processor.image_token * len(images)
+    inputs = processor(images=images, text=text, return_text_replacement_offsets=True, return_tensors="pt", **choice)
+    return inputs, [len(one["replacement"]) // len(processor.image_token) for one in inputs["text_replacement_offsets"][0]]
+
+
+LEVELS = [
+    {"name": name, "alpha": a, "beta": b, "gamma": 1.0} for name, a, b in (("a", 4, 5), ("b", 5, 9), ("c", 1, 60), ("d", 2, 8))
+]
+CHOICES = ({}, *({"granularity": name} for name in "abcd"), *({"visual_tokens": number} for number in (1, 5, 8, 40)))
+COUNTED = [name for name, reducer in REDUCERS.items() if reducer.fills]
+
+
+@pytest.mark.parametrize("form", ["pixel+semantic", "semantic"])
+@pytest.mark.parametrize("reducer", COUNTED)
+def test_an_engine_gets_slots_that_are_filled(form, reducer):
+    """As many placeholders as the model fills, and the model gives their slots alone; never an empty one."""
+    fields = {"granularity_levels": LEVELS, "num_semantic_tokens": 40, "default_granularity": "d"}
+    model, processor = build_tiny(visual_tokens=form, reducer=reducer, **fields)
+    images = [make_picture(0), make_picture(1, (64, 96))]
+    for choice in CHOICES:
+        inputs, counts = offsets_of(processor, images, **choice)
+        assert "question_mask" not in inputs and inputs["num_image_slots"].tolist() == counts
+        kept = {name: inputs[name] for name in ("num_image_slots", "granularity", "visual_tokens") if name in inputs}
+        features = model.model.get_image_features(inputs["pixel_values"], **kept)
+        whole = model.model.get_image_features(inputs["pixel_values"], **choice)  # by the default level where none is given
+        assert whole.slot_mask.sum(1).tolist() == counts
+        for slots, all_slots, mask in zip(features.pooler_output, whole.pooler_output, whole.slot_mask.bool(), strict=True):
+            torch.testing.assert_close(slots, all_slots[mask])
+        most = processor._get_num_multimodal_tokens(image_sizes=[(9, 9)], **choice).num_image_tokens
+        assert most == counts[:1] if choice else most >= counts[:1]
+
+
+def test_an_engine_is_refused_what_cannot_be_counted(tmp_path):
+    for reducer in set(REDUCERS) - set(COUNTED):
+        _, processor = build_tiny("granulon-compact-qwen2.5", reducer=reducer)
+        with pytest.raises(ValueError, match=reducer):
+            offsets_of(processor, [make_picture(0)])
+    _, processor = build_tiny()
+    for choice in (
+        {"granularity": "corse"},
+        {"visual_tokens": 21},
+        {"visual_tokens": 0},
+        {"granularity": "fine", "visual_tokens": 5},
+    ):
+        with pytest.raises(ValueError, match=next(iter(choice))):
+            offsets_of(processor, [make_picture(0)], **choice)
+    processor.granularity_levels = None  # as one that was saved before has none
+    with pytest.raises(ValueError, match="granulon push"):
+        offsets_of(processor, [make_picture(0)])
+    _, plain = build_tiny("dinov3-qwen2.5")
+    assert offsets_of(plain, [make_picture(0)])[1] == [36]
+    with pytest.raises(ValueError, match="granularity"):
+        offsets_of(plain, [make_picture(0)], granularity="fine")
+    # The arguments of a request are also those of loading.
+    processor.save_pretrained(tmp_path)
+    assert GranulonProcessor.from_pretrained(tmp_path, visual_tokens=5, granularity="fine").visual_tokens == "pixel+semantic"
+
+
+def test_elsewhere_a_choice_is_handed_on(processor):
+    for choice in ({"granularity": "fine"}, {"visual_tokens": 3}):
+        inputs = processor(images=make_picture(0), text=processor.image_token, return_tensors="pt", **choice)
+        assert (inputs["input_ids"] == processor.image_token_id).sum() == 36 + 20
+        assert choice.items() <= inputs.items() and "num_image_slots" not in inputs
+    # Whoever trains on assistants' tokens asks for offsets, too.
+    inputs = processor.apply_chat_template(
+        make_conversation(QUESTION, [make_picture(0)], "An answer."),
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+    )
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 36 + 20 and "question_mask" in inputs
 
 
 def test_full_strategy_counts_prefix_tokens():
