@@ -91,7 +91,7 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     *,
     cu_seq_lens_q: torch.Tensor | None = None,
-    max_length_q: int | None = None,
+    max_length_q: int = 0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -105,9 +105,10 @@ def packed_attention(
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn
 
-        rows = (states[0].transpose(0, 1) for states in (query, key, value))
-        lengths = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        return varlen_attn(*rows, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True).unsqueeze(0), None
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+        lengths = cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q
+        output = varlen_attn(query, key, value, *lengths, scale=scale, window_size=(-1, 0), enable_gqa=True)
+        return output.unsqueeze(0), None
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     return on_cpu(query, key, value, cu_seq_lens_q, scale)[0].transpose(1, 2), None
