@@ -45,6 +45,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, load_whole, name_backbone
 from .aggregation_granulon import GranulonAggregation, grid_positions
+from .attention_granulon import NAME as PACKED_ATTENTION
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, cast_input, first_block_states, unpack_questions
 from .processing_granulon import find_image_token
@@ -825,18 +826,21 @@ class GranulonModel(GranulonPreTrainedModel):
         """Run the decoder on the visible tokens of all samples in one row; its states come back [B x L x E], zeros elsewhere.
 
         transformers keeps the samples apart where position ids start again (every attention implementation), given that
-        there is neither a mask nor a cache.
+        there is neither a mask nor a cache. Flash attention and `granulon_packed` are told where they start.
         """
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
-            kwargs.pop(name, None)  # counted with the slots that are removed here
         sample = sample[visible]
         counts = sample.bincount()
-        first = counts.cumsum(0) - counts
+        starts = nn.functional.pad(counts.cumsum(0), (1, 0))
+        # Those of a caller are counted with the slots that are removed here.
+        lengths = {f"cu_seq_lens_{part}": starts.int() for part in "qk"}
+        lengths |= dict.fromkeys(("max_length_q", "max_length_k"), int(counts.max()))
+        # Transformers makes no mask where there is one, which would have all pairs of a row.
+        own = self.language_model.config._attn_implementation == PACKED_ATTENTION
         outputs = self.language_model(
-            attention_mask=None,
-            position_ids=(torch.arange(len(sample), device=sample.device) - first[sample]).unsqueeze(0),
+            attention_mask=visible.new_ones(1, 1, 1, 1) if own else None,
+            position_ids=(torch.arange(len(sample), device=sample.device) - starts[sample]).unsqueeze(0),
             inputs_embeds=inputs_embeds[visible].unsqueeze(0),
-            **{**kwargs, "use_cache": False},
+            **{**kwargs, **lengths, "use_cache": False},
         )
 
         def spread(states):

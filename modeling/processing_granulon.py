@@ -245,7 +245,7 @@ class GranulonProcessor(ProcessorMixin):
             raise ValueError("granularity and visual_tokens both say how many tokens an image gets; give one of them.")
         if not most:
             raise ValueError(f"visual_tokens={visual_tokens!r} was given, but this model shows all pixel tokens and no others.")
-        if not isinstance(visual_tokens, int) or not 1 <= visual_tokens <= most:
+        if type(visual_tokens) is not int or not 1 <= visual_tokens <= most:
             raise ValueError(
                 f"visual_tokens must be an integer from 1 to {most}, the slots of an image; got {visual_tokens!r:.80}."
             )

@@ -10,8 +10,8 @@ order rotates. Reported are the median over rounds and, round by round, the rati
 value. All arms must give the same mean loss over all labelled tokens (to 1e-5 in float32), or the script fails.
 
     ours, grouped       GranulonTrainer.compute_loss on batches of similar length
-    ours, packed        the same without padding; budget: --batch times the mean length. With sdpa every sample still pays for
-                        attention over its whole row, masked; it is made for flash attention, and slow without.
+    ours, packed        the same without padding, with attention within samples; budget: --batch times the mean length, or four
+                        times that: accumulation folded into one pass
     released style      gradient checkpointing as LLaVA's script switches it on (inputs made to require gradients, so that the
                         tower is in the graph), logits at all positions, random batches padded on the right
     TRL                 SFTTrainer.compute_loss, its collator (prompt and completion, loss on the completion), no checkpointing,
@@ -69,7 +69,7 @@ from granulon_hf import variants  # noqa: E402
 from granulon_hf.data import Sample  # noqa: E402
 from granulon_hf.data.collator import GranulonCollator  # noqa: E402
 from granulon_hf.data.datasets.shapes import Shapes  # noqa: E402
-from granulon_hf.data.packing import PackSampler  # noqa: E402
+from granulon_hf.data.packing import balanced_packs  # noqa: E402
 from granulon_hf.modeling.configuration_granulon import GranulonConfig  # noqa: E402
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration  # noqa: E402
 from granulon_hf.modeling.processing_granulon import GranulonProcessor  # noqa: E402
@@ -232,7 +232,20 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
 
     order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0)).tolist()
     random = [[order[i] for i in batch] for batch in grouped]
-    packs = PackSampler(lengths, max(options.batch * sum(lengths) // len(lengths), max(lengths))).packs()
+    budget = max(options.batch * sum(lengths) // len(lengths), max(lengths))
+    # As --batching packed has it, which also says how packed rows attend.
+    packed = GranulonTrainer(
+        model,
+        RecipeArguments(output_dir=folder, auto_precision=False, **common),
+        data_collator=GranulonCollator(processor, packing=True),
+        train_dataset=samples,
+        lengths=lengths,
+        max_tokens_per_batch=budget,
+        processing_class=processor,
+    )
+
+    def packs(tokens):
+        return collate(balanced_packs(range(len(samples)), lengths, tokens), packed.data_collator)
 
     def collate(indices, make=collator):
         return [make([samples[i] for i in batch]) for batch in indices]
@@ -254,7 +267,8 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
     padded, similar = collate(random), collate(grouped)
     arms = [
         Arm("ours, grouped", similar, lambda batch: ours.compute_loss(model, batch)),
-        Arm("ours, packed", collate(packs, GranulonCollator(processor, packing=True)), lambda b: ours.compute_loss(model, b)),
+        Arm("ours, packed", packs(budget), lambda batch: packed.compute_loss(model, batch)),
+        Arm("ours, packed, 4 batches in one", packs(4 * budget), lambda batch: packed.compute_loss(model, batch)),
         Arm("released style", padded, full, checkpointing=True, tower_in_graph=True),
         Arm("TRL", collate_trl(random), by_trl),
         Arm("TRL, grouped", collate_trl(grouped), by_trl),
@@ -266,6 +280,8 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
             Arm("released, logits at labels", padded, lean, checkpointing=True, tower_in_graph=True),
             Arm("released, grouped", similar, full, checkpointing=True, tower_in_graph=True),
         ]
+    if options.arms:
+        arms = [arm for arm in arms if arm.name in options.arms]
     return arms, sum(lengths)
 
 
@@ -328,7 +344,7 @@ def matmul_rate(side: int = 8192, turns: int = 20) -> float:
 
 def flops(model: Any, tokens: int, images: int, labels: int) -> float:
     """Of one pass over all samples as our step needs them: 2 a weight and token forward, 2 for the gradient of activations."""
-    step = GranulonTrainer.step_flops(argparse.Namespace(model=model), {"tokens": tokens, "images": images})  # type: ignore[arg-type]
+    step = GranulonTrainer.step_flops(argparse.Namespace(model=model), {"visible": tokens, "images": images, "encoded": images})  # type: ignore[arg-type]
     return step + 4 * model.lm_head.weight.numel() * labels
 
 
@@ -420,6 +436,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--median-words", type=int, default=130, help="of an answer")
     parser.add_argument("--ablation", action="store_true", help="also the released style without one of its habits")
+    parser.add_argument("--arms", nargs="+", help="names of arms; by default all")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args(arguments)
 

@@ -93,8 +93,15 @@ class DataArguments:
     subset_seed: int = option(0, "Seed of the drawing.")
     on_error: str = option("skip", "skip or raise, at rows that cannot be used.")
     max_length: int | None = option(2048, "Tokens per sample, image slots included.")
-    batching: str = option(
-        "grouped", "padded: random batches; grouped: by length; packed: no padding at all (best with flash attention)."
+    batching: str | None = option(
+        None,
+        "padded: random batches; grouped: by length; packed: no padding at all, in batches of so many tokens. By default "
+        "packed where attention stays within samples, and grouped elsewhere.",
+    )
+    max_tokens_per_batch: int | None = option(
+        None,
+        "Tokens of a packed batch; a step has the same samples whatever it is. By default what the free memory of a GPU holds, "
+        "or else as many as an ordinary batch has.",
     )
     pad_to_multiple_of: int | None = option(None, "Row lengths are multiples of this; for compile.")
     feature_cache: str | None = option(
@@ -241,8 +248,13 @@ def read_recipe(path: str, known: set[str]) -> dict[str, Any]:
 
 def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) -> None:
     """Refuse options that exclude each other, or that would be ignored or change what is trained."""
-    if data.batching not in BATCHING:
+    if data.batching is not None and data.batching not in BATCHING:
         raise GranulonError(f"Unknown batching {data.batching!r}; the choices are {', '.join(BATCHING)}.")
+    if (budget := data.max_tokens_per_batch) is not None and (budget < 1 or data.batching in ("padded", "grouped")):
+        raise GranulonError(
+            f"--max_tokens_per_batch must be a positive number of tokens, with --batching packed; got {budget}"
+            + (f" with --batching {data.batching}." if data.batching else ".")
+        )
     if data.batching == "packed" and data.pad_to_multiple_of:
         raise GranulonError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
     if recipe.label_smoothing_factor:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import jinja2
 import psutil
 import torch
 import transformers
+from accelerate.utils import gather
 from huggingface_hub import ModelCard
 from rich.console import Console
 from transformers import set_seed
@@ -31,12 +32,15 @@ from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import existing
 from granulon_hf.loading import read_config, read_model
+from granulon_hf.modeling.attention_granulon import NAME as PACKED_ATTENTION
+from granulon_hf.modeling.attention_granulon import find_packed_attention
 from granulon_hf.overrides import reconfigure, replace_fields
 from granulon_hf.training.arguments import DataArguments, ModelArguments, RecipeArguments
 from granulon_hf.training.checkpoints import ADAPTER, RUN, check_settings, find_resume, settings_of
 from granulon_hf.training.feature_cache import FeatureCache
+from granulon_hf.training.memory import choose_token_budget, free_memory
 from granulon_hf.training.stages import STAGES, load_adapter, parameter_table, set_stage, trainable
-from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, find_liger, read_budgets
+from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped, compute_dtype, find_liger, read_budgets
 
 logger = logging.get_logger(__name__)
 PROBED = 64  # samples that are looked at before the first step
@@ -174,6 +178,7 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     model, processor = build_model(model_args)
     budgets = read_budgets(args.budgets, model.config)
     check_device(args, model, model_args.stage)
+    data_args = replace(data_args, batching=find_batching(data_args, args, model))
     packed, multiple = data_args.batching == "packed", data_args.pad_to_multiple_of
     # In the compact form a fixed number of tokens needs no empty slots.
     slots = copy.copy(processor)
@@ -185,12 +190,16 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)
     check_samples(collator, samples, model_args.stage)
 
+    lengths = None if data_args.batching == "padded" else collator.lengths(samples)
+    if packed:
+        data_args = replace(data_args, max_tokens_per_batch=find_token_budget(data_args, args, model, lengths or []))
     trainer = GranulonTrainer(
         model,
         args,
         data_collator=collator,
         train_dataset=samples,
-        lengths=collator.lengths(samples) if data_args.batching == "grouped" else None,
+        lengths=lengths,
+        max_tokens_per_batch=data_args.max_tokens_per_batch,
         processing_class=processor,
     )
     if (problems := getattr(samples, "problems", [])) and trainer.is_world_process_zero():
@@ -218,6 +227,43 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     if trainer.is_world_process_zero():
         finish(trainer, described, collator, samples)
     return model, processor
+
+
+def continued(args: RecipeArguments) -> dict[str, Any]:
+    """Return the settings of the run that goes on, if one does."""
+    path = Path(args.resume_from_checkpoint or "").parent / RUN
+    return json.loads(path.read_text())["settings"] if args.resume_from_checkpoint and path.exists() else {}
+
+
+def find_batching(data_args: DataArguments, args: RecipeArguments, model: Any) -> str:
+    """Return how batches are made: as asked for, or by the run that goes on, or packed where no pair of tokens is wasted."""
+    if batching := data_args.batching or continued(args).get("batching"):
+        return batching
+    if data_args.max_tokens_per_batch is not None:
+        return "packed"
+    attention = find_packed_attention(model.config.text_config, args.device, compute_dtype(args, model))
+    return "packed" if attention in (PACKED_ATTENTION, "flash_attention_2") and not data_args.pad_to_multiple_of else "grouped"
+
+
+def find_token_budget(data_args: DataArguments, args: RecipeArguments, model: Any, lengths: Sequence[int]) -> int:
+    """Return the tokens of a packed batch, and print them: those asked for, or of the run that goes on, or those that fit."""
+    budget = data_args.max_tokens_per_batch or continued(args).get("max_tokens_per_batch")
+    if budget is None:
+        weights = 0 if next(model.parameters()).device.type == "cuda" else all_weights(model)
+        free = free_memory(args.device)
+        found = choose_token_budget(
+            model.config.text_config,
+            lengths,
+            args.per_device_train_batch_size,
+            None if free is None else free - weights,
+            checkpointing=bool(args.gradient_checkpointing),
+            size=compute_dtype(args, model).itemsize,
+        )
+        # The least of all processes, whose packs are planned together.
+        budget = int(gather(torch.tensor([found], device=args.device)).min())
+    if args.process_index == 0:
+        say(f"Packed batches hold up to {budget:,} tokens (--max_tokens_per_batch).")
+    return budget
 
 
 def say(text: str, style: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """transformers' Trainer, lean: labels only where they count, frozen parts left alone, small atomic checkpoints."""
 
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -13,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import DistributedType
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import rotate_checkpoints, seed_worker
 from transformers.utils import logging
 
+from granulon_hf.data.packing import Packs, StepSampler
 from granulon_hf.errors import GranulonError
+from granulon_hf.modeling.attention_granulon import find_packed_attention
 from granulon_hf.modeling.modeling_granulon import count_samples, number_samples
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
 from granulon_hf.training.stages import (
@@ -65,14 +70,26 @@ class GranulonTrainer(Trainer):
 
     Args:
         lengths (`list[int]`, *optional*): tokens of each training sample; batches are then grouped by length.
+        max_tokens_per_batch (`int`, *optional*): tokens of a packed batch. Every step then has the samples of padded batches in
+            random order, in as few packs as keep within it, of the same number in every process. `data_collator` packs.
         The others are those of `Trainer`; `args` is [`~granulon_hf.training.arguments.RecipeArguments`].
     """
 
     model: Any  # a GranulonForConditionalGeneration
     args: Any  # RecipeArguments
 
-    def __init__(self, *args, lengths: list[int] | None = None, **kwargs):
+    def __init__(self, *args, lengths: list[int] | None = None, max_tokens_per_batch: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.max_tokens_per_batch = max_tokens_per_batch
+        if max_tokens_per_batch is not None:
+            # A step's batches are folded into packs, whose number is their own.
+            self.accumulated = self.args.gradient_accumulation_steps
+            self.args = copy.copy(self.args)
+            self.args.gradient_accumulation_steps = 1
+            self._train_batch_size = self.args.per_device_train_batch_size * self.accumulated
+            decoder = self.model.model.language_model.config
+            found = find_packed_attention(decoder, self.args.device, compute_dtype(self.args, self.model))
+            self.model.set_attn_implementation({"text_config": found})
         if self.args.use_liger_kernel:
             # Trainer would ask for the kernels of "granulon", which liger does not know. The loss stays ours: it is computed at
             # labelled positions only, and a decoder without a head has none.
@@ -97,6 +114,53 @@ class GranulonTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         return GroupedSampler(size, self.lengths, self.args.data_seed if self.args.data_seed is not None else self.args.seed)
+
+    def get_train_dataloader(self):
+        if self.max_tokens_per_batch is None:
+            return super().get_train_dataloader()
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        sampler = StepSampler(
+            # As accelerate has it for padded batches.
+            SeedableRandomSampler(self.train_dataset, data_seed=seed),
+            self.lengths,
+            self.max_tokens_per_batch,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.accumulated,
+            processes=self.args.world_size,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        packs = Packs(self.train_dataset, self.data_collator)
+        loader = DataLoader(
+            packs,
+            batch_sampler=sampler,
+            collate_fn=packs.collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=functools.partial(
+                seed_worker, num_workers=self.args.dataloader_num_workers, rank=self.args.process_index
+            ),
+        )
+        return self.accelerator.prepare(loader)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        return super()._get_num_items_in_batch([pack for batch in batch_samples for pack in packs_of(batch)], device)
+
+    def floating_point_ops(self, inputs):
+        return sum(super(GranulonTrainer, self).floating_point_ops(pack) for pack in packs_of(inputs))
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if "packs" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        losses, accelerator = [], self.accelerator
+        for left, pack in reversed([*enumerate(reversed(inputs["packs"]))]):
+            # Gradients are exchanged once, with the last pack.
+            accelerator.gradient_state._set_sync_gradients(not left)
+            apart = left and accelerator.distributed_type != DistributedType.DEEPSPEED
+            with accelerator.no_sync(model) if apart else contextlib.nullcontext():
+                losses.append(super().training_step(model, pack, num_items_in_batch))
+        return sum(losses)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         keep_frozen_parts_in_eval(self.model, self.frozen)  # training_step has just called model.train()
@@ -283,6 +347,16 @@ class GranulonTrainer(Trainer):
             load_adapter_state(self.accelerator.unwrap_model(model or self.model), load_file(file))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def compute_dtype(args: Any, model: Any) -> torch.dtype:
+    """Return the type that a run computes in."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+
+
+def packs_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the batches that a step passes through the model for one of its loader."""
+    return batch.get("packs", [batch])
 
 
 class GroupedSampler(Sampler[int]):

@@ -1,15 +1,17 @@
 """Packs: a partition of the samples within the budget, the same for the same seed and epoch, also over processes."""
 
+from itertools import chain
+
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
-from torch.utils.data import DataLoader
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from torch.utils.data import BatchSampler, DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from granulon_hf import variants
 from granulon_hf.data.collator import GranulonCollator
-from granulon_hf.data.packing import PackSampler
+from granulon_hf.data.packing import Packs, PackSampler, StepSampler, balanced_packs
 from tests.data.test_collator import simple
 
 
@@ -95,3 +97,57 @@ def test_lengths_feed_transformers_length_grouped_sampler():
         return 1 - sum(map(sum, rows)) / sum(8 * max(row) for row in rows)
 
     assert padding(order) < 0.2 * padding(range(640))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("budget", [300, 2048, 10**6])
+def test_packs_of_a_step_are_balanced(processes, budget):
+    lengths = make_lengths(96)
+    packs = balanced_packs(range(96), lengths, budget, processes)
+    assert sorted(index for pack in packs for index in pack) == list(range(96)) and all(packs)
+    assert len(packs) % processes == 0
+    sums = [sum(lengths[index] for index in pack) for pack in packs]
+    assert all(total <= budget or len(pack) == 1 for total, pack in zip(sums, packs, strict=True))
+    loads = [sum(sums[rank::processes]) for rank in range(processes)]
+    assert max(loads) - min(loads) <= max(lengths)
+    if budget > 2048:
+        assert len(packs) == processes and max(sums) < 1.05 * min(sums)
+
+
+def test_packs_of_a_step_where_samples_are_few_or_empty():
+    assert sorted(map(sorted, balanced_packs([0, 1], [5000, 1], 10, 2))) == [[0], [1]]
+    assert balanced_packs([3], [0, 0, 0, 7], 1) == [[3]]
+    assert all(balanced_packs(range(8), [0] * 8, 1, 4))
+
+
+def steps_of(sampler, processes):
+    """The samples of each step, sorted."""
+    shards = [list(BatchSamplerShard(sampler, processes, rank)) for rank in range(processes)]
+    assert len({len(shard) for shard in shards}) == 1
+    for step in zip(*shards, strict=True):
+        assert len({len(packs) for packs in step}) == 1  # nobody waits for ever
+        yield sorted(index for packs in step for pack in packs for index in pack)
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("count", [96, 97, 101])
+def test_steps_have_the_samples_of_padded_batches(count, processes, drop_last):
+    lengths, options = make_lengths(count), {"batch_size": 4, "accumulation": 3}
+    order = SeedableRandomSampler(range(count), data_seed=5)
+    sampler = StepSampler(order, lengths, 600, processes=processes, drop_last=drop_last, **options)
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        order.set_epoch(epoch)
+        batches = BatchSampler(list(order), 4, drop_last)
+        shards = [list(BatchSamplerShard(batches, processes, rank)) for rank in range(processes)]
+        rounds = [[*chain(*batches)] for batches in zip(*shards, strict=True)]
+        expected = [sorted(chain(*rounds[i : i + 3])) for i in range(0, len(rounds), 3)]
+        found = list(steps_of(sampler, processes))
+        assert found == expected and len(sampler) == processes * len(found)
+
+
+def test_packs_are_collated_apart():
+    packs = Packs("abcdef", lambda samples: {"text": "".join(samples)})
+    assert len(packs) == 6
+    assert packs.collate([packs[i] for i in ([0, 2], [5])]) == {"packs": [{"text": "ac"}, {"text": "f"}]}

@@ -30,11 +30,12 @@ def options(benchmark):
 def test_all_arms_compute_the_same_loss(benchmark, options, capsys):
     summary = benchmark.measure(options)
     arms = summary["arms"]
-    assert len(arms) == 9
+    assert len(arms) == 10
     losses = [arm["loss"] for arm in arms.values()]
     assert max(losses) - min(losses) < 1e-5
     assert arms["ours, packed"]["padding"] == 1 <= arms["ours, grouped"]["padding"] <= arms["released style"]["padding"]
     assert arms["TRL"]["padding"] == arms["released style"]["padding"]
+    assert arms["ours, packed, 4 batches in one"]["padding"] == 1
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + len(arms)
 

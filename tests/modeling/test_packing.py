@@ -1,8 +1,11 @@
 """Packed samples against the same samples in a padded batch."""
 
+import copy
+
 import pytest
 import torch
 
+from granulon_hf.modeling import attention_granulon
 from tests.conftest import make_conversation, make_inputs, make_picture
 
 CONVERSATIONS = (
@@ -78,7 +81,7 @@ def assert_equal(model, batch, packed, **options):
     return expected, actual
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "granulon_packed"])
 @pytest.mark.parametrize("granularity", CHOICES, ids=["chosen", "one", "each"])
 @pytest.mark.parametrize("decoder", ["qwen2.5", "llama3.2"])
 def test_loss_and_gradients_are_those_of_the_padded_batch(build, decoder, granularity, attention):
@@ -134,8 +137,10 @@ def test_one_stream(build, stream):
     assert_equal(model, batch, pack(batch), visual_stream=stream)
 
 
-def test_gradient_checkpointing(build):
+@pytest.mark.parametrize("attention", ["sdpa", "granulon_packed"])
+def test_gradient_checkpointing(build, attention):
     model, processor = build()
+    model.set_attn_implementation({"text_config": attention})
     batch = make_batch(processor)
     packed = pack(batch)
     model.train()
@@ -148,7 +153,7 @@ def test_gradient_checkpointing(build):
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "granulon_packed"])
 @torch.no_grad()
 def test_samples_do_not_see_each_other(build, attention):
     model, processor = build()
@@ -203,6 +208,36 @@ def test_what_is_refused(build):
         model(**packed, attention_mask=torch.ones(1, 1, 9, 9))
     with pytest.raises(ValueError, match="training"):
         model.generate(**packed, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_what_is_not_packed_is_attended_to_as_by_sdpa(build):
+    model, processor = build()
+    batch, prompt = make_batch(processor), make_inputs(processor, CONVERSATIONS)
+    expected, answers = model(**batch).logits, model.generate(**prompt, max_new_tokens=4, do_sample=False)
+    model.set_attn_implementation({"text_config": "granulon_packed"})
+    torch.testing.assert_close(model(**batch).logits, expected, atol=1e-5, rtol=0)
+    assert torch.equal(model.generate(**prompt, max_new_tokens=4, do_sample=False), answers)
+
+
+def test_attention_for_packed_rows_replaces_sdpa_alone(build):
+    config = build()[0].config.text_config
+    cpu, found = torch.device("cpu"), attention_granulon.find_packed_attention
+    assert found(config, cpu, torch.float32) == "granulon_packed"
+    assert found(config, torch.device("meta"), torch.float32) == "sdpa"
+    for changed in ({"attention_dropout": 0.1}, {"layer_types": ["sliding_attention", "full_attention"]}):
+        other = copy.deepcopy(config)
+        other.update(changed)
+        assert found(other, cpu, torch.float32) == "sdpa"
+    config._attn_implementation = "eager"
+    assert found(config, cpu, torch.float32) == "eager"
+
+
+def test_packed_attention_is_one_operator_with_gradients():
+    query, key, value = (torch.randn(1, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    arguments = (query, key, value, torch.tensor([0, 4, 5, 9]), 0.3)
+    torch.library.opcheck(attention_granulon.on_cpu, arguments)
+    assert torch.autograd.gradcheck(lambda *states: attention_granulon.on_cpu(*states, *arguments[3:])[0], arguments[:3])
 
 
 @pytest.mark.gpu

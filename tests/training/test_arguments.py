@@ -25,7 +25,7 @@ def test_defaults_are_the_supplements():
     assert (args.weight_decay, args.per_device_train_batch_size, args.gradient_accumulation_steps) == (0, 8, 4)
     assert args.eval_strategy == "no" and args.save_strategy == "steps" and not args.gradient_checkpointing
     assert (model.stage, model.pixel_loss_weight, model.semantic_loss_weight) == ("projector", 0, 0)
-    assert "adamw" in args.optim and data.batching == "grouped"
+    assert "adamw" in args.optim and data.batching is None
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
@@ -250,3 +250,11 @@ def test_liger_is_refused_where_it_cannot_run(monkeypatch):
     assert parse([*line, "--use_cpu", "true"])[2].use_liger_kernel
     with pytest.raises(GranulonError, match="fused_linear_cross_entropy"):
         parse([*line, "--liger_kernel_config", '{"fused_linear_cross_entropy": true}', "--use_cpu", "true"])
+
+
+@pytest.mark.parametrize(
+    "more", [["--batching", "grouped", "--max_tokens_per_batch", "9"], ["--batching", "packed", "--max_tokens_per_batch", "0"]]
+)
+def test_a_token_budget_is_of_packed_batches(more):
+    with pytest.raises(GranulonError, match="max_tokens_per_batch"):
+        parse(["--use_cpu", "true", *more])

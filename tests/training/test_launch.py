@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.loading import load_model
@@ -28,8 +30,13 @@ SHORT = ["--max_steps", "8", "--logging_steps", "1", "--save_steps", "2", "--lea
 BATCH = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
 
 
-def start(*arguments, config="accelerate_cpu.yaml", processes=1):
-    head = [*LAUNCH, "--config_file", f"examples/{config}", "--num_processes", str(processes), "examples/train.py"]
+# accelerate starts several processes on CPUs by MPI only.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def start(*arguments, config: str | None = "accelerate_cpu.yaml", processes=1):
+    launch = [*LAUNCH, "--config_file", f"examples/{config}", "--num_processes"] if config else TORCHRUN
+    head = [*launch, str(processes), "examples/train.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         [*head, *map(str, arguments)],
@@ -107,6 +114,28 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path):
     assert process.returncode != 0 and not (tmp_path / "adapter.safetensors").exists()  # it is not finished
     (written,) = tmp_path.glob("checkpoint-*")
     assert 1 <= int(written.name.split("-")[1]) < 300
+
+
+def test_packed_over_two_processes_killed_and_resumed_is_padded_on_one(tmp_path):
+    """The weights after eight steps are the same; twice as many batches of one process are those of two."""
+    padded, packed, cut = (tmp_path / name for name in ("padded", "packed", "cut"))
+    short = [*TINY, *SHORT, "--learning_rate", "1e-3", "--per_device_train_batch_size", "2"]
+    one, two = ["--gradient_accumulation_steps", "4"], ["--gradient_accumulation_steps", "2"]
+    output = finish(start(*short, *one, "--batching", "padded", "--output_dir", padded))
+    assert len(losses(padded)) == 8, output[-3000:]
+    two_processes = {"config": None, "processes": 2}
+    packs = [*two, "--batching", "packed", "--max_tokens_per_batch", "150"]
+    output = finish(start(*short, *packs, "--output_dir", packed, **two_processes))
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-5), output[-3000:]
+    weights, expected = (load_file(folder / "adapter.safetensors") for folder in (packed, padded))
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
+
+    process = start(*short, *packs, "--output_dir", cut, **two_processes)
+    wait_for(cut / "checkpoint-4", process)
+    kill(process, cut)
+    output = finish(start(*short, *packs, "--output_dir", cut, "--resume_from_checkpoint", "last", **two_processes))
+    assert losses(cut) == pytest.approx(losses(packed), abs=1e-5), output[-3000:]
 
 
 @needs_backbones

@@ -95,6 +95,29 @@ def test_a_compact_run_with_budgets_is_read_again_and_goes_on_as_it_was(tmp_path
     run(folder, "--budgets", budgets, *cache, "--resume_from_checkpoint", "last", line=line)
 
 
+def test_a_packed_run_says_its_budget_and_keeps_it(tmp_path, monkeypatch, capfd):
+    folder, packed = tmp_path / "run", ("--batching", "packed")
+    run(folder, *packed)
+    budget = json.loads((folder / "run.json").read_text())["settings"]["max_tokens_per_batch"]
+    assert 50 < budget < 500 and f"{budget:,} tokens" in capfd.readouterr().err
+    # On another machine more may fit: a run that goes on stays as it was.
+    monkeypatch.setattr(run_module, "free_memory", lambda device: 2**40)
+    run(folder, *packed, "--resume_from_checkpoint", "last")
+    assert json.loads((folder / "run.json").read_text())["settings"]["max_tokens_per_batch"] == budget
+    with pytest.raises(GranulonError, match="max_tokens_per_batch"):
+        run(folder, *packed, "--resume_from_checkpoint", "last", "--max_tokens_per_batch", "7")
+
+
+@pytest.mark.parametrize("more", [(), ("--pad_to_multiple_of", "8"), ("--attn_implementation", "eager")])
+def test_batches_are_packed_where_attention_stays_within_samples(tmp_path, more):
+    folder = tmp_path / "run"
+    run(folder, *more)
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    assert settings["batching"] == ("grouped" if more else "packed")
+    if more:  # a run that began before goes on as it was
+        run(folder, *more, "--resume_from_checkpoint", "last")
+
+
 def test_a_fixed_number_of_tokens_has_no_empty_slots(tmp_path, monkeypatch):
     rows = []
     monkeypatch.setattr(run_module, "GranulonTrainer", lambda *args, data_collator, **rest: rows.append(data_collator) or 1 / 0)

@@ -38,14 +38,16 @@ def make(build, tmp_path):
             **{"max_steps": 6, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2},
             **{"save_steps": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True, "disable_tqdm": True, **kwargs},
         }
+        budget = options.pop("max_tokens_per_batch", None)
         args = RecipeArguments(output_dir=str(tmp_path / name), **options)
-        lengths = collator.lengths(SAMPLES) if grouped else None
+        lengths = collator.lengths(SAMPLES) if grouped or budget else None
         return GranulonTrainer(
             model,
             args,
             data_collator=collator,
             train_dataset=SAMPLES,
             lengths=lengths,
+            max_tokens_per_batch=budget,
             processing_class=processor,
         )
 
@@ -173,6 +175,40 @@ def test_gradient_accumulation_is_one_big_batch(make):
     big.accelerator.gradient_state.plugin_kwargs["num_steps"] = 1
     small.train(), big.train()
     assert losses(small) == pytest.approx(losses(big), abs=1e-4)
+
+
+def assert_same_weights(one, other):
+    for (name, a), b in zip(one.model.named_parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("budget", [1, 250, 10**6])
+@pytest.mark.parametrize(
+    ("variant", "stage"), [("granulon-qwen2.5", "projector+lora"), ("granulon-compact-qwen2.5", "projector")]
+)
+def test_packs_of_any_budget_train_the_weights_of_padded_batches(make, budget, variant, stage):
+    """Ten steps, the seventh of which begins the second epoch."""
+    options = {"variant": variant, "stage": stage, "save_strategy": "no", "max_steps": 10, "learning_rate": 1e-3}
+    padded = make("padded", grouped=False, **options)
+    packed = make("packed", packing=True, max_tokens_per_batch=budget, **options)
+    passes = []
+    packed.model.register_forward_hook(lambda *_: passes.append(1))
+    padded.train(), packed.train()
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-5)
+    assert_same_weights(packed, padded)
+    assert {1: 80, 10**6: 10}.get(budget, len(passes)) == len(passes)
+    assert packed.state.epoch == padded.state.epoch and packed.state.total_flos > 0
+
+
+@pytest.mark.parametrize("budgets", ["controller", "random"])
+def test_a_packed_run_resumes_in_the_second_epoch_to_the_same_losses(make, tmp_path, budgets):
+    options = {"packing": True, "max_tokens_per_batch": 250, "max_steps": 11, "save_steps": 8, "budgets": budgets}
+    whole = make("whole", **options)
+    whole.train()
+    resumed = make("resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-8"))
+    assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
+    assert_same_weights(whole, resumed)
 
 
 def test_grouped_batches_have_little_padding(make):
