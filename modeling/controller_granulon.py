@@ -76,7 +76,9 @@ def first_block_states(decoder: nn.Module, inputs_embeds: torch.Tensor, question
     # Some decoders have one rotary embedding per kind of layer.
     takes_kind = "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters
     kind = {"layer_type": decoder.config.layer_types[0]} if takes_kind else {}
-    states = decoder.layers[0](
+    # A layer that is compiled on its own is compiled for the decoder's rows, not for questions.
+    first = decoder.layers[0]
+    states = (first if first._compiled_call_impl is None else first._call_impl)(
         inputs_embeds,
         attention_mask=attention_mask,
         position_embeddings=decoder.rotary_emb(inputs_embeds, position_ids, **kind),

@@ -150,6 +150,7 @@ class RecipeArguments(TrainingArguments):
         "Visual tokens that a step trains: those of the level that the controller chooses; random: of a level drawn for each "
         "sample; all: the mean loss over all levels, at a decoder's step for each; or a number of tokens.",
     )
+    compile: str = option("none", "none; regional: decoder layers, tower layers and AdaTA, each kind once for all batches.")
     save_full: bool = option(
         False,
         "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
@@ -257,6 +258,8 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
         )
     if data.batching == "packed" and data.pad_to_multiple_of:
         raise GranulonError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
+    if recipe.compile not in ("none", "regional"):
+        raise GranulonError(f"--compile must be none or regional; got {recipe.compile!r}.")
     if recipe.label_smoothing_factor:
         raise GranulonError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":

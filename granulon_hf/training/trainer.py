@@ -29,6 +29,7 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.attention_granulon import find_packed_attention
 from granulon_hf.modeling.modeling_granulon import count_samples, number_samples
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
+from granulon_hf.training.compiling import compile_regions
 from granulon_hf.training.stages import (
     adapter_state,
     frozen_modules,
@@ -96,6 +97,8 @@ class GranulonTrainer(Trainer):
             decoder = self.model.model.language_model
             options = {**(self.args.liger_kernel_config or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
             find_liger(decoder.config.model_type)(model=decoder, **options)
+        if self.args.compile == "regional":
+            compile_regions(self.model)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)
         self.budgets = read_budgets(self.args.budgets, self.model.config)
         self.drawn = (-1, 0)  # the step, and how many of its batches have had levels drawn
