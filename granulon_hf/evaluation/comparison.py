@@ -21,7 +21,7 @@ from granulon_hf.evaluation.benchmark import Suite, open_set, run_suite, slug
 from granulon_hf.evaluation.budgets import measure_costs, write_curve
 from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import write_text
-from granulon_hf.loading import DTYPES, pick_device, read_config
+from granulon_hf.loading import DEMO, DTYPES, pick_device, read_config
 from granulon_hf.modeling.reducers_granulon import REDUCERS
 from granulon_hf.overrides import set_prices
 from granulon_hf.training.arguments import parse
@@ -35,8 +35,10 @@ from granulon_hf.variants import DECODERS, ENCODERS
 
 PIXEL = "pixel"  # among reducers: all pixel tokens, the reference
 CONTROLLER, SCORED = "controller", 400  # the folder of a controller, and questions whose answers are scored for it
-# What differs between the rows of a fair comparison, and only that; an adapter is a trained controller.
-OWN = ("variant", "feature_cache", "adapter", "visual_tokens", "reducer", "levels", "slot_position", "budgets")
+# What differs between the rows of a fair comparison, and only that; an adapter is a trained controller, and how many tokens are
+# packed into a row changes no gradient.
+OWN = ("variant", "feature_cache", "adapter", "max_tokens_per_batch", "visual_tokens", "reducer", "levels", "slot_position")
+OWN += ("budgets",)
 FIXED = ("variant", "output_dir", "resume_from_checkpoint", "feature_cache")
 OF_REDUCERS = ("visual_tokens", "reducer", "levels", "slot_position")
 
@@ -107,7 +109,8 @@ def check(config: dict[str, Any]) -> list[Row]:
     elif encoders:
         raise GranulonError(f"With `encoders`, `llm` must be one of {', '.join(DECODERS)}; {llm!r} would have its own.")
     else:
-        read_config(llm)
+        if llm != DEMO:  # which is assembled at first use
+            read_config(llm)
         variants = [llm]
     if unknown := [name for name in encoders if name not in ENCODERS]:
         raise GranulonError(f"Unknown encoder {unknown[0]!r}; the encoders are {', '.join(ENCODERS)}.")

@@ -69,5 +69,5 @@ def test_files(result, tmp_path):
     kept = json.loads((tmp_path / "tokens.json").read_text())
     assert list(kept["curves"]["scenes"]["arms"]) == list(ARMS) and kept["costs"] == costs
     table = (tmp_path / "tokens.md").read_text()
-    assert "| 2.0 | 250 |" in table and "interpolated" in table
+    assert "| 2 | 250 |" in table and "interpolated" in table
     assert (tmp_path / "tokens.png").stat().st_size > 5000

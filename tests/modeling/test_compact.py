@@ -323,7 +323,9 @@ def test_a_processor_of_the_other_form_is_refused(compact, build, form):
         model(**make_inputs(processor, CONVERSATIONS))
 
 
-@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize(
+    "reducer", ["adata", *(pytest.param(name, marks=pytest.mark.slow) for name in REDUCERS if name != "adata")]
+)
 @torch.no_grad()
 def test_compiles_whole_and_once_for_all_budgets(compact, reducer):
     """One graph for levels and one for budgets: which is data, and nothing breaks the graph."""

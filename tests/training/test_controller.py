@@ -114,7 +114,7 @@ def test_a_hold_out_is_drawn_by_text(tmp_path):
 
 def test_levels_must_be_the_models():
     questions = [Question("a", {"coarse": 0.5, "tiny": 0.5}, False)]
-    with pytest.raises(GranulonError, match=r"coarse, tiny.* coarse, fine.*--level"):
+    with pytest.raises(GranulonError, match="coarse, tiny.* coarse, fine.* controller label"):
         check_levels(questions, ["coarse", "fine"], "m")
     with pytest.raises(GranulonError, match="granularity"):
         check_levels(questions, [], "m")
