@@ -37,8 +37,7 @@ PIXEL = "pixel"  # among reducers: all pixel tokens, the reference
 CONTROLLER, SCORED = "controller", 400  # the folder of a controller, and questions whose answers are scored for it
 # What differs between the rows of a fair comparison, and only that; an adapter is a trained controller, and how many tokens are
 # packed into a row changes no gradient.
-OWN = ("variant", "feature_cache", "adapter", "max_tokens_per_batch", "visual_tokens", "reducer", "levels", "slot_position")
-OWN += ("budgets",)
+OWN = set("variant feature_cache adapter max_tokens_per_batch visual_tokens reducer levels slot_position budgets".split())
 FIXED = ("variant", "output_dir", "resume_from_checkpoint", "feature_cache")
 OF_REDUCERS = ("visual_tokens", "reducer", "levels", "slot_position")
 
@@ -280,7 +279,7 @@ def check_equal(manifest: dict[str, dict[str, Any]]) -> None:
     first, *others = manifest
     for name in others:
         a, b = manifest[first], manifest[name]
-        settings = sorted((a["settings"].keys() | b["settings"].keys()) - set(OWN))
+        settings = sorted((a["settings"].keys() | b["settings"].keys()) - OWN)
         different = [one for one in settings if a["settings"].get(one) != b["settings"].get(one)]
         different += [one for one in ("data", "versions") if a[one] != b[one]]
         if different:

@@ -20,6 +20,7 @@ ADAPTER, RUN = ADAPTER_WEIGHTS, "run.json"
 UNFINISHED = ".unfinished"
 # What may differ between a run and its continuation; everything else would make another run of it.
 FREE = tuple("logging save_total_limit save_full dataloader_num_workers report_to run_name project disable_tqdm log_".split())
+CHOSEN = ("batching", "max_tokens_per_batch")  # by the run itself where nobody says
 
 
 def is_whole(checkpoint: Path) -> bool:
@@ -81,6 +82,7 @@ def check_settings(path: Path, settings: dict[str, Any], data: Any = None) -> No
     written = json.loads(path.read_text())
     before = written["settings"]
     differing = [name for name in sorted(before) if name in settings and before[name] != settings[name]]
+    differing = [name for name in differing if name not in CHOSEN or settings[name] is not None]
     changed = [f"{name} was {before[name]!r} and is {settings[name]!r}" for name in differing if not name.startswith(FREE)]
     if data is not None and "data" in written and written["data"] != json.loads(json.dumps(data, default=str)):
         changed.append("the data are not the same files or rows")
