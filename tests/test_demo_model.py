@@ -121,11 +121,12 @@ class TestAssembled:
 
 
 @needs_backbones
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "slots", "kept"),
     [
-        pytest.param({"slot_position": "all"}, 216, True, marks=pytest.mark.slow),
-        pytest.param({"visual_tokens": "semantic"}, 64, True, marks=pytest.mark.slow),
+        ({"slot_position": "all"}, 216, True),
+        ({"visual_tokens": "semantic"}, 64, True),
         ({"visual_tokens": "semantic", "reducer": "queries", "granularity_levels": [FOUR], "num_semantic_tokens": 4}, 4, False),
     ],
 )

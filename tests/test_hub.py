@@ -421,6 +421,7 @@ def test_foreign_code_is_named_and_not_run(full, caplog, monkeypatch):
     assert any("names code of evil/repo" in record.message for record in caplog.records)
 
 
+@pytest.mark.slow
 def test_the_exported_folder_must_say_the_same(full, build, tmp_path):
     folder = hub.export(full, tmp_path / "out", validate=False)
     model, processor = build()

@@ -35,7 +35,7 @@ def step(model, batch):
     return loss.item(), [None if p.grad is None else p.grad.clone() for _, p in trainable(model)]
 
 
-@pytest.mark.parametrize("variant", ["granulon-qwen2.5", "granulon-compact-llama3.2"])
+@pytest.mark.parametrize("variant", ["granulon-qwen2.5", pytest.param("granulon-compact-llama3.2", marks=pytest.mark.slow)])
 def test_no_break_and_no_graph_for_another_batch(build, variant):
     plain, processor = build(variant)
     set_stage(plain, "projector")
