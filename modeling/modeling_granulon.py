@@ -377,7 +377,7 @@ class GranulonModel(GranulonPreTrainedModel):
         )
 
     def _question(self, inputs_embeds, image_mask, attention_mask, question_mask, sample=None):
-        """Embeddings [B x L x E] and a mask [B x L] that is true on the questions' tokens; one row per packed sample."""
+        """Return embeddings [B x L x E] and a mask [B x L] that is true on the questions' tokens; one row per packed sample."""
         # By default the question is all text that is attended to.
         question = ~image_mask
         if attention_mask is not None and attention_mask.ndim == 2:
@@ -497,7 +497,7 @@ class GranulonModel(GranulonPreTrainedModel):
         return PatchFeatures(features, (side, side), training=self.training), BaseModelOutput(last_hidden_state=features)
 
     def _downsampled_features(self, pixel_values, layer, strategy, visual_tokens, **kwargs):
-        """Features of the images at all sizes that levels (or budgets that are data) may ask for, by side of the grid."""
+        """Return features of images at all sizes that levels (or budgets that are data) may ask for, by side of the grid."""
         slots = self.config.num_semantic_tokens
         grid = pixel_values.shape[-2] // self.patch_size, pixel_values.shape[-1] // self.patch_size
         if visual_tokens is None:
@@ -513,7 +513,7 @@ class GranulonModel(GranulonPreTrainedModel):
         return scales, PatchFeatures(scales[side], grid, training=self.training), outputs
 
     def _aggregate(self, patches, level, budget=None, num_slots=None, question=None) -> GranulonAggregation:
-        """Semantic tokens of images at their levels, or at budgets [I] where the level is -1."""
+        """Return semantic tokens of images at their levels, or at budgets [I] where the level is -1."""
         num_slots = num_slots or self.config.num_semantic_tokens
         patches.alpha = self._level_values(level, "alpha", 1)
         if budget is None:
@@ -544,7 +544,7 @@ class GranulonModel(GranulonPreTrainedModel):
         return self._aggregate(patches, *self._image_choices(granularity, visual_tokens, pixel_values))
 
     def _choices(self, granularity, visual_tokens, count: int, device: torch.device):
-        """Forced level, -1 where none is, and number of visual tokens, `None` where the level says it. Each [count]."""
+        """Return the forced level, -1 where none is, and the budget, `None` where the level says it. Each [count]."""
         level = self._level_index(granularity, count, device)
         if visual_tokens is None:
             return level, None

@@ -110,12 +110,12 @@ def fill_cells(budget: int, alpha: int, grid: tuple[int, int]) -> int:
 
 
 def filled(count: torch.Tensor, num_slots: int) -> torch.Tensor:
-    """True on the first `count` slots of each image. Shape [I x K]."""
+    """Return true on the first `count` slots of each image. Shape [I x K]."""
     return torch.arange(num_slots, device=count.device) < count.unsqueeze(1)
 
 
 def order_of(scores: torch.Tensor) -> torch.Tensor:
-    """Rank of every patch by its score, 0 for the highest, ties by index. Shape [I x N]."""
+    """Return the rank of every patch by its score, 0 for the highest, ties by index. Shape [I x N]."""
     return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
@@ -479,7 +479,7 @@ class RegionReducer(nn.Module):
 
 
 def bilinear_weights(cells: Cells, grid: tuple[int, int]) -> torch.Tensor:
-    """Weights of every patch in the bilinear downsampling to the cells, as `F.interpolate` does it. Shape [I x K x N]."""
+    """Return patch weights in the bilinear downsampling to the cells, as `F.interpolate` does it. Shape [I x K x N]."""
 
     def along(index: torch.Tensor, number: torch.Tensor, size: int) -> torch.Tensor:
         place = ((index + 0.5) * size / number - 0.5).clamp(0, size - 1).unsqueeze(2)

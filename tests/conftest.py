@@ -91,3 +91,14 @@ def make_inputs(processor, conversations, *, side="left", generate=True, **kwarg
         add_generation_prompt=generate,
         processor_kwargs={"padding": True, **kwargs},
     )
+
+
+def make_talkative(model, processor):
+    """Give a toy model weights by which it says something, and not the same of every sample."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.model.language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.4)
+    model.generation_config.suppress_tokens = sorted(processor.tokenizer.added_tokens_decoder)
+    return model, processor

@@ -127,7 +127,7 @@ def interpolate(place: float, known: list[float]) -> np.ndarray:
 
 
 def markdown(data: str, found: dict[str, Any], costs: dict[str, dict[str, float]]) -> str:
-    """Write a curve as a table."""
+    """Return a curve as a table in Markdown."""
     style: dict[str, Any] = {"digits": 1, "scale": 100.0} if found["metric"] in PERCENT else {"digits": 3}
     arms = found["arms"]
     levels = list(dict.fromkeys(level for one in arms.values() for level in one["levels"]))
@@ -169,6 +169,6 @@ def plot(found: dict[str, dict[str, Any]], rows: Mapping[str, str], path: Path) 
 
 
 NOTE = (
-    "Means with 95 % bootstrap intervals over images; differences are paired, with the p-value of a sign-flip test. FLOPs and "
-    "milliseconds are those of vision tower, reducer and prefill, one sample at a time."
+    "Means with 95 % bootstrap intervals over images; differences are paired, with the p-value of a permutation test of them. "
+    "FLOPs and milliseconds are those of vision tower, reducer and prefill, one sample at a time."
 )

@@ -66,7 +66,7 @@ def has_levels(encoder: str) -> bool:
 
 
 def training_arguments(config: dict[str, Any], row: Row, out: Path) -> list[str]:
-    """The command line of one row."""
+    """Return the command line of one row."""
     arguments = {**(config.get("train") or {}), "variant": row.variant, "output_dir": str(out / row.name / "training")}
     if row.reducer == PIXEL:
         arguments |= {"visual_tokens": "pixel", "slot_position": "all"}

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from granulon_hf import loading as models
@@ -18,6 +17,7 @@ from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.evaluation import benchmark as suite_module
 from granulon_hf.evaluation.benchmark import Suite, metrics_for
 from granulon_hf.evaluation.metrics import recall
+from tests.conftest import make_talkative
 from tests.data import tables
 from tests.judge.server import Reply, Server
 
@@ -79,12 +79,7 @@ def test_predictions_scores_and_tables():
 def talker():
     """A folder with a toy model that says something, and not the same of every sample."""
     model, processor = variants.build("granulon-qwen2.5", tiny=True)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(std=0.4)
-    model.generation_config.suppress_tokens = sorted(processor.tokenizer.added_tokens_decoder)
+    make_talkative(model, processor)
     model.save_pretrained("talker"), processor.save_pretrained("talker")
     return "talker"
 

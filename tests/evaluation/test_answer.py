@@ -12,7 +12,7 @@ from datasets import load_dataset
 from granulon_hf.data.datasets.shapes import Shapes
 from granulon_hf.evaluation.answer import Generation, PredictionRun, answer_batch, prefill_shared_image, write_parquet
 from granulon_hf.modeling.images_granulon import open_rgb
-from tests.conftest import make_conversation, make_inputs
+from tests.conftest import make_conversation, make_inputs, make_talkative
 
 SAMPLES = [Shapes(14)[i] for i in range(14)]
 
@@ -23,13 +23,7 @@ def talker(build):
 
     def make(name="granulon-qwen2.5"):
         model, processor = build(name)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.model.language_model.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.4)
-        model.generation_config.suppress_tokens = sorted(processor.tokenizer.added_tokens_decoder)
-        return model, processor
+        return make_talkative(model, processor)
 
     return make
 

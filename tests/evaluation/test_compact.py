@@ -23,7 +23,7 @@ from granulon_hf.loading import check_choice
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.reducers_granulon import REDUCERS
 from granulon_hf.overlay import draw_clusters, model_view
-from tests.conftest import build_tiny, make_conversation, make_inputs, make_picture
+from tests.conftest import build_tiny, make_conversation, make_inputs, make_picture, make_talkative
 
 SAMPLES = list(Shapes(3))
 COMPACT = "granulon-compact-qwen2.5"
@@ -41,13 +41,7 @@ def talker(build):
 
     def make(name=COMPACT, **options):
         model, processor = build(name, **options)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.model.language_model.parameters():
-                if parameter.ndim == 2:
-                    parameter.normal_(std=0.4)
-        model.generation_config.suppress_tokens = sorted(processor.tokenizer.added_tokens_decoder)
-        return model, processor
+        return make_talkative(model, processor)
 
     return make
 
