@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from granulon_hf.evaluation.answer import answer_batch
-from granulon_hf.evaluation.benchmark import PERCENT, Suite, open_set
+from granulon_hf.evaluation.benchmark import PERCENT, Suite, open_set, scored
 from granulon_hf.evaluation.tables import difference_text, empty_figure, markdown_table, score_text
 from granulon_hf.io import write_text
 from granulon_hf.stats import difference, estimate
@@ -98,27 +98,32 @@ def curve(result: dict[str, Any], data: str, rows: Mapping[str, str], chosen: Co
     """Return the accuracy of every arm on a data set: overall, by level of question, and against the first arm.
 
     An arm that chooses its budget is also compared with the fixed budgets of its row at the same mean number of tokens
-    (`interpolated`): each question's score is that of the two neighbors, weighted by how near they are.
+    (`interpolated`): each question's score is that of the two neighbors, weighted by how near they are. What some arm has no
+    score for, as where a judge's reply could not be read, counts for none.
     """
-    clusters, kinds = result["clusters"][data], pd.Series(result["levels"][data], dtype=object).fillna("")
     scores = {arm: found[data] for arm, found in result["scores"].items()}
     metric = next(name for name in (*ACCURACY, *next(iter(scores.values()))) if all(name in one for one in scores.values()))
-    values = pd.DataFrame({arm: one[metric] for arm, one in scores.items()}, dtype=float)
+    columns = pd.concat({arm: scored(result, arm, data, metric) for arm in scores}, axis=1, join="inner")
+    values, weights = (columns.xs(name, axis=1, level=1) for name in ("value", "weight"))
     tokens = pd.DataFrame({arm: found[data] for arm, found in result["visual_tokens"].items()}, dtype=float)
     first = values.columns[0]
+    clusters = columns[first]["cluster"]
+    kinds = pd.Series(result["levels"][data], dtype=object).fillna("").loc[columns.index]
     arms: dict[str, Any] = {}
     for arm in values:
-        arms[arm] = {"visual_tokens": tokens[arm].mean(), **estimate(values[arm], clusters)}
+        arms[arm] = {"visual_tokens": tokens[arm].mean(), **estimate(values[arm], clusters, weights[arm])}
         if arm != first:
-            arms[arm] |= difference(values[arm], values[first], clusters)
-        levels = values[arm].groupby(kinds).mean().to_dict()
-        arms[arm]["levels"] = {name: score for name, score in levels.items() if name}
+            arms[arm] |= difference(values[arm], values[first], clusters, weights[arm], weights[first])
+        sums = pd.DataFrame({"value": values[arm] * weights[arm], "weight": weights[arm]}).groupby(kinds).sum()
+        arms[arm]["levels"] = {name: one["value"] / one["weight"] for name, one in sums.iterrows() if name and one["weight"]}
     for arm in chosen:
         fixed = [one for one in values if rows[one] == rows[arm] and one not in chosen]
         known = sorted(fixed, key=lambda one: arms[one]["visual_tokens"])
         between = interpolate(arms[arm]["visual_tokens"], [arms[one]["visual_tokens"] for one in known])
-        arms[arm]["interpolated"] = difference(values[arm], values[known] @ between, clusters)
-    return {"metric": metric, "samples": len(values), "images": len(set(clusters)), "reference": first, "arms": arms}
+        weight = weights[known] @ between
+        value = ((values * weights)[known] @ between / weight).fillna(0)
+        arms[arm]["interpolated"] = difference(values[arm], value, clusters, weights[arm], weight)
+    return {"metric": metric, "samples": len(values), "images": clusters.nunique(), "reference": first, "arms": arms}
 
 
 def interpolate(place: float, known: list[float]) -> np.ndarray:

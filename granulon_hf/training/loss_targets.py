@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-RESAMPLES = 2000
+from granulon_hf.stats import bootstrap_mean
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def measure_costs(
 ) -> list[dict[str, Any]]:
     """Compare the levels chosen for held-out questions [Q x P] with every fixed level and with the oracle, at each price.
 
-    Intervals are 95 % percentile bootstraps over questions (2,000 resamples, seed 0).
+    Intervals are 95 % bootstraps over questions ([`~granulon_hf.stats.bootstrap_mean`]).
 
     Returns:
         `list[dict]`: for each price `price`; `accuracy` (the chosen level costs least, or as little as another) with its
@@ -95,7 +95,6 @@ def measure_costs(
     costs, losses, tokens = (values.numpy() for values in costs_of(test, levels, prices))
     known = costs_of(train, levels, prices)[0].mean(0).argmin(-1)
     each = np.arange(len(test))
-    draws = np.random.default_rng(0).integers(len(test), size=(RESAMPLES, len(test)))
     found = []
     for p, price in enumerate(prices):
         cost = costs[:, p]
@@ -108,9 +107,7 @@ def measure_costs(
 
         own, usual = chosen[:, p], int(known[p])
         samples = {"accuracy": (cost[each, own] <= best).astype(float), "saved": cost[:, usual] - cost[each, own]}
-        intervals = {
-            f"{name}_ci95": np.percentile(value[draws].mean(1), [2.5, 97.5]).tolist() for name, value in samples.items()
-        }
+        intervals = {f"{name}_ci95": list(bootstrap_mean(value)[1:]) for name, value in samples.items()}
         found.append(
             {
                 "price": price,

@@ -56,6 +56,26 @@ def test_intervals_are_over_images(result):
     assert (found["low"], found["high"]) == pytest.approx((alone["low"], alone["high"]))
 
 
+def test_scores_with_weights_and_gaps(result):
+    """A ratio, such as F1, is a mean with weights; a question that lacks a score of one arm counts for none."""
+    random = np.random.default_rng(1)
+    result["scores"] = {arm: {"scenes": {"f1": random.random(12).tolist()}} for arm in ARMS}
+    result["weights"] = {arm: {"scenes": {"f1": random.integers(0, 4, 12).tolist()}} for arm in ARMS}
+    result["scores"]["adata@4"]["scenes"]["f1"][3] = None
+    found, kept = curve(result, "scenes", ARMS, CHOSEN), np.delete(np.arange(12), 3)
+    assert found["samples"] == 11
+    sums = {}
+    for arm, one in found["arms"].items():
+        values, weights = (np.array(result[what][arm]["scenes"]["f1"], float)[kept] for what in ("scores", "weights"))
+        sums[arm] = (values @ weights, weights.sum())
+        assert one["score"] == pytest.approx(np.average(values, weights=weights))
+        fine = kept % 2 == 1
+        assert one["levels"]["fine"] == pytest.approx(np.average(values[fine], weights=weights[fine]))
+    between = np.add(sums["adata@4"], sums["adata@16"])
+    own = found["arms"][CHOSEN[0]]
+    assert own["interpolated"]["difference"] == pytest.approx(own["score"] - between[0] / between[1])
+
+
 @pytest.mark.parametrize(
     ("place", "weights"), [(4, [1, 0, 0]), (10, [0.5, 0.5, 0]), (26, [0, 0.5, 0.5]), (99, [0, 0, 1]), (1, [1, 0, 0])]
 )
