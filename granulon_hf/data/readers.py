@@ -258,12 +258,14 @@ def parse_json(data: bytes, what: str) -> Any:
 
 
 def read_json(root: Path, files: list[Path], location: str) -> RecordSource:
-    """Read `.json` files that hold a list, and `.jsonl` files with an object per line."""
+    """Read `.json` files that hold a list, and `.jsonl` files with an object per line, which some call `.json` too."""
     tables, digest = {}, {}
     for path in files:
         data, name = path.read_bytes(), path.relative_to(root).as_posix()
-        if path.suffix.lower() == ".jsonl":
-            records = {i: parse_json(line, "the line") for i, line in enumerate(data.splitlines()) if line}
+        lines = {i: line for i, line in enumerate(data.splitlines()) if line}
+        first = next(iter(lines.values()), b"")
+        if path.suffix.lower() == ".jsonl" or (len(lines) > 1 and isinstance(parse_json(first, "the line"), dict)):
+            records = {i: parse_json(line, "the line") for i, line in lines.items()}
         else:
             found = parse_json(data.strip() or b"[]", f"The file {str(path)!r}")
             if isinstance(found, ValueError):

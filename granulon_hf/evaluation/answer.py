@@ -69,6 +69,7 @@ class View:
     pixel_values: Any = None  # of all images
     pixel_tokens: int = 0  # what the language model sees of all images
     semantic_tokens: int = 0
+    same_image: bool = False  # there are several conversations, each about this one image
 
 
 @torch.inference_mode()
@@ -106,6 +107,10 @@ def look(
     slots = int((inputs["input_ids"] == model.config.image_token_id).sum())
     if pixels is None or not model.config.granularity_levels:
         return View(dict(inputs), [*nothing], [*nothing], pixel_values=pixels, pixel_tokens=slots)
+    same = len(pixels) == len(conversations) > 1 and bool((pixels == pixels[:1]).all())
+    if same:
+        features = model.model.reusable_features(pixels[:1])
+        inputs["pixel_values"] = features.expand(len(pixels), *features.shape[1:])
     images, names = model.encode_images(**inputs, granularity=granularity), model.config.level_names
     shown = [bool(row.any()) for row in inputs["input_ids"] == model.config.image_token_id]
     indices = images.granularity.tolist()  # -1 where a number of tokens was asked for
@@ -121,6 +126,7 @@ def look(
         pixel_values=pixels,
         pixel_tokens=0 if model.config.compact else slots - len(pixels) * model.config.num_semantic_slots,
         semantic_tokens=int(images.aggregation.keep.sum()),
+        same_image=same,
     )
 
 
@@ -149,8 +155,11 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
     options = {"max_new_tokens": generation.max_new_tokens, "do_sample": False, **generation.extra}
     if generation.visual_stream is not None:
         options["visual_stream"] = generation.visual_stream
-    output = model.generate(**seen.inputs, **options)
-    length, ends = seen.inputs["input_ids"].shape[1], model.generation_config.eos_token_id
+    inputs = seen.inputs
+    if seen.same_image and not model.config.compact and generation.visual_stream is None and not generation.extra:
+        inputs = share_prefix(model, processor, inputs) or inputs
+    output = model.generate(**inputs, **options)
+    length, ends = inputs["input_ids"].shape[1], model.generation_config.eos_token_id
     stop = {*(ends if isinstance(ends, list) else [ends]), processor.tokenizer.pad_token_id}
     results = []
     for i, tokens in enumerate(output[:, length:].tolist()):
@@ -172,10 +181,8 @@ def answer_batch(model: Any, processor: Any, samples: Sequence[Sample], generati
 def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequence[str]) -> dict[str, Any]:
     """What `generate` needs to answer many questions about one image, with everything up to the pixel tokens computed once.
 
-    The tower runs once, and so does the decoder on the prompt up to the last pixel slot: pixel tokens do not depend on the
-    question, so that their keys and values are shared. Each question then adds its own semantic tokens and words. The answers
-    are those of [`answer_batch`]. In the compact form there are no pixel tokens to share, and with a reducer that looks at more
-    than features the tower runs for every question.
+    [`answer_batch`] does the same where all its samples show one image. In the compact form there are no pixel tokens to share,
+    and with a reducer that looks at more than features the tower runs for every question.
 
     Args:
         image (`PIL.Image.Image`): in RGB.
@@ -191,16 +198,31 @@ def prefill_shared_image(model: Any, processor: Any, image: Any, questions: Sequ
     if not model.config.granularity_levels:
         raise GranulonError("This model has no levels: what it sees does not depend on the question.")
     content = [[{"type": "image", "image": image}, {"type": "text", "text": question}] for question in questions]
-    inputs = encode_prompts(processor, [[{"role": "user", "content": parts}] for parts in content]).to(model.device)
-    ids, mask, count = inputs["input_ids"], inputs["attention_mask"], len(questions)
-    rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+    seen = look(model, processor, [[{"role": "user", "content": parts}] for parts in content])
+    inputs = share_prefix(model, processor, seen.inputs)
+    if inputs is None:
+        raise GranulonError("The prompts differ before the pixel tokens: they cannot be shared.")
+    return inputs
+
+
+def share_prefix(model: Any, processor: Any, inputs: dict[str, Any]) -> dict[str, Any] | None:
+    """Run the decoder once on what Q prompts about one image have in common: up to the last pixel slot.
+
+    Pixel tokens do not depend on the question, so that their keys and values are shared; each question then adds its own
+    semantic tokens and words.
+
+    Args:
+        inputs (`dict`): `input_ids` [Q x L], `attention_mask` and `mm_encoder_outputs`, of a [`View`].
+
+    Returns:
+        `dict`: the same, with a `cache`; `None` where the prompts differ before the last pixel slot.
+    """
+    ids, mask, images = inputs["input_ids"], inputs["attention_mask"], inputs["mm_encoder_outputs"]["image"]
+    count, rows = len(ids), [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
     slots = (rows[0] == model.config.image_token_id).nonzero().flatten()
     length = int(slots[0]) + len(slots) - model.config.num_semantic_slots  # of the prefix, pixel slots included
     if any(not torch.equal(row[:length], rows[0][:length]) for row in rows):
-        raise GranulonError("The prompts differ before the pixel tokens: they cannot be shared.")
-
-    features = model.model.reusable_features(inputs["pixel_values"][:1])
-    images = model.encode_images(features.expand(count, *features.shape[1:]), ids, mask, inputs["question_mask"])
+        return None
     encoded = torch.stack(list(images.pooler_output))
     pixels = encoded.shape[1] - model.config.num_semantic_slots
     prefix = rows[0][:length].unsqueeze(0)
@@ -341,11 +363,9 @@ class PredictionRun:
             versions = {"granulon_hf": granulon_hf.__version__, "torch": torch.__version__}
             content = {"description": self.description, "versions": versions, "processes": count}
             write_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
-        # Long prompts beside long ones: less padding. The answers do not depend on it.
-        mine = sorted(missing[index::count], key=lambda sample: len(sample.question))
         on_progress((len(order) - len(missing)) // count)
         journal = Journal(self.folder / f"part-{index:03}.jsonl")
-        for batch in batches(mine, generation.batch_size):
+        for batch in batches_by_image(missing[index::count], generation.batch_size):
             journal.append(self.answer(model, processor, batch, generation))
             on_progress(len(batch))
         wait()
@@ -413,6 +433,33 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     settings["extra"] = json.dumps(settings["extra"], default=str)
     own = {"model": model, "data": data, "generation": settings}
     write_rows(path, [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows], columns)
+
+
+def batches_by_image(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
+    """Batches of samples about one image, which is then encoded once, where it has enough of them; then of all others.
+
+    Long prompts are beside long ones: less padding. The answers depend on neither.
+    """
+    groups: dict[str | bytes, list[Sample]] = {}
+    for sample in sorted(samples, key=lambda sample: len(sample.question)):
+        groups.setdefault(image_name(sample), []).append(sample)
+    rest = groups.pop("", [])
+    for group in groups.values():
+        for batch in batches(group, size):
+            # Half a batch that shares its image costs less than its part of a full one that does not.
+            if len(batch) > 1 and 2 * len(batch) >= size:
+                yield batch
+            else:
+                rest += batch
+    yield from batches(sorted(rest, key=lambda sample: len(sample.question)), size)
+
+
+def image_name(sample: Sample) -> str | bytes:
+    """Where a sample's only image is, or a hash of it; nothing where it has none or several."""
+    if len(sample.images) != 1:
+        return ""
+    data = sample.images[0].get("bytes")
+    return sample.images[0]["path"] if data is None else hashlib.sha256(data).digest()
 
 
 def cluster_keys(sample: Sample) -> list[str]:

@@ -138,9 +138,9 @@ def run_suite(
         rows, files, filtered, "parts": {column: number}}}`), `clusters` (`{column: [number of each sample]}`, the same for
         samples that share an image), `levels` (likewise, the level of question that a set names), `scores` (`{model: {column:
         {metric: [value of each sample]}}}`), `weights` (likewise, of metrics whose samples do not count alike),
-        `visual_tokens` (`{model: {column: [number of each sample]}}`) and `failed` (`{model: {column: number}}`, samples
-        without an answer, which are scored as empty ones): what the tables are made from, and what `scores.json` holds. Empty
-        on all processes but the first, which alone scores.
+        `visual_tokens` (`{model: {column: [number of each sample]}}`), `failed` (`{model: {column: number}}`, samples
+        without an answer, which are scored as empty ones) and `judge` (its name): what the tables are made from, and what
+        `scores.json` holds. Empty on all processes but the first, which alone scores.
 
     Raises:
         GranulonError: data or a model cannot be used; before a model is loaded where that can be known.
@@ -211,6 +211,7 @@ def run_suite(
     if not main:
         return {}
     result: dict[str, Any] = {"models": list(titles.values()), "data": columns, "sets": about, "clusters": {}, "levels": {}}
+    result["judge"] = suite.judge and suite.judge["model"]
     kept = ("scores", "weights", "failed", "visual_tokens")
     result |= {name: {title: {} for title in titles.values()} for name in kept}
     for data, samples in sets.items():

@@ -41,6 +41,8 @@ def write_results(result: dict[str, Any], out: Path) -> tuple[list[Path], list[s
                         continue
                     found = estimate(frame["value"], frame["cluster"], frame["weight"])
                     notes = f"{score_text(found, 1, scale)} (95 %), {len(frame)} samples, granulon_hf {granulon_hf.__version__}"
+                    if metric in ("judge", "hallucination"):
+                        notes += f", judge {result['judge']}"
                     task = metric if part == data else f"{part.removeprefix(f'{data}-')}_{metric}"
                     entries.append(EvalResultEntry(repo, task, round(scale * found["score"], 2), date=now, notes=notes))
             files.append(out / slug(model) / ".eval_results" / f"{slug(data)}.yaml")

@@ -190,6 +190,7 @@ def test_the_judge_scores_too_and_is_paid_once():
         assert run(*MODELS, *SHORT, *judge, "--out", "out").exit_code == 0
         assert len(server.requests) == asked
     assert "shapes: judge" in Path("out/table.md").read_text()
+    assert json.loads(Path("out/scores.json").read_text())["judge"] == "gpt-4o"
     assert Path("out/tiny-clip-qwen2.5/shapes/samples.jsonl").exists()
 
 

@@ -4,13 +4,21 @@ import json
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from datasets import load_dataset
 
 from granulon_hf.data.datasets.shapes import Shapes
-from granulon_hf.evaluation.answer import Generation, PredictionRun, answer_batch, prefill_shared_image, write_parquet
+from granulon_hf.evaluation.answer import (
+    Generation,
+    PredictionRun,
+    answer_batch,
+    batches_by_image,
+    prefill_shared_image,
+    write_parquet,
+)
 from granulon_hf.modeling.images_granulon import open_rgb
 from tests.conftest import make_conversation, make_inputs, make_talkative
 
@@ -78,6 +86,36 @@ def test_many_questions_about_one_image_share_what_they_can(build, name):
         **shared, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
     ).logits[0]
     torch.testing.assert_close(first, expected.logits[:, -1].float(), atol=1e-4, rtol=1e-4)
+
+
+def test_samples_about_one_image_are_encoded_once(talker):
+    """In a run too: rows are those of samples that are answered one by one, and the tower sees each shared image once."""
+    model, processor = talker()
+    words = "what where how red many circle left is".split()
+    asked = [
+        replace(
+            SAMPLES[image],
+            id=f"{image}-{n}",
+            messages=[
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": f"{words[n]} " * (1 + n) + "?"}]}
+            ],
+        )
+        for n in range(5)
+        for image in (3, 4)
+    ]
+    asked += [replace(SAMPLES[5], id="alone")]
+    expected = [row for sample in asked for row in answer_batch(model, processor, [sample], Generation(4))]
+    calls = []
+    model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    found = {}
+    for batch in batches_by_image(asked, 4):
+        rows = answer_batch(model, processor, batch, Generation(4))
+        found |= {sample.id: row for sample, row in zip(batch, rows, strict=True)}
+    assert sorted(calls) == [1, 1, 3]  # two batches of four; the fifth of each image, and the one that is alone, are a third
+    for sample, row in zip(asked, expected, strict=True):
+        assert found[sample.id].pop("granularity_probs") == pytest.approx(row.pop("granularity_probs"), abs=1e-5)
+        assert found[sample.id] == row
+    assert len({row["prediction"] for row in expected}) > 3
 
 
 def test_a_level_can_be_forced(talker):

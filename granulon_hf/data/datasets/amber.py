@@ -44,6 +44,7 @@ def open_amber(place: Any, split: str) -> RecordSource:
     def join(root: Path) -> tuple[Rows, dict[str, Any]]:
         folder = root / "data" if (root / "data").is_dir() else root
         queries, annotations, relation = (read_table(folder / name, "amber") for name in FILES)
+        relation = {name: [*words] for name, words in relation.items()}  # or the file has another form
         safe = folder / "safe_words.txt"
         shared = {"relation": relation, "safe": safe.read_text(encoding="utf-8").split() if safe.is_file() else []}
         known = {one["id"]: one for one in annotations}

@@ -1,4 +1,7 @@
-"""POPE: is this object in the image? Half of the objects are; the others are drawn at random, popular, or adversarial."""
+"""POPE: is this object in the image? Half of the objects are; the others are drawn at random, popular, or adversarial.
+
+Both forms are read: the table that lmms-eval made, and the authors' `coco_pope_….json`, beside or below which the images are.
+"""
 
 from granulon_hf.data.datasets.base import BadRow, Row, by_image, define, encoded, plain, single_turn, text
 from granulon_hf.data.sample import Sample
@@ -18,10 +21,10 @@ def to_sample(row: Row) -> Sample:
         row,
         id_column="id",
         images=[encoded(row["image"])],
-        question=text(row["question"], "question"),
-        answer=yes_no(row["answer"]),
+        question=text(row.get("question", row.get("text")), "question"),
+        answer=yes_no(row.get("answer", row.get("label"))),
         task="vqa",
-        meta={"category": plain(row["category"], "category") or None, "image_source": row.get("image_source")},
+        meta={"category": plain(row.get("category"), "category") or None, "image_source": row.get("image_source")},
     )
 
 

@@ -32,6 +32,20 @@ def test_pope(tmp_path):
     assert len(set(clusters_of(map(cluster_keys, found[:24])))) == 4  # six questions about each image
 
 
+def test_pope_of_its_authors(tmp_path):
+    lines = [
+        {"question_id": i, "image": f"COCO_{i // 2}.jpg", "text": "Is there a dog in the image?", "label": ("yes", "no")[i % 2]}
+        for i in range(4)
+    ]
+    for line in lines:
+        (tmp_path / line["image"]).write_bytes(tables.jpeg())
+    path = tmp_path / "coco_pope_random.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = list(load("pope", source=path))
+    assert [sample.reference for sample in found] == ["yes", "no", "yes", "no"] and len({sample.id for sample in found}) == 4
+    assert found[0].question == "Is there a dog in the image?" and "category" not in found[0].meta
+
+
 def test_hallusion_bench(tmp_path):
     rows = [tables.hallusion_row(i) for i in range(8)] + [tables.hallusion_row(8, gt_answer="2")]
     rows.append(tables.hallusion_row(9, image=None))  # a figure that should be there
@@ -144,6 +158,17 @@ def test_amber(tmp_path):
     assert named_objects("Two tea-cups", found[0].meta["words"]) == ["tea-cup"]
     again = load(manifest=samples.manifest)
     assert [sample.id for sample in again] == [sample.id for sample in found]
+
+
+@pytest.mark.parametrize("name", ["relation.json", "annotations.json", "query/query_all.json"])
+@pytest.mark.parametrize("content", ["[[1]]", "[1]", '{"a": 1}', "[]"])
+def test_amber_with_files_of_another_form(tmp_path, name, content):
+    root = amber(tmp_path)
+    if name == "relation.json" and content.startswith("{"):
+        content = '{"road": 1}'
+    next(root.rglob(name)).write_text(content)
+    with pytest.raises(GranulonError):
+        assert not list(load("amber", source=root))
 
 
 def coco(root, synonyms=None):
