@@ -20,7 +20,12 @@ value. All arms must give the same mean loss over all labelled tokens (to 1e-5 i
     TRL, grouped        the same in our grouped batches: Trainer's `group_by_length` works in TRL too, once somebody has counted
                         the tokens of every sample, image slots included (`collator.lengths`); TRL does not for images
 
-`--ablation` adds the released style with one of its habits taken away at a time.
+`--ablation` adds the released style with one of its habits taken away at a time, and `--compile` our packed arms as
+`examples/train.py --compile regional` has them: their model is a copy of the same weights, which the warm-up compiles.
+
+`--kernels` counts what one pass over a batch launches, forward and backward: kernels on a GPU; on a CPU operators that compute
+something, of which a compiled region counts as one for each loop that the compiler makes of it. Those of the tower and of AdaTA
+are counted apart; what they launch in the backward pass (frozen, they have none) would be in the rest.
 
 TRL's collator keeps the question mask of the prompts alone, which fits nothing and is dropped: its controller would read the
 answers, but the controller here is untrained and always says "middle". It also puts a label on the line break behind the
@@ -41,8 +46,10 @@ tokens only, no attention).
 """
 
 import argparse
+import copy
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -111,6 +118,7 @@ class Arm:
         loss (`callable`): mean over the labels of a batch.
         checkpointing (`bool`): of every layer.
         tower_in_graph (`bool`): whether inputs are made to require gradients.
+        model (`GranulonForConditionalGeneration`, *optional*): a model of its own, with the weights of the others'.
     """
 
     name: str
@@ -118,6 +126,7 @@ class Arm:
     loss: Callable[[dict[str, Any]], torch.Tensor]
     checkpointing: bool = False
     tower_in_graph: bool = False
+    model: Any = None
 
     def padding(self, tokens: int) -> float:
         return sum(batch["input_ids"].numel() for batch in self.batches) / tokens
@@ -211,6 +220,7 @@ def drop_labels_behind_the_answer(batch: dict[str, Any], end: int) -> dict[str, 
 
 def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namespace, folder: str) -> tuple[list[Arm], int]:
     """The arms, and how many tokens the samples have."""
+    twin = copy.deepcopy(model) if options.compile else None  # now: hooks that trainers leave hold on to their model
     collator, cpu = GranulonCollator(processor), options.device == "cpu"
     samples, lengths, grouped = draw(collator, options)
     common = {"per_device_train_batch_size": options.batch, "use_cpu": cpu, "bf16": False, "report_to": "none"}
@@ -273,6 +283,21 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
         Arm("TRL", collate_trl(random), by_trl),
         Arm("TRL, grouped", collate_trl(grouped), by_trl),
     ]
+    if options.compile:
+        compiled = GranulonTrainer(
+            twin,
+            RecipeArguments(output_dir=folder, auto_precision=False, compile="regional", **common),
+            data_collator=GranulonCollator(processor, packing=True),
+            train_dataset=samples,
+            lengths=lengths,
+            max_tokens_per_batch=budget,
+            processing_class=processor,
+        )
+        name, loss = "ours, packed, compiled", lambda batch: compiled.compute_loss(twin, batch)
+        arms += [
+            Arm(name, packs(budget), loss, model=twin),
+            Arm(f"{name}, 4 batches in one", packs(4 * budget), loss, model=twin),
+        ]
     if options.ablation:
         arms += [
             Arm("released, tower not in the graph", padded, full, checkpointing=True),
@@ -303,7 +328,7 @@ def habits(model: Any, arm: Arm):
 
 def train(model: Any, arm: Arm, batches: list[dict[str, Any]], optimizer: Any, device: str) -> dict[str, float]:
     """Go over the batches once: seconds, mean loss over all labels, peak memory in GiB."""
-    cuda = device != "cpu"
+    cuda, model = device != "cpu", arm.model or model
     total, labels = torch.zeros((), device=device, dtype=torch.float64), 0
     with habits(model, arm):
         if cuda:
@@ -326,6 +351,59 @@ def train(model: Any, arm: Arm, batches: list[dict[str, Any]], optimizer: Any, d
         seconds = clock() - start
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
     return {"seconds": seconds, "loss": total.item() / labels, "peak": peak, "labels": labels}
+
+
+# Operators of a CPU that only say how to look at memory, or ask for some.
+WITHOUT_WORK = re.compile(
+    r"aten::(_?reshape|_?unsafe_view|view|as_strided|t$|transpose|permute|expand|(un)?squeeze|select|slice|narrow|split|unbind|chunk|"
+    r"detach|alias|empty|new_empty|resize|set_|lift|item|_local_scalar|is_|result_type|unfold|diagonal|movedim|swapaxes)"
+)
+
+
+@contextmanager
+def named_parts(model: Any):
+    """Name what the tower and AdaTA do in a profile."""
+    tower, reducer = model.model.vision_tower, model.model.reducer
+    forward = tower.forward
+
+    def inside(name: str, call: Callable) -> Callable:
+        def run(*args, **kwargs):
+            with torch.profiler.record_function(name):
+                return call(*args, **kwargs)
+
+        return run
+
+    tower.forward = inside("tower", forward)
+    if not isinstance(reducer, torch.nn.Module):
+        model.model.reducer = inside("AdaTA", reducer)
+    try:
+        yield
+    finally:
+        tower.forward, model.model.reducer = forward, reducer
+
+
+def kernels(model: Any, arm: Arm, device: str) -> dict[str, int]:
+    """Count what the pass over an arm's first batch launches: in the tower, in AdaTA, and in all."""
+    model, cuda = arm.model or model, device != "cpu"
+    inputs = {name: value.to(device) for name, value in arm.batches[0].items()}
+    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
+    with habits(model, arm), named_parts(model), torch.profiler.profile(activities=activities) as profile:
+        model.train()
+        with torch.autocast(device, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+            arm.loss(inputs).backward()
+    model.zero_grad()
+    events = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CPU]
+    if cuda:
+        launched = [event for event in events if re.match(r"(cuda|cu)Launch(Cooperative)?Kernel", event.name)]
+    else:
+        compute = ("aten::", "cpp_", "mkldnn", "onednn")
+        leaves = (event for event in events if not event.cpu_children and event.name.startswith(compute))
+        launched = [event for event in leaves if not WITHOUT_WORK.match(event.name)]
+    found = {"all": len(launched)}
+    for part in ("tower", "AdaTA"):
+        spans = [(event.time_range.start, event.time_range.end) for event in events if event.name == part]
+        found[part] = sum(start <= event.time_range.start <= end for event in launched for start, end in spans)
+    return found
 
 
 def matmul_rate(side: int = 8192, turns: int = 20) -> float:
@@ -360,7 +438,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     model, processor = build(options.size, options.device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         arms, tokens = make_arms(model, processor, options, folder)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    models = {id(one): one for one in (model, *(arm.model for arm in arms)) if one is not None}.values()
+    trained = [parameter for one in models for parameter in one.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
     for arm in arms:  # warm up: on a GPU with every shape, for its allocator
         small = min(arm.batches, key=lambda batch: batch["input_ids"].numel())
@@ -392,6 +471,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "loss": statistics.mean(one["loss"] for one in seen),
             "labels": seen[0]["labels"],
         }
+        if options.kernels:
+            results[arm.name]["kernels"] = kernels(model, arm, options.device)
     summary: dict[str, Any] = {
         **{"size": options.size, "device": options.device, "dtype": str(dtype).removeprefix("torch.")},
         "machine": torch.cuda.get_device_name() if options.device != "cpu" else f"{torch.get_num_threads()} CPU threads",
@@ -417,12 +498,15 @@ def show(summary: dict[str, Any]) -> None:
     print(f"{summary['size']}: {summary['shares']}, full: {summary['shares_full']}; {summary['machine']}, {summary['dtype']}")
     if "matmul_tflops" in summary:
         print(f"bf16 matmul rate {summary['matmul_tflops']} TFLOPS; our share of it {summary['share_of_matmul_rate']}")
-    columns = ("arm", "seconds", "time by ours (min-max)", "tokens/s", "padding", "peak GiB", "loss")
+    columns = ["arm", "seconds", "time by ours (min-max)", "tokens/s", "padding", "peak GiB", "loss"]
+    counted = next(iter(summary["arms"].values())).get("kernels", {})
+    columns += [f"kernels, {part}" for part in counted]
     print("|", " | ".join(columns), "|\n" + "|---" * len(columns) + "|")
     for name, arm in summary["arms"].items():
         ratio = f"{arm['ratio']:.2f} ({arm['ratio_min']:.2f}-{arm['ratio_max']:.2f})"
         peak = arm["peak_gib"] or "-"
         cells = [name, arm["seconds"], ratio, arm["tokens_per_s"], f"{arm['padding']:.2f}", peak, f"{arm['loss']:.6f}"]
+        cells += [arm["kernels"][part] for part in counted]
         print("|", " | ".join(map(str, cells)), "|")
 
 
@@ -436,6 +520,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--median-words", type=int, default=130, help="of an answer")
     parser.add_argument("--ablation", action="store_true", help="also the released style without one of its habits")
+    parser.add_argument("--compile", action="store_true", help="also our packed arms, compiled")
+    parser.add_argument("--kernels", action="store_true", help="count what a pass over a batch launches")
     parser.add_argument("--arms", nargs="+", help="names of arms; by default all")
     parser.add_argument("--verbose", action="store_true")
     return parser.parse_args(arguments)

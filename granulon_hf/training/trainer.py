@@ -65,6 +65,7 @@ class GranulonTrainer(Trainer):
       all weights too. It appears under its name when it is complete.
     - `save_model` also writes all weights where the config names no backbones to read the others from.
     - `use_liger_kernel` puts liger's kernels into the language model.
+    - `compile="regional"` compiles decoder layers, tower layers and AdaTA, each once for batches of any make-up.
     - `budgets` says how many visual tokens a step trains; what it draws, seed and step alone decide.
     - On SIGTERM a checkpoint is written at the end of the step, on all processes, and training stops.
     - Logs also say tokens per second, the share of padding, the chosen levels and, for known devices, MFU.

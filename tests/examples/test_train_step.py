@@ -40,6 +40,17 @@ def test_all_arms_compute_the_same_loss(benchmark, options, capsys):
     assert len(table) == 2 + len(arms)
 
 
+def test_kernels_are_counted(benchmark, options, capsys):
+    """Fewer where nothing is computed twice, and those of a part are in the sum."""
+    options.kernels = True
+    arms = {name: arm["kernels"] for name, arm in benchmark.measure(options)["arms"].items()}
+    for found in arms.values():
+        assert 0 < found["tower"] < found["all"] and 0 < found["AdaTA"] < found["all"]
+        assert found["tower"] + found["AdaTA"] < found["all"]
+    assert arms["released, no checkpointing"]["all"] < arms["released style"]["all"]
+    assert "kernels, AdaTA" in capsys.readouterr().out
+
+
 def test_another_loss_is_an_error(benchmark, options, monkeypatch):
     monkeypatch.setattr(benchmark, "drop_labels_behind_the_answer", lambda batch, end: dict(batch))
     with pytest.raises(SystemExit, match="same loss"):
