@@ -118,7 +118,14 @@ def test_all_right_is_no_certainty(count):
     assert bootstrap_mean(np.zeros(3 * count), clusters) == pytest.approx((0, 0, 1 - edge))
     few = np.r_[np.ones(6), np.zeros(3 * count - 6)]  # of two clusters alone something counts
     assert bootstrap_mean(np.ones(3 * count), clusters, few)[1] == pytest.approx(0.025**0.5)
-    assert bootstrap_mean(np.full(3 * count, 55.0), clusters) == (55, 55, 55)
+    assert bootstrap_mean(np.full(3 * count, 100.0), clusters, top=100) == pytest.approx((100, 100 * edge, 100))
+    assert bootstrap_mean(np.zeros(3 * count), clusters, top=100) == pytest.approx((0, 0, 100 - 100 * edge))
+
+
+@pytest.mark.parametrize("values", [[55.0] * 6, [33.3] * 6, [0.1, 0.3] * 3, [0.0, 1.0] * 3])
+def test_where_clusters_are_alike_there_is_no_interval(values):
+    found = estimate(values, [0, 0, 1, 1, 2, 2])
+    assert found == {"score": pytest.approx(np.mean(values)), "low": None, "high": None}
 
 
 @pytest.mark.parametrize("clusters", [[7, 7, 7], None])

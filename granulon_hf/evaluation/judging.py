@@ -145,7 +145,8 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
 
 
 def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores.
+    """Return one row per sample: what was judged (of the image its path, and as "image_id" which one it is), accuracy,
+    hallucination, reason, segments' scores.
 
     Of a panel, or of several samples, also the spread and, as "accuracy.JUDGE", each judge's own score.
     """
@@ -153,7 +154,7 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
     for i, sample in enumerate(samples):
         row = asdict(sample)
         row["image"] = row["image"] if isinstance(row["image"], str) else row["image"].get("path")
-        row |= {name: result[f"{name}_scores"][i] for name in SCORES}
+        row |= {"image_id": result["image_ids"][i], **{name: result[f"{name}_scores"][i] for name in SCORES}}
         row |= {"reason": result["reasons"][i], "empty": result["empty"][i]}
         if judges := result.get("judges"):
             row |= {f"{name}_spread": result[f"{name}_spread"][i] for name in SCORES}
@@ -162,6 +163,15 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
             row["segments"] = {name: [part[i] for part in parts[f"{name}_scores"]] for name in SCORES}
         rows.append(row)
     return rows
+
+
+def interval_text(result: dict[str, Any], name: str) -> str:
+    """Return the interval of a mean in words, or why there is none."""
+    if result[name] is None:
+        return ""
+    if (ci := result[f"{name}_ci"]) is not None:
+        return f"{ci[0]:.1f} to {ci[1]:.1f}"
+    return "none of a single image" if result["n_images"] < 2 else "none, since all images are scored alike"
 
 
 def length_correlation(rows: list[dict[str, Any]]) -> float | None:
@@ -196,6 +206,7 @@ def write_report(path: Path, title: str, samples: list[Prediction], result: dict
         counts, _ = np.histogram(scores, bins=10, range=(0, 100))
         histograms[name] = {"counts": counts, "top": max(1, counts.max())}
     more: dict[str, Any] = {"n": len(rows), "histograms": histograms, "length": length_correlation(rows)}
+    more["interval_text"] = interval_text
     write_page(path, "judge_report.html.jinja", title=title, result=result, cards=cards, **more)
 
 
