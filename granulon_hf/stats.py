@@ -42,7 +42,7 @@ def bootstrap_mean(
     """Return the mean and its 95 % bootstrap interval over clusters: not a number with a single cluster.
 
     Percentiles are those of Hesterberg's expanded interval (2015, "What Teachers Should Know About the Bootstrap"), as wide as
-    Student's t: plain percentiles of few clusters are too close. Where all clusters have the same mean, no resample differs, and
+    Student's t: plain percentiles of few clusters are too close. Where all clusters have the same mean no resample differs, and
     there is no interval; but where all values are 0, or all are the highest, the other end is that of Clopper and Pearson's
     interval, with clusters as trials.
 

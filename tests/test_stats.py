@@ -177,6 +177,13 @@ def test_the_table_draws_images():
     assert widths[1] > 2 * widths[0]
 
 
+@pytest.mark.parametrize(("metric", "edge"), [("exact", "26.5"), ("judge", "26.5"), ("hallucination", "26.5")])
+def test_no_hallucination_in_ten_answers_is_no_certainty(metric, edge):
+    """Clopper and Pearson's interval on the metric's own scale: (0, 1 - 0.025 ** (1 / 12)) of a dozen."""
+    result = {"scores": {"m": {"d": {metric: [0.0] * 12}}}, "failed": {"m": {"d": 0}}}
+    assert cell_text(result, "m", None, "d", metric) == f"0.0 [0.0, {edge}]"
+
+
 def test_a_difference_is_that_of_samples_that_both_scored():
     scores = {"a": {"d": {"judge": [1, None, 3, 5]}}, "b": {"d": {"judge": [2, 2, None, 7]}}}
     result = {"scores": scores, "failed": {"a": {"d": 0}, "b": {"d": 0}}, "clusters": {"d": [0, 1, 2, 3]}}

@@ -106,7 +106,7 @@ def progress(what: str) -> Iterator[Callable[[dict[str, Any]], None]]:
 @app.command()
 @reports_bad_input(extra="judge", resumes=True)
 def run(
-    predictions: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a datasets folder: columns prediction, image, …")],
+    predictions: Annotated[Path, typer.Argument(help="JSONL, Parquet, CSV or datasets folder: columns prediction, image, …")],
     task: Annotated[
         str | None, typer.Option(help="reasoning, vqa or caption; by default what the file's task column says, or reasoning.")
     ] = None,

@@ -61,9 +61,10 @@ Args:
         reason, cached, spent_usd.
 Returns:
     dict: accuracy, hallucination (means of all scores, 0 for empty predictions; *_nonempty without those), *_ci (95 %
-    bootstrap over images, None for one image or equal scores), n_images, image_ids, *_scores (None where unscored), reasons, empty, n = n_scored + n_unscored + n_empty, tokens, cost_usd (all
-    answers used), spent_usd (this run), judge_models (as the server reports them), hardened, segments (lists segment by
-    segment), with a panel or samples also *_spread (standard deviations) and judges (the same for each judge), ...
+    bootstrap over images; None for a single image, or where all are scored alike), *_scores (None where unscored), reasons,
+    empty, image_ids (digests), n_images, n = n_scored + n_unscored + n_empty, tokens, cost_usd (all answers used), spent_usd
+    (this run), judge_models (as the server reports them), hardened, segments (lists segment by segment), with a panel or
+    samples also *_spread (standard deviations) and judges (the same for each judge), ...
 """
 
 

@@ -24,11 +24,12 @@ def mean_of(scores: Sequence) -> float | None:
 
 def interval_of(scores: Sequence, images: Sequence[int], n_resamples: int) -> list[float] | None:
     """Return the 95 % bootstrap interval, over images, of the mean of the scores that are not None."""
-    scored = [(score, image) for score, image in zip(scores, images, strict=True) if score is not None]
-    if not scored:
+    places = [i for i, score in enumerate(scores) if score is not None]
+    if not places:
         return None
-    _, *ends = bootstrap_mean(*zip(*scored, strict=True), n_resamples=n_resamples, top=100.0)
-    return None if math.isnan(ends[0]) else ends
+    own = [scores[i] for i in places], [images[i] for i in places]
+    _, low, high = bootstrap_mean(*own, n_resamples=n_resamples, top=100.0)
+    return None if math.isnan(low) else [low, high]
 
 
 def average(ratings: list[dict], every: bool = False) -> dict:
