@@ -172,10 +172,9 @@ def inline(text: Any) -> str:
 
 def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -> tuple[list[dict[str, Any]], str]:
     """Make the evaluation's table for one model, a row for each data set and metric, and the command."""
-    from granulon_hf.evaluation.benchmark import PAPER, PERCENT, scored
+    from granulon_hf.evaluation.benchmark import PAPER, PERCENT, estimated, scored
     from granulon_hf.evaluation.hallucination import WEIGHTED
     from granulon_hf.evaluation.tables import score_text
-    from granulon_hf.stats import estimate
 
     rows: list[dict[str, Any]] = []
     try:
@@ -193,7 +192,7 @@ def score_rows(results: dict[str, Any], names: list[str], variant: str | None) -
                 frame = scored(results, found[0], data, metric)
                 if frame["weight"].any():
                     scale, unit = (100.0, ", %") if metric in PERCENT else (1.0, "")
-                    score = estimate(frame["value"], frame["cluster"], frame["weight"])
+                    score = estimated(frame, metric)
                     ends = [None if score[end] is None else scale * score[end] for end in ("low", "high")]
                     row = {"metric": metric, "unit": unit, "mean": scale * score["score"], "interval": ends, "n": len(frame)}
                     unscored = 0 if metric in WEIGHTED else len(values) - len(frame)

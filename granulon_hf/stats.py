@@ -8,13 +8,14 @@ what counts over a sum of what could have, and a sample's weight is its part of 
 """
 
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 N_RESAMPLES = 2000
 DRAWN = 2**22  # numbers that are drawn at once, which bounds memory
+SAME = 1e-9  # between what would be equal but for rounding
 Numbers = Sequence[float]
 
 
@@ -32,19 +33,25 @@ def clusters_of(keys: Iterable[Iterable[Hashable]]) -> list[int]:
 
 
 def bootstrap_mean(
-    values: Numbers, clusters: Sequence[int] | None = None, weights: Numbers | None = None, n_resamples: int = N_RESAMPLES
+    values: Numbers,
+    clusters: Sequence[int] | None = None,
+    weights: Numbers | None = None,
+    n_resamples: int = N_RESAMPLES,
+    top: float = 1.0,
 ) -> tuple[float, float, float]:
     """Return the mean and its 95 % bootstrap interval over clusters: not a number with a single cluster.
 
     Percentiles are those of Hesterberg's expanded interval (2015, "What Teachers Should Know About the Bootstrap"), as wide as
-    Student's t: plain percentiles of few clusters are too close. Where all values are 0, or all are 1, no resample differs: the
-    other end is then that of Clopper and Pearson's interval, with clusters as trials.
+    Student's t: plain percentiles of few clusters are too close. Where all clusters have the same mean no resample differs, and
+    there is no interval; but where all values are 0, or all are the highest, the other end is that of Clopper and Pearson's
+    interval, with clusters as trials.
 
     Args:
         values (`list[float]`): of the samples.
         clusters (`list[int]`, *optional*): the cluster of each; by default each is its own.
         weights (`list[float]`, *optional*): of the samples in the mean, 0 for what does not count.
         n_resamples (`int`): of the bootstrap.
+        top (`float`): the highest value that there can be.
 
     Raises:
         ValueError: there are no values.
@@ -52,9 +59,9 @@ def bootstrap_mean(
     sums = cluster_sums(clusters, (values, weights))
     mean = float(ratio(*sums.sum(1)))
     low, high = interval(ratio, sums, mean, n_resamples)
-    if low == high and mean in (0, 1):
-        bound = 0.025 ** (1 / np.count_nonzero(sums[1]))
-        low, high = (bound, 1.0) if mean else (0.0, 1 - bound)
+    if high - low <= SAME * top:
+        bound = top * 0.025 ** (1 / np.count_nonzero(sums[1]))
+        low, high = (0.0, top - bound) if mean == 0 else (bound, top) if mean == top else (np.nan, np.nan)
     return mean, low, high
 
 
@@ -115,23 +122,61 @@ def ratio(numerators: np.ndarray, denominators: np.ndarray, axis: int | None = N
 
 def interval(statistic: Any, sums: np.ndarray, found: float, n_resamples: int) -> tuple[float, float]:
     """Return the 95 % interval of a statistic of sums over clusters, which are drawn with replacement."""
-    from scipy.stats import bootstrap, norm, t
-
     count = sums.shape[1]
     if count < 2 or np.isnan(found):
         return float("nan"), float("nan")
-    options = {"paired": True, "batch": max(1, DRAWN // count), "method": "percentile", "rng": np.random.default_rng(0)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scipy, about resamples in which nothing counts
-        drawn = bootstrap(tuple(sums), statistic, n_resamples=n_resamples, **options).bootstrap_distribution
-    tail = norm.cdf(-np.sqrt(count / (count - 1)) * t.ppf(0.975, count - 1))
-    low, high = np.nanquantile(drawn, [tail, 1 - tail])
+    drawn = resampled(statistic, tuple(sums), n_resamples, paired=True, batch=max(1, DRAWN // count))
+    low, high = np.nanquantile(drawn, tails(count))
     return float(low), float(high)
 
 
-def estimate(values: Numbers, clusters: Sequence[int] | None = None, weights: Numbers | None = None) -> dict[str, Any]:
+def resampled(statistic: Any, data: tuple[np.ndarray, ...], n_resamples: int, **options: Any) -> np.ndarray:
+    """Return a statistic of resamples of clusters."""
+    from scipy.stats import bootstrap
+
+    options |= {"method": "percentile", "rng": np.random.default_rng(0)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scipy, about resamples in which nothing counts
+        return bootstrap(data, statistic, n_resamples=n_resamples, **options).bootstrap_distribution
+
+
+def tails(count: int) -> tuple[float, float]:
+    """Return the quantiles of resamples of so many clusters that are an interval's ends."""
+    from scipy.stats import norm, t
+
+    tail = float(norm.cdf(-np.sqrt(count / (count - 1)) * t.ppf(0.975, count - 1)))
+    return tail, 1 - tail
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray], float], clusters: Sequence[int], n_resamples: int = N_RESAMPLES
+) -> tuple[float, float] | None:
+    """Return the 95 % bootstrap interval over clusters of a statistic that is no ratio of sums, such as a rank correlation.
+
+    None where there is a single cluster, where all resamples agree, or where one of them has no such statistic (NaN).
+
+    Args:
+        statistic (`Callable`): takes the places of the samples that are drawn, with repetitions.
+        clusters (`list[int]`): the cluster of each sample.
+        n_resamples (`int`): of the bootstrap.
+    """
+    names, own = np.unique(clusters, return_inverse=True)
+    if len(names) < 2:
+        return None
+
+    def of_clusters(drawn: np.ndarray) -> float:
+        return statistic(np.repeat(np.arange(len(own)), np.bincount(drawn, minlength=len(names))[own]))
+
+    found = resampled(of_clusters, (np.arange(len(names)),), n_resamples, vectorized=False)
+    low, high = np.quantile(found, tails(len(names)))
+    return (float(low), float(high)) if high - low > SAME else None
+
+
+def estimate(
+    values: Numbers, clusters: Sequence[int] | None = None, weights: Numbers | None = None, top: float = 1.0
+) -> dict[str, Any]:
     """Return the `score` of samples with its interval, `low` to `high`; None for what there is none of, as in JSON."""
-    return named(("score", "low", "high"), bootstrap_mean(values, clusters, weights))
+    return named(("score", "low", "high"), bootstrap_mean(values, clusters, weights, top=top))
 
 
 def difference(

@@ -28,7 +28,7 @@ def tracked() -> list[Path]:
         found = {Path(name) for name in names if name}
     else:
         found = {path.relative_to(ROOT) for path in ROOT.rglob("*") if "__pycache__" not in path.parts}
-    return sorted(path for path in found if (ROOT / path).is_file() and not (ROOT / path).is_symlink())
+    return sorted(path for path in found if (ROOT / path).is_file())  # a link to a file counts as one, to a folder not
 
 
 def build(kind: str, folder: Path, out: Path) -> Path:
@@ -53,7 +53,7 @@ def dist(tmp_path_factory):
     checkout = folder / "checkout"
     for path in tracked():
         (checkout / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(ROOT / path, checkout / path)
+        shutil.copyfile(ROOT / path, checkout / path, follow_symlinks=False)
     for name in LINKED:
         (checkout / "granulon_hf" / name).symlink_to(Path("..", name))
     sdist = build("sdist", checkout, folder)

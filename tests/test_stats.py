@@ -118,7 +118,14 @@ def test_all_right_is_no_certainty(count):
     assert bootstrap_mean(np.zeros(3 * count), clusters) == pytest.approx((0, 0, 1 - edge))
     few = np.r_[np.ones(6), np.zeros(3 * count - 6)]  # of two clusters alone something counts
     assert bootstrap_mean(np.ones(3 * count), clusters, few)[1] == pytest.approx(0.025**0.5)
-    assert bootstrap_mean(np.full(3 * count, 55.0), clusters) == (55, 55, 55)
+    assert bootstrap_mean(np.full(3 * count, 100.0), clusters, top=100) == pytest.approx((100, 100 * edge, 100))
+    assert bootstrap_mean(np.zeros(3 * count), clusters, top=100) == pytest.approx((0, 0, 100 - 100 * edge))
+
+
+@pytest.mark.parametrize("values", [[55.0] * 6, [33.3] * 6, [0.1, 0.3] * 3, [0.0, 1.0] * 3])
+def test_where_clusters_are_alike_there_is_no_interval(values):
+    found = estimate(values, [0, 0, 1, 1, 2, 2])
+    assert found == {"score": pytest.approx(np.mean(values)), "low": None, "high": None}
 
 
 @pytest.mark.parametrize("clusters", [[7, 7, 7], None])
@@ -168,6 +175,13 @@ def test_the_table_draws_images():
     assert texts[0] == cell_text(result, "m", None, "d", "exact")  # results of a version without clusters
     widths = [float(np.ptp([float(end) for end in text.split("[")[1].rstrip("]").split(",")])) for text in texts]
     assert widths[1] > 2 * widths[0]
+
+
+@pytest.mark.parametrize(("metric", "edge"), [("exact", "26.5"), ("judge", "26.5"), ("hallucination", "26.5")])
+def test_no_hallucination_in_ten_answers_is_no_certainty(metric, edge):
+    """Clopper and Pearson's interval on the metric's own scale: (0, 1 - 0.025 ** (1 / 12)) of a dozen."""
+    result = {"scores": {"m": {"d": {metric: [0.0] * 12}}}, "failed": {"m": {"d": 0}}}
+    assert cell_text(result, "m", None, "d", metric) == f"0.0 [0.0, {edge}]"
 
 
 def test_a_difference_is_that_of_samples_that_both_scored():

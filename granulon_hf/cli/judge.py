@@ -106,7 +106,7 @@ def progress(what: str) -> Iterator[Callable[[dict[str, Any]], None]]:
 @app.command()
 @reports_bad_input(extra="judge", resumes=True)
 def run(
-    predictions: Annotated[Path, typer.Argument(help="JSONL, Parquet, or a datasets folder: columns prediction, image, …")],
+    predictions: Annotated[Path, typer.Argument(help="JSONL, Parquet, CSV or datasets folder: columns prediction, image, …")],
     task: Annotated[
         str | None, typer.Option(help="reasoning, vqa or caption; by default what the file's task column says, or reasoning.")
     ] = None,
@@ -264,18 +264,21 @@ def spent(result: dict[str, Any], where: str = " in this run") -> str:
 
 
 def show_result(console: Console, result: dict[str, Any], folder: Path) -> None:
+    from granulon_hf.evaluation.judging import interval_text
+
     table = Table("", "mean", "95 % interval", box=None, padding=(0, 2, 0, 0))
     for name in ("accuracy", "hallucination"):
-        mean, ci, rest = result[name], result[f"{name}_ci"], result[f"{name}_nonempty"]
-        table.add_row(name, "none" if mean is None else f"{mean:.1f}", "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}")
+        mean, rest = result[name], result[f"{name}_nonempty"]
+        table.add_row(name, "none" if mean is None else f"{mean:.1f}", interval_text(result, name))
         if result["n_empty"] and rest is not None:
             table.add_row(f"{name}, without empty answers", f"{rest:.1f}", "", style="dim")
     for judge, one in result.get("judges", {}).items():
         for name in ("accuracy", "hallucination"):
-            mean, ci = one[name], one[f"{name}_ci"]
-            told = "" if ci is None else f"{ci[0]:.1f} to {ci[1]:.1f}"
-            table.add_row(escape(f"{name}, {judge}"), "none" if mean is None else f"{mean:.1f}", told, style="dim")
+            shown = "none" if one[name] is None else f"{one[name]:.1f}"
+            table.add_row(escape(f"{name}, {judge}"), shown, interval_text(one, name), style="dim")
     console.print(table)
+    if result["n_images"] > 1:
+        console.print(f"Intervals are over {result['n_images']} images, each with all its answers.", style="dim")
     counts = f"{result['n_scored']} scored, {result['n_unscored']} unscored, {result['n_empty']} empty"
     console.print(counts + (f"{spent(result)}, {result['cost_usd']:.4f} in all" if spent(result) else ""))
     for name, alpha in result.get("agreement", {}).items():

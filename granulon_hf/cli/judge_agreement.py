@@ -15,7 +15,7 @@ from granulon_hf.cli.common import Debug, check_out, pairs, reports_bad_input
 
 @reports_bad_input(extra="judge")
 def agree(
-    first: Annotated[Path, typer.Argument(help="Scores by id: a run's folder, or people's labels (JSONL, Parquet).")],
+    first: Annotated[Path, typer.Argument(help="Scores by id: a run's folder, or people's labels (JSONL, Parquet, CSV).")],
     second: Annotated[
         Path, typer.Argument(help="The other scores; people's labels, of a few answers chosen at random or of all.")
     ],
@@ -30,9 +30,12 @@ def agree(
     """
     from granulon_hf.evaluation import agreement
 
-    a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
-    found = agreement.agreement(a, b)
-    told = agreement.calibration(a, b, *agreement.read_answers(first))
+    columns = pairs(column, "--column")
+    a, b = agreement.read_scores(first), agreement.read_scores(second, columns)
+    texts, images = agreement.read_answers(first)
+    images = images or agreement.read_answers(second, columns)[1]
+    found = agreement.agreement(a, b, images)
+    told = agreement.calibration(a, b, texts, images)
     if as_json:
         powered = {
             score: {"calibration": means and dataclasses.asdict(means), "length_bias": bias}
@@ -62,6 +65,14 @@ def show_agreement(console: Console, found: list[Any]) -> None:
         limits = f"{r.limits[0]:+.1f} to {r.limits[1]:+.1f}"
         table.add_row(r.score, str(r.n), *coefficients, f"{r.mean_difference:+.1f}", limits, cell(r.kappa, r.kappa_ci))
     console.print(table)
+    n_images = max(r.n_images for r in found)
+    over = f"Intervals are over {n_images} images, each with all its answers; an answer whose image is not known counts as one."
+    console.print(over if n_images > 1 else "All answers are about one image, of which there are no intervals.", style="dim")
+
+
+def estimate_text(estimate: tuple[float, float | None, float | None]) -> str:
+    mean, low, high = estimate
+    return f"{mean:.1f} (no interval: all are alike)" if low is None else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
 def show_calibration(console: Console, told: dict[str, Any], labels: Path) -> None:
@@ -69,13 +80,18 @@ def show_calibration(console: Console, told: dict[str, Any], labels: Path) -> No
     table = Table("mean of all answers", "judge", "labels alone", "corrected", "labels, of", box=None, padding=(0, 2, 0, 0))
     for score, (means, _) in told.items():
         if means is not None:
-            cells = ("{:.1f} [{:.1f}, {:.1f}]".format(*three) for three in (means.labels, means.corrected))
+            cells = map(estimate_text, (means.labels, means.corrected))
             table.add_row(score, f"{means.judge:.1f}", *cells, f"{means.n_labels}, {means.n_labels + means.n_rest}")
     if table.rows:
         console.print(f"\nIf {escape(labels.name)} is the truth, and its answers were chosen at random:")
         console.print(table)
-    for score, (_, bias) in told.items():
-        if bias is not None:
+    for score, (means, bias) in told.items():
+        if means is None:
+            console.print(f"Labels of one image do not tell what people think of {score} in general.", style="yellow")
+        if bias is None:
+            takes = "labels of six images at least, answers of unequal length, and errors of the judge that differ"
+            console.print(f"Whether {score} follows the length cannot be said: that takes {takes}.", soft_wrap=True)
+        else:
             slope, low, high = bias
             verdict = "it follows the length" if low > 0 or high < 0 else "no bias towards length is seen"
             change = f"{slope:+.1f} [{low:+.1f}, {high:+.1f}]"
@@ -100,9 +116,11 @@ def compare(
 
     folder = out or first.with_name(f"{first.stem}-{second.stem}.compared")
     check_out(folder)
-    a, b = agreement.read_scores(first), agreement.read_scores(second, pairs(column, "--column"))
+    columns = pairs(column, "--column")
+    a, b = agreement.read_scores(first), agreement.read_scores(second, columns)
     rows = judge_comparison.check_same_answers(first, second)
-    found = agreement.agreement(a, b)
+    images = agreement.read_answers(first)[1] or agreement.read_answers(second, columns)[1]
+    found = agreement.agreement(a, b, images)
     page = judge_comparison.write_comparison(folder, first, second, a, b, found, rows, show)
     console = Console(highlight=False)
     show_agreement(console, found)

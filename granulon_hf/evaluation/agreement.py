@@ -1,8 +1,8 @@
 """Agreement of two judges, or of a judge with people."""
 
 import math
-import warnings
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,16 @@ from scipy import stats
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.calibration import Calibration, length_bias, prediction_powered_mean
-from granulon_hf.evaluation.judging import SCORES, rows_of, score_of
+from granulon_hf.evaluation.judging import SCORES, id_of, rows_of, score_of
+from granulon_hf.judge.images import image_id
+from granulon_hf.stats import bootstrap_interval, clusters_of
+
+Images = Mapping[str, list[str]]  # by the id of an answer which images it is about
 
 
 @dataclass
 class Agreement:
-    """Agreement on one score: coefficients with 95 % percentile bootstrap intervals over samples; None where undefined.
+    """Agreement on one score: coefficients with 95 % bootstrap intervals over images; None where undefined.
 
     `alpha` is Krippendorff's, `kappa` Cohen's with quadratic weights; `limits` are those of Bland and Altman, between which
     95 % of the differences are expected.
@@ -26,6 +30,7 @@ class Agreement:
 
     score: str
     n: int
+    n_images: int
     spearman: float | None
     spearman_ci: tuple[float, float] | None
     alpha: float | None
@@ -42,28 +47,47 @@ def samples_of(path: Path) -> Path:
 
 
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
-    """Read scores by id from a run's folder, or a JSONL or Parquet file with "id" and "accuracy" or "hallucination" or both."""
+    """Read scores by id from a run's folder, or a JSONL, Parquet or CSV file with "id" and "accuracy" or "hallucination" or
+    both."""
     named = {name: name for name in ("id", *SCORES)} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
     for place, row in rows_of(samples_of(path)):
-        if named["id"] not in row or not any(named[score] in row for score in SCORES):
+        if row.get(named["id"]) is None or not any(named[score] in row for score in SCORES):
             wanted = ", ".join(named.values())
             raise GranulonError(f"{path}, {place} lacks an id or any score (columns looked for: {wanted}).")
-        key = str(row[named["id"]])
+        key = id_of(row[named["id"]])
         if key in found:
             raise GranulonError(f"{path}, {place} has the id {key!r} a second time.")
         found[key] = {score: score_of(row, named[score], f"{path}, {place}") for score in SCORES}
     return found
 
 
-def read_answers(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the answers and the paths of their images by id, where the file has them."""
-    rows = {str(row["id"]): row for _, row in rows_of(samples_of(path))}
-    columns = (
-        {key: row[name] for key, row in rows.items() if isinstance(row.get(name), str)} for name in ("prediction", "image")
-    )
-    texts, images = columns
+def read_answers(path: Path, columns: dict[str, str] | None = None) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Return by id the answers, and which images they are about, where the file has them."""
+    file, name = samples_of(path), (columns or {}).get("id", "id")
+    rows = {id_of(row[name]): row for _, row in rows_of(file)}
+    texts = {key: row["prediction"] for key, row in rows.items() if isinstance(row.get("prediction"), str)}
+    images = {key: found for key, row in rows.items() if (found := images_of(row, file.parent))}
     return texts, images
+
+
+def images_of(row: dict[str, Any], folder: Path) -> list[str]:
+    """Return which images a row is about: its "image_id", or that of its image, which older runs and other files have alone."""
+    if row.get("image_id") is not None:
+        return [str(row["image_id"])]
+    images = row["images"] if isinstance(row.get("images"), list) else [row.get("image")]
+    return [name for image in images if (name := name_of_image(image, folder)) is not None]
+
+
+def name_of_image(image: Any, folder: Path) -> str | None:
+    """Return the id of an image in any of the forms that files have; of a path that leads nowhere it is the path."""
+    data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, image)
+    if isinstance(data, bytes):
+        return image_id({"bytes": data})
+    if not isinstance(path, str):
+        return None
+    places = os.path.expanduser(path), str(folder / path)
+    return image_id({"path": next(filter(os.path.isfile, places), path)})
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -90,20 +114,24 @@ def weighted_kappa(a: np.ndarray, b: np.ndarray) -> float:
     return math.nan if chance == 0 else float(1 - np.mean((a - b) ** 2) / chance)
 
 
-def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
-    """Compare every score that both sides have, over the ids, at least two, that both scored."""
+def agreement(a: dict, b: dict, images: Images | None = None, n_resamples: int = 2000) -> list[Agreement]:
+    """Compare every score that both sides have, over the ids, at least two, that both scored.
+
+    Answers about the same one of the `images` are drawn together; where it names none, each is drawn on its own.
+    """
     results = []
     for score in SCORES:
         both = sorted(key for key in a.keys() & b.keys() if a[key].get(score) is not None and b[key].get(score) is not None)
         if len(both) < 2:
             continue
         x, y = (np.array([side[key][score] for key in both], dtype=float) for side in (a, b))
-        row: dict[str, Any] = {}
+        clusters = clusters_of((images or {}).get(key, []) for key in both)
+        row: dict[str, Any] = {"n_images": len(set(clusters))}
         for name, function in (("spearman", spearman), ("alpha", alpha), ("kappa", weighted_kappa)):
             value = function(x, y)
             undefined = math.isnan(value)
             row[name] = None if undefined else value
-            row[f"{name}_ci"] = None if undefined else interval(function, x, y, n_resamples)
+            row[f"{name}_ci"] = None if undefined else interval(function, x, y, clusters, n_resamples)
         if row["alpha"] is not None:
             row["alpha"] = float(krippendorff.alpha(reliability_data=np.stack([x, y]), level_of_measurement="interval"))
         mean, half = float((x - y).mean()), 1.96 * float((x - y).std(ddof=1))
@@ -115,15 +143,11 @@ def agreement(a: dict, b: dict, n_resamples: int = 2000) -> list[Agreement]:
     return results
 
 
-def interval(function: Any, x: np.ndarray, y: np.ndarray, n_resamples: int) -> tuple[float, float] | None:
-    """Return the 95 % percentile bootstrap over samples, seed 0; None where a resample has no coefficient."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of scipy, about resamples without variation
-        found = stats.bootstrap(
-            (x, y), function, paired=True, vectorized=False, n_resamples=n_resamples, method="percentile", random_state=0
-        )
-    low, high = (float(edge) for edge in found.confidence_interval)
-    return None if math.isnan(low) or math.isnan(high) else (low, high)
+def interval(
+    function: Callable[[np.ndarray, np.ndarray], float], x: np.ndarray, y: np.ndarray, clusters: list[int], n_resamples: int
+) -> tuple[float, float] | None:
+    """Return the interval of a coefficient of paired scores."""
+    return bootstrap_interval(lambda drawn: function(x[drawn], y[drawn]), clusters, n_resamples)
 
 
 def panel_agreement(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -154,15 +178,16 @@ def alpha_of_many(raters: Sequence[Sequence[float | None]]) -> float | None:
 
 
 def calibration(
-    judge: dict, human: dict, texts: dict[str, str], groups: dict[str, Any]
+    judge: dict, human: dict, texts: dict[str, str], images: Images
 ) -> dict[str, tuple[Calibration | None, tuple[float, float, float] | None]]:
     """Return by score what human labels say about a judge: corrected means, and the bias towards length.
 
     Args:
         judge, human (`dict`): scores by id, as `read_scores` returns them.
         texts (`dict[str, str]`): the answers by id, for their lengths.
-        groups (`dict[str, Any]`): by id what belongs together, such as an image; by default each is on its own.
+        images (`dict[str, list[str]]`): by id which images the answer is about; without any it is on its own.
     """
+    groups = dict(zip(judge, clusters_of(images.get(key, []) for key in judge), strict=True))
     found = {}
     for score in SCORES:
         ids = sorted(key for key in judge if judge[key].get(score) is not None)
@@ -175,13 +200,13 @@ def calibration(
             [judge[key][score] for key in labeled],
             [judge[key][score] for key in rest],
         )
-        powered = prediction_powered_mean(y, f, u, [groups.get(key, key) for key in (*labeled, *rest)])
+        powered = prediction_powered_mean(y, f, u, [groups[key] for key in (*labeled, *rest)])
         long = [key for key in labeled if key in texts]
         bias = length_bias(
             [human[key][score] for key in long],
             [judge[key][score] for key in long],
             [len(texts[key].split()) for key in long],
-            [groups.get(key, key) for key in long],
+            [groups[key] for key in long],
         )
         found[score] = powered, bias
     return found

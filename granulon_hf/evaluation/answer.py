@@ -21,6 +21,7 @@ from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.evaluation.tables import write_rows
 from granulon_hf.io import Journal, batches, replacing, write_text
+from granulon_hf.judge.images import image_id
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.training.feature_cache import fingerprint
 
@@ -465,7 +466,7 @@ def image_name(sample: Sample) -> str | bytes:
 def cluster_keys(sample: Sample) -> list[str]:
     """What a sample may share with others that is answered well or badly as a whole: its images, and a group that it names."""
     group = sample.meta.get("group")
-    return [*(hashlib.sha256(encoded(image)).hexdigest() for image in sample.images), *([] if group is None else [f"={group}"])]
+    return [*filter(None, map(image_id, sample.images)), *([] if group is None else [f"={group}"])]
 
 
 def encoded(image: dict[str, Any]) -> bytes:

@@ -36,6 +36,7 @@ PAPER: dict[str, dict[tuple[str, str], float]] = {
 }
 METRICS = (*(SCORERS | WEIGHTED), "bertscore", *CAPTION_METRICS, "judge", "hallucination")
 PERCENT = {*SCORERS, *WEIGHTED, "bertscore"}  # shown times 100
+TOP = {"judge": 100.0, "hallucination": 100.0}  # the highest score of metrics, where it is not 1
 
 
 @dataclass
@@ -331,8 +332,9 @@ def judge_rows(suite: Suite, rows: list[dict[str, Any]], folder: Path) -> dict[s
         **{"store": str(folder / "judge.jsonl"), **(suite.judge or {})},
     )
     scores = {"judge": result["accuracy_scores"], "hallucination": result["hallucination_scores"]}
-    found = zip(rows, *scores.values(), result["reasons"], strict=True)
-    lines = ({"id": row["id"], "accuracy": a, "hallucination": h, "reason": reason} for row, a, h, reason in found)
+    columns = {name: [row[name] for row in rows] for name in ("id", "prediction")} | {"image_id": result["image_ids"]}
+    columns |= {"accuracy": scores["judge"], "hallucination": scores["hallucination"], "reason": result["reasons"]}
+    lines = (dict(zip(columns, one, strict=True)) for one in zip(*columns.values(), strict=True))
     write_text(folder / "samples.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     return scores
 
@@ -376,13 +378,18 @@ def scored(result: dict[str, Any], model: str, data: str, metric: str) -> pd.Dat
     return frame.assign(cluster=list(clusters)[: len(frame)]).dropna()
 
 
+def estimated(own: pd.DataFrame, metric: str) -> dict[str, Any]:
+    """Return the mean of a column that `scored` returned, with its interval."""
+    return estimate(own["value"], own["cluster"], own["weight"], TOP.get(metric, 1.0))
+
+
 def cell_text(result: dict[str, Any], model: str, base: str | None, data: str, metric: str) -> str:
     """Mean and interval, how many have no score or no answer, and after a semicolon the difference to the model `base`."""
     own = scored(result, model, data, metric)
     if own.empty:
         return ""
     style: dict[str, Any] = {"digits": 1, "scale": 100.0 if metric in PERCENT else 1.0}
-    text = score_text(estimate(own["value"], own["cluster"], own["weight"]), **style)
+    text = score_text(estimated(own, metric), **style)
     # What such a metric is not about is not missing.
     unscored = 0 if metric in WEIGHTED else len(result["scores"][model][data][metric]) - len(own)
     failed = result["failed"][model][data]

@@ -21,7 +21,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from granulon_hf.evaluation.answer import answer_batch
-from granulon_hf.evaluation.benchmark import PERCENT, Suite, open_set, scored
+from granulon_hf.evaluation.benchmark import PERCENT, TOP, Suite, open_set, scored
 from granulon_hf.evaluation.tables import difference_text, empty_figure, markdown_table, score_text
 from granulon_hf.io import write_text
 from granulon_hf.stats import difference, estimate
@@ -111,7 +111,7 @@ def curve(result: dict[str, Any], data: str, rows: Mapping[str, str], chosen: Co
     kinds = pd.Series(result["levels"][data], dtype=object).fillna("").loc[columns.index]
     arms: dict[str, Any] = {}
     for arm in values:
-        arms[arm] = {"visual_tokens": tokens[arm].mean(), **estimate(values[arm], clusters, weights[arm])}
+        arms[arm] = {"visual_tokens": tokens[arm].mean(), **estimate(values[arm], clusters, weights[arm], TOP.get(metric, 1.0))}
         if arm != first:
             arms[arm] |= difference(values[arm], values[first], clusters, weights[arm], weights[first])
         sums = pd.DataFrame({"value": values[arm] * weights[arm], "weight": weights[arm]}).groupby(kinds).sum()

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+from granulon_hf.stats import SAME
+
+Estimate = tuple[float, float | None, float | None]
+
 
 @dataclass
 class Calibration:
@@ -17,16 +21,16 @@ class Calibration:
     Args:
         n_labels, n_rest (`int`): answers with a label, and those that the judge alone scored.
         judge (`float`): the judge's own mean, over all of them.
-        labels (`tuple[float, float, float]`): mean of the labels alone, and its interval.
-        corrected (`tuple[float, float, float]`): prediction-powered mean, and its interval.
+        labels (`tuple`): mean of the labels alone, and its interval, None and None where nothing varies.
+        corrected (`tuple`): prediction-powered mean, and its interval.
         weight (`float`): how much the judge counts in it, 0 (labels alone) to 1.
     """
 
     n_labels: int
     n_rest: int
     judge: float
-    labels: tuple[float, float, float]
-    corrected: tuple[float, float, float]
+    labels: Estimate
+    corrected: Estimate
     weight: float
 
 
@@ -69,13 +73,14 @@ def prediction_powered_mean(
     weight = float(np.clip(np.cov(y, f)[0, 1] / ((1 + len(y) / len(u)) * every.var(ddof=1)), 0, 1)) if varies else 0.0
     t = float(stats.t.ppf(0.975, n_groups - 1))
 
-    def estimate(w: float) -> tuple[float, float, float]:
+    def estimate(w: float) -> Estimate:
         corrected = y - w * f
         mean = float(corrected.mean() + (w * u.mean() if w else 0.0))
         # Of each answer, what it moves the mean by.
         influence = np.concatenate([(corrected - corrected.mean()) / len(y), w * (u - u.mean()) / len(u) if w else 0 * u])
         variance = (group_sums(influence, names) ** 2).sum() * n_groups / (n_groups - 1)
-        return mean, mean - t * float(variance) ** 0.5, mean + t * float(variance) ** 0.5
+        half = t * float(variance) ** 0.5
+        return (mean, mean - half, mean + half) if half > SAME else (mean, None, None)
 
     return Calibration(len(y), len(u), float(every.mean()), estimate(0.0), estimate(weight), weight)
 
@@ -86,20 +91,21 @@ def length_bias(
     """Return by how many points the judge's error changes with every 100 words at equal human label, and its 95 % interval.
 
     A least-squares fit of judge - human to the label and the number of words; the interval allows for errors of unequal size
-    (HC3), and for groups. None where the answers are too few, or do not differ in length.
+    (HC3), and for groups. None where the answers are too few, do not differ in length, or the judge's errors do not differ.
     """
     y, n_groups = np.asarray(human, dtype=float), len(set(groups))
-    if n_groups < 6:
+    error = np.asarray(judge, dtype=float) - y
+    if n_groups < 6 or np.ptp(error) <= SAME:
         return None
     columns = [np.ones(len(y)), np.asarray(words) / 100, *([y] if np.ptp(y) else [])]
     x = np.stack(columns, axis=1)
     if np.linalg.matrix_rank(x) < x.shape[1]:
         return None
     inverse = np.linalg.inv(x.T @ x)
-    coefficients = inverse @ x.T @ (np.asarray(judge, dtype=float) - y)
-    residuals = np.asarray(judge, dtype=float) - y - x @ coefficients
+    coefficients = inverse @ x.T @ error
+    residuals = error - x @ coefficients
     leverage = np.einsum("ij,jk,ik->i", x, inverse, x)
     scores = group_sums(x * (residuals / np.maximum(1 - leverage, 1e-9))[:, None], groups)
-    error = float((inverse @ scores.T @ scores @ inverse)[1, 1]) ** 0.5
-    half = float(stats.t.ppf(0.975, n_groups - x.shape[1])) * error
+    deviation = float((inverse @ scores.T @ scores @ inverse)[1, 1]) ** 0.5
+    half = float(stats.t.ppf(0.975, n_groups - x.shape[1])) * deviation
     return float(coefficients[1]), float(coefficients[1]) - half, float(coefficients[1]) + half

@@ -8,16 +8,16 @@ import numpy as np
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.agreement import SCORES, Agreement, samples_of
-from granulon_hf.evaluation.judging import as_json, rows_of
+from granulon_hf.evaluation.judging import as_json, id_of, rows_of
 from granulon_hf.evaluation.tables import empty_figure, write_page
 from granulon_hf.io import replacing
 
 
 def check_same_answers(first: Path, second: Path) -> dict[str, dict[str, Any]]:
     """Return the first file's rows by id; raise GranulonError where both files have another answer by the same id."""
-    rows = {str(row.get("id")): row for _, row in rows_of(samples_of(first))}
+    rows = {id_of(row.get("id")): row for _, row in rows_of(samples_of(first))}
     for _, row in rows_of(samples_of(second)):
-        other = rows.get(str(row.get("id")), {})
+        other = rows.get(id_of(row.get("id")), {})
         if "prediction" in row and "prediction" in other and row["prediction"] != other["prediction"]:
             raise GranulonError(
                 f"{str(first)!r} and {str(second)!r} are not of the same answers: {row['id']!r} is "

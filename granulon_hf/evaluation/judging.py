@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from granulon_hf.judge.judge import encode_image, open_image, to_rgb
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
 SCORES = ("accuracy", "hallucination")
 THUMBNAIL = 320  # pixels
+NUMBER = re.compile(r"\s*[0-9]{1,3}(?:\.[0-9]*)?\s*")
 
 
 @dataclass
@@ -38,7 +41,8 @@ def as_json(value: Any) -> str:
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a JSONL or Parquet file, or a folder of `datasets`' `save_to_disk`: each row's place, for messages, and the row."""
+    """Read a JSONL, Parquet or CSV file, or a folder of `datasets`' `save_to_disk`: each row's place, for messages, and the
+    row. In CSV all values are texts, or None where there is nothing."""
     if not path.exists():
         raise GranulonError(f"There is no file {str(path)!r}.")
     if path.is_dir() or path.suffix == ".parquet":
@@ -46,8 +50,25 @@ def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     elif path.suffix in (".jsonl", ".ndjson", ".json"):
         with open(path, "rb") as file:
             yield from ((f"line {i}", read_object(path, i, line)) for i, line in enumerate(file, 1) if line.strip())
+    elif path.suffix == ".csv":
+        yield from ((f"row {i}", row) for i, row in enumerate(csv_rows(path)))
     else:
-        raise GranulonError(f"{path.name!r} is neither .jsonl nor .parquet nor a datasets folder.")
+        raise GranulonError(f"{path.name!r} is neither .jsonl nor .parquet nor .csv nor a datasets folder.")
+
+
+def csv_rows(path: Path) -> list[dict[str, Any]]:
+    import pandas
+
+    try:
+        table = pandas.read_csv(path, dtype=str, keep_default_na=False, na_values=[""], encoding="utf-8-sig")
+    except ValueError as error:  # of encoding and of form
+        raise GranulonError(f"{str(path)!r} is no table in CSV with commas, in UTF-8 ({one_line(error)}).") from None
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def id_of(value: Any) -> str:
+    """Return an id as text: 7 for 7.0 too, which tables make of it where a row has no id."""
+    return re.sub(r"\.0$", "", str(value)) if re.fullmatch(r"-?\d+\.0", str(value)) else str(value)
 
 
 def table_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -67,12 +88,14 @@ def table_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def score_of(row: dict[str, Any], column: str, where: str) -> float | None:
-    """Return a score from 0 to 100, or None where there is none."""
+    """Return a score from 0 to 100, which may be written as a text, or None where there is none."""
     value = row.get(column)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        value = float(value)
+    number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if value is not None and not (number and 0 <= value <= 100):
         raise GranulonError(f"{where}: {column} is {as_json(value)}, not 0 to 100.")
-    return value
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def read_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
@@ -103,7 +126,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
     """Read all predictions of a file.
 
     Args:
-        path (`Path`): a JSONL or Parquet file with the columns "prediction" and "image" (or "images" with one image), and
+        path (`Path`): a JSONL, Parquet or CSV file with the columns "prediction" and "image" (or "images" with one image), and
             optionally "id", "question", "reference" and "task"; or a folder of `datasets.Dataset.save_to_disk`.
         columns (`dict[str, str]`, *optional*): other names of these columns.
         image_root (`Path`, *optional*): where relative image paths start; by default beside the file.
@@ -131,7 +154,7 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
             if not isinstance(text, str | None):
                 raise GranulonError(f"{where}: {named[field]} is {as_json(text)}, not a text.")
         name = row.get(named["id"])
-        name = f"#{len(found)}" if name is None else str(name)
+        name = f"#{len(found)}" if name is None else name if isinstance(name, str) else id_of(name)
         if name in found:
             raise GranulonError(f"{where} has the id {name!r} a second time.")
         image, task = image_of(row[named["image"]], root, where), texts.pop("task")
@@ -145,7 +168,8 @@ def read_predictions(path: Path, columns: dict[str, str] | None = None, image_ro
 
 
 def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return one row per sample: what was judged (without the image), accuracy, hallucination, reason, segments' scores.
+    """Return one row per sample: what was judged (of the image its path, and as "image_id" which one it is), accuracy,
+    hallucination, reason, segments' scores.
 
     Of a panel, or of several samples, also the spread and, as "accuracy.JUDGE", each judge's own score.
     """
@@ -153,7 +177,7 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
     for i, sample in enumerate(samples):
         row = asdict(sample)
         row["image"] = row["image"] if isinstance(row["image"], str) else row["image"].get("path")
-        row |= {name: result[f"{name}_scores"][i] for name in SCORES}
+        row |= {"image_id": result["image_ids"][i], **{name: result[f"{name}_scores"][i] for name in SCORES}}
         row |= {"reason": result["reasons"][i], "empty": result["empty"][i]}
         if judges := result.get("judges"):
             row |= {f"{name}_spread": result[f"{name}_spread"][i] for name in SCORES}
@@ -162,6 +186,15 @@ def judged(samples: list[Prediction], result: dict[str, Any]) -> list[dict[str, 
             row["segments"] = {name: [part[i] for part in parts[f"{name}_scores"]] for name in SCORES}
         rows.append(row)
     return rows
+
+
+def interval_text(result: dict[str, Any], name: str) -> str:
+    """Return the interval of a mean in words, or why there is none."""
+    if result[name] is None:
+        return ""
+    if (ci := result[f"{name}_ci"]) is not None:
+        return f"{ci[0]:.1f} to {ci[1]:.1f}"
+    return "none of a single image" if result["n_images"] < 2 else "none, since all images are scored alike"
 
 
 def length_correlation(rows: list[dict[str, Any]]) -> float | None:
@@ -196,6 +229,7 @@ def write_report(path: Path, title: str, samples: list[Prediction], result: dict
         counts, _ = np.histogram(scores, bins=10, range=(0, 100))
         histograms[name] = {"counts": counts, "top": max(1, counts.max())}
     more: dict[str, Any] = {"n": len(rows), "histograms": histograms, "length": length_correlation(rows)}
+    more["interval_text"] = interval_text
     write_page(path, "judge_report.html.jinja", title=title, result=result, cards=cards, **more)
 
 

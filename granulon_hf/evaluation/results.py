@@ -9,10 +9,9 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 import granulon_hf
 from granulon_hf.data import ADAPTERS
-from granulon_hf.evaluation.benchmark import PERCENT, scored, slug
+from granulon_hf.evaluation.benchmark import PERCENT, estimated, scored, slug
 from granulon_hf.evaluation.tables import score_text
 from granulon_hf.io import write_text
-from granulon_hf.stats import estimate
 
 
 def write_results(result: dict[str, Any], out: Path) -> tuple[list[Path], list[str]]:
@@ -39,7 +38,7 @@ def write_results(result: dict[str, Any], out: Path) -> tuple[list[Path], list[s
                     frame, scale = scored(result, model, part, metric), 100.0 if metric in PERCENT else 1.0
                     if not frame["weight"].any():
                         continue
-                    found = estimate(frame["value"], frame["cluster"], frame["weight"])
+                    found = estimated(frame, metric)
                     notes = f"{score_text(found, 1, scale)} (95 %), {len(frame)} samples, granulon_hf {granulon_hf.__version__}"
                     if metric in ("judge", "hallucination"):
                         notes += f", judge {result['judge']}"

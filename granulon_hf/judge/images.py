@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,20 @@ def prepare_image(image: dict, detail: str, rule: dict) -> tuple[str, str, int]:
     buffer = io.BytesIO()
     (rgb if size == rgb.size else rgb.resize(size, Image.Resampling.LANCZOS)).save(buffer, "JPEG", quality=90)
     return digest, "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), tokens
+
+
+def image_id(image: dict) -> str | None:
+    """Return which image a `{"bytes", "path"}` dict is: the digest of its bytes, whatever it is called or where it lies.
+
+    Of a file that is not there it is the path, and None where there is no image at all.
+    """
+    data = image.get("bytes")
+    if data is None:
+        try:
+            data = Path(image["path"]).read_bytes()
+        except (OSError, ValueError):
+            return image["path"]
+    return hashlib.sha256(data).hexdigest() if data else None
 
 
 def encode_image(image: Any) -> dict:

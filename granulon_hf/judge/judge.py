@@ -18,18 +18,20 @@ import numpy
 import openai
 import PIL
 import pydantic
+import scipy
 
 from .batch import BatchRun
 from .client import Run
-from .images import encode_image, open_image, to_rgb
+from .images import encode_image, image_id, open_image, to_rgb
 from .known_models import SOURCE
 from .models import PRICES_DATE, find_model, image_tokens, known_names
 from .options import Options, Unit, columns_of, digest_of, estimate, foresee, panel_of, units_of
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter
 from .replies import NoBoolean, parse, read_object, to_row
-from .reports import mean_and_interval, report
+from .reports import report
 from .server import JudgeError
+from .stats import clusters_of
 from .store import Store
 
 _INPUTS = """
@@ -59,9 +61,10 @@ Args:
         reason, cached, spent_usd.
 Returns:
     dict: accuracy, hallucination (means of all scores, 0 for empty predictions; *_nonempty without those), *_ci (95 %
-    bootstrap), *_scores (None where unscored), reasons, empty, n = n_scored + n_unscored + n_empty, tokens, cost_usd (all
-    answers used), spent_usd (this run), judge_models (as the server reports them), hardened, segments (lists segment by
-    segment), with a panel or samples also *_spread (standard deviations) and judges (the same for each judge), ...
+    bootstrap over images; None for a single image, or where all are scored alike), *_scores (None where unscored), reasons,
+    empty, image_ids (digests), n_images, n = n_scored + n_unscored + n_empty, tokens, cost_usd (all answers used), spent_usd
+    (this run), judge_models (as the server reports them), hardened, segments (lists segment by segment), with a panel or
+    samples also *_spread (standard deviations) and judges (the same for each judge), ...
 """
 
 
@@ -103,7 +106,7 @@ class Judge(evaluate.Metric):
     def _compute(self, **inputs):
         columns = {name: list(inputs.pop(name)) for name in self.features}
         panel = [(options, units_of(columns, options)) for options in panel_of(**inputs)]
-        return report(columns["predictions"], ask_panel(panel))
+        return report(columns["predictions"], columns["images"], ask_panel(panel))
 
     estimate = staticmethod(estimate)
 

@@ -3,26 +3,33 @@
 A *rating* is what one judge says once of a text; with `samples` a judge rates it several times, and its score is their mean.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import numpy
-
 from .client import Run
+from .images import image_id
 from .models import PRICES_DATE
+from .stats import bootstrap_mean, clusters_of
 
 SCORES = ("accuracy", "hallucination")
 
 
-def mean_and_interval(scores: Sequence, n_resamples: int) -> tuple[float | None, list[float] | None]:
-    """Return the mean of the scores that are not None, and its 95 % percentile bootstrap interval (seed 0)."""
-    values = numpy.array([score for score in scores if score is not None], dtype=float)
-    if not len(values):
-        return None, None
-    draw = numpy.random.default_rng(0)
-    means = [values[draw.integers(len(values), size=len(values))].mean() for _ in range(n_resamples)]
-    return float(values.mean()), [float(edge) for edge in numpy.percentile(means, [2.5, 97.5])]
+def mean_of(scores: Sequence) -> float | None:
+    """Return the mean of the scores that are not None."""
+    values = [score for score in scores if score is not None]
+    return statistics.fmean(values) if values else None
+
+
+def interval_of(scores: Sequence, images: Sequence[int], n_resamples: int) -> list[float] | None:
+    """Return the 95 % bootstrap interval, over images, of the mean of the scores that are not None."""
+    places = [i for i, score in enumerate(scores) if score is not None]
+    if not places:
+        return None
+    own = [scores[i] for i in places], [images[i] for i in places]
+    _, low, high = bootstrap_mean(*own, n_resamples=n_resamples, top=100.0)
+    return None if math.isnan(low) else [low, high]
 
 
 def average(ratings: list[dict], every: bool = False) -> dict:
@@ -40,12 +47,12 @@ def spread(ratings: list[dict], name: str) -> float | None:
     return statistics.stdev(scores) if len(scores) > 1 else None
 
 
-def summarize(scored: list[dict], n_resamples: int) -> dict:
+def summarize(scored: list[dict], images: list[int], n_resamples: int) -> dict:
     """Return means, intervals, the scores themselves and the reasons where there are none."""
     summary: dict[str, Any] = {}
     for name in SCORES:
         scores = [sample[name] for sample in scored]
-        summary[name], summary[f"{name}_ci"] = mean_and_interval(scores, n_resamples)
+        summary[name], summary[f"{name}_ci"] = mean_of(scores), interval_of(scores, images, n_resamples)
         summary[f"{name}_scores"] = scores
     summary["reasons"] = [sample["reason"] for sample in scored]
     return summary
@@ -65,10 +72,13 @@ def scored_units(texts: list[str], run: Run) -> dict[tuple[int, int | None], lis
     return found
 
 
-def counts_of(samples: list[dict], empty: list[bool]) -> dict[str, int]:
+def counts_of(samples: list[dict], empty: list[bool], images: list[int]) -> dict[str, int]:
+    """Count the samples; `n_images` is how many images the scores are of, over which intervals are."""
     sent = [sample["accuracy"] for sample, nothing in zip(samples, empty, strict=True) if not nothing]
     n_unscored = sent.count(None)
-    return {"n": len(samples), "n_scored": len(sent) - n_unscored, "n_unscored": n_unscored, "n_empty": sum(empty)}
+    n_images = len({image for sample, image in zip(samples, images, strict=True) if sample["accuracy"] is not None})
+    counts = {"n": len(samples), "n_scored": len(sent) - n_unscored, "n_unscored": n_unscored, "n_empty": sum(empty)}
+    return {**counts, "n_images": n_images}
 
 
 def spending(run: Run) -> dict[str, Any]:
@@ -103,9 +113,11 @@ def added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def report(texts: list[str], runs: list[Run]) -> dict:
-    """Make the result of `compute` of the runs of all judges."""
+def report(texts: list[str], pictures: list[dict], runs: list[Run]) -> dict:
+    """Make the result of `compute` of the runs of all judges; what is scored are texts about pictures."""
     options = runs[0].options
+    ids = [image_id(picture) for picture in pictures]
+    images = clusters_of([] if name is None else [name] for name in ids)
     by_judge = [scored_units(texts, run) for run in runs]
     means = [{place: average(ratings) for place, ratings in found.items()} for found in by_judge]
     panel = {place: average([one[place] for one in means], every=True) for place in means[0]}
@@ -113,13 +125,12 @@ def report(texts: list[str], runs: list[Run]) -> dict:
     empty = [not text.strip() for text in texts]
     spent = [spending(run) for run in runs]
     output = {
-        **summarize(samples, options.n_resamples),
+        **summarize(samples, images, options.n_resamples),
         "empty": empty,
-        **counts_of(samples, empty),
+        "image_ids": ids,
+        **counts_of(samples, empty, images),
         **{
-            f"{name}_nonempty": mean_and_interval(
-                [s[name] for s, nothing in zip(samples, empty, strict=True) if not nothing], 1
-            )[0]
+            f"{name}_nonempty": mean_of([s[name] for s, nothing in zip(samples, empty, strict=True) if not nothing])
             for name in SCORES
         },
         **added(spent),
@@ -132,15 +143,15 @@ def report(texts: list[str], runs: list[Run]) -> dict:
     }
     if options.segments:
         places = [[panel[i, j] for i in range(len(samples))] for j in range(options.segments)]
-        by_segment = [summarize(place, options.n_resamples) for place in places]
+        by_segment = [summarize(place, images, options.n_resamples) for place in places]
         output["segments"] = {name: [summary[name] for summary in by_segment] for name in by_segment[0]}
     if len(runs) > 1 or options.samples > 1:
         output["judges"] = {}
         for run, found, mean, took in zip(runs, by_judge, means, spent, strict=True):
             own, ratings = [mean[i, None] for i in range(len(texts))], [found[i, None] for i in range(len(texts))]
             output["judges"][run.options.model] = {
-                **summarize(own, options.n_resamples),
-                **counts_of(own, empty),
+                **summarize(own, images, options.n_resamples),
+                **counts_of(own, empty, images),
                 **{f"{name}_samples": [[rating[name] for rating in one] for one in ratings] for name in SCORES},
                 **{f"{name}_spread": [spread(one, name) for one in ratings] for name in SCORES},
                 **took,

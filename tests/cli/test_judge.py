@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -255,8 +257,10 @@ def test_bad_input_is_one_sentence_before_anything_is_sent(text, arguments, mess
 
 def test_missing_files_and_wrong_kinds():
     assert "There is no file" in run("run", "none.jsonl").output
-    Path("a.csv").write_text("x")
-    assert "neither .jsonl nor .parquet" in run("run", "a.csv").output
+    Path("a.tsv").write_text("x")
+    assert "neither .jsonl nor .parquet" in run("run", "a.tsv").output
+    Path("a.csv").write_bytes(b"prediction,image\n\xff,x.png\n")
+    assert "CSV" in run("run", "a.csv").output
     Path("a.parquet").write_text("x")
     assert "no readable Parquet" in run("run", "a.parquet").output
     Path("empty").mkdir()
@@ -297,7 +301,7 @@ def test_agree():
     Path("b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in people))
     done = run("agree", "a.jsonl", "b.jsonl", "--column", "accuracy=human")
     assert done.exit_code == 0, done.output
-    assert re.search(r"accuracy\s+10\s+1\.000 \[1\.000, 1\.000\]\s+0\.98\d \[0\.\d+, 0\.\d+\]\s+-5\.0", done.output)
+    assert re.search(r"accuracy\s+10\s+1\.000\s+0\.98\d \[0\.\d+, 0\.\d+\]\s+-5\.0", done.output)
     assert "1 ids are in b.jsonl alone, such as 10" in done.output
     (found,) = json.loads(run("agree", "a.jsonl", "b.jsonl", "--column", "accuracy=human", "--json").output).values()
     assert found["n"] == 10
@@ -351,6 +355,73 @@ def test_agree_corrects_means_and_looks_at_length():
     assert (means["n_labels"], means["n_rest"]) == (20, 20)
     assert means["corrected"][1] < means["corrected"][0] < means["corrected"][2] < means["judge"]
     assert found["length_bias"][1] > 0
+
+
+def clustered(form):
+    """Write predictions of 8 images, 5 answers each that are scored alike, with the images in one of several forms."""
+    rows = [{"id": i, "prediction": f"number {10 * (i % 8) + i // 8} {'word ' * i}", "image": i} for i in range(40)]
+    pictures = []
+    Path("images").mkdir()
+    for row in rows:
+        row["image"] = f"images/{row['id']}.png"  # many files with the same bytes
+        make_picture(row["id"] % 8, (40, 30)).save(row["image"])
+        pictures.append(Path(row["image"]).read_bytes())
+    if form == "paths":
+        return write(rows)
+    for row, data in zip(rows, pictures, strict=True):
+        row["image"] = {"bytes": data, "path": "image.png" if form == "placeholder" else None}
+    pq.write_table(pa.Table.from_pylist(rows), "predictions.parquet")
+    return "predictions.parquet"
+
+
+@pytest.mark.parametrize("form", ["paths", "bytes", "placeholder"])
+def test_answers_about_an_image_are_one_cluster_from_run_to_agree_and_compare(form):
+    with Server(by_words) as server:
+        done = run("run", clustered(form), "--base-url", server.url)
+    assert done.exit_code == 0 and re.search(r"over 8 images", done.output), done.output
+    assert len({row["image_id"] for row in samples()}) == 8 and "8 images" in Path("predictions.judged/report.html").read_text()
+    results = json.loads(Path("predictions.judged/results.json").read_text())
+    assert np.ptp(results["accuracy_ci"]) > 30  # of means of images 10 apart; as if independent 14
+    labels = [{"id": float(row["id"]), "human": str(row["accuracy"] + i % 3)} for i, row in enumerate(samples())]
+    pd.DataFrame(labels[:30]).to_csv("labels.csv", index=False)
+    for other, column in (("labels.csv", "accuracy=human"), ("predictions.judged", "accuracy=accuracy")):
+        told = run("agree", "predictions.judged", other, "--column", column, "--json")
+        assert told.exit_code == 0, told.output
+        found = json.loads(told.output)["accuracy"]
+        assert found["n_images"] == 8 and found["calibration"]["n_labels"] == (30 if other == "labels.csv" else 40)
+        assert found["calibration"]["labels"][2] - found["calibration"]["labels"][1] > 30
+    compared = run("compare", "predictions.judged", "labels.csv", "--column", "accuracy=human")
+    assert compared.exit_code == 0 and "over 8 images" in compared.output
+    assert "images (8)" in Path("predictions-labels.compared/comparison.html").read_text()
+
+
+def test_where_no_interval_can_be_given_the_commands_say_so():
+    write([{"id": i, "prediction": f"number {30 + i}", "image": "images/cat.png"} for i in range(8)])
+    make_picture(0).save("images/cat.png")
+    with Server(by_words) as server:
+        alone = run("run", "predictions.jsonl", "--base-url", server.url)
+    assert re.search(r"accuracy\s+33\.5\s+none of a single image", alone.output), alone.output
+    page = Path("predictions.judged/report.html").read_text()
+    assert "none of a single image" in page and "1 image;" in page
+    Path("labels.csv").write_text("id,accuracy\n" + "".join(f"{i},{40 + i}\n" for i in range(8)))
+    told = run("agree", "predictions.judged", "labels.csv")
+    assert told.exit_code == 0 and told.output.count("one image") == 2 and "cannot be said" in told.output
+    scored("A.judged", [(50 + i, 20) for i in range(20)], ["word " * i for i in range(20)])
+    Path("labels.csv").write_text("id,accuracy\n" + "".join(f"s{i},50\n" for i in range(10)))
+    told = run("agree", "A.judged", "labels.csv")
+    assert told.exit_code == 0 and told.output.count("50.0 (no interval") == 2, told.output
+    found = json.loads(run("agree", "A.judged", "labels.csv", "--json").output)["accuracy"]
+    assert found["calibration"]["corrected"] == [50, None, None]
+
+
+def test_predictions_in_csv():
+    write([{}])
+    text = 'id,prediction,image\n007,"number 5, or so",images/0.png\n1.0,,images/0.png\n,number 7,images/0.png\n'
+    Path("predictions.csv").write_text(text)
+    with Server(by_words) as server:
+        done = run("run", "predictions.csv", "--base-url", server.url)
+    assert done.exit_code == 0, done.output
+    assert [(row["id"], row["accuracy"]) for row in samples()] == [("007", 5), ("1.0", 0), ("#2", 7)]
 
 
 def test_a_panel_has_columns_spread_and_agreement():

@@ -1,14 +1,28 @@
 """Agreement against the libraries that define it."""
 
+import io
 import json
+from decimal import Decimal
 
 import krippendorff
 import numpy as np
+import pandas as pd
 import pytest
+from PIL import Image
 from scipy import stats
 
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.agreement import agreement, alpha, alpha_of_many, panel_agreement, read_scores, weighted_kappa
+from granulon_hf.evaluation.agreement import (
+    agreement,
+    alpha,
+    alpha_of_many,
+    interval,
+    panel_agreement,
+    read_answers,
+    read_scores,
+    weighted_kappa,
+)
+from granulon_hf.stats import clusters_of
 
 
 def scores(values):
@@ -73,7 +87,11 @@ def test_perfect_and_opposite():
         ([{"id": 1, "accuracy": 5}, {"id": "1", "accuracy": 5}], "a second time"),
         ([{"id": 1, "accuracy": 101}], "not 0 to 100"),
         ([{"id": 1, "accuracy": True}], "not 0 to 100"),
-        ([{"id": 1, "accuracy": "90"}], "not 0 to 100"),
+        *(
+            ([{"id": 1, "accuracy": text}], "not 0 to 100")
+            for text in ("101", "-1", "90%", "9_0", "nan", "1e1", "85,5", "high")
+        ),
+        ([{"id": None, "accuracy": 5}], "lacks an id"),
     ],
 )
 def test_bad_files_are_named(tmp_path, rows, message):
@@ -82,6 +100,102 @@ def test_bad_files_are_named(tmp_path, rows, message):
     with pytest.raises(GranulonError, match=message) as error:
         read_scores(path)
     assert "labels.jsonl" in str(error.value)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_labels_as_tables_write_them(tmp_path, ending):
+    """Ids that became floats, scores that are texts, and answers without a label."""
+    path = tmp_path / f"labels.{ending}"
+    rows = [{"id": "1.0", "accuracy": "85"}, {"id": "007", "accuracy": " 85.5 "}, {"id": "x,1.5", "accuracy": None}]
+    if ending == "jsonl":
+        rows[0]["id"] = 1.0
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        table = pd.DataFrame(rows)
+        table.to_csv(path, index=False, encoding="utf-8-sig") if ending == "csv" else table.to_parquet(path)
+    found = read_scores(path)
+    assert {key: row["accuracy"] for key, row in found.items()} == {"1": 85, "007": 85.5, "x,1.5": None}
+    path.write_text("id,accuracy\n1,2,3,4\n5,6,7,8,9\n")
+    with pytest.raises(GranulonError, match="labels"):
+        read_scores(path)
+
+
+def test_numbers_of_parquet_are_read(tmp_path):
+    rows = [{"id": 1.0, "accuracy": Decimal("85.5")}, {"id": 2.0, "accuracy": None}]
+    pd.DataFrame(rows).to_parquet(tmp_path / "labels.parquet")
+    assert read_scores(tmp_path / "labels.parquet") == {
+        "1": {"accuracy": 85.5, "hallucination": None},
+        "2": {"accuracy": None, "hallucination": None},
+    }
+
+
+def two_judges(rng, count=12, per_image=10):
+    """Scores of two judges by id, and the images; answers about an image are scored alike."""
+    images = np.repeat(np.arange(count), per_image)
+    a = rng.normal(50, 12, count)[images] + rng.normal(0, 2, len(images))
+    b = a + rng.normal(0, 12, count)[images] + rng.normal(0, 2, len(images))
+    return scores(np.clip(a, 0, 100)), scores(np.clip(b, 0, 100)), {str(i): [f"image {name}"] for i, name in enumerate(images)}
+
+
+@pytest.mark.parametrize("name", ["spearman", "alpha", "kappa"])
+def test_coefficients_are_over_images(name):
+    a, b, images = two_judges(np.random.default_rng(0))
+    (own,), (by_image,) = agreement(a, b, n_resamples=500), agreement(a, b, images, n_resamples=500)
+    assert (own.n_images, by_image.n_images) == (120, 12) and getattr(own, name) == getattr(by_image, name)
+    narrow, wide = (float(np.ptp(getattr(found, f"{name}_ci"))) for found in (own, by_image))
+    assert wide > 2 * narrow
+
+
+def test_intervals_of_agreement_cover_where_answers_share_images():
+    rng, hits = np.random.default_rng(0), {"by image": 0, "as if independent": 0}
+    truth = 1 - (12**2 + 2**2) / (12**2 + 2**2 + 2 * 12**2 + 2 * 2**2)  # α of what `two_judges` draws
+    for _ in range(200):
+        *sides, images = two_judges(rng, count=40, per_image=5)
+        x, y = (np.array([row["accuracy"] for row in side.values()]) for side in sides)
+        for clusters, name in ((clusters_of(images.values()), "by image"), (range(len(x)), "as if independent")):
+            low, high = interval(alpha, x, y, clusters, n_resamples=200)
+            hits[name] += low <= truth <= high
+    assert hits["by image"] >= 0.9 * 200 and hits["as if independent"] < 0.8 * 200
+
+
+def test_one_image_has_no_interval():
+    (found,) = agreement(scores([10, 50, 90]), scores([20, 40, 95]), {str(i): ["cat"] for i in range(3)}, n_resamples=20)
+    assert found.spearman == 1 and found.spearman_ci is found.alpha_ci is found.kappa_ci is None and found.n_images == 1
+
+
+def png(shade):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("form", ["kept", "paths", "beside", "bytes", "placeholder", "list", "gone"])
+def test_which_image_an_answer_is_about(tmp_path, form):
+    """By bytes, where there are any: under whatever name, in folders of before too."""
+    rows = []
+    for i in range(6):
+        (tmp_path / f"{i}.png").write_bytes(png(i // 2))
+        path = str(tmp_path / f"{i}.png")
+        image = {
+            "kept": {"image": "image.png", "image_id": f"digest {i // 2}"},
+            "paths": {"image": path},
+            "beside": {"image": f"{i}.png"},
+            "bytes": {"image": {"bytes": png(i // 2), "path": None}},
+            "placeholder": {"image": {"bytes": png(i // 2), "path": "image.png"}},
+            "list": {"images": [f"{i}.png"]},
+            "gone": {"image": f"gone/{i // 2}.png"},
+        }
+        rows.append({"id": i, "prediction": f"{i} cats", "accuracy": 10 * i} | image[form])
+    file = tmp_path / ("rows.parquet" if form in ("bytes", "placeholder") else "rows.jsonl")
+    if file.suffix == ".parquet":
+        pd.DataFrame(rows).to_parquet(file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    texts, images = read_answers(file)
+    assert texts["3"] == "3 cats" and [len(images[str(i)]) for i in range(6)] == [1] * 6
+    assert [images[str(i)] == images[str(i + 1)] for i in range(5)] == [True, False, True, False, True]
+    (found,) = agreement(read_scores(file), read_scores(file), images, n_resamples=20)
+    assert found.n_images == 3
 
 
 def test_nothing_in_common():

@@ -91,6 +91,13 @@ def test_without_more_than_the_labels_their_mean_is_all_there_is(rest):
     assert prediction_powered_mean([10], [50], rest) is None
 
 
+@pytest.mark.parametrize("label", [0.0, 50.0, 33.3, 100.0])
+@pytest.mark.parametrize("groups", [None, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]])
+def test_constant_labels_have_no_interval(label, groups):
+    found = prediction_powered_mean([label] * 6, [10, 20, 30, 40, 50, 60], [5, 6, 7, 8], groups)
+    assert found.labels == found.corrected == (pytest.approx(label), None, None)
+
+
 def lengths(random, slope, n=80, per_image=1):
     """Labels that rise with length, as they may; the judge adds `slope` for every 100 words to its errors."""
     words = random.integers(5, 200, n // per_image).repeat(per_image)
@@ -112,5 +119,7 @@ def test_bias_towards_length_needs_lengths_that_differ():
     human, judge = list(range(10)), list(range(1, 11))
     assert length_bias(human, judge, [5] * 10, range(10)) is None
     assert length_bias([], [], [], []) is None and length_bias([1, 2], [1, 2], [3, 4], [0, 1]) is None
+    for steady in (0, 10, 10.1):  # errors that are all the same say nothing certain
+        assert length_bias(human, [x + steady for x in human], [100 * i for i in range(10)], range(10)) is None
     constant = length_bias([50] * 10, [50 + i for i in range(10)], [100 * i for i in range(10)], range(10))
     assert constant[0] == pytest.approx(1)

@@ -30,6 +30,7 @@ from granulon_hf.evaluation import judging
 from granulon_hf.judge import batch, models
 from granulon_hf.judge import judge as module
 from granulon_hf.judge.store import Store
+from granulon_hf.stats import bootstrap_mean
 from tests.hub_server import HubServer
 
 from .server import GOOD, Reply, Server, prediction_of, text_of
@@ -344,9 +345,64 @@ def test_interval(metric):
         result = score(metric, server, [str(v) for v in values], n_resamples=2000)
     low, high = result["accuracy_ci"]
     half = 1.96 * values.std() / np.sqrt(len(values))
-    assert result["accuracy"] == pytest.approx(values.mean()) and result["hallucination_ci"] == [5, 5]
+    assert result["accuracy"] == pytest.approx(values.mean()) and result["hallucination_ci"] is None
     assert low == pytest.approx(values.mean() - half, abs=0.15 * half)
     assert high == pytest.approx(values.mean() + half, abs=0.15 * half)
+
+
+def number(server, body):
+    return Reply(json.dumps({"accuracy_score": int(prediction_of(body).split()[0]), "hallucination_score": 5}))
+
+
+def as_paths(pictures):
+    """Several files of each picture, under other names."""
+    for i, picture in enumerate(pictures):
+        picture.save(f"{i}.png")
+    return [f"{i}.png" for i in range(len(pictures))]
+
+
+def as_bytes(pictures):
+    """Encoded pictures, which all have the same name, as some tools write them."""
+    return [{"bytes": Path(path).read_bytes(), "path": "image.png"} for path in as_paths(pictures)]
+
+
+@pytest.mark.parametrize("given", [list, as_paths, as_bytes, lambda pictures: [os.path.abspath(p) for p in as_paths(pictures)]])
+@pytest.mark.parametrize("model", ["gpt-4o", ["gpt-4o", "gpt-4.1"]])
+def test_intervals_are_over_images(metric, given, model):
+    shades = np.arange(6).repeat(4)
+    values = (15 * shades + 5).tolist()
+    _, low, high = bootstrap_mean(values, shades)
+    texts = [f"{value} {i}. And {i}." for i, value in enumerate(values)]
+    with Server(lambda server, body: number(server, body) if "." in prediction_of(body) else Reply()) as server:
+        pictures = given([image(shade) for shade in shades.tolist()])
+        result = score(metric, server, texts, pictures, model=model, n_resamples=2000)
+    assert result["accuracy_ci"] == pytest.approx([low, high]) and high - low > 40
+    assert result["n_images"] == 6 and len(set(result["image_ids"])) == 6
+    for one in result.get("judges", {}).values():
+        assert one["accuracy_ci"] == pytest.approx([low, high]) and one["n_images"] == 6
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", ["gpt-4o", "gpt-4.1"]])
+def test_answers_about_one_image_have_no_interval(metric, model):
+    with Server(number) as server:
+        result = score(metric, server, [f"{i} cats" for i in range(30)], [image()] * 30, model=model)
+    assert result["accuracy"] == pytest.approx(14.5) and result["n_images"] == 1
+    assert result["accuracy_ci"] is result["hallucination_ci"] is None
+
+
+def test_what_has_no_image_shares_none(metric):
+    with Server(number) as server:
+        result = score(metric, server, ["", "", "40 cats", "80 cats"], ["none.png", None, image(1), image(2)])
+    assert result["image_ids"][:2] == [os.path.abspath("none.png"), None]
+    assert result["n_images"] == 4 and result["accuracy_ci"] is not None
+
+
+@pytest.mark.parametrize("top", [0, 100])
+def test_scores_at_an_end_of_the_scale_are_no_certainty(metric, top):
+    with Server(lambda server, body: Reply(json.dumps({"accuracy_score": top, "hallucination_score": top}))) as server:
+        result = score(metric, server, ["a", "b", "c", "d"])
+    edge = 100 * 0.025**0.25
+    assert result["accuracy_ci"] == pytest.approx([edge, 100] if top else [0, 100 - edge])
 
 
 def test_segments(metric):
