@@ -6,13 +6,13 @@
 Task(dataset=…, solver=generate(), scorer=granulon_judge("openai/gpt-4o", task="caption"))
 ```
 
-The image is the one of the sample's input, the question its text, the reference its target. Scores are from 0 to 100; a sample
-without a reading, such as one that the judge refused twice, is unscored and in no mean. Requests are inspect_ai's own: its
-retries, limits, cache and logs.
+The image is the one of the sample's input, the question its text, the reference its target. Scores are from 0 to 100, and 0 for
+an empty answer; a sample without a reading, such as one that the judge refused, is unscored and in no mean. Replies are read,
+and asked for once more, by the judge's own rules. Requests are inspect_ai's own: its retries, limits, cache and logs.
 """
 
 import secrets
-from typing import Literal
+from typing import Any, Literal
 
 from inspect_ai.model import (
     ChatMessage,
@@ -28,10 +28,11 @@ from inspect_ai.model import (
 from inspect_ai.scorer import Score, Scorer, Target, mean, scorer, stderr
 from inspect_ai.solver import TaskState
 
+from granulon_hf.judge.options import Options
 from granulon_hf.judge.prompts import REPAIR, render
-from granulon_hf.judge.replies import parse
 
 NAMES = ("accuracy", "hallucination")
+FINISHES = {"max_tokens": "length", "model_length": "length"}  # what OpenAI calls them
 
 
 @scorer(metrics={name: [mean(), stderr()] for name in NAMES})
@@ -47,14 +48,17 @@ def granulon_judge(
         model (`str` or `Model`): the judge.
         task (`str`): the judge's prompt: of the paper ("reasoning"), or ours for questions and captions.
         hardened (`bool`): fence what the model wrote, so that it cannot instruct the judge; without, the prompt is as printed.
-        config (`GenerateConfig`, *optional*): of the judge; by default its temperature is 0, which reasoning models refuse.
+        config (`GenerateConfig`, *optional*): of the judge; by default that of the judge itself, by what is known of the model.
     """
-    config = GenerateConfig(temperature=0) if config is None else config
+    judge = get_model(model)
+    options = Options(task=task, model=judge.name, hardened=hardened, store=None)
+    effort: Any = options.reasoning_effort
+    config = GenerateConfig(temperature=options.temperature, reasoning_effort=effort) if config is None else config
 
     async def score(state: TaskState, target: Target) -> Score:
         answer = state.output.completion
         if not answer.strip():
-            return unscored("the answer is empty")
+            return Score(value=dict.fromkeys(NAMES, 0), answer=answer, explanation="the answer is empty")
         images = [part for message in state.messages if isinstance(message, ChatMessageUser) for part in parts_of(message)]
         if len(images) != 1:
             return unscored(f"the judge looks at one image; the input has {len(images)}")
@@ -62,19 +66,18 @@ def granulon_judge(
         asked: list[ChatMessage] = [ChatMessageUser(content=[ContentText(text=text), *images])]
         if system is not None:
             asked.insert(0, ChatMessageSystem(content=system))
-        judge = get_model(model)
-        for last in (False, True):
-            output = await judge.generate(asked, config=config)
-            try:
-                found = dict(zip(NAMES, parse(output.completion), strict=True))
-                return Score(value=found, answer=answer, explanation=output.completion)
-            except ValueError as error:
-                if last:
-                    return unscored(str(error), output.completion)
-            # As the judge itself does, ask once more: of the printed prompt there is no form for it but itself.
-            if hardened:
+        rows: list[dict] = []
+        while not options.is_final(rows):
+            limit = max(options.limit(rows), config.max_tokens or 0)
+            output = await judge.generate(asked, config=config.merge(GenerateConfig(max_tokens=limit)))
+            rows.append({"content": output.completion, "finish_reason": FINISHES.get(output.stop_reason, output.stop_reason)})
+            # Of the printed prompt there is no form to ask once more but itself.
+            if hardened and options.outcome(rows[-1])[1] == "repair":
                 asked += [ChatMessageAssistant(content=output.completion or "(nothing)"), ChatMessageUser(content=REPAIR)]
-        raise AssertionError  # the loop returns
+        found, _ = options.outcome(rows[-1])
+        if found["reason"] is not None:
+            return unscored(found["reason"], output.completion)
+        return Score(value={name: found[name] for name in NAMES}, answer=answer, explanation=output.completion)
 
     return score
 

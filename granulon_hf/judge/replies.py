@@ -32,13 +32,22 @@ THOUGHT = r"[\w:.-]{0,20}(?:think|thought|reason|analysis|reflection|rationale|s
 OPENS = rf"(?:[<◁]\|?{THOUGHT}|\[THINK\]|<\|channel\|>(?:analysis|commentary))"
 CLOSES = rf"(?:[<◁](?:/|\|end_){THOUGHT}|\[/THINK\]|<\|channel\|>final)"
 TAGS = re.compile(f"{OPENS}|{CLOSES}", flags=re.IGNORECASE)
-REASONING = re.compile(rf"{OPENS}.*?{CLOSES}|^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
+# The innermost, which some models begin twice.
+THOUGHTS = re.compile(rf"(?:{OPENS}\s*)+(?:(?!{OPENS}|{CLOSES}).)*{CLOSES}", flags=re.DOTALL | re.IGNORECASE)
+LOOSE = re.compile(rf"^(?:(?!{OPENS}).)*{CLOSES}|{OPENS}.*", flags=re.DOTALL | re.IGNORECASE)
+
+
+def without_reasoning(text: str) -> str:
+    """Take out what a model thought; of thoughts within thoughts the innermost first."""
+    while (less := THOUGHTS.sub("", text)) != text:
+        text = less
+    return LOOSE.sub("", text)
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of pairs, unless a name has two values."""
+    """Make an object of pairs, unless a name has two values; true and 1 are two, though Python takes them for equal."""
     made = dict(pairs)
-    if any(made[name] != value for name, value in pairs):
+    if any(repr(made[name]) != repr(value) for name, value in pairs):
         raise ValueError("a name has two values")
     return made
 
@@ -73,6 +82,14 @@ def find_inside(value: Any, wanted: set[str]) -> Iterator[dict[str, Any]]:
             yield from find_inside(one, wanted)
 
 
+def find_texts(value: Any) -> Iterator[str]:
+    """Yield the texts in an object."""
+    if isinstance(value, str):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from find_texts(one)
+
+
 def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapter) -> dict[str, Any]:
     """Return the numbers by these names in the one JSON object of a reply that has them.
 
@@ -84,7 +101,7 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     text = re.sub(r",(\s*[}\]])", r"\1", content)  # a comma behind the last entry
     spans = [(start, end) for start, end, _ in find_objects(text, wanted)]
     if any(not any(start <= tag.start() < end for start, end in spans) for tag in TAGS.finditer(text)):
-        text = REASONING.sub("", text)  # else the tags are words of a text inside of the object
+        text = without_reasoning(text)  # else the tags are words of a text inside of the object
     objects = list(find_objects(text, wanted))
     if not objects:
         raise ValueError(f"no JSON object, or a broken one: {shown}")
@@ -99,7 +116,8 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     for start, end, _ in reversed(objects):
         text = text[:start] + text[end:]
     # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
-    said = r"""\W*\s*[:=]\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
+    text = "\n".join([text, *find_texts([value for _, _, value in objects])])
+    said = r"""\W*\s*(?:[:=]|\b(?:is|should be|becomes)\b)\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
     for name, number in read[0].items():
         if any(float(other) != number for other in re.findall(re.escape(name) + said, text, flags=re.IGNORECASE)):
             raise ValueError(f"other numbers beside the object: {shown}")

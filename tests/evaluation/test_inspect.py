@@ -30,7 +30,8 @@ def mock(name, replies):
 
     def reply(messages, tools, tool_choice, config):
         asked.append((messages, config))
-        output = ModelOutput.from_content(name, replies[min(len(asked), len(replies)) - 1])
+        said = replies[min(len(asked), len(replies)) - 1]
+        output = said.model_copy() if isinstance(said, ModelOutput) else ModelOutput.from_content(name, said)
         # Without it inspect_ai counts tokens with a vocabulary that it would fetch.
         output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
         return output
@@ -80,12 +81,25 @@ def test_a_reply_that_is_none_is_asked_again_once(tmp_path):
         ([ask()], ['{"accuracy_score": true, "hallucination_score": 10}'], "A dog.", 2),
         ([ask(images=0)], [GOOD], "A dog.", 0),
         ([ask(images=2)], [GOOD], "A dog.", 0),
-        ([ask()], [GOOD], " ", 0),
+        ([ask()], [ModelOutput.from_content("judge", GOOD, stop_reason="content_filter")], "A dog.", 1),
+        ([ask()], [ModelOutput.from_content("judge", GOOD, stop_reason="max_tokens")], "A dog.", 2),
     ],
 )
 def test_what_cannot_be_scored_is_in_no_mean(tmp_path, samples, replies, answer, sent):
     _, (score,), asked = run(tmp_path, samples, replies, answer)
     assert math.isnan(score.value["accuracy"]) and "unscored" in score.explanation and len(asked) == sent
+
+
+def test_an_empty_answer_scores_nothing_without_a_request(tmp_path):
+    means, _, asked = run(tmp_path, [ask()], [GOOD], " ")
+    assert means == {"accuracy": 0, "hallucination": 0} and not asked
+
+
+def test_a_reply_that_reached_its_limit_is_asked_for_with_a_larger_one(tmp_path):
+    """As the judge does, with the same messages: what was cut off is nothing to be repaired."""
+    means, _, asked = run(tmp_path, [ask()], [ModelOutput.from_content("judge", "", stop_reason="max_tokens"), GOOD])
+    assert means["accuracy"] == 80 and [len(messages) for messages, _ in asked] == [2, 2]
+    assert asked[0][1].max_tokens * 4 <= asked[1][1].max_tokens
 
 
 def test_one_sample_without_a_reading_does_not_lower_the_mean(tmp_path):

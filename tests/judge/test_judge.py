@@ -210,6 +210,9 @@ FORM = '{"accuracy_score": int,\n "hallucination_score": int}'
         ),
         f"{GOOD}<reasoning>Not {OTHER}.</reasoning>",
         f"<think>one</think><think>{OTHER}</think>```json\n{GOOD}\n```",
+        f"<think>one <think>two</think> {OTHER} </think>{GOOD}",
+        f"<think><reasoning>two</reasoning> {OTHER} <think>three</think>{OTHER}</think>{GOOD}",
+        f"The accuracy_score is 70 here: {GOOD}",
     ],
 )
 def test_replies_are_read(content):
@@ -238,6 +241,12 @@ def test_replies_are_read(content):
         f"{HALF} {HALF.replace('accuracy', 'hallucination')}",
         GOOD.replace("}", ', "accuracy_score": 1}'),
         GOOD.replace("70", "true") + GOOD,
+        GOOD.replace("70", "1").replace("{", '{"accuracy_score": true, '),
+        GOOD.replace("70", "0").replace("}", ', "accuracy_score": false}'),
+        GOOD.replace("}", ', "note": "corrected: {\\"accuracy_score\\": 30, \\"hallucination_score\\": 20}"}'),
+        GOOD.replace("}", ', "notes": ["the accuracy_score should be 30"]}'),
+        f"The accuracy_score is 30, or rather {GOOD}",
+        f"{GOOD} Wait, accuracy_score should be 30.",
         f"{OTHER[:-1]},}} {GOOD}",  # the first is broken, and says something else
         f"{GOOD} {OTHER[:-1]}",
         f"{GOOD} {OTHER.replace(chr(34), chr(39))}",
