@@ -108,6 +108,7 @@ def compare(
     column: Annotated[
         list[str] | None, typer.Option(help="FIELD=COLUMN of the second file, as accuracy=accuracy.gpt-4o of a panel.")
     ] = None,
+    first_column: Annotated[list[str] | None, typer.Option(help="FIELD=COLUMN of the first file.")] = None,
     show: Annotated[int, typer.Option(help="Answers on the page, largest disagreements first.", min=1)] = 100,
     debug: Debug = False,
 ) -> None:
@@ -117,7 +118,7 @@ def compare(
     folder = out or first.with_name(f"{first.stem}-{second.stem}.compared")
     check_out(folder)
     columns = pairs(column, "--column")
-    a, b = agreement.read_scores(first), agreement.read_scores(second, columns)
+    a, b = agreement.read_scores(first, pairs(first_column, "--first-column")), agreement.read_scores(second, columns)
     rows = judge_comparison.check_same_answers(first, second)
     images = agreement.read_answers(first)[1] or agreement.read_answers(second, columns)[1]
     found = agreement.agreement(a, b, images)

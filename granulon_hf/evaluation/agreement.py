@@ -49,9 +49,14 @@ def samples_of(path: Path) -> Path:
 def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, dict[str, float | None]]:
     """Read scores by id from a run's folder, or a JSONL, Parquet or CSV file with "id" and "accuracy" or "hallucination" or
     both."""
-    named = {name: name for name in ("id", *SCORES)} | (columns or {})
+    fields = ("id", *SCORES)
+    if unknown := sorted(set(columns or {}) - set(fields)):
+        raise GranulonError(f"There is no field {unknown[0]!r}; columns can be named for {', '.join(fields)}.")
+    named = {name: name for name in fields} | (columns or {})
     found: dict[str, dict[str, float | None]] = {}
+    there: set[str] = set()
     for place, row in rows_of(samples_of(path)):
+        there |= row.keys()
         if row.get(named["id"]) is None or not any(named[score] in row for score in SCORES):
             wanted = ", ".join(named.values())
             raise GranulonError(f"{path}, {place} lacks an id or any score (columns looked for: {wanted}).")
@@ -59,6 +64,8 @@ def read_scores(path: Path, columns: dict[str, str] | None = None) -> dict[str, 
         if key in found:
             raise GranulonError(f"{path}, {place} has the id {key!r} a second time.")
         found[key] = {score: score_of(row, named[score], f"{path}, {place}") for score in SCORES}
+    if absent := [column for column in (columns or {}).values() if column not in there]:
+        raise GranulonError(f"{path} has no column {absent[0]!r}; its columns are {', '.join(sorted(there))}.")
     return found
 
 

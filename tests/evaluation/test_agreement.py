@@ -120,6 +120,16 @@ def test_labels_as_tables_write_them(tmp_path, ending):
         read_scores(path)
 
 
+def test_columns_that_are_not_there_are_refused(tmp_path):
+    """What is misspelt would else be no score at all, or another one."""
+    path = tmp_path / "labels.jsonl"
+    path.write_text('{"id": 1, "accuracy": 5, "accuracy.a": 6}\n{"id": 2, "accuracy.a": null}\n')
+    assert read_scores(path, {"accuracy": "accuracy.a"})["1"]["accuracy"] == 6
+    for columns in ({"accuracy": "accuracy.nobody"}, {"acc": "accuracy"}, {"id": "key"}):
+        with pytest.raises(GranulonError):
+            read_scores(path, columns)
+
+
 def test_numbers_of_parquet_are_read(tmp_path):
     rows = [{"id": 1.0, "accuracy": Decimal("85.5")}, {"id": 2.0, "accuracy": None}]
     pd.DataFrame(rows).to_parquet(tmp_path / "labels.parquet")
