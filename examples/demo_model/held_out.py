@@ -37,7 +37,7 @@ from train import class_names
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo_model import SHIPPED, build_demo, load_classifier
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.answer import Generation, answer_batch
+from granulon_hf.evaluation.answer import Generation, answer_batch, prefill_shared_image
 from granulon_hf.loading import load_model, pick_device
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
 from granulon_hf.overrides import load_fitting
@@ -282,17 +282,37 @@ def load(source: str, visual_tokens: str | None, device: str) -> tuple[Any, Any]
     return model.to(place), processor
 
 
-def answer_all(model, processor, asked: Sequence[tuple[Path | None, str]], generation: Generation, what: str) -> list[dict]:
-    """Answer questions greedily, each about a picture, or about a gray one where there is none."""
+def answer_all(model, processor, asked: dict[Path | None, list[str]], generation: Generation, what: str) -> list[dict]:
+    """Answer questions greedily by their pictures, a gray one where the path is None; in order."""
+    # A number of tokens, or the compact form, leaves nothing that the questions about a picture could share.
+    shared = model.config.granularity_levels and not model.config.compact and generation.visual_tokens is None
+    steps = [
+        (path, questions[start : start + generation.batch_size])
+        for path, questions in asked.items()
+        for start in range(0, len(questions), generation.batch_size)
+    ]
     answers = list[dict[str, Any]]()
-    for start in track(range(0, len(asked), generation.batch_size), description=what, console=Console(stderr=True)):
-        samples = []
-        for path, question in asked[start : start + generation.batch_size]:
-            image = Image.new("RGB", (448, 448), "gray") if path is None else open_picture(path)
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            samples.append(Sample(question, [image], [{"role": "user", "content": content}], "", "vqa"))
-        answers += answer_batch(model, processor, samples, generation)
+    for path, questions in track(steps, description=what, console=Console(stderr=True)):
+        image = Image.new("RGB", (448, 448), "gray") if path is None else open_picture(path)
+        if shared:
+            answers += answer_shared(model, processor, image, questions, generation)
+            continue
+        parts = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+        samples = [Sample("", [image], [{"role": "user", "content": content}], "", "vqa") for content in parts]
+        found = answer_batch(model, processor, samples, generation)
+        answers += [{"answer": one["prediction"], "visual_tokens": one["visual_tokens"]} for one in found]
     return answers
+
+
+@torch.inference_mode()
+def answer_shared(model, processor, image: Image.Image, questions: list[str], generation: Generation) -> list[dict]:
+    """Answer questions about one picture, whose pixel tokens are computed once."""
+    inputs = prefill_shared_image(model, processor, image, questions)
+    ids = inputs["input_ids"]
+    seen = ((ids == model.config.image_token_id) & inputs["attention_mask"].bool()).sum(1).tolist()
+    output = model.generate(**inputs, max_new_tokens=generation.max_new_tokens, do_sample=False)[:, ids.shape[1] :]
+    said = processor.batch_decode(output, skip_special_tokens=True)
+    return [{"answer": text.strip(), "visual_tokens": count} for text, count in zip(said, seen, strict=True)]
 
 
 @torch.inference_mode()
@@ -314,22 +334,20 @@ def score(args: argparse.Namespace, groups: dict[str, list[dict[str, Any]]]) -> 
             paths[picture["path"]] = find_picture(picture, args.pictures)
             rows += [{"group": group} | row for row in ask_about(picture)]
     generation = Generation(max_new_tokens=20, batch_size=args.batch_size, visual_tokens=args.budget)
-    keep = ("prediction", "visual_tokens", "granularity")
-
-    def said(answer: dict[str, Any]) -> dict[str, Any]:
-        return {"answer" if key == "prediction" else key: answer[key] for key in keep}
-
     names, open_rows = class_names(), [row for row in rows if row["form"] == OPEN]
     images, result = [open_picture(paths[row["path"]]) for row in open_rows], []
     for side in SIDES:
         told = classify(images, side, names)
         result += [row | {"arm": f"tower at {side}", "answer": answer} for row, answer in zip(open_rows, told, strict=True)]
     model, processor = load(args.model, args.visual_tokens, args.device)
-    seen = answer_all(model, processor, [(paths[row["path"]], row["question"]) for row in rows], generation, "model")
-    result += [row | {"arm": "model"} | said(answer) for row, answer in zip(rows, seen, strict=True)]
+    asked = dict[Path | None, list[str]]()
+    for row in rows:
+        asked.setdefault(paths[row["path"]], []).append(row["question"])
+    answers = answer_all(model, processor, asked, generation, "model")
+    result += [row | {"arm": "model"} | answer for row, answer in zip(rows, answers, strict=True)]
     questions = sorted({row["question"] for row in rows})
-    blind = answer_all(model, processor, [(None, question) for question in questions], generation, "blind")
-    by_question = dict(zip(questions, map(said, blind), strict=True))
+    blind = answer_all(model, processor, {None: questions}, generation, "blind")
+    by_question = dict(zip(questions, blind, strict=True))
     return result + [row | {"arm": "blind"} | by_question[row["question"]] for row in rows]
 
 
