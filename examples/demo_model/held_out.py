@@ -57,6 +57,7 @@ QUESTIONS = {
 }
 COLORS = "red orange yellow green blue purple pink brown tan beige cream ginger black white gray grey silver gold".split()
 PLACES = ["left", "right", "top", "bottom", "middle", "center", "top left", "top right", "bottom left", "bottom right"]
+LONGEST = 20  # tokens of an answer
 SIDES = (448, 224)  # what the tower sees in the model, and what its classifier was trained on
 NEAR = 36  # of a hash's 288 bits may differ between two copies of a picture
 
@@ -333,13 +334,17 @@ def score(args: argparse.Namespace, groups: dict[str, list[dict[str, Any]]]) -> 
         for picture in pictures:
             paths[picture["path"]] = find_picture(picture, args.pictures)
             rows += [{"group": group} | row for row in ask_about(picture)]
-    generation = Generation(max_new_tokens=20, batch_size=args.batch_size, visual_tokens=args.budget)
+    generation = Generation(max_new_tokens=LONGEST, batch_size=args.batch_size, visual_tokens=args.budget)
+    model, processor = load(args.model, args.visual_tokens, args.device)
+    slots = model.config.num_semantic_slots
+    if args.budget is not None and not 1 <= args.budget <= slots:
+        raise GranulonError(f"--budget must lie between 1 and {slots} for this model; got {args.budget}.")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     names, open_rows = class_names(), [row for row in rows if row["form"] == OPEN]
     images, result = [open_picture(paths[row["path"]]) for row in open_rows], []
     for side in SIDES:
         told = classify(images, side, names)
         result += [row | {"arm": f"tower at {side}", "answer": answer} for row, answer in zip(open_rows, told, strict=True)]
-    model, processor = load(args.model, args.visual_tokens, args.device)
     asked = dict[Path | None, list[str]]()
     for row in rows:
         asked.setdefault(paths[row["path"]], []).append(row["question"])
@@ -392,7 +397,11 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     one.add_argument("--pictures", type=Path, required=True, help="the folder of `fetch`")
     one.add_argument("--model", default="demo", help="demo, a folder with its adapter, or a folder with a whole model")
     one.add_argument("--out", type=Path, required=True, help="raw answers, as JSON Lines")
-    one.add_argument("--visual_tokens", help="another form of the demo model: semantic is the compact one")
+    one.add_argument(
+        "--visual_tokens",
+        choices=["semantic", "pixel+semantic"],
+        help="another form of the demo model: semantic is the compact one",
+    )
     one.add_argument("--budget", type=int, help="semantic tokens of every picture, instead of a level")
     one.add_argument("--batch_size", type=int, default=8)
     one.add_argument("--device", default="auto")
