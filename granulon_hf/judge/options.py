@@ -269,7 +269,10 @@ class Options:
         return total
 
     def refusal(self) -> str | None:
-        """Return why OpenAI would not serve this model, None where it would, or where the user vouches for the model."""
+        """Return why this judge cannot be asked: its key is not set, or OpenAI does not serve what nobody vouches for."""
+        variable = self.known.api_key_env
+        if variable and not os.environ.get(variable):
+            return f"The judge {self.model!r} needs the API key that judge_models= says is in {variable}; set {variable}."
         if not self.is_openai or self.told_price is not None:
             return None
         names = ", ".join(choices(self.judge_models))

@@ -125,7 +125,7 @@ def test_prices_of_ones_own_server():
 @pytest.mark.parametrize("backend", ["chat", "batch"])
 def test_a_judge_that_openai_does_not_serve_is_told_before_anything_is_sent(metric, monkeypatch, options, words, backend):
     sent = []
-    monkeypatch.setattr(module.Run, "run", lambda run: sent.append(run))
+    monkeypatch.setattr(module.Panel, "run", lambda panel: sent.append(panel))
     with pytest.raises(ValueError) as error:  # noqa: PT011
         metric.compute(predictions=["a"], images=[Image.new("RGB", (8, 8))], store="s.jsonl", backend=backend, **options)
     assert not sent and all(word in str(error.value) for word in words) and str(error.value).count("\n") == 0
@@ -335,12 +335,85 @@ def test_a_panel_has_one_budget(metric):
         first = score(metric, server, texts, model=["a", "b"], prices=prices, max_cost=0.03, concurrency=1)
         n = len(server.requests)
         rest = score(metric, server, texts, model=["a", "b"], prices=prices, concurrency=1)
-    assert (
-        0.025 < first["spent_usd"] <= 0.03 and first["judges"]["a"]["n_unscored"] == 0 < first["judges"]["b"]["n_unscored"] < 10
-    )
+    assert 0.025 < first["spent_usd"] <= 0.03 and n == 10 and first["n_scored"] == 5  # of ten answers whole panels
     assert first["spent_usd"] == pytest.approx(sum(one["spent_usd"] for one in first["judges"].values()))
     assert rest["n_requests"] == 20 - n and len(server.requests) == 20
     assert rest["cost_usd"] == pytest.approx(20 * (1_000 * 2.5e-6 + 20 * 1e-5))
+
+
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_a_budget_buys_whole_panels(metric, backend, concurrency):
+    options = {"model": ["a", "b"], "samples": 2, "prices": {"a": (2.5, 10), "b": (2.5, 10)}, "backend": backend}
+    options |= {"concurrency": concurrency, "poll_seconds": 0.01}
+    texts = [f"{i}" for i in range(12)]
+    with Server(by_judge, polls=0, name_of=name_of) as server:
+        # A batch costs half, and is submitted before the server has said how many tokens a prompt is.
+        first = score(metric, server, texts, **options, max_cost=0.05 if backend == "chat" else 0.028)
+        n = len(server.requests)
+        rest = score(metric, server, texts, **options)
+    assert n == 4 * first["n_scored"] and 3 <= first["n_scored"] < 12 and first["spent_usd"] <= 0.05
+    assert first["n_unscored"] == 12 - first["n_scored"] and "max_cost" in first["reasons"][-1]
+    assert rest["n_scored"] == 12 and set(server.paid.values()) == {1} and len(server.paid) == 48
+
+
+def test_a_repair_beyond_the_budget_keeps_nobody_elses_panel_from_its_answers(metric):
+    def behave(server, body):
+        return Reply("<think>", finish="length") if prediction_of(body) == "0" else by_judge(server, body)
+
+    options = {"model": ["a", "b"], "prices": {"a": (2.5, 10), "b": (2.5, 10)}, "max_cost": 0.04}
+    with Server(behave) as server:
+        result = score(metric, server, [f"{i}" for i in range(5)], **options)
+    assert [value is None for value in result["accuracy_scores"]] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+@pytest.mark.parametrize("error", [(404, "model_not_found", "no such model"), (401, "invalid_api_key", "Incorrect API key")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_judge_that_the_server_refuses_is_known_before_any_is_paid(metric, backend, error, place):
+    names = ["a", "b", "c"]
+    with Server() as server:
+        server.models = {**dict.fromkeys(names), names[place]: error}
+        with pytest.raises(module.JudgeError, match=error[2]):
+            score(metric, server, ["x", "y"], model=names, backend=backend, poll_seconds=0.01)
+        assert not server.requests and not server.files
+
+
+def test_stored_answers_of_a_judge_that_is_gone_are_used_in_a_panel(metric):
+    with Server(by_judge) as server:
+        score(metric, server, ["x", "y"], model="a")
+        server.models = {"a": (404, "model_not_found", "no such model"), "b": None}
+        result = score(metric, server, ["x", "y"], model=["a", "b"])
+    assert result["accuracy_scores"] == [70, 70] and len(server.requests) == 4
+
+
+@pytest.mark.parametrize("listed", [None, {}, {"a": (403, "", "Missing scopes: x"), "b": (401, "", "Missing scopes: x")}])
+@pytest.mark.parametrize("status", [401, 404])
+def test_where_no_server_tells_for_nothing_the_first_answer_goes_to_every_judge(metric, listed, status):
+    """A 404 of a server that has no such address is no proof; nor is a key that may not look at models."""
+
+    def behave(server, body):
+        return Reply(status=status) if body["model"] == "b" else by_judge(server, body)
+
+    with Server(behave) as server:
+        server.models = listed
+        with pytest.raises(module.JudgeError):
+            score(metric, server, [f"{i}" for i in range(20)], model=["a", "b"], samples=2)
+        assert [body["model"] for body in server.requests] == ["a", "b"] and sum(server.paid.values()) == 1
+        server.behave = by_judge
+        assert score(metric, server, ["0", "1"], model=["a", "b"])["n_scored"] == 2
+
+
+@pytest.mark.parametrize("url", [True, False])
+def test_a_key_that_is_not_set_is_told_before_anything_is_sent(metric, monkeypatch, url):
+    with Server() as server:
+        given = {"b": {"api_key_env": "OTHER_KEY", **({"base_url": server.url} if url else {})}}
+        with pytest.raises(ValueError, match="OTHER_KEY"):
+            score(metric, server, ["x"], model=["a", "b"], judge_models=given)
+        assert not server.requests
+        monkeypatch.setenv("OTHER_KEY", "sk-other")
+        score(metric, server, ["x"], model=["a", "b"], judge_models=given)
+        assert [headers["authorization"] for headers in server.headers] == ["Bearer sk-test", "Bearer sk-other"]
 
 
 def test_a_panel_by_batch_submits_one_batch_for_each_judge(metric):
@@ -374,7 +447,7 @@ Judge(cache_dir=sys.argv[2]).compute(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [5, 30])  # in the first judge's part, and in the second's
+@pytest.mark.parametrize("rows", [5, 30])
 def test_kill_9_in_a_panel_pays_for_nothing_twice(tmp_path, rows):
     def behave(server, body):
         reply = by_judge(server, body)
