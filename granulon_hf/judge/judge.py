@@ -21,7 +21,7 @@ import pydantic
 
 from .batch import BatchRun
 from .client import Run
-from .images import encode_image, open_image, to_rgb
+from .images import encode_image, open_image, refuse_address, to_rgb
 from .known_models import SOURCE
 from .models import PRICES_DATE, find_model, image_tokens, known_names
 from .options import Options, Unit, columns_of, digest_of, estimate, foresee, panel_of, units_of

@@ -10,7 +10,6 @@ from typing import Any
 import numpy
 
 from .client import Run
-from .models import PRICES_DATE
 
 SCORES = ("accuracy", "hallucination")
 
@@ -123,7 +122,7 @@ def report(texts: list[str], runs: list[Run]) -> dict:
             for name in SCORES
         },
         **added(spent),
-        "prices_date": PRICES_DATE,
+        "prices_date": next((date for run in runs if (date := run.options.prices_date)), None),
         "task": options.task,
         "model": options.model if len(runs) == 1 else [run.options.model for run in runs],
         "samples": options.samples,

@@ -84,9 +84,16 @@ def test_the_table_is_made_of_litellms_prices(tmp_path):
     assert found["gpt-4o"]["prompt"] == 2.5 and found["gpt-4o"]["retires"] == "2027-01-14"
     assert found["gpt-5-mini"]["reasons"] and found["gpt-5-mini"]["image"] == {"patch": 1.62}
     assert all(JudgeModel.model_validate(fields) for fields in found.values())
-    path.write_text("[]")
-    with pytest.raises(judge_table.GranulonError, match=r"prices\.json"):
-        judge_table.read_litellm(path)
+    odd = {"gpt-8": {**row, "deprecation_date": "soon"}, "gpt-8.1": {**row, "max_input_tokens": -1}, "gpt-8.2": 5}
+    odd |= {"gpt-8.3": {**row, "input_cost_per_token": None}, "gpt-8.4": {**row, "supported_endpoints": None}}
+    odd["gpt-8.5"] = {name: value for name, value in row.items() if name != "max_output_tokens"}
+    path.write_text(json.dumps({**odd, **listed, "note": "no judge"}))
+    skipped: dict[str, str] = {}
+    assert judge_table.read_litellm(path, skipped) == found and set(skipped) == set(odd)
+    for text in ("[]", "5", "{", "{}", json.dumps(odd)):
+        path.write_text(text)
+        with pytest.raises(judge_table.GranulonError, match=r"prices\.json"):
+            judge_table.read_litellm(path)
 
 
 def test_given_fields_replace_those_of_the_table():
@@ -97,6 +104,42 @@ def test_given_fields_replace_those_of_the_table():
     for wrong in ({"prise": 1}, {"prompt": -1, "completion": 1}, {"prompt": 1}, {"retires": "soon"}, {"image": {"x": 1}}, [1]):
         with pytest.raises(ValueError, match="judge_models"):
             Options(model="x", judge_models={"x": wrong})
+
+
+def test_what_is_given_of_a_family_is_of_its_snapshots_too():
+    given = {"gpt-9": {"prompt": 1, "completion": 2, "reasons": True}, "gpt-4o": {"prompt": 9, "completion": 9}}
+    snapshot = Options(model="gpt-9-2030-01-01", judge_models=given)
+    assert snapshot.refusal() is None and snapshot.known == find_model("gpt-9", given) and snapshot.known.reasons
+    assert find_model("gpt-4o-2024-11-20", given).prompt == 9 and find_model("gpt-4o-2024-05-13", given).prompt == 5
+    both = {**given, "gpt-9-2030-01-01": {"prompt": 3, "completion": 4}}
+    assert find_model("gpt-9-2030-01-01", both) == JudgeModel(prompt=3, completion=4, reasons=True)
+    assert find_model("gpt-9-2030-01-01", {"gpt-8": None}) is None
+
+
+def test_an_estimate_says_whose_prices_it_counts_with(metric):
+    arguments = {"predictions": ["x"], "images": [Image.new("RGB", (8, 8))], "store": None}
+    given = {"gpt-9": {"prompt": 1, "completion": 2}, "gpt-4o": {"retires": None}}
+    for names, sources in (
+        ("gpt-4o", ["table"]),
+        (["gpt-9-2030-01-01", "gpt-9"], ["judge_models"]),
+        (["gpt-9", "gpt-4o", "own"], ["judge_models", "prices", "table"]),
+    ):
+        found = metric.estimate(**arguments, model=names, judge_models=given, prices={"own": (1, 1)})
+        assert found["priced_by"] == sources
+        assert found["prices_date"] == (module.PRICES_DATE if "table" in sources else None)
+    with Server() as server:
+        assert score(metric, server, ["x"], model="gpt-9", judge_models=given)["prices_date"] is None
+        assert score(metric, server, ["x"])["prices_date"] == module.PRICES_DATE
+
+
+@pytest.mark.parametrize(
+    "image", ["http://127.0.0.1:9/a.png", "S3://b/a.png", "data:image/png;base64,iVBO", {"path": "https://a/b"}]
+)
+def test_an_address_is_no_image(metric, image):
+    with Server() as server:
+        with pytest.raises(ValueError, match="path"):
+            metric.compute(predictions=["a"], images=[image], base_url=server.url, store=None)
+        assert not server.requests
 
 
 def test_prices_of_ones_own_server():
