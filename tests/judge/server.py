@@ -74,6 +74,8 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.batch_creations = 0
+        # Names and errors (status, code, message) of what `GET /models/NAME` is asked; None is a server that lists batches.
+        self.models: dict[str, tuple[int, str, str] | None] | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -113,6 +115,11 @@ class Server:
                     self.send(200, server.files[self.path.split("/")[-2]], {"Content-Type": "application/jsonl"})
                 elif "/batches/" in self.path:
                     self.send(200, server.look(self.path.split("/")[-1]))
+                elif "/models/" in self.path and server.models is not None:
+                    name = self.path.split("/")[-1]
+                    status, code, text = server.models.get(name, (404, "not_found", "Not Found")) or (200, "", "")
+                    found = {"id": name, "object": "model"} if status == 200 else {"error": {"code": code, "message": text}}
+                    self.send(status, json.dumps(found).encode())
                 else:
                     data = list(server.batches.values())
                     self.send(200, json.dumps({"object": "list", "data": data, "has_more": False}).encode())
