@@ -15,7 +15,7 @@ import openai
 from .options import SEEDS, Options, Unit
 from .rate import Limiter, seconds
 from .replies import to_row
-from .server import JudgeError, connect, headers_of, message_of, triage, unserved
+from .server import JudgeError, connect, headers_of, may_be_paid, message_of, triage, unserved
 from .store import Ledger, Store
 
 UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
@@ -253,8 +253,10 @@ class Run:
                     self.give_up(unknown, fatal=True)
                 if kind in ("fatal", "bad"):
                     self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
-                if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
-                    self.reserved += cost  # the server may have done the work, and charge for it
+                if may_be_paid(error):
+                    self.reserved += cost
+                    if not self.fits(0.0):
+                        raise Stopped(f"{self.over_budget} ({message})") from None
                 delay = self.delay(headers, tries, kind)
                 if kind == "limit":
                     self.limiter.pause(delay)

@@ -5,6 +5,7 @@ import contextlib
 import os
 from typing import Any
 
+import httpx
 import openai
 
 from .models import choices
@@ -100,7 +101,8 @@ def triage(error: Exception) -> tuple[str, str]:
     if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
         return "retry", "timeout: the server did not answer in time"
     if isinstance(error, openai.APIConnectionError):
-        return "retry", f"connection: {error.__cause__ or error}"
+        cause = error.__cause__ or error
+        return "retry", f"connection: {str(cause) or type(cause).__name__}"
     if not isinstance(error, openai.APIStatusError):
         return "retry", f"reply: {error}"
     status, said = error.status_code, message_of(error).lower()
@@ -113,6 +115,16 @@ def triage(error: Exception) -> tuple[str, str]:
     if status == 429:
         return ("bad" if said.startswith("request too large") else "limit"), text
     return ("retry" if status in (408, 409) or status >= 500 else "bad"), text
+
+
+def may_be_paid(error: Exception) -> bool:
+    """Return whether the server may have done the work of a request that failed so, and charge for it.
+
+    It may have wherever the request can have arrived: where no reply came in time, and where the connection broke on the way.
+    """
+    before = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
+    broken = isinstance(error, openai.APIConnectionError) and not isinstance(error.__cause__, before)
+    return broken or isinstance(error, asyncio.TimeoutError)
 
 
 def headers_of(error: Exception) -> Any:

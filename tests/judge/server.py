@@ -26,6 +26,7 @@ class Reply:
     reset: bool = False
     delay: float = 0.0
     drip: float = 0.0  # seconds between bytes
+    cut: int = 0  # bytes that are announced and do not come
 
     def body(self, request: dict) -> dict:
         if self.status != 200:
@@ -93,9 +94,9 @@ class Server:
 
             def send(self, status: int, body: bytes, headers: dict | None = None):
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+                usual = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+                for name, value in (usual | (headers or {})).items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -143,6 +144,10 @@ class Server:
                     for i in range(len(data)):
                         self.wfile.write(data[i : i + 1])
                         time.sleep(reply.drip)
+                elif reply.cut:
+                    self.send(reply.status, data, {"Content-Length": str(len(data) + reply.cut)})
+                    self.close_connection = True
+                    return
                 else:
                     self.send(reply.status, data, reply.headers)
                 if reply.status == 200:

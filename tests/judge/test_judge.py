@@ -704,6 +704,30 @@ def test_max_cost_and_progress(metric):
     assert seen[-1]["spent_usd"] == pytest.approx(result["spent_usd"])
 
 
+@pytest.mark.parametrize(
+    "broken", [Reply(reset=True), Reply(raw=b'{"id": "chatcm', cut=1000)], ids=["no reply", "half a reply"]
+)
+def test_max_cost_counts_what_a_broken_connection_may_have_cost(metric, broken):
+    """The server has done the work of each request that it read, at 0.0027 USD, retries included."""
+    with Server(lambda server, request: Reply() if len(server.requests) % 3 == 1 else broken) as server:
+        result = score(metric, server, [f"text {i}" for i in range(20)], max_cost=0.02, concurrency=1, max_retries=5)
+        assert 0.0027 * len(server.requests) <= 0.02
+    assert 0 < result["n_scored"] < 4 and "max_cost" in result["reasons"][-1]
+
+
+def test_what_was_paid_for_is_read_beyond_the_budget(metric):
+    texts = [f"text {i}" for i in range(12)]
+    with Server() as server:
+        assert score(metric, server, texts)["n_scored"] == 12
+        for judges in ({}, {"model": ["gpt-4o", "gpt-4o-mini"]}):
+            result = score(metric, server, ["new", *texts], [image(99), *(image(i) for i in range(12))], max_cost=0.0, **judges)
+            assert len(server.requests) == 12
+            if not judges:
+                assert result["n_scored"] == 12 and "max_cost" in result["reasons"][0]
+            else:
+                assert result["judges"]["gpt-4o"]["n_scored"] == 12
+
+
 def test_estimate_sends_and_writes_nothing(metric):
     predictions, images = ["a cat", "a cat", "a dog", "", "x"], [image(), image(), image(), image(), "missing.png"]
     before = metric.estimate(predictions, images, store="scores.jsonl")
