@@ -42,7 +42,7 @@ class BatchRun(Run):
                     if intent.get("model", self.options.model) == self.options.model:
                         await self.collect(intent)
                 for attempt in range(ATTEMPTS):
-                    self.reserved = 0.0
+                    self.reserved, self.full = 0.0, False
                     batches = self.make_batches(attempt)
                     intents = []
                     while batch := await asyncio.to_thread(next, batches, None):
@@ -53,7 +53,6 @@ class BatchRun(Run):
                 kind, message = triage(error)
                 told = message if kind == "fatal" else f"The Batch API failed ({message}); run again to go on."
                 raise JudgeError(told) from None
-        self.stop = ""  # of max_cost: `resolve` tells it unit by unit
 
     def make_batches(self, attempt: int) -> Iterator[dict[str, bytes]]:
         """Yield input files with the requests of all units that lack this answer: lines by their custom ids."""
