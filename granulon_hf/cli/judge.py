@@ -269,7 +269,10 @@ def show_reasons(console: Console, reasons: list[str | None]) -> None:
 
 
 def spent(result: dict[str, Any], where: str = " in this run") -> str:
-    return "" if result["spent_usd"] is None else f" · {result['spent_usd']:.4f} USD{where}"
+    if result["spent_usd"] is None:
+        return ""
+    lost = f", up to {result['lost_usd']:.4f} more for answers that were lost on the way" if result.get("lost_usd") else ""
+    return f" · {result['spent_usd']:.4f} USD{where}{lost}"
 
 
 def show_result(console: Console, result: dict[str, Any], folder: Path) -> None:

@@ -51,7 +51,11 @@ def granulon_judge(
         config (`GenerateConfig`, *optional*): of the judge; by default that of the judge itself, by what is known of the model.
     """
     judge = get_model(model)
-    options = Options(task=task, model=judge.name, hardened=hardened, store=None)
+    given = config or GenerateConfig()
+    # Behind a router the provider is a part of the name. Whoever is told how hard to reason, reasons.
+    name, told = judge.name.rpartition("/")[2], given.reasoning_effort or given.reasoning_tokens
+    reasons = {name: {"reasons": True}} if told else None
+    options = Options(task=task, model=name, hardened=hardened, store=None, max_tokens=given.max_tokens, judge_models=reasons)
     effort: Any = options.reasoning_effort
     config = GenerateConfig(temperature=options.temperature, reasoning_effort=effort) if config is None else config
 
@@ -68,8 +72,7 @@ def granulon_judge(
             asked.insert(0, ChatMessageSystem(content=system))
         rows: list[dict] = []
         while not options.is_final(rows):
-            limit = max(options.limit(rows), config.max_tokens or 0)
-            output = await judge.generate(asked, config=config.merge(GenerateConfig(max_tokens=limit)))
+            output = await judge.generate(asked, config=config.merge(GenerateConfig(max_tokens=options.limit(rows))))
             rows.append({"content": output.completion, "finish_reason": FINISHES.get(output.stop_reason, output.stop_reason)})
             # Of the printed prompt there is no form to ask once more but itself.
             if hardened and options.outcome(rows[-1])[1] == "repair":

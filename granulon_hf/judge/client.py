@@ -12,10 +12,10 @@ from typing import Any, NoReturn
 
 import openai
 
-from .options import SEEDS, Options, Unit
+from .options import SEEDS, Options, Unit, digest_of
 from .rate import Limiter, seconds
 from .replies import to_row
-from .server import JudgeError, connect, headers_of, may_be_paid, message_of, triage, unserved
+from .server import JudgeError, connect, has_answered, headers_of, may_be_charged, message_of, triage, unserved
 from .store import Ledger, Store
 
 UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
@@ -56,7 +56,8 @@ class Run:
         self.proven_before = False
         # Real prompt tokens over estimated ones, the largest so far.
         self.excess = 1.0
-        # Why no more is sent, and what the panel will raise.
+        # Why no more is sent, and what the panel will raise. Of a budget that is reached neither is said: it keeps from asking,
+        # not from reading what the store has.
         self.stop = ""
         self.error: Exception | None = None
         self.failures = 0
@@ -64,6 +65,8 @@ class Run:
         self.n_requests = 0
         self.spent = 0.0
         self.reserved = 0.0
+        # Reserved for good: requests whose answers were lost on the way. The server may have charged for them.
+        self.lost = 0.0
 
     @functools.cached_property
     def client(self) -> openai.AsyncOpenAI:
@@ -218,7 +221,8 @@ class Run:
                 self.reserved -= cost
 
     async def ask_until(self, key: str, unit: Unit, url: str, tokens: int, rows: list[dict], cost: float) -> None:
-        tries, waited = 0, 0.0
+        tries, waited, answered = 0, 0.0, 0
+        asked_before = [row.get("time") for row in self.store.answers(key)]
         trial: tuple[list, dict] | None = None  # simpler requests: for the whole run once one of them has worked
         while True:
             ticket = await self.limiter.take(tokens, lambda: self.stop)
@@ -230,7 +234,10 @@ class Run:
                 request = self.request(unit, url, rows, formats[0], extras)
                 # The client's own timeout is for each read: a server that sends a byte now and then would never meet it.
                 patience = self.options.patience(rows)
-                reply = self.client.chat.completions.with_raw_response.create(**request, timeout=patience)
+                # A server that knows this header answers what it was asked before, by a run that was killed, from its memory.
+                once = digest_of([self.options.home, key, asked_before, formats[0], extras, answered])
+                create = self.client.chat.completions.with_raw_response.create
+                reply = create(**request, timeout=patience, extra_headers={"Idempotency-Key": once})
                 raw = await asyncio.wait_for(reply, patience)
                 headers = raw.headers
                 row = self.keep(json.loads(raw.content), tokens, key=key, attempt=len(rows), response_format=formats[0])
@@ -253,10 +260,9 @@ class Run:
                     self.give_up(unknown, fatal=True)
                 if kind in ("fatal", "bad"):
                     self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
-                if may_be_paid(error):
+                if may_be_charged(error):
                     self.reserved += cost
-                    if not self.fits(0.0):
-                        raise Stopped(f"{self.over_budget} ({message})") from None
+                    self.lost += cost
                 delay = self.delay(headers, tries, kind)
                 if kind == "limit":
                     self.limiter.pause(delay)
@@ -270,6 +276,10 @@ class Run:
                     self.give_up(f"{problem}; check base_url= and the network ({message}).", fatal=True)
                 if kind == "retry" and tries >= self.options.max_retries:
                     self.give_up(f"{message} (after {tries} retries)")
+                # Another try is another request, for which as much is still reserved.
+                if not self.fits(0.0):
+                    raise Stopped(f"{message}; {self.over_budget}") from None
+                answered += has_answered(error)
             finally:
                 self.limiter.learn(ticket, headers)
             tries += 1

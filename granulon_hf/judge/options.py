@@ -89,6 +89,8 @@ class Options:
     on_result: Callable[[dict], None] | None = None
     # What is known of the model; nothing for one that only its server knows.
     known: JudgeModel = field(init=False, repr=False, compare=False)
+    # What requests that are sent again have in common: their store or, without one, their run.
+    home: str = field(init=False, repr=False, compare=False)
     _prepared: tuple = field(default=(None, None), init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -118,6 +120,7 @@ class Options:
             raise ValueError("The batch backend needs a store=, which remembers what was submitted.")
         if self.max_cost is not None and not 0 <= self.max_cost < math.inf:
             raise ValueError(f"max_cost must be an amount in USD, not {self.max_cost!r}.")
+        self.home = secrets.token_hex(16) if self.store is None else os.path.abspath(self.store)
         self.known = find_model(self.model, self.judge_models) or JudgeModel()
         if self.known.reasons:  # such models refuse a temperature
             self.temperature = None
@@ -206,7 +209,9 @@ class Options:
 
     def messages(self, unit: Unit, image_url: str, bad: str | None) -> list[dict]:
         """Return the conversation; with the `bad` answer it is a repair. Without hardening that is the printed prompt again."""
-        system, text = self.prompt(unit, secrets.token_hex(16) if self.hardened else None)
+        # Nobody can write a text that holds its own digest; and a request that is sent again is the same, letter by letter.
+        mark = digest_of([self.home, *self.prompt(unit, ""), unit.draw, bad])[:32]
+        system, text = self.prompt(unit, mark if self.hardened else None)
         picture = {"type": "image_url", "image_url": {"url": image_url, "detail": self.detail}}
         user = {"role": "user", "content": [{"type": "text", "text": text}, picture] if image_url else text}
         if system is None:

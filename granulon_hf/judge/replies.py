@@ -44,10 +44,19 @@ def without_reasoning(text: str) -> str:
     return LOOSE.sub("", text)
 
 
+def is_same(one: Any, other: Any) -> bool:
+    """Compare values of JSON: 1 and 1.0 are one number; true is none, though Python takes it for 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(is_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    return one == other and isinstance(one, bool) == isinstance(other, bool)
+
+
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make an object of pairs, unless a name has two values; true and 1 are two, though Python takes them for equal."""
+    """Make an object of pairs, unless a name has two values."""
     made = dict(pairs)
-    if any(repr(made[name]) != repr(value) for name, value in pairs):
+    if not all(is_same(made[name], value) for name, value in pairs):
         raise ValueError("a name has two values")
     return made
 
@@ -74,20 +83,22 @@ def find_objects(text: str, wanted: set[str]) -> Iterator[tuple[int, int, dict[s
 
 
 def find_inside(value: Any, wanted: set[str]) -> Iterator[dict[str, Any]]:
-    """Yield what an object, or one inside of it, holds under these names; lists are of something else, such as segments."""
-    if isinstance(value, dict):
-        if wanted & value.keys():
-            yield {name: value[name] for name in wanted & value.keys()}
-        for one in value.values():
-            yield from find_inside(one, wanted)
+    """Yield what an object, or one anywhere inside of it, holds under these names."""
+    if isinstance(value, dict) and wanted & value.keys():
+        yield {name: value[name] for name in wanted & value.keys()}
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from find_inside(one, wanted)
 
 
-def find_texts(value: Any) -> Iterator[str]:
-    """Yield the texts in an object."""
+def find_texts(value: Any, wanted: set[str]) -> Iterator[str]:
+    """Yield the texts in an object and, as texts, what it holds under these names in other letters (Accuracy_Score)."""
     if isinstance(value, str):
         yield value
+    if isinstance(value, dict):
+        folded = {name.casefold() for name in wanted}
+        yield from (f"{name}: {one}" for name, one in value.items() if name not in wanted and name.casefold() in folded)
     for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        yield from find_texts(one)
+        yield from find_texts(one, wanted)
 
 
 def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapter) -> dict[str, Any]:
@@ -116,8 +127,10 @@ def read_object(content: str, names: Iterable[str], numbers: pydantic.TypeAdapte
     for start, end, _ in reversed(objects):
         text = text[:start] + text[end:]
     # What is left of a broken object, or is said in words, may be something else; what echoes the form says nothing.
-    text = "\n".join([text, *find_texts([value for _, _, value in objects])])
-    said = r"""\W*\s*(?:[:=]|\b(?:is|should be|becomes)\b)\s*["'\\“”‘’]*(?!0\s*(?:-|–|to)\s*100)(-?\d+(?:\.\d+)?)"""
+    text = "\n".join([text, *find_texts([value for _, _, value in objects], wanted)])
+    scale = r"0\s*(?:-|–|to)\s*100"
+    verb = r"(?:[:=→]|->|\b(?:is|of|should be|becomes)\b)"
+    said = rf"""\W{{0,20}}(?:\({scale}\)\s*)?{verb}\s*["'\\“”‘’]*(?!{scale})(-?\d+(?:\.\d+)?)"""
     for name, number in read[0].items():
         if any(float(other) != number for other in re.findall(re.escape(name) + said, text, flags=re.IGNORECASE)):
             raise ValueError(f"other numbers beside the object: {shown}")

@@ -92,6 +92,7 @@ def spending(run: Run) -> dict[str, Any]:
         "n_lengthened": sum("larger" in options.remedies(answers[:-1]) for answers in paid.values()),
         "tokens": {**tokens, "total_tokens": sum(tokens.values())},
         "cost_usd": options.cost(rows),
+        "lost_usd": run.lost if run.price else None,
         "spent_usd": run.spent if run.price else None,
         "judge_models": sorted({str(row["model"]) for row in rows if row.get("model")}),
         "response_formats": sorted({str(row.get("response_format")) for row in rows}),

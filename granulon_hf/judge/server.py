@@ -5,13 +5,14 @@ import contextlib
 import os
 from typing import Any
 
-import httpx
 import openai
 
 from .models import choices
 from .options import Options
 
 NO_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+# Errors of openai's transport (httpx, or httpx2 in later versions) that come before a request is sent.
+UNCONNECTED = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
 FATAL = {
     401: "The API key is not accepted; set OPENAI_API_KEY to one that is",
     402: "The account has no quota left; check plan and billing, then run again to go on",
@@ -96,15 +97,37 @@ def message_of(error: openai.APIStatusError) -> str:
     return " ".join((detail if isinstance(detail, str) else str(error.message)).split())
 
 
+def said_by(error: BaseException) -> str:
+    """Return what an error says, or what it is: one that breaks a connection off says nothing."""
+    return " ".join(str(error).split()) or f"broken off ({type(error).__name__})"
+
+
+def may_be_charged(error: Exception) -> bool:
+    """Return whether the server may have done the work of a request that failed.
+
+    It may have where it had the request, and its answer was late, cut off or unreadable. An error that it tells itself is none
+    that anybody pays for, but a gateway's that it waited in vain.
+    """
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code in (504, 524)
+    return type(error.__cause__).__name__ not in UNCONNECTED
+
+
+def has_answered(error: Exception) -> bool:
+    """Return whether an error is a whole answer, which a server that remembers requests would give once more."""
+    if isinstance(error, openai.APIStatusError):
+        return error.status_code >= 500 and not may_be_charged(error)
+    return not isinstance(error, openai.APIConnectionError | asyncio.TimeoutError)
+
+
 def triage(error: Exception) -> tuple[str, str]:
     """Return an error's kind, "fatal" (stop the run), "limit" (wait), "retry" or "bad" (give this unit up), and its message."""
     if isinstance(error, openai.APITimeoutError | asyncio.TimeoutError):
         return "retry", "timeout: the server did not answer in time"
     if isinstance(error, openai.APIConnectionError):
-        cause = error.__cause__ or error
-        return "retry", f"connection: {str(cause) or type(cause).__name__}"
+        return "retry", f"connection: {said_by(error.__cause__ or error)}"
     if not isinstance(error, openai.APIStatusError):
-        return "retry", f"reply: {error}"
+        return "retry", f"reply: {said_by(error)}"
     status, said = error.status_code, message_of(error).lower()
     text = f"{status}: {message_of(error)[:300]}"
     no_quota = "exceeded your current quota" in said and status == 429 and not error.code
@@ -115,16 +138,6 @@ def triage(error: Exception) -> tuple[str, str]:
     if status == 429:
         return ("bad" if said.startswith("request too large") else "limit"), text
     return ("retry" if status in (408, 409) or status >= 500 else "bad"), text
-
-
-def may_be_paid(error: Exception) -> bool:
-    """Return whether the server may have done the work of a request that failed so, and charge for it.
-
-    It may have wherever the request can have arrived: where no reply came in time, and where the connection broke on the way.
-    """
-    before = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol)
-    broken = isinstance(error, openai.APIConnectionError) and not isinstance(error.__cause__, before)
-    return broken or isinstance(error, asyncio.TimeoutError)
 
 
 def headers_of(error: Exception) -> Any:

@@ -88,7 +88,7 @@ def label(questions: Sequence[str], **options: Any) -> dict:
 
     Returns:
         `dict`: `weights` (for each question a list in the order of the levels, or None), `reasons` (why there are none),
-        `n_labelled`, `n_requests` and `spent_usd` (of this run; None where the price is unknown), `models` (for each
+        `n_labelled`, `n_requests` `spent_usd` and `lost_usd` (of this run; None where the price is unknown), `models` (for each
         question, as the server reports it).
 
     Raises:
@@ -103,4 +103,5 @@ def label(questions: Sequence[str], **options: Any) -> dict:
         "n_labelled": sum(result["weights"] is not None for result in run.results),
         "n_requests": run.n_requests,
         "spent_usd": run.spent if run.price else None,
+        "lost_usd": run.lost if run.price else None,
     }

@@ -13,6 +13,7 @@ from inspect_ai.dataset import MemoryDataset, Sample
 from inspect_ai.model import ChatMessageUser, ContentImage, ContentText, GenerateConfig, ModelOutput, ModelUsage, get_model
 
 from granulon_hf.evaluation.inspect import granulon_judge
+from granulon_hf.judge import models
 from granulon_hf.judge.prompts import PROMPTS, REPLY
 from tests.data import tables
 
@@ -25,7 +26,7 @@ def ask(question="What is this?", images=1):
     return Sample(input=[ChatMessageUser(content=content)], target="A cat.")
 
 
-def mock(name, replies):
+def mock(name, replies, model="model"):
     asked = []
 
     def reply(messages, tools, tool_choice, config):
@@ -36,11 +37,11 @@ def mock(name, replies):
         output.usage = ModelUsage(input_tokens=1, output_tokens=1, total_tokens=2)
         return output
 
-    return get_model("mockllm/model", custom_outputs=reply, memoize=False), asked
+    return get_model(f"mockllm/{model}", custom_outputs=reply, memoize=False), asked
 
 
-def run(tmp_path, samples, replies, answer="A dog.", **options):
-    judge, asked = mock("judge", replies)
+def run(tmp_path, samples, replies, answer="A dog.", model="model", **options):
+    judge, asked = mock("judge", replies, model)
     model, _ = mock("model", [answer])
     task = Task(dataset=MemoryDataset(samples), scorer=granulon_judge(judge, **options))
     (log,) = evaluate(task, model=model, log_dir=str(tmp_path), display="none", max_samples=1)
@@ -102,6 +103,21 @@ def test_a_reply_that_reached_its_limit_is_asked_for_with_a_larger_one(tmp_path)
     assert asked[0][1].max_tokens * 4 <= asked[1][1].max_tokens
 
 
+def test_the_limit_that_is_given_is_raised_too(tmp_path):
+    replies = [ModelOutput.from_content("judge", GOOD, stop_reason="max_tokens"), GOOD]
+    means, _, asked = run(tmp_path, [ask()], replies, config=GenerateConfig(max_tokens=8_000))
+    assert means["accuracy"] == 80 and [config.max_tokens for _, config in asked] == [8_000, 32_000]
+
+
+@pytest.mark.parametrize("name", ["thinker", "maker/thinker"])
+def test_a_judge_that_is_known_to_reason_is_asked_as_the_judge_asks_it(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(models.MODELS, "thinker", {"prompt": 1, "completion": 4, "reasons": True, "output": 20_000})
+    replies = [ModelOutput.from_content("judge", "", stop_reason="max_tokens"), GOOD]
+    means, _, asked = run(tmp_path, [ask()], replies, model=name)
+    assert means["accuracy"] == 80 and [config.max_tokens for _, config in asked] == [4_000, 16_000]
+    assert {(config.temperature, config.reasoning_effort) for _, config in asked} == {(None, "low")}
+
+
 def test_one_sample_without_a_reading_does_not_lower_the_mean(tmp_path):
     means, _, _ = run(tmp_path, [ask(), ask(images=0)], [GOOD])
     assert means == {"accuracy": 80, "hallucination": 10}
@@ -110,4 +126,4 @@ def test_one_sample_without_a_reading_does_not_lower_the_mean(tmp_path):
 def test_a_reasoning_judge_is_given_its_own_config(tmp_path):
     config = GenerateConfig(reasoning_effort="low")
     _, _, asked = run(tmp_path, [ask()], [GOOD], config=config)
-    assert asked[0][1].temperature is None and asked[0][1].reasoning_effort == "low"
+    assert asked[0][1].temperature is None and asked[0][1].reasoning_effort == "low" and asked[0][1].max_tokens == 4_000

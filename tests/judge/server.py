@@ -3,6 +3,8 @@
 import collections
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -24,9 +26,9 @@ class Reply:
     refusal: str | None = None
     raw: bytes | None = None
     reset: bool = False
+    half: bool = False  # of the body, then the connection breaks off
     delay: float = 0.0
     drip: float = 0.0  # seconds between bytes
-    cut: int = 0  # bytes that are announced and do not come
 
     def body(self, request: dict) -> dict:
         if self.status != 200:
@@ -137,6 +139,16 @@ class Server:
                     self.connection.close()
                     return
                 data = reply.raw or json.dumps(reply.body(body)).encode()
+                if reply.half:
+                    self.send_response(200)
+                    self.send_header("Content-Length", str(len(data)))
+                    self.end_headers()
+                    self.wfile.write(data[: len(data) // 2])
+                    # With nothing of what follows: a reset, not an end.
+                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    self.close_connection = True
+                    self.connection.close()
+                    return
                 if reply.drip:
                     self.send_response(200)
                     self.send_header("Content-Length", str(len(data)))
@@ -144,10 +156,6 @@ class Server:
                     for i in range(len(data)):
                         self.wfile.write(data[i : i + 1])
                         time.sleep(reply.drip)
-                elif reply.cut:
-                    self.send(reply.status, data, {"Content-Length": str(len(data) + reply.cut)})
-                    self.close_connection = True
-                    return
                 else:
                     self.send(reply.status, data, reply.headers)
                 if reply.status == 200:

@@ -184,8 +184,14 @@ FORM = '{"accuracy_score": int,\n "hallucination_score": int}'
         f"{GOOD}\n{GOOD}",
         f"{GOOD} and once more {GOOD.replace('70', '70.0')}",
         GOOD.replace("}", ', "note": "a {cat} and \\"more\\""}'),
-        GOOD.replace("}", ', "by_segment": [{"accuracy_score": 1, "hallucination_score": 2}]}'),
+        GOOD.replace("}", ', "by_segment": [{"segment": 1, "accuracy": 1, "hallucination": 2}]}'),
+        GOOD.replace("}", f', "checked": [{GOOD}, [{GOOD.replace("70", "70.0")}]]}}'),
         GOOD.replace("}", ', "accuracy_score": 70}'),
+        GOOD.replace("}", ', "accuracy_score": 70.0}'),
+        GOOD.replace("}", ', "x": {"a": 1, "b": [2]}, "x": {"b": [2.0], "a": 1}}'),
+        GOOD.replace("}", ', "note": "accuracy_score (0-100): 70, Accuracy_Score of 70"}'),
+        GOOD.replace("}", ', "accuracy_score_of_parts": 30, "mean_accuracy_score": 3}'),
+        GOOD.replace("}", f', "note": {json.dumps(GOOD)}}}'),
         f'{{"image": "a cat"}} {GOOD}',
         f'{{"scores": {GOOD}}}',
         f"[{GOOD}]",
@@ -241,6 +247,16 @@ def test_replies_are_read(content):
         f"{HALF} {HALF.replace('accuracy', 'hallucination')}",
         GOOD.replace("}", ', "accuracy_score": 1}'),
         GOOD.replace("70", "true") + GOOD,
+        GOOD.replace("70", "1").replace("}", ', "accuracy_score": true}'),
+        GOOD.replace("}", ', "x": [1], "x": [true]}'),
+        GOOD.replace("}", ', "x": {"a": 0}, "x": {"a": false}}'),
+        GOOD.replace("}", f', "revisions": [{OTHER}]}}'),
+        GOOD.replace("}", f', "revisions": {{"last": [[{HALF.replace("70", "60")}]]}}}}'),
+        GOOD.replace("}", ', "by_segment": [{"accuracy_score": 1, "hallucination_score": 2}]}'),
+        GOOD.replace("}", ', "final": {"Accuracy_Score": 60, "Hallucination_Score": 20}}'),
+        GOOD.replace("}", ', "ACCURACY_SCORE": 60}'),
+        GOOD.replace("}", ', "notes": [{"text": "accuracy_score (0-100): 60"}]}'),
+        f"I give an accuracy_score of 60. {GOOD}",
         GOOD.replace("70", "1").replace("{", '{"accuracy_score": true, '),
         GOOD.replace("70", "0").replace("}", ', "accuracy_score": false}'),
         GOOD.replace("}", ', "note": "corrected: {\\"accuracy_score\\": 30, \\"hallucination_score\\": 20}"}'),
@@ -704,28 +720,96 @@ def test_max_cost_and_progress(metric):
     assert seen[-1]["spent_usd"] == pytest.approx(result["spent_usd"])
 
 
-@pytest.mark.parametrize(
-    "broken", [Reply(reset=True), Reply(raw=b'{"id": "chatcm', cut=1000)], ids=["no reply", "half a reply"]
-)
-def test_max_cost_counts_what_a_broken_connection_may_have_cost(metric, broken):
-    """The server has done the work of each request that it read, at 0.0027 USD, retries included."""
-    with Server(lambda server, request: Reply() if len(server.requests) % 3 == 1 else broken) as server:
-        result = score(metric, server, [f"text {i}" for i in range(20)], max_cost=0.02, concurrency=1, max_retries=5)
-        assert 0.0027 * len(server.requests) <= 0.02
-    assert 0 < result["n_scored"] < 4 and "max_cost" in result["reasons"][-1]
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+def test_a_budget_that_is_reached_keeps_what_is_stored(metric, backend):
+    """150 answers are stored; a new line before them is beyond the budget."""
+    texts, pictures = [f"text {i}" for i in range(150)], [image(i) for i in range(150)]
+    options = {"backend": backend, "poll_seconds": 0.01}
+    with Server(polls=0) as server:
+        score(metric, server, texts, pictures, **options)
+        again = score(metric, server, ["new", *texts], [image(), *pictures], max_cost=0, **options)
+        assert len(server.requests) == 150
+    assert (again["n_scored"], again["n_unscored"]) == (150, 1) and "max_cost" in again["reasons"][0]
+    assert again["cost_usd"] > 0 == again["spent_usd"]
 
 
-def test_what_was_paid_for_is_read_beyond_the_budget(metric):
-    texts = [f"text {i}" for i in range(12)]
+def test_a_budget_that_a_panel_reaches_keeps_what_each_judge_has_stored(metric):
     with Server() as server:
-        assert score(metric, server, texts)["n_scored"] == 12
-        for judges in ({}, {"model": ["gpt-4o", "gpt-4o-mini"]}):
-            result = score(metric, server, ["new", *texts], [image(99), *(image(i) for i in range(12))], max_cost=0.0, **judges)
-            assert len(server.requests) == 12
-            if not judges:
-                assert result["n_scored"] == 12 and "max_cost" in result["reasons"][0]
-            else:
-                assert result["judges"]["gpt-4o"]["n_scored"] == 12
+        score(metric, server, ["x", "y"], [image(1), image(2)], model="b", prices={"b": (1, 1)})
+        options = {"model": ["a", "b"], "prices": {"a": (1, 1), "b": (1, 1)}, "max_cost": 0, "concurrency": 1}
+        result = score(metric, server, ["new", "x", "y"], [image(), image(1), image(2)], **options)
+        assert len(server.requests) == 2
+    assert result["judges"]["b"]["accuracy_scores"] == [None, 70, 70] and result["judges"]["a"]["n_unscored"] == 3
+
+
+LOST = {
+    "half": Reply(half=True),
+    "reset": Reply(reset=True),
+    "late": Reply(delay=0.5),
+    "slow": Reply(drip=0.02),
+    "cut": Reply(raw=b'{"choices": [{"mess'),
+    "no judge": Reply(raw=b"{}"),
+    "gateway": Reply(status=504),
+}
+
+
+@pytest.mark.parametrize("kind", LOST)
+def test_answers_that_were_lost_count_in_the_budget_try_by_try(metric, monkeypatch, kind):
+    """A request is foreseen to cost 0.002 USD at most, so that two of them fit."""
+    monkeypatch.setattr(random, "uniform", lambda a, b: 0.02)
+    with Server(lambda server, body: LOST[kind]) as server:
+        result = score(metric, server, ["a", "b"], max_cost=0.005, timeout=0.3)
+        assert len(server.requests) == 2
+    assert result["n_unscored"] == 2 and all("max_cost" in reason for reason in result["reasons"])
+    assert result["spent_usd"] == 0 < 0.003 < result["lost_usd"] <= 0.005
+    assert not re.search(r": *(?:;|\(|$)", result["reasons"][0])  # says what happened
+
+
+def test_errors_that_nobody_charges_for_take_nothing_off_the_budget(metric, monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda a, b: 0.02)
+    with Server(lambda server, body: Reply(status=503) if len(server.requests) < 4 else Reply()) as server:
+        result = score(metric, server, ["a"], max_cost=0.003)
+    assert result["n_scored"] == 1 and result["lost_usd"] == 0 < result["spent_usd"]
+
+
+def test_a_connection_that_breaks_off_is_told(metric, monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda a, b: 0.02)
+    behave = lambda server, body: Reply() if prediction_of(body) == "good" else Reply(half=True)  # noqa: E731
+    with Server(behave) as server:
+        result = score(metric, server, ["good", "a"], max_retries=1, concurrency=1)
+    assert re.search(r"connection: \w.* \(after 1 retries\)", result["reasons"][1])
+
+
+def keys_of(server):
+    return [headers["idempotency-key"] for headers in server.headers]
+
+
+def test_a_request_that_is_sent_again_is_the_same_to_a_server_that_remembers(metric):
+    """What a kill loses: the second run asks as the first one did, letter by letter."""
+    with Server() as server:
+        score(metric, server, ["a", "b"], samples=2)
+        first = dict(zip(keys_of(server), server.requests, strict=True))
+        assert len(first) == 4
+        Path("scores.jsonl").write_text("".join(Path("scores.jsonl").read_text().splitlines(keepends=True)[:1]))
+        score(metric, server, ["a", "b"], samples=2)
+        again = dict(zip(keys_of(server)[4:], server.requests[4:], strict=True))
+        score(metric, server, ["a", "b"], samples=2, store="other.jsonl")
+        score(metric, server, ["a", "b"], samples=2, store=None)
+        score(metric, server, ["a", "b"], samples=2, store=None)
+    assert len(again) == 3 and again.items() <= first.items()
+    assert len(set(keys_of(server))) == 16
+    marks = {re.search(r"BEGIN (\w{32})>>>", text_of(body))[1] for body in server.requests}
+    assert len(marks) == 16
+
+
+def test_what_is_to_be_answered_anew_has_another_idempotency_key(metric, monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda a, b: 0.02)
+    replies = [Reply(half=True), Reply(status=409), Reply(status=500), Reply(raw=b"{}"), Reply("hm"), Reply(None, refusal="no")]
+    with Server(lambda server, body: ([Reply(), *replies] + [Reply()] * 9)[len(server.requests) - 1]) as server:
+        assert score(metric, server, ["good", "b"], concurrency=1)["accuracy_scores"] == [70, None]
+        assert score(metric, server, ["good", "b"], retry_unscored=True)["accuracy"] == 70
+    _, lost, under_way, broken, nonsense, unread, repair, anew = keys_of(server)
+    assert lost == under_way == broken and len({broken, nonsense, unread, repair, anew}) == 5
 
 
 def test_estimate_sends_and_writes_nothing(metric):
@@ -959,6 +1043,10 @@ def test_kill_9_and_resume_pays_once(tmp_path):
     # Every stored answer was asked for once; what was under way when the process died (at most 8) never reached it.
     assert len(server.requests) <= n + 8
     assert n <= sum(server.paid.values()) <= n + 8
+    asked = {}  # a server that remembers would have been paid once for each
+    for headers, body in zip(server.headers, server.requests, strict=True):
+        assert asked.setdefault(headers["idempotency-key"], body) == body
+    assert len(asked) == n
     assert len({row["key"] for row in stored()}) == len(stored()) == n
 
 
