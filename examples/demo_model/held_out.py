@@ -211,7 +211,8 @@ def best_constant(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def percent(mean: float, low: float, high: float) -> str:
-    return f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    known = not np.isnan(low)  # scores that are the same of every picture have no interval
+    return f"{100 * mean:.0f} %" + (f" [{100 * low:.0f}, {100 * high:.0f}]" if known else "")
 
 
 def report(rows: Sequence[dict[str, Any]], vocabularies: dict[str, set[str]]) -> str:

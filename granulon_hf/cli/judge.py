@@ -62,8 +62,15 @@ def judge_options(given: dict[str, Any], **more: Any) -> dict[str, Any]:
                 f"tokens, such as --price 2.5 10; got {' '.join(price)!r}."
             )
         names = [given["model"]] if isinstance(given["model"], str) else given["model"]
-        # In a panel it is the price of those that have none.
-        options["prices"] = {name: amounts for name in names if len(names) == 1 or find_model(name) is None}
+        known = {name: find_model(name, options.get("judge_models")) for name in names}
+        priced = [(name, model) for name, model in known.items() if model and model.prompt is not None]
+        if priced and len(names) > 1:
+            other, costs = priced[0]
+            raise GranulonError(
+                f"--price is the price of every judge of a panel, and {other!r} has another ({costs.prompt:g} "
+                f"{costs.completion:g}); leave --price out, and say in --judge-models what the others cost."
+            )
+        options["prices"] = dict.fromkeys(names, amounts)
     return {**options, **more}
 
 
@@ -233,8 +240,10 @@ def warn_of_lengths(console: Console, options: Any, units: list[Any], ids: list[
 
 def show_estimate(console: Console, estimate: dict[str, Any], model: str, what: str = "predictions") -> None:
     cost, date = estimate["cost_usd"], estimate["prices_date"]
-    source = "a server of your own; say --price if it charges" if estimate["own_server"] else "by --price"
-    known = cost is not None and f"{cost:.4f} USD ({f'prices of {date}' if date else source})"
+    whose = {"table": date, "judge_models": "--judge-models", "prices": "--price"}
+    source = " and ".join(whose[one] for one in estimate["priced_by"])
+    told = f"prices of {source}" if source else "a server of your own; say --price if it charges"
+    known = cost is not None and f"{cost:.4f} USD ({told})"
     lines = {
         what: f"{estimate['n']}",
         "empty, not sent": estimate.get("n_empty"),
@@ -313,8 +322,11 @@ def models(
     from granulon_hf.evaluation.judge_table import read_litellm
     from granulon_hf.judge.judge import PRICES_DATE, SOURCE, find_model, known_names
 
-    given = {**(read_litellm(litellm) if litellm else {}), **(read_models(judge_models) if judge_models else {})}
+    skipped: dict[str, str] = {}
+    given = {**(read_litellm(litellm, skipped) if litellm else {}), **(read_models(judge_models) if judge_models else {})}
     console = Console(highlight=False)
+    for name, why in skipped.items():
+        console.print(escape(f"{name} is left out: {why}"), style="yellow", soft_wrap=True)
     names = list(given) if litellm else known_names(given)
     found = {name: model for name in names if (model := find_model(name, given))}
     if out:

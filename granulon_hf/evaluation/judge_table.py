@@ -20,7 +20,7 @@ from typing import Any
 from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.io import write_text
 from granulon_hf.judge import known_models
-from granulon_hf.judge.models import family_of
+from granulon_hf.judge.models import family_of, validate
 
 # The first that fits the beginning of a name.
 IMAGE_RULES: dict[str, dict[str, float]] = {
@@ -42,23 +42,41 @@ NAME = re.compile(r"(?:gpt-\d|o\d)(?!.*(?:search|audio|realtime|codex|cyber|law|
 CHAT = "/v1/chat/completions"
 
 
-def read_litellm(path: Path) -> dict[str, dict[str, Any]]:
-    """Read litellm's price file as a table of judges: names and fields of `granulon_hf.judge.models.JudgeModel`."""
+def read_litellm(path: Path, skipped: dict[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Read litellm's price file as a table of judges: names and fields of `granulon_hf.judge.models.JudgeModel`.
+
+    A judge whose row cannot be read is left out; `skipped` takes its name, and why.
+    """
+    skipped = {} if skipped is None else skipped
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
-        served = {name: row for name, row in listed.items() if is_judge(name, row)}
-        found = {name: entry(name, row) for name, row in served.items()}
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise GranulonError(f"{str(path)!r} is no price file of litellm's ({one_line(error)}).") from None
+    if not isinstance(listed, dict):
+        raise GranulonError(f"{str(path)!r} is no price file of litellm's: it must hold one JSON object, a row for each model.")
+    found = {}
+    for name, row in listed.items():
+        try:
+            if is_judge(name, row):
+                fields = entry(name, row)
+                validate(name, fields)
+                found[name] = fields
+        except KeyError as error:
+            skipped[name] = f"{name!r} has no {error}"
+        except (AttributeError, TypeError, ValueError) as error:
+            skipped[name] = one_line(error)
     if not found:
-        raise GranulonError(f"{str(path)!r} lists no chat model of OpenAI's that looks at images.")
+        why = f" ({next(iter(skipped.values()))})" if skipped else ""
+        raise GranulonError(f"{str(path)!r} lists no chat model of OpenAI's that looks at images{why}.")
     # A snapshot that differs in nothing from its family is found by it.
     return {name: row for name, row in found.items() if name == family_of(name) or row != found.get(family_of(name))}
 
 
-def is_judge(name: str, row: dict[str, Any]) -> bool:
+def is_judge(name: str, row: Any) -> bool:
+    if not NAME.match(name):
+        return False
     kind = (row.get("litellm_provider"), row.get("mode"), row.get("supports_vision"))
-    return kind == ("openai", "chat", True) and CHAT in row.get("supported_endpoints", [CHAT]) and bool(NAME.match(name))
+    return kind == ("openai", "chat", True) and CHAT in row.get("supported_endpoints", [CHAT])
 
 
 def entry(name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +96,10 @@ def entry(name: str, row: dict[str, Any]) -> dict[str, Any]:
 
 def main(path: str, version: str) -> None:
     """Write the package's table."""
-    models = dict(sorted(read_litellm(Path(path)).items()))
+    skipped: dict[str, str] = {}
+    models = dict(sorted(read_litellm(Path(path), skipped).items()))
+    for name, why in skipped.items():
+        print(f"{name} is left out: {why}", file=sys.stderr)
     body = "\n".join(
         f"    {json.dumps(name)}: {pprint.pformat(row, width=10_000, sort_dicts=False)}," for name, row in models.items()
     ).replace("'", '"')

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from granulon_hf.errors import GranulonError, one_line
 from granulon_hf.evaluation.tables import data_url, jpeg, write_page
 from granulon_hf.judge import judge
-from granulon_hf.judge.judge import encode_image, open_image, to_rgb
+from granulon_hf.judge.judge import encode_image, open_image, refuse_address, to_rgb
 
 FIELDS = ("id", "prediction", "image", "question", "reference", "task")
 SCORES = ("accuracy", "hallucination")
@@ -110,6 +110,10 @@ def read_object(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 def image_of(value: Any, root: Path, where: str) -> Any:
     """Return a row's image as the judge takes it, relative paths below `root`."""
+    try:
+        refuse_address(value)
+    except ValueError as error:
+        raise GranulonError(f"{where}: {error}") from None
     if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
         return str(root / value["path"])
     if isinstance(value, str):

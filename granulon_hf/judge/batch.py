@@ -29,6 +29,8 @@ class BatchRun(Run):
         rows = self.store.answers(key)
         if self.options.is_final(rows):
             return {"rows": rows, "cached": True}
+        if key in self.refused:
+            raise Stopped(self.over_budget)
         raise Stopped(self.pending.get(key) or "the batch gave no answer; run again to submit it again")
 
     async def prepare(self) -> None:
@@ -42,7 +44,7 @@ class BatchRun(Run):
                     if intent.get("model", self.options.model) == self.options.model:
                         await self.collect(intent)
                 for attempt in range(ATTEMPTS):
-                    self.reserved, self.full = 0.0, False
+                    self.reserved = 0.0
                     batches = self.make_batches(attempt)
                     intents = []
                     while batch := await asyncio.to_thread(next, batches, None):
@@ -53,6 +55,7 @@ class BatchRun(Run):
                 kind, message = triage(error)
                 told = message if kind == "fatal" else f"The Batch API failed ({message}); run again to go on."
                 raise JudgeError(told) from None
+        self.reserved = 0.0
 
     def make_batches(self, attempt: int) -> Iterator[dict[str, bytes]]:
         """Yield input files with the requests of all units that lack this answer: lines by their custom ids."""
@@ -67,7 +70,7 @@ class BatchRun(Run):
             rows = self.store.answers(key)
             if attempt == 0 and self.options.is_final(rows) and not self.options.settled(rows):
                 rows = []  # to be asked again
-            if key in seen or self.options.is_final(rows) or len(rows) != attempt:
+            if key in seen or key in self.refused or self.options.is_final(rows) or len(rows) != attempt:
                 continue
             seen.add(key)
             try:

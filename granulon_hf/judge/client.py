@@ -15,7 +15,7 @@ import openai
 from .options import SEEDS, Options, Unit, digest_of
 from .rate import Limiter, seconds
 from .replies import to_row
-from .server import JudgeError, connect, has_answered, headers_of, may_be_charged, message_of, triage, unserved
+from .server import JudgeError, connect, has_answered, headers_of, may_be_paid, message_of, triage, unserved
 from .store import Ledger, Store
 
 UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
@@ -28,12 +28,11 @@ class Stopped(Exception):
 class Run:
     """All requests to one judge: `results` has one dict per unit, in order.
 
-    `before` is the run of the judge before it in a panel of so many units in all (`total`), with which it shares the budget.
+    `panel` are the runs of all judges, this one among them, which share the budget and stop together; see `panel.Panel`.
     """
 
-    def __init__(
-        self, options: Options, units: list[Unit], store: Store, before: "Run | None" = None, total: int | None = None
-    ):
+    def __init__(self, options: Options, units: list[Unit], store: Store, panel: "list[Run]"):
+        self.panel = panel
         self.options = options
         self.units = units
         self.store = store
@@ -41,6 +40,9 @@ class Run:
         self.asked: dict[str, asyncio.Future] = {}
         # Why a request is not sent: it is in a batch that was not collected, or a batch had no answer to it.
         self.pending: dict[str, str] = {}
+        # What is reserved for first requests since their answer's panel fits into the budget; those whose panel does not.
+        self.granted: dict[str, float] = {}
+        self.refused: set[str] = set()
         self.limiter = Limiter(options.rpm, options.tpm)
         self.formats = list(options.formats) if options.response_format == "auto" else [options.response_format]
         limit = "max_completion_tokens" if options.known.reasons else "max_tokens"
@@ -54,21 +56,16 @@ class Run:
         self.proven_before = False
         # Real prompt tokens over estimated ones, the largest so far.
         self.excess = 1.0
-        # Why no more is sent, and what `run` will raise. Of a budget that is reached neither is said: it keeps from asking, not
-        # from reading what the store has.
+        # Why no more is sent, and what the panel will raise.
         self.stop = ""
         self.error: Exception | None = None
         self.failures = 0
-        self.done: int = before.done if before else 0
-        self.total = total or len(units)
+        self.done = 0
         self.n_requests = 0
-        self.spent: float = before.spent if before else 0.0
-        self.spent_before = self.spent
-        self.reserved: float = before.reserved if before else 0.0
+        self.spent = 0.0
+        self.reserved = 0.0
         # Reserved for good: requests whose answers were lost on the way. The server may have charged for them.
         self.lost = 0.0
-        # Whether a request was beyond the budget.
-        self.full = False
 
     @functools.cached_property
     def client(self) -> openai.AsyncOpenAI:
@@ -77,8 +74,9 @@ class Run:
 
     def fail(self, error: Exception) -> None:
         """Send nothing more; what is under way is still awaited and stored."""
-        self.error = self.error or error
-        self.stop = self.stop or str(error)
+        for run in self.panel:
+            run.error = run.error or error
+            run.stop = run.stop or str(error)
 
     def refuse_if_stopped(self) -> None:
         if self.stop:
@@ -92,35 +90,6 @@ class Run:
             for intent in ledger.unfinished():
                 reason = f"it is in the unfinished batch {intent['batch']}; collect it with the batch backend"
                 self.pending |= {name[:-2]: reason for name in intent["names"]}
-
-    async def run(self) -> None:
-        """Fill `results`; where the run cannot go on, raise JudgeError as soon as what is under way is stored."""
-        work = iter(range(len(self.units)))
-
-        async def worker() -> None:
-            for index in work:
-                try:
-                    self.refuse_if_stopped()
-                    await self.one(index)
-                except Stopped as error:
-                    self.finish(index, reason=str(error))
-                except Exception as error:  # the hook's, the disk's
-                    self.fail(error)
-
-        try:
-            await self.prepare()
-            tasks = [asyncio.ensure_future(worker()) for _ in range(self.options.concurrency)]
-            try:
-                await asyncio.wait(tasks)  # unlike gather it leaves them alone when it is cancelled itself
-            except asyncio.CancelledError:  # Ctrl-C: what is under way is paid for
-                self.stop = "interrupted"
-                await asyncio.wait(tasks, timeout=self.options.timeout)
-                raise
-        finally:
-            if "client" in self.__dict__:
-                await self.client.close()
-        if self.error is not None:
-            raise self.error
 
     def finish(self, index: int, rows: Sequence[dict] = (), reason: str | None = None, **more: Any) -> None:
         outcome, remedy = self.options.outcome(rows[-1] if rows else None)
@@ -137,15 +106,19 @@ class Run:
                 "model": self.options.model,
                 "sample": unit.sample,
                 "segment": unit.segment,
-                "done": self.done,
-                "total": self.total,
+                "done": sum(run.done for run in self.panel),
+                "total": sum(len(run.units) for run in self.panel),
             }
-            self.options.on_result({**progress, **result, "spent_usd": self.spent if self.price else None})
+            spent = sum(run.spent for run in self.panel)
+            self.options.on_result({**progress, **result, "spent_usd": spent if self.price else None})
 
-    async def one(self, index: int) -> None:
+    async def one(self, index: int, prepared: tuple[str, str, int] | None = None) -> None:
+        """Finish a unit; `prepared` is what the options' `prepare` returned for it, where that is known already."""
         unit = self.units[index]
         try:
-            key, url, tokens = await asyncio.to_thread(self.options.prepare, unit)
+            if prepared is None:
+                prepared = await asyncio.to_thread(self.options.prepare, unit)
+            key, url, tokens = prepared
         except Exception as error:  # Pillow raises what its many decoders raise
             self.finish(index, reason=f"image: {' '.join(str(error).split()) or type(error).__name__}")
             return
@@ -169,6 +142,8 @@ class Run:
                     return {"rows": rows, "cached": True}
                 if key in self.pending:
                     raise Stopped(self.pending[key])
+                if key in self.refused:
+                    raise Stopped(self.over_budget)
                 if claimed:
                     break
                 claimed = self.store.claim(key)
@@ -204,10 +179,14 @@ class Run:
     def over_budget(self) -> str:
         return f"not sent: max_cost of {self.options.max_cost} USD reached"
 
+    def most(self, tokens: int, limit: int) -> float:
+        """Return the cost of a request with so many prompt tokens, if its answer has as many as `limit`."""
+        return 0.0 if self.price is None else self.price[0] * tokens * self.excess + self.price[1] * limit
+
     def fits(self, cost: float) -> bool:
-        """Return whether the budget has so much left."""
-        limit = self.options.max_cost
-        return limit is None or self.spent + self.reserved + cost <= limit * (1 + 1e-9)  # but for errors of rounding
+        """Return whether the panel's budget has so much left, but for errors of rounding."""
+        taken = sum(run.spent + run.reserved for run in self.panel)
+        return self.options.max_cost is None or taken + cost <= self.options.max_cost * (1 + 1e-9)
 
     def reserve(self, tokens: int, limit: int) -> float:
         """Take the cost of a request with so many prompt tokens off the budget, and return it; `limit` is that of its answer.
@@ -217,11 +196,8 @@ class Run:
         """
         if reason := self.options.too_long(tokens, limit):
             raise Stopped(reason)
-        if self.price is None:
-            return 0.0
-        cost = self.price[0] * tokens * self.excess + self.price[1] * limit
-        self.full = self.full or not self.fits(cost)
-        if self.full:
+        cost = self.most(tokens, limit)
+        if not self.fits(cost):
             raise Stopped(self.over_budget)
         self.reserved += cost
         return cost
@@ -236,6 +212,7 @@ class Run:
             self.refuse_if_stopped()
             if (bad := self.bad(rows)) is not None:
                 tokens += len((bad + self.options.repair).encode()) // 4
+            self.reserved -= self.granted.pop(key, 0.0)
             cost = self.reserve(tokens, self.options.limit(rows))
             try:
                 await self.ask_until(key, unit, url, tokens, rows, cost)
@@ -282,7 +259,7 @@ class Run:
                     self.give_up(unknown, fatal=True)
                 if kind in ("fatal", "bad"):
                     self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
-                if may_be_charged(error):
+                if may_be_paid(error):
                     self.reserved += cost
                     self.lost += cost
                 delay = self.delay(headers, tries, kind)
@@ -300,7 +277,6 @@ class Run:
                     self.give_up(f"{message} (after {tries} retries)")
                 # Another try is another request, for which as much is still reserved.
                 if not self.fits(0.0):
-                    self.full = True
                     raise Stopped(f"{message}; {self.over_budget}") from None
                 answered += has_answered(error)
             finally:

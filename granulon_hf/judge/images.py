@@ -6,6 +6,7 @@ import hashlib
 import io
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,19 @@ def image_id(image: dict) -> str | None:
     return hashlib.sha256(data).hexdigest() if data else None
 
 
+def refuse_address(image: Any) -> None:
+    """Raise ValueError where an image is given by its address (http://…, data:…), which nobody fetches."""
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
+    if isinstance(path, str) and re.match(r"[a-zA-Z][\w+.-]+://|data:", path):
+        told = path if len(path) <= 100 else f"{path[:100]}…"
+        raise ValueError(
+            f"The image {told!r} is an address, which the judge does not fetch; give a path, or the image's bytes."
+        )
+
+
 def encode_image(image: Any) -> dict:
     """Turn a path, PIL image, array or `{"bytes", "path"}` into such a dict; what cannot be read, the sample says later."""
+    refuse_address(image)
     if isinstance(image, dict):
         found = {"bytes": image.get("bytes"), "path": image.get("path")}
         return found if found != {"bytes": None, "path": None} else {"bytes": b"", "path": None}

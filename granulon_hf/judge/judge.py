@@ -22,10 +22,11 @@ import scipy
 
 from .batch import BatchRun
 from .client import Run
-from .images import encode_image, image_id, open_image, to_rgb
+from .images import encode_image, image_id, open_image, refuse_address, to_rgb
 from .known_models import SOURCE
 from .models import PRICES_DATE, find_model, image_tokens, known_names
 from .options import Options, Unit, columns_of, digest_of, estimate, foresee, panel_of, units_of
+from .panel import Panel, is_answered
 from .prompts import REPAIR, fence, response_formats, segments_of
 from .rate import Limiter
 from .replies import NoBoolean, parse, read_object, to_row
@@ -117,32 +118,20 @@ def ask(units: list[Unit], options: Options) -> Run:
 
 
 def ask_panel(panel: list[tuple[Options, list[Unit]]]) -> list[Run]:
-    """Ask each judge for its units, by the one store or the judge; return the runs with their results.
+    """Ask all judges for their units, by the one store or the judge, answer by answer; return the runs with their results.
 
     Raises:
         ValueError: a judge is unknown or retired, and has something left to answer; nothing was sent.
         JudgeError: the run cannot go on; what was paid for is in the store.
     """
-    total = sum(len(units) for _, units in panel)
     runs: list[Run] = []
     with contextlib.closing(Store(panel[0][0].store)) as store:
         for options, units in panel:
             if (refusal := options.refusal()) and not all(is_answered(unit, options, store) for unit in units):
                 raise ValueError(refusal)
-        for options, units in panel:
-            kind = BatchRun if options.backend == "batch" else Run
-            runs.append(kind(options, units, store, before=runs[-1] if runs else None, total=total))
-            run_blocking(runs[-1].run)
+            runs.append((BatchRun if options.backend == "batch" else Run)(options, units, store, runs))
+        run_blocking(Panel(runs).run)
     return runs
-
-
-def is_answered(unit: Unit, options: Options, store: Store) -> bool:
-    """Return whether nothing has to be asked about a unit: its answer is stored, or its image cannot be read."""
-    try:
-        key, *_ = options.prepare(unit)
-    except Exception:  # told when the run comes to it
-        return True
-    return options.settled(store.answers(key))
 
 
 def run_blocking(function: Callable[[], Coroutine]) -> None:

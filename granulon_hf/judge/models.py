@@ -72,20 +72,37 @@ def family_of(name: str) -> str:
     return re.sub(r"-\d{4}-\d{2}-\d{2}$", "", name)
 
 
-def find_model(name: str, given: Mapping[str, Any] | None = None) -> JudgeModel | None:
-    """Return what is known of a judge, None if nothing is; fields that are `given` replace those of the table."""
-    known = MODELS.get(name) or MODELS.get(family_of(name))
-    if given is None or name not in given:
-        return None if known is None else JudgeModel.model_validate(known)
-    if not isinstance(given[name] or {}, Mapping):
-        raise ValueError(f"judge_models must map names to fields, such as {name}: {{prompt: 2.5, completion: 10}}.")
+def given_fields(name: str, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Return what is given of a judge, and of its family where the table has no entry of the judge's own; None for nothing."""
+    names = [name] if name in MODELS else dict.fromkeys((family_of(name), name))
+    found = [given[one] or {} for one in names if given and one in given]
+    for fields in found:
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"judge_models must map names to fields, such as {name}: {{prompt: 2.5, completion: 10}}.")
+    return {field: value for fields in found for field, value in fields.items()} if found else None
+
+
+def validate(name: str, fields: Mapping[str, Any]) -> JudgeModel:
+    """Return a judge with these fields; raise ValueError that names the first one that is wrong."""
     try:
-        return JudgeModel.model_validate({**(known or {}), **(given[name] or {})})
+        return JudgeModel.model_validate(fields)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "its fields"
-        fields = ", ".join(JudgeModel.model_fields)
-        raise ValueError(f"judge_models: {place} of {name!r} is wrong ({first['msg']}); the fields are {fields}.") from None
+        # In quotes a field is none of a command's options.
+        what = f"{'.'.join(map(str, first['loc']))!r} of {name!r}" if first["loc"] else repr(name)
+        names = ", ".join(map(repr, JudgeModel.model_fields))
+        raise ValueError(f"{what} is wrong ({first['msg'].removeprefix('Value error, ')}); the fields are {names}.") from None
+
+
+def find_model(name: str, given: Mapping[str, Any] | None = None) -> JudgeModel | None:
+    """Return what is known of a judge, None if nothing is; fields that are `given` replace those of the table."""
+    known, own = MODELS.get(name) or MODELS.get(family_of(name)), given_fields(name, given)
+    if own is None:
+        return None if known is None else validate(name, known)
+    try:
+        return validate(name, {**(known or {}), **own})
+    except ValueError as error:
+        raise ValueError(f"judge_models: {error}") from None
 
 
 def known_names(given: Mapping[str, Any] | None = None) -> list[str]:

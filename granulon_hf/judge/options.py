@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from .images import encode_image, prepare_image
-from .models import PRICES_DATE, JudgeModel, choices, family_of, find_model, is_own
+from .models import PRICES_DATE, JudgeModel, choices, family_of, find_model, given_fields, is_own
 from .prompts import PROMPTS, REPAIR, RESPONSE_FORMATS, render, segments_of
 from .replies import parse
 from .store import Store
@@ -251,6 +251,19 @@ class Options:
         return self.told_price is not None or self.known.prompt is not None
 
     @property
+    def priced_by(self) -> str | None:
+        """Whose price it is: that of `prices`, of `judge_models` or of the "table"; None where nobody says one."""
+        if self.told_price is not None:
+            return "prices"
+        if self.known.prompt is None:
+            return None
+        return "judge_models" if "prompt" in (given_fields(self.model, self.judge_models) or {}) else "table"
+
+    @property
+    def prices_date(self) -> str | None:
+        return PRICES_DATE if self.priced_by == "table" else None
+
+    @property
     def told_price(self) -> tuple[float, float] | None:
         prices = self.prices or {}
         return prices.get(self.model) or prices.get(family_of(self.model))
@@ -274,7 +287,10 @@ class Options:
         return total
 
     def refusal(self) -> str | None:
-        """Return why OpenAI would not serve this model, None where it would, or where the user vouches for the model."""
+        """Return why this judge cannot be asked: its key is not set, or OpenAI does not serve what nobody vouches for."""
+        variable = self.known.api_key_env
+        if variable and not os.environ.get(variable):
+            return f"The judge {self.model!r} needs the API key that judge_models= says is in {variable}; set {variable}."
         if not self.is_openai or self.told_price is not None:
             return None
         names = ", ".join(choices(self.judge_models))
@@ -329,7 +345,8 @@ def foresee(units: list[Unit], options: Options) -> dict:
     """Count what a run would ask and cost; send nothing, and write nothing. Repairs are not foreseen.
 
     `n_stored` counts units that the store already has, `too_long` lists samples with a text beyond the judge's context, which
-    is not sent; `cost_usd` is None for an unknown model, `prices_date` where the prices are not of the table.
+    is not sent; `cost_usd` is None for an unknown model, `priced_by` says whose prices they are (see `Options.priced_by`; a
+    list), and `prices_date` is None where they are not of the table.
     """
     exists = options.store is not None and os.path.exists(options.store)
     keys, prompts, too_long = set(), [], set()
@@ -360,7 +377,8 @@ def foresee(units: list[Unit], options: Options) -> dict:
         "completion_tokens": usual * len(prompts),
         "cost_usd": price and price[0] * sum(prompts) + price[1] * usual * len(prompts),
         "own_server": not options.is_priced and price is not None,
-        "prices_date": None if options.told_price or not options.is_priced else PRICES_DATE,
+        "priced_by": [options.priced_by] if options.priced_by else [],
+        "prices_date": options.prices_date,
     }
 
 
@@ -385,6 +403,7 @@ def estimate(predictions: Any, images: Any, references: Any = None, questions: A
         "too_long": sorted({sample for one in found for sample in one["too_long"]}),
         "cost_usd": None if None in costs else sum(costs),
         "own_server": all(one["own_server"] for one in found),
+        "priced_by": sorted({source for one in found for source in one["priced_by"]}),
         "prices_date": next((one["prices_date"] for one in found if one["prices_date"]), None),
     }
     return {"n": len(columns["predictions"]), "n_empty": n_empty, **total}

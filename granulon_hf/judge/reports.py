@@ -10,7 +10,6 @@ from typing import Any
 
 from .client import Run
 from .images import image_id
-from .models import PRICES_DATE
 from .stats import bootstrap_mean, clusters_of
 
 SCORES = ("accuracy", "hallucination")
@@ -94,7 +93,7 @@ def spending(run: Run) -> dict[str, Any]:
         "tokens": {**tokens, "total_tokens": sum(tokens.values())},
         "cost_usd": options.cost(rows),
         "lost_usd": run.lost if run.price else None,
-        "spent_usd": run.spent - run.spent_before if run.price else None,
+        "spent_usd": run.spent if run.price else None,
         "judge_models": sorted({str(row["model"]) for row in rows if row.get("model")}),
         "response_formats": sorted({str(row.get("response_format")) for row in rows}),
     }
@@ -135,7 +134,7 @@ def report(texts: list[str], pictures: list[dict], runs: list[Run]) -> dict:
             for name in SCORES
         },
         **added(spent),
-        "prices_date": PRICES_DATE,
+        "prices_date": next((date for run in runs if (date := run.options.prices_date)), None),
         "task": options.task,
         "model": options.model if len(runs) == 1 else [run.options.model for run in runs],
         "samples": options.samples,

@@ -29,7 +29,7 @@ def connect(options: Options) -> openai.AsyncOpenAI:
     """Return the client for OpenAI, Azure or a server of the user's own, as the options and OpenAI's variables say."""
     keyed = options.api_key or os.environ.get("OPENAI_API_KEY")
     api_key = "none" if options.address and not (keyed or options.is_azure) else options.api_key  # a server of one's own
-    if options.known.base_url:  # a server of this judge alone, which nobody's other key is for
+    if options.known.base_url or options.known.api_key_env:  # a server of this judge alone, which nobody's other key is for
         api_key = os.environ.get(options.known.api_key_env or "", "none")
     common: dict[str, Any] = {
         "api_key": api_key,
@@ -47,6 +47,25 @@ def connect(options: Options) -> openai.AsyncOpenAI:
         azure = "AZURE_OPENAI_ENDPOINT, AZURE_OPENAI_API_KEY and OPENAI_API_VERSION"
         known = azure if options.is_azure else "OPENAI_API_KEY"
         raise JudgeError(f"No judge to talk to: set {known}, or base_url= for a server of your own.") from error
+
+
+async def unusable(client: openai.AsyncOpenAI, options: Options) -> str | None:
+    """Return why this judge cannot be asked, as far as its server says so for nothing; None where nobody knows."""
+    if options.is_azure:  # lists models, not the deployments that stand for them
+        return None
+    try:
+        await client.with_options(max_retries=0, timeout=10).models.retrieve(options.model)
+    except openai.AuthenticationError as error:
+        # A key may be good for completions and not for looking at models.
+        return None if "scope" in message_of(error) else triage(error)[1]
+    except openai.NotFoundError as error:
+        said = message_of(error)
+        names_it = options.model in said and f"models/{options.model}" not in said
+        # A server that has no such address answers 404 too.
+        return await unserved(client, options, error) if error.code == "model_not_found" or names_it else None
+    except (openai.OpenAIError, ValueError):
+        return None
+    return None
 
 
 async def unserved(client: openai.AsyncOpenAI, options: Options, error: Exception) -> str | None:
@@ -83,7 +102,7 @@ def said_by(error: BaseException) -> str:
     return " ".join(str(error).split()) or f"broken off ({type(error).__name__})"
 
 
-def may_be_charged(error: Exception) -> bool:
+def may_be_paid(error: Exception) -> bool:
     """Return whether the server may have done the work of a request that failed.
 
     It may have where it had the request, and its answer was late, cut off or unreadable. An error that it tells itself is none
@@ -97,7 +116,7 @@ def may_be_charged(error: Exception) -> bool:
 def has_answered(error: Exception) -> bool:
     """Return whether an error is a whole answer, which a server that remembers requests would give once more."""
     if isinstance(error, openai.APIStatusError):
-        return error.status_code >= 500 and not may_be_charged(error)
+        return error.status_code >= 500 and not may_be_paid(error)
     return not isinstance(error, openai.APIConnectionError | asyncio.TimeoutError)
 
 

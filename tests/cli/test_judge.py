@@ -487,9 +487,50 @@ def test_models_are_listed_and_written():
     assert re.search(r"gpt-4o\s+2\.5\s+10\s+2027-01-14", listed) and "litellm" in listed
     row = {"litellm_provider": "openai", "mode": "chat", "supports_vision": True, "supports_reasoning": True}
     row |= {"input_cost_per_token": 1e-6, "output_cost_per_token": 2e-6, "max_input_tokens": 9000, "max_output_tokens": 4000}
-    Path("prices.json").write_text(json.dumps({"gpt-9": row}))
-    assert run("models", "--litellm", "prices.json", "--out", "judges.yaml").exit_code == 0
+    Path("prices.json").write_text(json.dumps({"gpt-9": row, "gpt-8": {**row, "deprecation_date": "soon"}}))
+    made = run("models", "--litellm", "prices.json", "--out", "judges.yaml")
+    assert made.exit_code == 0 and "gpt-8" in made.output and "--judge-models" not in made.output
+    assert "gpt-8" not in Path("judges.yaml").read_text()
     assert re.search(r"gpt-9\s+1\s+2\s+yes", run("models", "--judge-models", "judges.yaml").output)
     write([{"prediction": "number 1"}])
     dry = run("run", "predictions.jsonl", "--judge", "gpt-9", "--judge-models", "judges.yaml", "--dry-run")
     assert dry.exit_code == 0 and re.search(r"completion tokens, about\s+600", dry.output)
+    snapshot = run("run", "predictions.jsonl", "--judge", "gpt-9-2030-01-01", "--judge-models", "judges.yaml", "--dry-run")
+    assert re.search(r"completion tokens, about\s+600", snapshot.output) and "prices of --judge-models" in snapshot.output
+    Path("prices.json").write_text("[]")
+    wrong = run("models", "--litellm", "prices.json")
+    assert wrong.exit_code == 2 and "JSON object" in wrong.output and wrong.output.count("\n") == 1
+
+
+def test_a_price_of_a_panel_is_of_every_judge_or_refused():
+    write([{"prediction": "number 1"}])
+    panel = ("run", "predictions.jsonl", "--dry-run", "--base-url", "https://judges.example/v1", "--judge", "own", "--judge")
+    Path("judges.yaml").write_text("own: {context: 9000}\nother: {prompt: 3, completion: 3}\n")
+    for more, name in ((("gpt-4o",), "gpt-4o"), (("other", "--judge-models", "judges.yaml"), "other")):
+        refused = run(*panel, *more, "--price", "1", "2")
+        assert refused.exit_code == 2 and f"'{name}'" in refused.output and refused.output.count("\n") == 1
+    taken = run(*panel, "else", "--judge-models", "judges.yaml", "--price", "1000", "0")
+    assert taken.exit_code == 0 and "--price" in taken.output, taken.output
+
+
+def test_fields_of_the_file_are_no_options():
+    write([{"prediction": "number 1"}])
+    for text, what in (
+        ("gpt-4o: {prise: 1}", "'prise' of 'gpt-4o' is wrong"),
+        ("gpt-4o: {base_url: 5}", "'base_url' of 'gpt-4o' is wrong"),
+        ("own: {prompt: 1}", "'own' is wrong"),
+    ):
+        Path("judges.yaml").write_text(text)
+        judge = text.partition(":")[0]
+        wrong = run("run", "predictions.jsonl", "--judge", judge, "--judge-models", "judges.yaml", "--dry-run")
+        assert wrong.exit_code == 2 and what in wrong.output and "--base-url" not in wrong.output, wrong.output
+
+
+def test_an_address_in_the_file_is_refused_with_its_line():
+    write([{"prediction": "number 1"}])
+    with Path("predictions.jsonl").open("a") as file:
+        file.write('{"prediction": "a", "image": "http://127.0.0.1:9/a.png"}\n')
+    done = run("run", "predictions.jsonl", "--dry-run")
+    assert (
+        done.exit_code == 2 and "line 2" in done.output and "http://127.0.0.1:9/a.png" in done.output and "path" in done.output
+    )

@@ -29,6 +29,7 @@ class Reply:
     half: bool = False  # of the body, then the connection breaks off
     delay: float = 0.0
     drip: float = 0.0  # seconds between bytes
+    cut: int = 0  # bytes that are announced and do not come
 
     def body(self, request: dict) -> dict:
         if self.status != 200:
@@ -77,6 +78,8 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict] = {}
         self.batch_creations = 0
+        # Names and errors (status, code, message) of what `GET /models/NAME` is asked; None is a server that lists batches.
+        self.models: dict[str, tuple[int, str, str] | None] | None = None
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -94,9 +97,9 @@ class Server:
 
             def send(self, status: int, body: bytes, headers: dict | None = None):
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+                usual = {"Content-Type": "application/json", "Content-Length": str(len(body))}
+                for name, value in (usual | (headers or {})).items():
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
@@ -116,6 +119,11 @@ class Server:
                     self.send(200, server.files[self.path.split("/")[-2]], {"Content-Type": "application/jsonl"})
                 elif "/batches/" in self.path:
                     self.send(200, server.look(self.path.split("/")[-1]))
+                elif "/models/" in self.path and server.models is not None:
+                    name = self.path.split("/")[-1]
+                    status, code, text = server.models.get(name, (404, "not_found", "Not Found")) or (200, "", "")
+                    found = {"id": name, "object": "model"} if status == 200 else {"error": {"code": code, "message": text}}
+                    self.send(status, json.dumps(found).encode())
                 else:
                     data = list(server.batches.values())
                     self.send(200, json.dumps({"object": "list", "data": data, "has_more": False}).encode())
@@ -149,6 +157,10 @@ class Server:
                     for i in range(len(data)):
                         self.wfile.write(data[i : i + 1])
                         time.sleep(reply.drip)
+                elif reply.cut:
+                    self.send(reply.status, data, {"Content-Length": str(len(data) + reply.cut)})
+                    self.close_connection = True
+                    return
                 else:
                     self.send(reply.status, data, reply.headers)
                 if reply.status == 200:

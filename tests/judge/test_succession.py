@@ -84,9 +84,16 @@ def test_the_table_is_made_of_litellms_prices(tmp_path):
     assert found["gpt-4o"]["prompt"] == 2.5 and found["gpt-4o"]["retires"] == "2027-01-14"
     assert found["gpt-5-mini"]["reasons"] and found["gpt-5-mini"]["image"] == {"patch": 1.62}
     assert all(JudgeModel.model_validate(fields) for fields in found.values())
-    path.write_text("[]")
-    with pytest.raises(judge_table.GranulonError, match=r"prices\.json"):
-        judge_table.read_litellm(path)
+    odd = {"gpt-8": {**row, "deprecation_date": "soon"}, "gpt-8.1": {**row, "max_input_tokens": -1}, "gpt-8.2": 5}
+    odd |= {"gpt-8.3": {**row, "input_cost_per_token": None}, "gpt-8.4": {**row, "supported_endpoints": None}}
+    odd["gpt-8.5"] = {name: value for name, value in row.items() if name != "max_output_tokens"}
+    path.write_text(json.dumps({**odd, **listed, "note": "no judge"}))
+    skipped: dict[str, str] = {}
+    assert judge_table.read_litellm(path, skipped) == found and set(skipped) == set(odd)
+    for text in ("[]", "5", "{", "{}", json.dumps(odd)):
+        path.write_text(text)
+        with pytest.raises(judge_table.GranulonError, match=r"prices\.json"):
+            judge_table.read_litellm(path)
 
 
 def test_given_fields_replace_those_of_the_table():
@@ -97,6 +104,42 @@ def test_given_fields_replace_those_of_the_table():
     for wrong in ({"prise": 1}, {"prompt": -1, "completion": 1}, {"prompt": 1}, {"retires": "soon"}, {"image": {"x": 1}}, [1]):
         with pytest.raises(ValueError, match="judge_models"):
             Options(model="x", judge_models={"x": wrong})
+
+
+def test_what_is_given_of_a_family_is_of_its_snapshots_too():
+    given = {"gpt-9": {"prompt": 1, "completion": 2, "reasons": True}, "gpt-4o": {"prompt": 9, "completion": 9}}
+    snapshot = Options(model="gpt-9-2030-01-01", judge_models=given)
+    assert snapshot.refusal() is None and snapshot.known == find_model("gpt-9", given) and snapshot.known.reasons
+    assert find_model("gpt-4o-2024-11-20", given).prompt == 9 and find_model("gpt-4o-2024-05-13", given).prompt == 5
+    both = {**given, "gpt-9-2030-01-01": {"prompt": 3, "completion": 4}}
+    assert find_model("gpt-9-2030-01-01", both) == JudgeModel(prompt=3, completion=4, reasons=True)
+    assert find_model("gpt-9-2030-01-01", {"gpt-8": None}) is None
+
+
+def test_an_estimate_says_whose_prices_it_counts_with(metric):
+    arguments = {"predictions": ["x"], "images": [Image.new("RGB", (8, 8))], "store": None}
+    given = {"gpt-9": {"prompt": 1, "completion": 2}, "gpt-4o": {"retires": None}}
+    for names, sources in (
+        ("gpt-4o", ["table"]),
+        (["gpt-9-2030-01-01", "gpt-9"], ["judge_models"]),
+        (["gpt-9", "gpt-4o", "own"], ["judge_models", "prices", "table"]),
+    ):
+        found = metric.estimate(**arguments, model=names, judge_models=given, prices={"own": (1, 1)})
+        assert found["priced_by"] == sources
+        assert found["prices_date"] == (module.PRICES_DATE if "table" in sources else None)
+    with Server() as server:
+        assert score(metric, server, ["x"], model="gpt-9", judge_models=given)["prices_date"] is None
+        assert score(metric, server, ["x"])["prices_date"] == module.PRICES_DATE
+
+
+@pytest.mark.parametrize(
+    "image", ["http://127.0.0.1:9/a.png", "S3://b/a.png", "data:image/png;base64,iVBO", {"path": "https://a/b"}]
+)
+def test_an_address_is_no_image(metric, image):
+    with Server() as server:
+        with pytest.raises(ValueError, match="path"):
+            metric.compute(predictions=["a"], images=[image], base_url=server.url, store=None)
+        assert not server.requests
 
 
 def test_prices_of_ones_own_server():
@@ -125,7 +168,7 @@ def test_prices_of_ones_own_server():
 @pytest.mark.parametrize("backend", ["chat", "batch"])
 def test_a_judge_that_openai_does_not_serve_is_told_before_anything_is_sent(metric, monkeypatch, options, words, backend):
     sent = []
-    monkeypatch.setattr(module.Run, "run", lambda run: sent.append(run))
+    monkeypatch.setattr(module.Panel, "run", lambda panel: sent.append(panel))
     with pytest.raises(ValueError) as error:  # noqa: PT011
         metric.compute(predictions=["a"], images=[Image.new("RGB", (8, 8))], store="s.jsonl", backend=backend, **options)
     assert not sent and all(word in str(error.value) for word in words) and str(error.value).count("\n") == 0
@@ -335,12 +378,85 @@ def test_a_panel_has_one_budget(metric):
         first = score(metric, server, texts, model=["a", "b"], prices=prices, max_cost=0.03, concurrency=1)
         n = len(server.requests)
         rest = score(metric, server, texts, model=["a", "b"], prices=prices, concurrency=1)
-    assert (
-        0.025 < first["spent_usd"] <= 0.03 and first["judges"]["a"]["n_unscored"] == 0 < first["judges"]["b"]["n_unscored"] < 10
-    )
+    assert 0.025 < first["spent_usd"] <= 0.03 and n == 10 and first["n_scored"] == 5  # of ten answers whole panels
     assert first["spent_usd"] == pytest.approx(sum(one["spent_usd"] for one in first["judges"].values()))
     assert rest["n_requests"] == 20 - n and len(server.requests) == 20
     assert rest["cost_usd"] == pytest.approx(20 * (1_000 * 2.5e-6 + 20 * 1e-5))
+
+
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+@pytest.mark.parametrize("concurrency", [1, 64])
+def test_a_budget_buys_whole_panels(metric, backend, concurrency):
+    options = {"model": ["a", "b"], "samples": 2, "prices": {"a": (2.5, 10), "b": (2.5, 10)}, "backend": backend}
+    options |= {"concurrency": concurrency, "poll_seconds": 0.01}
+    texts = [f"{i}" for i in range(12)]
+    with Server(by_judge, polls=0, name_of=name_of) as server:
+        # A batch costs half, and is submitted before the server has said how many tokens a prompt is.
+        first = score(metric, server, texts, **options, max_cost=0.05 if backend == "chat" else 0.028)
+        n = len(server.requests)
+        rest = score(metric, server, texts, **options)
+    assert n == 4 * first["n_scored"] and 3 <= first["n_scored"] < 12 and first["spent_usd"] <= 0.05
+    assert first["n_unscored"] == 12 - first["n_scored"] and "max_cost" in first["reasons"][-1]
+    assert rest["n_scored"] == 12 and set(server.paid.values()) == {1} and len(server.paid) == 48
+
+
+def test_a_repair_beyond_the_budget_keeps_nobody_elses_panel_from_its_answers(metric):
+    def behave(server, body):
+        return Reply("<think>", finish="length") if prediction_of(body) == "0" else by_judge(server, body)
+
+    options = {"model": ["a", "b"], "prices": {"a": (2.5, 10), "b": (2.5, 10)}, "max_cost": 0.04}
+    with Server(behave) as server:
+        result = score(metric, server, [f"{i}" for i in range(5)], **options)
+    assert [value is None for value in result["accuracy_scores"]] == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize("backend", ["chat", "batch"])
+@pytest.mark.parametrize("error", [(404, "model_not_found", "no such model"), (401, "invalid_api_key", "Incorrect API key")])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_judge_that_the_server_refuses_is_known_before_any_is_paid(metric, backend, error, place):
+    names = ["a", "b", "c"]
+    with Server() as server:
+        server.models = {**dict.fromkeys(names), names[place]: error}
+        with pytest.raises(module.JudgeError, match=error[2]):
+            score(metric, server, ["x", "y"], model=names, backend=backend, poll_seconds=0.01)
+        assert not server.requests and not server.files
+
+
+def test_stored_answers_of_a_judge_that_is_gone_are_used_in_a_panel(metric):
+    with Server(by_judge) as server:
+        score(metric, server, ["x", "y"], model="a")
+        server.models = {"a": (404, "model_not_found", "no such model"), "b": None}
+        result = score(metric, server, ["x", "y"], model=["a", "b"])
+    assert result["accuracy_scores"] == [70, 70] and len(server.requests) == 4
+
+
+@pytest.mark.parametrize("listed", [None, {}, {"a": (403, "", "Missing scopes: x"), "b": (401, "", "Missing scopes: x")}])
+@pytest.mark.parametrize("status", [401, 404])
+def test_where_no_server_tells_for_nothing_the_first_answer_goes_to_every_judge(metric, listed, status):
+    """A 404 of a server that has no such address is no proof; nor is a key that may not look at models."""
+
+    def behave(server, body):
+        return Reply(status=status) if body["model"] == "b" else by_judge(server, body)
+
+    with Server(behave) as server:
+        server.models = listed
+        with pytest.raises(module.JudgeError):
+            score(metric, server, [f"{i}" for i in range(20)], model=["a", "b"], samples=2)
+        assert [body["model"] for body in server.requests] == ["a", "b"] and sum(server.paid.values()) == 1
+        server.behave = by_judge
+        assert score(metric, server, ["0", "1"], model=["a", "b"])["n_scored"] == 2
+
+
+@pytest.mark.parametrize("url", [True, False])
+def test_a_key_that_is_not_set_is_told_before_anything_is_sent(metric, monkeypatch, url):
+    with Server() as server:
+        given = {"b": {"api_key_env": "OTHER_KEY", **({"base_url": server.url} if url else {})}}
+        with pytest.raises(ValueError, match="OTHER_KEY"):
+            score(metric, server, ["x"], model=["a", "b"], judge_models=given)
+        assert not server.requests
+        monkeypatch.setenv("OTHER_KEY", "sk-other")
+        score(metric, server, ["x"], model=["a", "b"], judge_models=given)
+        assert [headers["authorization"] for headers in server.headers] == ["Bearer sk-test", "Bearer sk-other"]
 
 
 def test_a_panel_by_batch_submits_one_batch_for_each_judge(metric):
@@ -374,7 +490,7 @@ Judge(cache_dir=sys.argv[2]).compute(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rows", [5, 30])  # in the first judge's part, and in the second's
+@pytest.mark.parametrize("rows", [5, 30])
 def test_kill_9_in_a_panel_pays_for_nothing_twice(tmp_path, rows):
     def behave(server, body):
         reply = by_judge(server, body)
