@@ -257,22 +257,27 @@ def parse_json(data: bytes, what: str) -> Any:
         return ValueError(f"{what} is not JSON that can be read: {faults.get(type(error), error)}")
 
 
+def parse_lines(data: bytes) -> dict[int, Any]:
+    """Parse the lines that are not empty, by their numbers; a `ValueError` says why one cannot be read."""
+    return {i: parse_json(line, "the line") for i, line in enumerate(data.splitlines()) if line}
+
+
 def read_json(root: Path, files: list[Path], location: str) -> RecordSource:
     """Read `.json` files that hold a list, and `.jsonl` files with an object per line, which some call `.json` too."""
     tables, digest = {}, {}
     for path in files:
         data, name = path.read_bytes(), path.relative_to(root).as_posix()
-        lines = {i: line for i, line in enumerate(data.splitlines()) if line}
-        first = next(iter(lines.values()), b"")
-        if path.suffix.lower() == ".jsonl" or (len(lines) > 1 and isinstance(parse_json(first, "the line"), dict)):
-            records = {i: parse_json(line, "the line") for i, line in lines.items()}
+        if path.suffix.lower() == ".jsonl":
+            records = parse_lines(data)
         else:
             found = parse_json(data.strip() or b"[]", f"The file {str(path)!r}")
+            records = dict(enumerate(found)) if isinstance(found, list) else {}
             if isinstance(found, ValueError):
-                raise GranulonError(f"{found}.")
-            if not isinstance(found, list):
+                records = parse_lines(data)
+                if not all(isinstance(record, dict) for record in records.values()):
+                    raise GranulonError(f"{found}.")
+            elif not isinstance(found, list):
                 raise GranulonError(f"The file {str(path)!r} holds {kind_of(found)}, not a list of conversations.")
-            records = dict(enumerate(found))
         for i, record in records.items():
             if not isinstance(record, dict | ValueError):
                 records[i] = ValueError(f"the record is {kind_of(record)}, not an object")
