@@ -14,7 +14,6 @@ from typing import Any
 import datasets
 import evaluate
 import filelock
-import httpx
 import numpy
 import openai
 import PIL
