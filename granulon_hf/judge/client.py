@@ -15,7 +15,7 @@ import openai
 from .options import SEEDS, Options, Unit, digest_of
 from .rate import Limiter, seconds
 from .replies import to_row
-from .server import JudgeError, connect, has_answered, headers_of, may_be_charged, message_of, triage, unserved
+from .server import JudgeError, connect, has_answered, headers_of, may_be_paid, message_of, triage, unserved
 from .store import Ledger, Store
 
 UNSUPPORTED = ("unsupported", "not supported", "unrecognized", "unknown", "not permitted", "extra")
@@ -56,8 +56,7 @@ class Run:
         self.proven_before = False
         # Real prompt tokens over estimated ones, the largest so far.
         self.excess = 1.0
-        # Why no more is sent, and what the panel will raise. Of a budget that is reached neither is said: it keeps from asking,
-        # not from reading what the store has.
+        # Why no more is sent, and what the panel will raise.
         self.stop = ""
         self.error: Exception | None = None
         self.failures = 0
@@ -260,7 +259,7 @@ class Run:
                     self.give_up(unknown, fatal=True)
                 if kind in ("fatal", "bad"):
                     self.give_up(message, fatal=kind == "fatal", refused=kind == "bad")
-                if may_be_charged(error):
+                if may_be_paid(error):
                     self.reserved += cost
                     self.lost += cost
                 delay = self.delay(headers, tries, kind)

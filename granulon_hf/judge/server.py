@@ -102,7 +102,7 @@ def said_by(error: BaseException) -> str:
     return " ".join(str(error).split()) or f"broken off ({type(error).__name__})"
 
 
-def may_be_charged(error: Exception) -> bool:
+def may_be_paid(error: Exception) -> bool:
     """Return whether the server may have done the work of a request that failed.
 
     It may have where it had the request, and its answer was late, cut off or unreadable. An error that it tells itself is none
@@ -116,7 +116,7 @@ def may_be_charged(error: Exception) -> bool:
 def has_answered(error: Exception) -> bool:
     """Return whether an error is a whole answer, which a server that remembers requests would give once more."""
     if isinstance(error, openai.APIStatusError):
-        return error.status_code >= 500 and not may_be_charged(error)
+        return error.status_code >= 500 and not may_be_paid(error)
     return not isinstance(error, openai.APIConnectionError | asyncio.TimeoutError)
 
 

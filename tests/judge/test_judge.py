@@ -720,6 +720,30 @@ def test_max_cost_and_progress(metric):
     assert seen[-1]["spent_usd"] == pytest.approx(result["spent_usd"])
 
 
+@pytest.mark.parametrize(
+    "broken", [Reply(reset=True), Reply(raw=b'{"id": "chatcm', cut=1000)], ids=["no reply", "half a reply"]
+)
+def test_max_cost_counts_what_a_broken_connection_may_have_cost(metric, broken):
+    """The server has done the work of each request that it read, at 0.0027 USD, retries included."""
+    with Server(lambda server, request: Reply() if len(server.requests) % 3 == 1 else broken) as server:
+        result = score(metric, server, [f"text {i}" for i in range(20)], max_cost=0.02, concurrency=1, max_retries=5)
+        assert 0.0027 * len(server.requests) <= 0.02
+    assert 0 < result["n_scored"] < 4 and "max_cost" in result["reasons"][-1]
+
+
+def test_what_was_paid_for_is_read_beyond_the_budget(metric):
+    texts = [f"text {i}" for i in range(12)]
+    with Server() as server:
+        assert score(metric, server, texts)["n_scored"] == 12
+        for judges in ({}, {"model": ["gpt-4o", "gpt-4o-mini"]}):
+            result = score(metric, server, ["new", *texts], [image(99), *(image(i) for i in range(12))], max_cost=0.0, **judges)
+            assert len(server.requests) == 12
+            if not judges:
+                assert result["n_scored"] == 12 and "max_cost" in result["reasons"][0]
+            else:
+                assert result["judges"]["gpt-4o"]["n_scored"] == 12
+
+
 @pytest.mark.parametrize("backend", ["chat", "batch"])
 def test_a_budget_that_is_reached_keeps_what_is_stored(metric, backend):
     """150 answers are stored; a new line before them is beyond the budget."""
@@ -731,15 +755,6 @@ def test_a_budget_that_is_reached_keeps_what_is_stored(metric, backend):
         assert len(server.requests) == 150
     assert (again["n_scored"], again["n_unscored"]) == (150, 1) and "max_cost" in again["reasons"][0]
     assert again["cost_usd"] > 0 == again["spent_usd"]
-
-
-def test_a_budget_that_a_panel_reaches_keeps_what_each_judge_has_stored(metric):
-    with Server() as server:
-        score(metric, server, ["x", "y"], [image(1), image(2)], model="b", prices={"b": (1, 1)})
-        options = {"model": ["a", "b"], "prices": {"a": (1, 1), "b": (1, 1)}, "max_cost": 0, "concurrency": 1}
-        result = score(metric, server, ["new", "x", "y"], [image(), image(1), image(2)], **options)
-        assert len(server.requests) == 2
-    assert result["judges"]["b"]["accuracy_scores"] == [None, 70, 70] and result["judges"]["a"]["n_unscored"] == 3
 
 
 LOST = {
@@ -770,6 +785,14 @@ def test_errors_that_nobody_charges_for_take_nothing_off_the_budget(metric, monk
     with Server(lambda server, body: Reply(status=503) if len(server.requests) < 4 else Reply()) as server:
         result = score(metric, server, ["a"], max_cost=0.003)
     assert result["n_scored"] == 1 and result["lost_usd"] == 0 < result["spent_usd"]
+
+
+def test_what_reaches_no_server_takes_nothing_off_the_budget(metric, monkeypatch):
+    monkeypatch.setattr(random, "uniform", lambda a, b: 0.02)
+    with Server() as server:
+        pass
+    with pytest.raises(module.JudgeError, match="cannot be reached"):
+        score(metric, server, ["a"], max_cost=0.003)
 
 
 def test_a_connection_that_breaks_off_is_told(metric, monkeypatch):
