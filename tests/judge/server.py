@@ -29,6 +29,7 @@ class Reply:
     half: bool = False  # of the body, then the connection breaks off
     delay: float = 0.0
     drip: float = 0.0  # seconds between bytes
+    cut: int = 0  # bytes that are announced and do not come
 
     def body(self, request: dict) -> dict:
         if self.status != 200:
@@ -156,6 +157,10 @@ class Server:
                     for i in range(len(data)):
                         self.wfile.write(data[i : i + 1])
                         time.sleep(reply.drip)
+                elif reply.cut:
+                    self.send(reply.status, data, {"Content-Length": str(len(data) + reply.cut)})
+                    self.close_connection = True
+                    return
                 else:
                     self.send(reply.status, data, reply.headers)
                 if reply.status == 200:
