@@ -25,7 +25,7 @@ value. All arms must give the same mean loss over all labelled tokens (to 1e-5 i
 
 `--kernels` counts what one pass over a batch launches, forward and backward: kernels on a GPU; on a CPU operators that compute
 something, of which a compiled region counts as one for each loop that the compiler makes of it. Those of the tower and of AdaTA
-are counted apart; what they launch in the backward pass (frozen, they have none) would be in the rest.
+are counted apart, too: both have a forward pass alone, since the tower is frozen.
 
 TRL's collator keeps the question mask of the prompts alone, which fits nothing and is dropped: its controller would read the
 answers, but the controller here is untrained and always says "middle". It also puts a label on the line break behind the

@@ -37,7 +37,7 @@ from train import class_names
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo_model import SHIPPED, build_demo, load_classifier
 from granulon_hf.errors import GranulonError
-from granulon_hf.evaluation.answer import Generation, answer_batch, prefill_shared_image
+from granulon_hf.evaluation.answer import Generation, answer_batch
 from granulon_hf.loading import load_model, pick_device
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS
 from granulon_hf.overrides import load_fitting
@@ -211,6 +211,7 @@ def best_constant(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def percent(mean: float, low: float, high: float) -> str:
+    """Write a share with its interval."""
     known = not np.isnan(low)  # scores that are the same of every picture have no interval
     return f"{100 * mean:.0f} %" + (f" [{100 * low:.0f}, {100 * high:.0f}]" if known else "")
 
@@ -286,8 +287,6 @@ def load(source: str, visual_tokens: str | None, device: str) -> tuple[Any, Any]
 
 def answer_all(model, processor, asked: dict[Path | None, list[str]], generation: Generation, what: str) -> list[dict]:
     """Answer questions greedily by their pictures, a gray one where the path is None; in order."""
-    # A number of tokens, or the compact form, leaves nothing that the questions about a picture could share.
-    shared = model.config.granularity_levels and not model.config.compact and generation.visual_tokens is None
     steps = [
         (path, questions[start : start + generation.batch_size])
         for path, questions in asked.items()
@@ -296,25 +295,11 @@ def answer_all(model, processor, asked: dict[Path | None, list[str]], generation
     answers = list[dict[str, Any]]()
     for path, questions in track(steps, description=what, console=Console(stderr=True)):
         image = Image.new("RGB", (448, 448), "gray") if path is None else open_picture(path)
-        if shared:
-            answers += answer_shared(model, processor, image, questions, generation)
-            continue
         parts = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
         samples = [Sample("", [image], [{"role": "user", "content": content}], "", "vqa") for content in parts]
         found = answer_batch(model, processor, samples, generation)
         answers += [{"answer": one["prediction"], "visual_tokens": one["visual_tokens"]} for one in found]
     return answers
-
-
-@torch.inference_mode()
-def answer_shared(model, processor, image: Image.Image, questions: list[str], generation: Generation) -> list[dict]:
-    """Answer questions about one picture, whose pixel tokens are computed once."""
-    inputs = prefill_shared_image(model, processor, image, questions)
-    ids = inputs["input_ids"]
-    seen = ((ids == model.config.image_token_id) & inputs["attention_mask"].bool()).sum(1).tolist()
-    output = model.generate(**inputs, max_new_tokens=generation.max_new_tokens, do_sample=False)[:, ids.shape[1] :]
-    said = processor.batch_decode(output, skip_special_tokens=True)
-    return [{"answer": text.strip(), "visual_tokens": count} for text, count in zip(said, seen, strict=True)]
 
 
 @torch.inference_mode()

@@ -252,7 +252,7 @@ class Options:
 
     @property
     def priced_by(self) -> str | None:
-        """Whose price it is: that of `prices`, of `judge_models` or of the "table"; None where nobody says one."""
+        """Say whose price it is: that of `prices`, of `judge_models` or of the "table"; None where nobody says one."""
         if self.told_price is not None:
             return "prices"
         if self.known.prompt is None:
@@ -261,6 +261,7 @@ class Options:
 
     @property
     def prices_date(self) -> str | None:
+        """Return the date of the table's price; None where it is another's."""
         return PRICES_DATE if self.priced_by == "table" else None
 
     @property

@@ -241,6 +241,9 @@ def test_the_report_counts_right_answers(held_out, vocabularies):
     }
 
 
+SCORE = ["score", "--model", "tiny:granulon-qwen2.5", "--device", "cpu"]
+
+
 @pytest.mark.parametrize("options", [[], ["--budget", "3"]])
 def test_all_questions_are_answered_and_kept(held_out, tmp_path, monkeypatch, capsys, options):
     pictures, out = [], tmp_path / "new/answers.jsonl"
@@ -254,20 +257,7 @@ def test_all_questions_are_answered_and_kept(held_out, tmp_path, monkeypatch, ca
     monkeypatch.setattr(held_out, "read_list", lambda: {"held_out": pictures})
     monkeypatch.setattr(held_out, "LONGEST", 2)
     monkeypatch.setattr(held_out, "classify", lambda images, side, names: ["cat"] * len(images))
-    line = [
-        "score",
-        "--pictures",
-        str(tmp_path),
-        "--model",
-        "tiny:granulon-qwen2.5",
-        "--device",
-        "cpu",
-        "--out",
-        str(out),
-        "--batch_size",
-        "3",
-    ]
-    held_out.main([*line, *options])
+    held_out.main([*SCORE, "--pictures", str(tmp_path), "--out", str(out), "--batch_size", "3", *options])
     rows, printed = [json.loads(line) for line in out.read_text().splitlines()], capsys.readouterr().out
     assert Counter(row["arm"] for row in rows) == {"model": 8, "blind": 8, "tower at 448": 2, "tower at 224": 2}
     blind = {(row["question"], row["answer"]) for row in rows if row["arm"] == "blind"}
@@ -280,20 +270,9 @@ def test_all_questions_are_answered_and_kept(held_out, tmp_path, monkeypatch, ca
 
 
 def test_a_budget_that_the_model_lacks_is_refused(held_out, tmp_path, monkeypatch):
-    line = [
-        "score",
-        "--pictures",
-        str(tmp_path),
-        "--model",
-        "tiny:granulon-qwen2.5",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path / "out"),
-    ]
     monkeypatch.setattr(held_out, "read_list", lambda: {"held_out": []})
     with pytest.raises(GranulonError, match="--budget"):
-        held_out.main([*line, "--budget", "1000"])
+        held_out.main([*SCORE, "--pictures", str(tmp_path), "--out", str(tmp_path / "out"), "--budget", "1000"])
 
 
 def test_copies_are_found_and_others_are_not(held_out, tmp_path):
