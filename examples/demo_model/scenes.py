@@ -232,7 +232,9 @@ def ask(
     def question(topic: str, answer: str, level: str, **words) -> Question:
         return Question(rng.choice(phrasings[topic]).format(**words), answer, level, topic)
 
-    kinds, shown = list(dict.fromkeys(thing.kind for thing in things if thing.kind)), [thing.name for thing in things]
+    kinds, shown = list(dict.fromkeys(thing.kind for thing in things)), [thing.name for thing in things]
+    if None in kinds:
+        kinds = []
     questions = [
         question("names", sentence(shown), "middle"),
         question("count", NUMBERS[len(things) - 1] + ".", "middle"),

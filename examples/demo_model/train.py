@@ -28,7 +28,6 @@ from safetensors.torch import load_file, save_file
 from scenes import (
     NUMBERS,
     REGIONS,
-    SIDE,
     VOCABULARY,
     SceneMaker,
     Thing,
@@ -142,7 +141,8 @@ BASIC_NAMES = (
 def class_names() -> list[str]:
     """A name for each of the 1,000 ImageNet classes."""
     info = ImageNetInfo()
-    names = [info.index_to_description(index).split(",")[0] for index in range(1000)]
+    # Of a compound the last word says what it is: a soup bowl is a bowl.
+    names = [re.split("[ -]", info.index_to_description(index).split(",")[0])[-1] for index in range(1000)]
     for entry in BASIC_NAMES.split(", "):
         span, name = entry.split(" ", 1)
         first, last = map(int, span.split("-"))
@@ -176,50 +176,34 @@ class Words:
         return self.known[word]
 
 
-class Imagination:
-    """Features of things that no stamp shows: the channels that ImageNet's head listens to for a class, switched on.
+class Head:
+    """What the tower's own ImageNet head sees in features, by names: [N x D] to [N x names], above 0 where it sees one.
 
-    The tower's own head knows 1,000 classes. Without this the projector would have words for the stamps only, and no cat
-    is among them.
+    A name is seen where its classes' mean logit is four standard deviations above what it is on average, counted in standard
+    deviations: some classes' logits are large everywhere in pictures of this size, and a language model of this size reads
+    one word, not the sum of ten. This is what `linear_1` of the projector computes, and it is not trained: what the head
+    sees stays what it is.
+
+    Args:
+        features (`torch.Tensor`): any features, for mean and deviation, shape [N x D].
+        units (`int`): hidden units of the projector. Names that stand for most classes come first.
     """
 
-    def __init__(self):
-        weight = load_classifier().classifier.weight.detach()
-        self.weight = weight - weight.mean(0)
-        self.names = class_names()
+    def __init__(self, features: torch.Tensor, units: int):
+        weight, names = load_classifier().classifier.weight.detach(), class_names()
+        self.names = sorted(dict.fromkeys(names), key=lambda name: -names.count(name))[:units]
+        of_name = torch.tensor([[float(name == other) for other in names] for name in self.names])
+        weight = of_name / of_name.sum(1, keepdim=True) @ (weight - weight.mean(0))
+        logits = features @ weight.T
+        self.weight = weight / logits.std(0).unsqueeze(1)
+        self.bias = -(logits.mean(0) / logits.std(0) + 4)
         kind_of = {name: kind for kind, names in VOCABULARY.items() for name in names}
-        kinds = [kind_of.get(name) for name in self.names]
         # Classes 0 to 397 are animals and 924 to 965 are food; the kind of most other things is not known here.
-        self.kinds = [kind or ("animal" if i < 398 else "food" if 923 < i < 966 else None) for i, kind in enumerate(kinds)]
-        # The square root keeps 118 breeds from making every ninth thing a dog.
-        self.odds = torch.tensor([self.names.count(name) ** -0.5 for name in self.names])
+        others = {names[index]: "animal" if index < 398 else "food" for index in (*range(398), *range(924, 966))}
+        self.kinds = [kind_of.get(name) or others.get(name) for name in self.names]
 
-    def draw(self, count: int) -> torch.Tensor:
-        """Random classes, shape [count]."""
-        return torch.multinomial(self.odds, count, replacement=True)
-
-    def __call__(
-        self, features: torch.Tensor, index: torch.Tensor, pool: torch.Tensor, least: float = 0.5, most: float = 6.5
-    ) -> torch.Tensor:
-        """Imagined features of classes.
-
-        The head says p(c | f) ~ exp(w_c · f), so with independent channels p(f_j | c) ~ p(f_j) exp(w_cj f_j): each channel
-        is drawn again from a few real values, by these odds.
-
-        Args:
-            features (`torch.Tensor`): where to start from, shape [N x D].
-            index (`torch.Tensor`): classes, shape [N].
-            pool (`torch.Tensor`): real features, shape [any x D].
-            least, most (`float`): how clearly a patch shows its class is drawn between these.
-        """
-        others = torch.randint(len(pool), (index.shape[0], 15))
-        values = torch.cat([features.unsqueeze(1), pool[others]], dim=1)
-        # In photographs too some patches of a thing shout its name and others could be anything.
-        strength = least + (most - least) * torch.rand(index.shape[0], 1, 1)
-        odds = strength * self.weight[index].unsqueeze(1) * values
-        odds[:, 0] += 0.7  # about half of the channels stay together as they are
-        chosen = (odds - (-torch.rand_like(odds).log()).log()).argmax(1, keepdim=True)  # Gumbel: a draw by the odds
-        return values.gather(1, chosen).squeeze(1)
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.linear(features, self.weight, self.bias))
 
 
 class SaidThroughMap(nn.Module):
@@ -233,27 +217,18 @@ class SaidThroughMap(nn.Module):
         return map @ self.said
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.eye(weight.shape[0]) / 3
+        return torch.eye(weight.shape[0])
 
 
 @torch.no_grad()
-def start_from_head(projector, imagination: Imagination, words: Words, features: torch.Tensor) -> None:
-    """A hidden unit for each name that ImageNet's head knows: it is on where the head sees the name, and then says the word.
-
-    "Sees" is more than in 995 of 1,000 of the given features [N x D]. Names that stand for most classes come first. Where
-    nothing is seen nothing is said. `linear_1` is not trained: what the head sees stays what it is.
-    """
-    said = torch.zeros_like(projector.linear_2.weight)
-    for parameter in (projector.linear_1.weight, projector.linear_2.bias):
-        parameter.zero_()
-    names = sorted(dict.fromkeys(imagination.names), key=lambda name: -imagination.names.count(name))
-    for unit, name in enumerate(names[: len(said)]):
-        weight = imagination.weight[[index for index, other in enumerate(imagination.names) if other == name]].mean(0)
-        projector.linear_1.weight[unit] = weight
-        projector.linear_1.bias[unit] = -(features @ weight).quantile(0.995)
-        said[:, unit] = F.normalize(words(name), dim=0) * words.table.norm(dim=1).mean()
-    projector.linear_1.requires_grad_(False)
+def say_words(projector, head: Head, words: Words) -> None:
+    """Let each hidden unit say the word of its name from the start, and the projector take what the head saw, not features."""
+    size = words.table.norm(dim=1).mean()
+    said = torch.stack([F.normalize(words(name), dim=0) for name in head.names], dim=1) * size
     parametrize.register_parametrization(projector.linear_2, "weight", SaidThroughMap(said))
+    # Where nothing is seen a token still has a size, so that it is not blown up by the language model's norms.
+    projector.linear_2.bias.copy_(F.normalize(words.table.mean(0), dim=0) * size)
+    projector.linear_1 = projector.act = nn.Identity()
 
 
 class Packer:
@@ -356,67 +331,36 @@ def answer_loss(model, projector, batch) -> tuple[torch.Tensor, torch.Tensor]:
     return F.cross_entropy(logits, labels), logits.argmax(-1) == labels
 
 
-def imagine(scene, features, cells, imagination, rng) -> tuple[list, torch.Tensor]:
-    """Turn some of a scene's things into ImageNet classes that no stamp shows; returns things and features."""
-    things, features = list(scene.things), features.clone()
-    for index, thing in enumerate(things):
-        label = int(imagination.draw(1))
-        name, kind = imagination.names[label], imagination.kinds[label]
-        if kind is None or rng.random() > 0.4 or name in [t.name for t in things]:
-            continue  # the kind of this one is asked for
-        inside = cells == index
-        if inside.any():
-            label = torch.full((int(inside.sum()),), label)
-            pushed = imagination(features[inside].float(), label, features.float())
-            features[inside] = pushed.to(features.dtype)
-            things[index] = replace(thing, name=name, kind=kind)
-    return things, features
+def name_things(scene, seen: torch.Tensor, cells: torch.Tensor, head: Head) -> list[tuple[Thing, int]]:
+    """The things of a scene under the names that the head has for them; none if it is not sure of one, or sees two alike.
 
-
-def photograph(scene, features, cells, imagination, rng) -> tuple[list, torch.Tensor]:
-    """One imagined thing before the scene's background, as large as people take pictures of things; things and features.
-
-    The scene's own stamps are covered with its background. Some patches of background hint at other classes, as they do in
-    photographs, and a part of the thing shows none.
+    A frozen tower's features do not hold what it does not see: to learn other names than its own would be to learn to guess.
     """
-    background = (cells == -1).nonzero().flatten()
-    if len(background) < 20:
-        return imagine(scene, features, cells, imagination, rng)
-    features = features.clone()
-    stamps = (cells != -1).nonzero().flatten()
-    features[stamps] = features[background[torch.randint(len(background), stamps.shape)]]
-    rows, columns = torch.meshgrid(torch.arange(14.0), torch.arange(14.0), indexing="ij")
-    tall, wide = rng.uniform(2.5, 8), rng.uniform(2.5, 8)
-    row, column = (rng.uniform(min(half, 6.5), max(13 - half, 6.5)) for half in (tall, wide))
-    inside = (((rows - row) / tall) ** 2 + ((columns - column) / wide) ** 2 <= 1).flatten()
-    label = int(imagination.draw(1))
-    where = (inside & (torch.rand(196) < 0.9)).nonzero().flatten()
-    # Its patches begin as those of anything: a stamp, wood, the sky.
-    others = features[torch.randint(196, where.shape)].float()
-    features[where] = imagination(others, torch.full(where.shape, label), features.float()).to(features.dtype)
-    hints = (~inside & (torch.rand(196) < rng.uniform(0, 0.3))).nonzero().flatten()
-    if len(hints):
-        classes = imagination.draw(3)[torch.randint(3, hints.shape)]
-        features[hints] = imagination(features[hints].float(), classes, features.float(), most=4.0).to(features.dtype)
-    edges = [(row - tall) * 32, (column - wide) * 32, (row + tall + 1) * 32, (column + wide + 1) * 32]
-    top, left, bottom, right = (round(min(max(edge, 0), SIDE)) for edge in edges)
-    return [Thing(imagination.names[label], imagination.kinds[label], (left, top, right, bottom))], features
+    found = []
+    for index, thing in enumerate(scene.things):
+        sums = seen[cells == index].sum(0)
+        (first, second), (unit, _) = sums.topk(2)
+        sure = first > 1.25 * second and (len(scene.things) > 1 or unit == seen.sum(0).argmax())
+        if not sure or unit in [other for _, other in found]:
+            return []
+        found.append((thing, int(unit)))
+    return found
 
 
-def ask_about(things, templates, imagination, rng) -> list:
-    """Questions about the things; what is not there is drawn as imagined things are."""
-    return ask(things, templates, rng, [imagination.names[index] for index in imagination.draw(30).tolist()])
+def rename(found, order: torch.Tensor, head: Head) -> list[Thing]:
+    """The things when unit `order[i]` is called as unit i is."""
+    units = order.argsort()[[unit for _, unit in found]].tolist()
+    return [replace(thing, name=head.names[unit], kind=head.kinds[unit]) for (thing, _), unit in zip(found, units, strict=True)]
 
 
 def train_answers(args, data, model, processor) -> dict:
     """The projector learns, through the frozen language model, what makes it answer right."""
-    packer, imagination, rng = Packer(model, processor), Imagination(), random.Random(1)
-    templates = phrasings("train")
+    packer, rng, templates = Packer(model, processor), random.Random(1), phrasings("train")
     projector = model.model.multi_modal_projector.float().requires_grad_(True)
-    words = Words(model, processor.tokenizer)
-    start_from_head(projector, imagination, words, data["features"][:200].flatten(0, 1)[::3].float())
+    head = Head(data["features"][::30].flatten(0, 1)[::2].float(), len(projector.linear_2.bias))
+    say_words(projector, head, Words(model, processor.tokenizer))
     groups = [
-        {"params": list(projector.linear_2.parametrizations.parameters()), "scale": 0.2},
+        {"params": list(projector.linear_2.parametrizations.parameters()), "scale": 1.0},
         {"params": [projector.linear_2.bias, projector.position], "scale": 1.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98))
@@ -428,27 +372,36 @@ def train_answers(args, data, model, processor) -> dict:
         first, log = state["step"], state["log"]
     model.model.language_model.set_attn_implementation("eager")  # SDPA is slower with such a mask on a CPU
     cells = [covered_cells(scene) for scene in data["scenes"]]
-    order, started = random.Random(2).sample(range(len(cells)), len(cells)), time.time()
+    found = [
+        name_things(scene, head(features.float()), cell, head)
+        for scene, features, cell in zip(data["scenes"], data["features"], cells, strict=True)
+    ]
+    known = [index for index, things in enumerate(found) if things]
+    print(f"the head is sure of {len(known)} of {len(found)} scenes", flush=True)
+    started = time.time()
     for step in range(first, args.steps):
         rng.seed(step)
         torch.manual_seed(step)
         done = step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.lr * group["scale"] * min(1.0, (step + 1) / 20, max(0.05, (1 - done) / 0.3))
-        chosen = [order[(step * args.batch + i) % len(order)] for i in range(args.batch)]
-        draws = [photograph if rng.random() < 0.6 else imagine for _ in chosen]
-        scenes = [
-            draw(data["scenes"][i], data["features"][i], cells[i], imagination, rng)
-            for draw, i in zip(draws, chosen, strict=True)
-        ]
-        features = torch.stack([one for _, one in scenes])
-        # One step in four has the pixel tokens too; the others are several times cheaper, by level or by a budget.
-        full = step % 4 == 3
-        semantic = packer.semantic_tokens(features, None if step % 2 else rng.choice((8, 16, 24, 32)))
-        examples = [
-            packer(features[index], semantic[index], ask_about(things, templates, imagination, rng), full)
-            for index, (things, _) in enumerate(scenes)
-        ]
+        chosen = rng.sample(known, args.batch)
+        features = data["features"][chosen]
+        # At last every third step has the pixel tokens too; the others are several times cheaper.
+        full = done > 0.7 and step % 3 == 0
+        semantic = packer.semantic_tokens(features, None if full else rng.choice((16, 24, 32)))
+        examples = []
+        for index, one, levels in zip(chosen, features, semantic, strict=True):
+            # Names change places in most pictures: so few scenes teach to read all of them, and none is a good guess.
+            order = torch.randperm(len(head.names)) if rng.random() < 0.7 else torch.arange(len(head.names))
+            seen, levels = head(one.float())[:, order], [(head(tokens.float())[:, order], places) for tokens, places in levels]
+            things = rename(found[index], order, head)
+            told = levels[0][0].sum(0)[[head.names.index(thing.name) for thing in things]]
+            if not full and told.min() < 0.5:
+                continue  # what the clusters do not show cannot be read from them
+            absent = seen.sum(0).argsort()[: len(head.names) // 2].tolist()
+            names, *others = ask(things, templates, rng, [head.names[unit] for unit in rng.sample(absent, 9)])
+            examples.append(packer(seen, levels, [names, *rng.sample(others, min(2, len(others)))], full))
         loss, right = answer_loss(model, projector, collate(examples))
         optimizer.zero_grad()
         loss.backward()
@@ -464,21 +417,22 @@ def train_answers(args, data, model, processor) -> dict:
             )
             state = {"projector": projector.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "log": log}
             save(state, checkpoint)
-            write_adapter(args, model)
+            write_adapter(args, model, head)
     last = torch.tensor(log[-50:]).mean(0).tolist()
     return {"steps": len(log), "images": len(log) * args.batch, "last_loss": last[0], "last_tokens_right": last[1]}
 
 
-def write_adapter(args, model) -> None:
+def write_adapter(args, model, head: Head) -> None:
     """Projector and controller, in bfloat16."""
     projector = model.model.multi_modal_projector
-    parts = {"multi_modal_projector": projector, "controller": model.model.controller}
     state = {
-        f"{part}.{name}": value.detach().to(torch.bfloat16).contiguous()
-        for part, module in parts.items()
-        for name, value in module.state_dict().items()
-        if "parametrizations" not in name
-    } | {"multi_modal_projector.linear_2.weight": projector.linear_2.weight.detach().to(torch.bfloat16).contiguous()}
+        "multi_modal_projector.linear_1.weight": head.weight,
+        "multi_modal_projector.linear_1.bias": head.bias,
+        "multi_modal_projector.linear_2.weight": projector.linear_2.weight,
+        "multi_modal_projector.linear_2.bias": projector.linear_2.bias,
+        "multi_modal_projector.position": projector.position,
+    } | {f"controller.{name}": value for name, value in model.model.controller.state_dict().items()}
+    state = {name: value.detach().to(torch.bfloat16).contiguous() for name, value in state.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     save(state, args.out / "adapter.safetensors")
 
