@@ -46,6 +46,8 @@ class GranulonCollator:
             examples/benchmarks/data_loading.py); `None` always decodes it in full.
         image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
             ([`~granulon_hf.training.feature_cache.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
+        image_clusters (`callable`, *optional*): gives AdaTA's clusters [n x 2 x N] of an encoded image at each level, found
+            before; they are the batch's `clusters`.
 
     Attributes:
         problems (`list[dict]`): `{"id", "reason"}` of each sample that was left out, once. With `num_workers` in a DataLoader
@@ -63,6 +65,7 @@ class GranulonCollator:
     last_answer_only: bool = False
     jpeg_reduction: float | None = 2.0
     image_features: Callable[[Any], torch.Tensor] | None = None
+    image_clusters: Callable[[Any], torch.Tensor] | None = None
     problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
     _last: Any = field(init=False, repr=False)
 
@@ -148,6 +151,8 @@ class GranulonCollator:
             features.append(self._labelled(*tokens, *self._answer_spans(dialogues[i], prompt)))
             if row["images"]:
                 features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in row["images"]])
+                if self.image_clusters is not None:
+                    features[-1]["clusters"] = torch.stack([self.image_clusters(image) for image in row["images"]])
         return features
 
     def _open(self, image):
@@ -264,8 +269,8 @@ def as_row(sample: Sample | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    images = [feature["pixel_values"] for feature in features if "pixel_values" in feature]
-    return {"pixel_values": torch.cat(images)} if images else {}
+    found = {name: [feature[name] for feature in features if name in feature] for name in ("pixel_values", "clusters")}
+    return {name: torch.cat(images) for name, images in found.items() if images}
 
 
 def encode_prompts(processor: Any, conversations: Sequence[Any], **options: Any) -> Any:

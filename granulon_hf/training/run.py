@@ -186,8 +186,12 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         slots.num_semantic_tokens = budgets
     collator = GranulonCollator(slots, data_args.max_length, packing=packed, pad_to_multiple_of=multiple)
     if data_args.feature_cache:
-        collator.image_features = FeatureCache(data_args.feature_cache, model, processor)
-        collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)
+        cache = FeatureCache(data_args.feature_cache, model, processor, budget=budgets if isinstance(budgets, int) else None)
+        cache.fill(image for i in range(len(samples)) for image in samples[i].images)
+        collator.image_features = cache
+        if clusters_pay(cache, args, budgets, len(samples)):
+            cache.fill_clusters()
+            collator.image_clusters = cache.clusters_of
     check_samples(collator, samples, model_args.stage)
 
     lengths = None if data_args.batching == "padded" else collator.lengths(samples)
@@ -227,6 +231,17 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     if trainer.is_world_process_zero():
         finish(trainer, described, collator, samples)
     return model, processor
+
+
+def clusters_pay(cache: FeatureCache, args: RecipeArguments, budgets: str | int, samples: int) -> bool:
+    """Say whether AdaTA's clusters are kept: on a CPU only where the steps need more of them than there are to find."""
+    choices = len(cache.choices)
+    seen = args.num_train_epochs * samples
+    if args.max_steps > 0:
+        seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    missing = choices * (len(cache.rows) - cache.count_clusters())
+    # A GPU spends most of AdaTA's time on starting its kernels, once for a large batch.
+    return choices > 0 and (args.device.type != "cpu" or seen * (choices if budgets == "all" else 1) > missing)
 
 
 def continued(args: RecipeArguments) -> dict[str, Any]:

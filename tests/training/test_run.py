@@ -5,6 +5,7 @@ import runpy
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,44 @@ def test_a_compact_run_with_budgets_is_read_again_and_goes_on_as_it_was(tmp_path
         with pytest.raises(GranulonError, match=changed[-2].strip("-")):
             run(folder, *changed, *cache, "--resume_from_checkpoint", "last", line=line)
     run(folder, "--budgets", budgets, *cache, "--resume_from_checkpoint", "last", line=line)
+
+
+def losses(folder):
+    return [row["loss"] for row in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+
+
+@pytest.mark.parametrize("form", [["--budgets", "random"], ["--budgets", "all"], ["--budgets", "7"], []])
+def test_a_run_with_clusters_kept_is_the_run_without(tmp_path, monkeypatch, form):
+    line = [*LINE, *form, "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2"]
+    line += ["--feature_cache", str(tmp_path / "features")]
+    files = [run(tmp_path / "plain", line=line) and len([*(tmp_path / "features").glob("clusters-*")])]
+    monkeypatch.setattr(run_module, "clusters_pay", lambda cache, *rest: bool(cache.choices))
+    files += [run(tmp_path / "kept", line=line) and len([*(tmp_path / "features").glob("clusters-*")])]
+    # Six samples do not pay for the clusters of sixteen images.
+    assert files == [0, 1]
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    assert len(losses(tmp_path / "kept")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "pays"),
+    [
+        ([], False),  # two epochs of three levels
+        (["--num_train_epochs", "4"], True),
+        (["--budgets", "7"], True),
+        (["--budgets", "all"], True),
+        (["--max_steps", "1"], False),
+        (["--max_steps", "2"], True),
+    ],
+)
+def test_clusters_are_kept_where_they_are_needed_again(tmp_path, options, pays):
+    _, _, args = parse(["--use_cpu", "true", "--output_dir", str(tmp_path), *options])
+    cache = SimpleNamespace(rows=range(16), choices=[0] * (1 if "7" in options else 3), count_clusters=lambda: 0)
+    assert run_module.clusters_pay(cache, args, args.budgets, 16) is pays
+    cache.count_clusters = lambda: 16
+    assert run_module.clusters_pay(cache, args, args.budgets, 16)
+    cache.choices = []
+    assert not run_module.clusters_pay(cache, args, args.budgets, 16)
 
 
 def test_a_packed_run_says_its_budget_and_keeps_it(tmp_path, monkeypatch, capfd):
