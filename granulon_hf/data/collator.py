@@ -48,10 +48,13 @@ class GranulonCollator:
             ([`~granulon_hf.training.feature_cache.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
         image_clusters (`callable`, *optional*): gives AdaTA's clusters [n x 2 x N] of an encoded image at each level, found
             before; they are the batch's `clusters`.
+        stand_in (`dict`, *optional*): what `encode` gave of a sample, instead of the last good one, which is another in each
+            worker of a DataLoader.
+        warn (`bool`, defaults to `True`): log the first problem.
 
     Attributes:
         problems (`list[dict]`): `{"id", "reason"}` of each sample that was left out, once. With `num_workers` in a DataLoader
-            every worker has a collator, and a list, of its own; the first problem of each is also logged.
+            every worker has a collator, and a list, of its own ([`GranulonTrainer`] puts them together).
 
     Raises:
         ValueError: an unknown padding side, or `packing` with `pad_to_multiple_of`.
@@ -66,6 +69,8 @@ class GranulonCollator:
     jpeg_reduction: float | None = 2.0
     image_features: Callable[[Any], torch.Tensor] | None = None
     image_clusters: Callable[[Any], torch.Tensor] | None = None
+    stand_in: Any = None
+    warn: bool = True
     problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
     _last: Any = field(init=False, repr=False)
 
@@ -105,7 +110,7 @@ class GranulonCollator:
                 return [feature for sample in samples for feature in self._usable([sample])]
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             problem = {"id": str(as_row(samples[0]).get("id")), "reason": reason}
-            if not self.problems:
+            if self.warn and not self.problems:
                 logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
             if problem not in self.problems:
                 self.problems.append(problem)
@@ -113,7 +118,7 @@ class GranulonCollator:
 
     def _or_last(self, features):
         self._last = (features or [self._last])[-1]
-        return features or [self._last]
+        return features or [self._last if self.stand_in is None else self.stand_in]
 
     def _packed(self, features):
         batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}

@@ -20,6 +20,7 @@ from granulon_hf.modeling.adapter_granulon import find_adapter
 from granulon_hf.training import parse
 from granulon_hf.training.run import train
 from tests.test_demo_model import needs_backbones
+from tests.training.test_run import read_left_out, write_chat
 
 pytestmark = pytest.mark.slow
 
@@ -136,6 +137,28 @@ def test_packed_over_two_processes_killed_and_resumed_is_padded_on_one(tmp_path)
     kill(process, cut)
     output = finish(start(*short, *packs, "--output_dir", cut, "--resume_from_checkpoint", "last", **two_processes))
     assert losses(cut) == pytest.approx(losses(packed), abs=1e-5), output[-3000:]
+
+
+def test_what_any_worker_of_any_process_leaves_out_is_listed(tmp_path):
+    data = write_chat(tmp_path / "chat", broken=[3], long=[0, 5, 6, 9, 10])
+    line = [
+        *TINY[:-4],
+        "--report_to",
+        "none",
+        "--data",
+        data,
+        "--max_length",
+        "200",
+        "--batching",
+        "padded",
+        "--max_steps",
+        "6",
+    ]
+    line += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "2"]
+    output = finish(start(*line, "--output_dir", tmp_path / "run", config=None, processes=2))
+    assert (tmp_path / "run" / "left_out.jsonl").exists(), output[-3000:]
+    assert sorted(row.get("id", "-") for row in read_left_out(tmp_path / "run")) == ["-", "0", "10", "5", "6", "9"]
+    assert output.count("is left out") <= 2  # once for each process
 
 
 @needs_backbones
