@@ -156,6 +156,10 @@ class RecipeArguments(TrainingArguments):
         "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
         "backbones have no name (the demo, toy sizes, the stage full) holds them in any case.",
     )
+    dataloader_num_workers: int = option(
+        -1,
+        "Processes that read samples, for each that trains. By default (-1) up to 4 on a GPU, and none with cached features.",
+    )
     auto_precision: bool = option(True, "bf16 with tf32 matmul where the device has it, unless bf16 or fp16 is given.")
 
     # Said, not set: which recipe file it is, and what the command line changed.
@@ -258,6 +262,8 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
         )
     if data.batching == "packed" and data.pad_to_multiple_of:
         raise GranulonError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
+    if recipe.dataloader_num_workers < -1:
+        raise GranulonError(f"--dataloader_num_workers must be 0 or more; got {recipe.dataloader_num_workers}.")
     if recipe.compile not in ("none", "regional"):
         raise GranulonError(f"--compile must be none or regional; got {recipe.compile!r}.")
     if recipe.label_smoothing_factor:
