@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
@@ -26,9 +26,10 @@ import granulon_hf
 from granulon_hf import cards, modeling
 from granulon_hf import export_check as probe
 from granulon_hf.errors import GranulonError, one_line
-from granulon_hf.loading import find_source, read_config, read_model
+from granulon_hf.loading import find_source, is_quantized, read_config, read_model
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_adapter, name_backbone
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
+from granulon_hf.quantization import quantization_config
 from granulon_hf.training.checkpoints import RUN
 from granulon_hf.training.stages import save_adapter
 
@@ -63,6 +64,7 @@ def export(
     name: str | None = None,
     repo_id: str | None = None,
     results: dict[str, Any] | None = None,
+    quantize: Literal["4bit", "8bit"] | None = None,
     validate: bool = True,
 ) -> Path:
     """Write a model as the folder that goes to the Hub: weights, configs, processor, chat template, code, licence and card.
@@ -77,6 +79,7 @@ def export(
         name (`str`, *optional*): the variant of the paper that it is, for the card.
         repo_id (`str`, *optional*): where it will be, for the card.
         results (`dict`, *optional*): `scores.json` of `granulon eval run`, for the card.
+        quantize (`str`, *optional*): "4bit" or "8bit" for the language model, of the full form.
         validate (`bool`, defaults to `True`): load the folder where this package is not to be had, and compare logits.
 
     Returns:
@@ -101,7 +104,14 @@ def export(
     if name is not None:
         cards.check_variant(config, name)
     trained = find_adapter(source)
-    form = form or ("adapter" if trained else "full")
+    form = form or ("adapter" if trained and not quantize else "full")
+    if quantize and form == "adapter":
+        raise GranulonError("The adapter form names its backbones and cannot quantize them; leave out --form.")
+    if quantize and results:
+        raise GranulonError(
+            "--results are of the model before --quantize: export it (--dry-run --out FOLDER), evaluate FOLDER, and push that "
+            "with its results."
+        )
     if backbones and form == "full":
         raise GranulonError("Backbones are named in the adapter form only; add form='adapter'.")
     named = named_backbones(config.backbones, backbones) if form == "adapter" else config.backbones
@@ -113,10 +123,13 @@ def export(
         )
     # An adapter whose config names none is read with those that are given.
     options: dict[str, Any] = {"backbones": named} if trained and config.backbones is None else {}
+    whole: str | list[str] | None = None  # what a quantized model was
+    if quantize:
+        options["quantization_config"] = quantization_config(quantize, config)
+        whole = source if cards.is_hub_id(source) else None
+    elif is_quantized(config):
+        whole = read_base_model(source)
     model, processor, _ = read_model(source, **options)
-    expected = probe.logits(model, processor) if validate else {}
-    if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
-        raise GranulonError(f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken.")
     named = None if local and form == "full" else named
     # Merged low-rank factors, or a run that trained all, make other models of the backbones.
     tuned = (config.backbones is not None and model.config.backbones is None) or read_stage(source) in TUNING
@@ -126,7 +139,7 @@ def export(
     target, folder = folder, folder.with_name(f".{folder.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        write_folder(model, processor, folder, form, trained)
+        write_folder(model, processor, folder, form, trained, source if is_quantized(config) else None)
         card = cards.model_card(
             model.config,
             name=name,
@@ -136,10 +149,17 @@ def export(
             results=results,
             source=source,
             tuned=tuned,
+            whole=whole,
         )
         card.save(folder / "README.md")
         check_export(folder)
         if validate:
+            # After it was written: bitsandbytes packs 4-bit weights anew when a CPU first uses them, and saves those wrongly.
+            expected = probe.logits(model, processor)
+            if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
+                raise GranulonError(
+                    f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken."
+                )
             del model
             compare(folder, expected)
         if target.is_dir():
@@ -158,12 +178,29 @@ def read_stage(source: str) -> str | None:
         return None
 
 
-def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: str | None) -> None:
-    """Write all files of an export but its card."""
+def read_base_model(source: str) -> str | list[str] | None:
+    """Read from its card what a model comes from; `None` where none says so."""
+    try:
+        return ModelCard.load(Path(source) / "README.md" if os.path.isdir(source) else source).data.to_dict().get("base_model")
+    except (OSError, ValueError):
+        return None
+
+
+def write_folder(
+    model: Any, processor: Any, folder: Path, form: str, trained: str | None, quantized: str | None = None
+) -> None:
+    """Write all files of an export but its card; `quantized` is where a model's weights are that cannot be saved again."""
     folder.mkdir(parents=True)
     model.config.auto_map = AUTO_MAP
     model.config.architectures = [type(model).__name__]
-    if form == "full":
+    if quantized is not None:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        weights = ["*.safetensors", "*.safetensors.index.json"]
+        place = Path(quantized if os.path.isdir(quantized) else snapshot_download(quantized, allow_patterns=weights))
+        for path in (path for pattern in weights for path in place.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    elif form == "full":
         model.save_pretrained(folder, max_shard_size="5GB")
     else:
         model.requires_grad_(False)  # of what is frozen nothing is saved

@@ -27,6 +27,9 @@ def push(
     ] = None,
     vision: Annotated[str | None, typer.Option(help="Adapter form: where the vision tower is, org/name\\[@revision].")] = None,
     text: Annotated[str | None, typer.Option(help="Adapter form: where the language model is, org/name\\[@revision].")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="4bit or 8bit: the language model's weights (full form); quantization.md says how.")
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the paper that it is, for the card.")] = None,
     results: Annotated[Path | None, typer.Option(help="scores.json of granulon eval run, for the card.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Anyone may see it; private by default.")] = False,
@@ -48,6 +51,7 @@ def push(
     quiet(debug)
     backbones = {part: value for part, value in (("vision", vision), ("text", text)) if value}
     options: dict[str, Any] = {"form": form, "backbones": backbones or None, "name": variant, "results": scores}
+    options["quantize"] = quantize
     console = Console(stderr=True)
     if not dry_run:
         with console.status(f"Exporting and checking {escape(model)}"):
