@@ -330,7 +330,7 @@ def test_commands_and_options_exist(path):
         "pip install -e '.[trian]'",
         "make tests",
         "hf jobs run --flavour a100-large python:3.12 true",
-        "hf jobs run python:3.12 bash -c 'cd /work && accelerate launch examples/train.py --max_stepz 3'",
+        "hf jobs run python:3.12 bash -c 'cd /job && accelerate launch examples/train.py --max_stepz 3'",
         "hf jobs log JOB",
         "examples/fetch.sh pictures",
     ],
