@@ -117,8 +117,8 @@ class TrlDataArguments(DataArguments):
     pad_to_multiple_of: int | None = field(default=None, init=False)
 
 
-def tensorboard_if_installed() -> str:
-    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+def tensorboard_if_installed() -> list[str]:
+    return ["tensorboard" if importlib.util.find_spec("tensorboard") else "none"]
 
 
 @dataclass
@@ -142,7 +142,8 @@ class RecipeArguments(TrainingArguments):
     logging_first_step: bool = True
     save_steps: float = 500
     save_total_limit: int | None = 2
-    report_to: None | str | list[str] = field(default_factory=tensorboard_if_installed)  # noqa: RUF036 (the parser's order)
+    # A list, so that the command line takes several.
+    report_to: list[str] = field(default_factory=tensorboard_if_installed)
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     budgets: str = option(

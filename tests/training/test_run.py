@@ -1,8 +1,10 @@
 """A whole run in this process: what it prints, what it leaves, and that every command reads it."""
 
 import json
+import math
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,6 +56,21 @@ def test_a_run_of_one_step_is_read_by_every_command(tmp_path, photo, capfd):
     elsewhere = shutil.copytree(folder, tmp_path / "another machine")
     command = ["eval", "run", "--model", str(elsewhere), "--data", "shapes", "--limit", "2", "--out", str(tmp_path / "scores")]
     assert (done := CliRunner().invoke(app, command)).exit_code == 0, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loggers", [["trackio"], ["tensorboard", "trackio"]])
+def test_losses_are_logged_by_trackio_beside_tensorboard(tmp_path, monkeypatch, loggers):
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported, hence another process
+    options = ["--max_steps", "3", "--logging_steps", "1", "--run_name", "first", "--project", "mine"]
+    command = [sys.executable, SCRIPT, *LINE, "--report_to", *loggers, *options, "--output_dir", tmp_path / "run"]
+    subprocess.run([str(part) for part in command], check=True)
+    api = [sys.executable, "-m", "trackio.cli", "get", "metric", "--project", "mine", "--run", "first"]
+    done = subprocess.run([*api, "--metric", "train/loss", "--json"], check=True, capture_output=True, text=True)
+    values = json.loads(done.stdout)["values"]
+    assert len(values) == 3 and all(math.isfinite(value["value"]) for value in values)
+    assert bool(list((tmp_path / "run").rglob("events.out.tfevents.*"))) == ("tensorboard" in loggers)
 
 
 @pytest.mark.slow
