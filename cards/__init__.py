@@ -18,6 +18,20 @@ from granulon_hf.modeling.configuration_granulon import GranulonConfig
 from granulon_hf.variants import NAMES, parse
 
 FOLDER = Path(__file__).parent
+# What the Hub's page shows to try the model with: a conversation, as the tag image-text-to-text has it.
+PHOTOGRAPH = "https://huggingface.co/datasets/mishig/sample_images/resolve/main/tiger.jpg"
+WIDGET = [
+    {
+        "example_title": title,
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": PHOTOGRAPH}}, {"type": "text", "text": question}],
+            }
+        ],
+    }
+    for title, question in (("Coarse", "What is in the picture?"), ("Fine", "What is at the bottom left of the picture?"))
+]
 
 
 def card_data(name: str) -> dict[str, Any]:
@@ -39,6 +53,8 @@ def model_card(
     backbones: dict[str, Any] | None = None,
     results: dict[str, Any] | None = None,
     source: str | None = None,
+    tuned: bool = False,
+    whole: str | list[str] | None = None,
 ) -> ModelCard:
     """Render the card of a model.
 
@@ -53,6 +69,8 @@ def model_card(
         results (`dict`, *optional*): content of the `scores.json` of `granulon eval run`; with several models in it, that of
             this one is found by `source`, `repo_id` or `name`, the first that is there.
         source (`str`, *optional*): the folder or Hub id that was evaluated.
+        tuned (`bool`, defaults to `False`): whether the backbones' own weights were trained too.
+        whole (`str` or `list[str]`, *optional*): of a quantized model, the Hub id of the one before; by default the backbones.
 
     Returns:
         [`~huggingface_hub.ModelCard`]: with the scores as `model-index`.
@@ -77,13 +95,20 @@ def model_card(
     if text.hidden_size != width:  # what is said of the variant's own weights is not true of these
         name, data = None, {}
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["granulon"]}
+    metadata["widget"] = WIDGET
     known = data.get("metadata", {"license": "unknown"})
     metadata |= known if name else {key: value for key, value in known.items() if key.startswith("license")}
     if backbones:
         metadata["base_model"] = [s["name"] for s in backbones.values() if is_hub_id(s["name"])] or None
+    hub = metadata.get("base_model")
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
+        metadata["base_model"] = whole or hub
     if metadata.get("base_model"):
         # Two models joined, both unchanged, is nearest to the Hub's "merge".
-        metadata["base_model_relation"] = "adapter" if form == "adapter" else "merge"
+        relation = "adapter" if form == "adapter" else "finetune" if tuned else "merge"
+        metadata["base_model_relation"] = "quantized" if quantization else relation
     repo_name = repo_id.split("/")[-1] if repo_id else None
     title = data["title"] if name else repo_name or "A Granulon model"
     if data.get("notice") and repo_name and not repo_name.lower().startswith("llama"):
@@ -109,7 +134,8 @@ def model_card(
         config=config,
         vision=vision,
         text=text,
-        hub=metadata.get("base_model"),
+        hub=hub,
+        quantization=quantization,
         repo=repo_id or "path/to/this/folder",
         form=form,
         other_size=other_size,

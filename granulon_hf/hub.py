@@ -9,26 +9,32 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub import CommitInfo, HfApi, ModelCard, get_token, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers import PreTrainedConfig
 
 import granulon_hf
 from granulon_hf import cards, modeling
 from granulon_hf import export_check as probe
 from granulon_hf.errors import GranulonError, one_line
-from granulon_hf.loading import find_source, read_config, read_model
+from granulon_hf.loading import find_source, is_quantized, read_config, read_model
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, find_adapter, name_backbone
 from granulon_hf.modeling.configuration_granulon import GranulonConfig
+from granulon_hf.quantization import quantization_config
+from granulon_hf.training.checkpoints import RUN
 from granulon_hf.training.stages import save_adapter
 
 FORMS = ("full", "adapter")
+TUNING = ("projector+lora", "full")  # the stages of training that change the backbones
 CODE = Path(modeling.__file__).parent
 AUTO_MAP = {
     "AutoConfig": "configuration_granulon.GranulonConfig",
@@ -58,6 +64,7 @@ def export(
     name: str | None = None,
     repo_id: str | None = None,
     results: dict[str, Any] | None = None,
+    quantize: Literal["4bit", "8bit"] | None = None,
     validate: bool = True,
 ) -> Path:
     """Write a model as the folder that goes to the Hub: weights, configs, processor, chat template, code, licence and card.
@@ -72,6 +79,7 @@ def export(
         name (`str`, *optional*): the variant of the paper that it is, for the card.
         repo_id (`str`, *optional*): where it will be, for the card.
         results (`dict`, *optional*): `scores.json` of `granulon eval run`, for the card.
+        quantize (`str`, *optional*): "4bit" or "8bit" for the language model, of the full form.
         validate (`bool`, defaults to `True`): load the folder where this package is not to be had, and compare logits.
 
     Returns:
@@ -96,7 +104,14 @@ def export(
     if name is not None:
         cards.check_variant(config, name)
     trained = find_adapter(source)
-    form = form or ("adapter" if trained else "full")
+    form = form or ("adapter" if trained and not quantize else "full")
+    if quantize and form == "adapter":
+        raise GranulonError("The adapter form names its backbones and cannot quantize them; leave out --form.")
+    if quantize and results:
+        raise GranulonError(
+            "--results are of the model before --quantize: export it (--dry-run --out FOLDER), evaluate FOLDER, and push that "
+            "with its results."
+        )
     if backbones and form == "full":
         raise GranulonError("Backbones are named in the adapter form only; add form='adapter'.")
     named = named_backbones(config.backbones, backbones) if form == "adapter" else config.backbones
@@ -108,21 +123,43 @@ def export(
         )
     # An adapter whose config names none is read with those that are given.
     options: dict[str, Any] = {"backbones": named} if trained and config.backbones is None else {}
+    whole: str | list[str] | None = None  # what a quantized model was
+    if quantize:
+        options["quantization_config"] = quantization_config(quantize, config)
+        whole = source if cards.is_hub_id(source) else None
+    elif is_quantized(config):
+        whole = read_base_model(source)
     model, processor, _ = read_model(source, **options)
-    expected = probe.logits(model, processor) if validate else {}
-    if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
-        raise GranulonError(f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken.")
-    model.config.backbones = None if local and form == "full" else named
+    named = None if local and form == "full" else named
+    # Merged low-rank factors, or a run that trained all, make other models of the backbones.
+    tuned = (config.backbones is not None and model.config.backbones is None) or read_stage(source) in TUNING
+    model.config.backbones = None if tuned and form == "full" else named
 
     # A folder appears under its name when it is whole and was tried.
     target, folder = folder, folder.with_name(f".{folder.name}.part")
     shutil.rmtree(folder, ignore_errors=True)
     try:
-        write_folder(model, processor, folder, form, trained)
-        card = cards.model_card(model.config, name=name, repo_id=repo_id, form=form, results=results, source=source)
+        write_folder(model, processor, folder, form, trained, source if is_quantized(config) else None)
+        card = cards.model_card(
+            model.config,
+            name=name,
+            repo_id=repo_id,
+            form=form,
+            backbones=named,
+            results=results,
+            source=source,
+            tuned=tuned,
+            whole=whole,
+        )
         card.save(folder / "README.md")
         check_export(folder)
         if validate:
+            # After it was written: bitsandbytes packs 4-bit weights anew when a CPU first uses them, and saves those wrongly.
+            expected = probe.logits(model, processor)
+            if bad := [level for level, values in expected.items() if not np.isfinite(values).all()]:
+                raise GranulonError(
+                    f"The logits of {source!r} at the level {bad[0]} are not all finite numbers: the model is broken."
+                )
             del model
             compare(folder, expected)
         if target.is_dir():
@@ -133,12 +170,37 @@ def export(
     return target
 
 
-def write_folder(model: Any, processor: Any, folder: Path, form: str, trained: str | None) -> None:
-    """Write all files of an export but its card."""
+def read_stage(source: str) -> str | None:
+    """Read which stage a training run's folder is of; `None` for anything else."""
+    try:
+        return json.loads((Path(source) / RUN).read_text(encoding="utf-8"))["model"]["stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def read_base_model(source: str) -> str | list[str] | None:
+    """Read from its card what a model comes from; `None` where none says so."""
+    try:
+        return ModelCard.load(Path(source) / "README.md" if os.path.isdir(source) else source).data.to_dict().get("base_model")
+    except (OSError, ValueError):
+        return None
+
+
+def write_folder(
+    model: Any, processor: Any, folder: Path, form: str, trained: str | None, quantized: str | None = None
+) -> None:
+    """Write all files of an export but its card; `quantized` is where a model's weights are that cannot be saved again."""
     folder.mkdir(parents=True)
     model.config.auto_map = AUTO_MAP
     model.config.architectures = [type(model).__name__]
-    if form == "full":
+    if quantized is not None:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        weights = ["*.safetensors", "*.safetensors.index.json"]
+        place = Path(quantized if os.path.isdir(quantized) else snapshot_download(quantized, allow_patterns=weights))
+        for path in (path for pattern in weights for path in place.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    elif form == "full":
         model.save_pretrained(folder, max_shard_size="5GB")
     else:
         model.requires_grad_(False)  # of what is frozen nothing is saved
@@ -246,6 +308,28 @@ def compare(folder: str | os.PathLike, expected: dict[str, np.ndarray]) -> float
     return worst
 
 
+class HubNotAsked(GranulonError):
+    """There is no login on the Hub, or no way to it: nothing is known of a repository."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A repository that an upload may go to, and what it holds now."""
+
+    repo_id: str
+    exists: bool
+    private: bool  # as it is, or as it would be made
+    files: dict[str, RepoFile] = field(default_factory=dict)  # of the branch, or of main where the branch is new
+    branch: str | None = None
+    new_branch: bool = False
+    doubt: str | None = None  # why the Hub may refuse to make it
+
+    @property
+    def replaced(self) -> list[str]:
+        """Files that go away if an upload does not bring them."""
+        return list(filter_repo_objects(self.files, allow_patterns=REPLACED, ignore_patterns="*/*"))
+
+
 def push(
     source: str | os.PathLike,
     repo_id: str,
@@ -270,49 +354,132 @@ def push(
         **options: of [`export`].
 
     Raises:
-        GranulonError: no login, a repository that is public though `private`, or what [`export`] raises.
+        GranulonError: no login, a repository that may not be written or is public though `private`, a card whose metadata the
+            Hub does not accept, or what [`export`] raises.
     """
     api = HfApi(token=token)
-    repo_id, present = check_repo(api, repo_id, private)
+    target = find_target(repo_id, private=private, revision=revision, token=token)
     with nullcontext(folder) if folder else tempfile.TemporaryDirectory() as place:
-        path = export(source, place, repo_id=repo_id, **options)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        path = export(source, place, repo_id=target.repo_id, **options)
+        check_card(path)
+        api.create_repo(target.repo_id, private=private, exist_ok=True)
         if revision:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(target.repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id,
+            repo_id=target.repo_id,
             folder_path=path,
             revision=revision,
             commit_message=message or f"Upload with granulon_hf {granulon_hf.__version__}",
             allow_patterns=UPLOADED,
-            delete_patterns=list(filter_repo_objects(present, allow_patterns=REPLACED, ignore_patterns="*/*")) or None,
+            delete_patterns=target.replaced or None,
         )
 
 
-def check_repo(api: HfApi, repo_id: str, private: bool) -> tuple[str, list[str]]:
-    """Return the full name of a repository that may be written, and its files; raise GranulonError for any other."""
+def find_target(repo_id: str, *, private: bool = True, revision: str | None = None, token: str | None = None) -> Target:
+    """Look at the repository that an upload would go to, without writing anything.
+
+    Raises:
+        HubNotAsked: no login, or no way to the Hub.
+        GranulonError: one that may not be written, is not as private as asked for, or holds another model.
+    """
     cards.check_repo_id(repo_id)
-    try:
-        user = api.whoami()
-    except Exception as error:
-        reason = one_line(error)[:200]
-        raise GranulonError(f"No login on the Hub: run `hf auth login`, or set HF_TOKEN ({reason}).") from error
+    user = who_am_i(token)
+    api = HfApi(token=token)
     if "/" not in repo_id:
         repo_id = f"{user['name']}/{repo_id}"
     try:
         known = api.model_info(repo_id)
     except RepositoryNotFoundError:
-        return repo_id, []
+        return Target(repo_id, False, private, branch=revision, new_branch=bool(revision), doubt=doubt(user, repo_id))
     if private and not known.private:
         raise GranulonError(f"{repo_id} exists and is public; say so (--public), or name another repository.")
     if not private and known.private:
         raise GranulonError(f"{repo_id} exists and is private; make it public in its settings, or leave out --public.")
-    present = [one.rfilename for one in known.siblings or []]
-    if set(present) - {".gitattributes", "README.md"}:
+    try:
+        api.auth_check(repo_id, write=True)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise GranulonError(
+                f"{user['name']} may not write to {repo_id} with this token: use one that may, or name another repository."
+            ) from error
+    new_branch = False
+    try:
+        files = list_files(api, repo_id, revision)
+    except RevisionNotFoundError:
+        files, new_branch = list_files(api, repo_id), True
+    if files.keys() - {".gitattributes", "README.md"}:
         try:
-            kind = PreTrainedConfig.get_config_dict(repo_id, token=api.token)[0].get("model_type")
+            at = None if new_branch else revision
+            kind = PreTrainedConfig.get_config_dict(repo_id, revision=at, token=api.token)[0].get("model_type")
         except OSError:
             kind = None
         if kind != GranulonConfig.model_type:
             raise GranulonError(f"{repo_id} holds something else than a Granulon model; name another repository.")
-    return repo_id, present
+    return Target(repo_id, True, bool(known.private), files, revision, new_branch)
+
+
+def who_am_i(token: str | None) -> dict[str, Any]:
+    """Return what the Hub knows of a token's user.
+
+    Raises:
+        HubNotAsked: there is no token that the Hub accepts, or no way to it.
+        GranulonError: the token may only read.
+    """
+    try:
+        if not (token or get_token()):
+            raise LocalTokenNotFoundError("there is no token")
+        user = HfApi(token=token).whoami()
+    except Exception as error:
+        reason = one_line(error)[:200]
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+        if isinstance(error, LocalTokenNotFoundError) or status in (401, 403):
+            raise HubNotAsked(f"No login on the Hub: run `hf auth login`, or set HF_TOKEN ({reason}).") from error
+        raise HubNotAsked(f"The Hub cannot be reached: connect, and unset HF_HUB_OFFLINE if it is set ({reason}).") from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise GranulonError("The token may only read; make one that may write at https://huggingface.co/settings/tokens.")
+    return user
+
+
+def doubt(user: dict[str, Any], repo_id: str) -> str | None:
+    """Say why a user may not be able to make a repository, as far as the Hub tells."""
+    owner = repo_id.split("/")[0]
+    roles = {one["name"]: one.get("roleInOrg") for one in user.get("orgs", [])}
+    if owner == user["name"] or roles.get(owner, "read") != "read":
+        return None
+    what = "may only read in" if owner in roles else "is not a member of"
+    return f"{user['name']} {what} {owner}: the Hub will refuse to make the repository."
+
+
+def list_files(api: HfApi, repo_id: str, revision: str | None = None) -> dict[str, RepoFile]:
+    """Return the files of a repository by their paths, with their hashes."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def check_card(folder: Path) -> None:
+    """Have the Hub look at the card's metadata; raise GranulonError for what it does not accept."""
+    try:
+        ModelCard.load(folder / "README.md").validate()
+    except ValueError as error:
+        raise GranulonError(f"The Hub does not accept the metadata of the card: {one_line(error)}") from error
+
+
+def plan(folder: Path, target: Target) -> dict[str, str]:
+    """Say of every file, here or there, what an upload makes of it: "new", "changed", "same", "removed" or "left"."""
+    told: dict[str, str] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        there = target.files.get(name)
+        told[name] = "new" if there is None else "same" if is_same(path, there) else "changed"
+    replaced = set(target.replaced)
+    return told | {name: "removed" if name in replaced else "left" for name in sorted(target.files.keys() - told.keys())}
+
+
+def is_same(path: Path, there: RepoFile) -> bool:
+    """Compare a file with one on the Hub by size and hash: SHA-256 of large files, Git's own of others."""
+    if path.stat().st_size != there.size:
+        return False
+    if there.lfs is None:
+        return git_hash(path.read_bytes()) == there.blob_id
+    with path.open("rb") as file:
+        return sha_fileobj(file).hex() == there.lfs.sha256

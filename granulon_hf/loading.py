@@ -39,15 +39,25 @@ def load_model(source: str, device: str = "auto", dtype: str = "auto") -> tuple[
         source (`str`): folder or Hub id, "demo", or "tiny:<variant>".
         device (`str`): "cpu", "cuda", "cuda:1", "mps", or "auto".
         dtype (`str`): "auto" is the checkpoint's own on an accelerator and float32 on a CPU, where batches of another size
-            would otherwise round differently, and now and then choose another word.
+            would otherwise round differently, and now and then choose another word. A quantized model takes its own alone.
 
     Raises:
         GranulonError: an unknown device, dtype or variant, a folder without a Granulon model, or weights that are missing.
     """
     check_models([source], device, dtype)
     place = pick_device(device)
-    model, processor, name = read_model(source, "float32" if dtype == "auto" and place.type == "cpu" else dtype)
+    if is_quantized(config := read_config(source)):
+        saved = str(config.dtype).removeprefix("torch.")
+        if dtype not in ("auto", saved):
+            raise GranulonError(f"{source!r} is quantized and runs in {saved}, as it was saved: leave out --dtype {dtype}.")
+    elif dtype == "auto" and place.type == "cpu":
+        dtype = "float32"
+    model, processor, name = read_model(source, dtype)
     return model.to(place), processor, name
+
+
+def is_quantized(config: PreTrainedConfig) -> bool:
+    return getattr(config, "quantization_config", None) is not None
 
 
 def read_model(source: str, dtype: str = "auto", **options: Any) -> tuple[Any, Any, str]:
@@ -60,6 +70,8 @@ def read_model(source: str, dtype: str = "auto", **options: Any) -> tuple[Any, A
     try:
         processor = AutoProcessor.from_pretrained(place)
         model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, **options)
+    except ImportError as error:  # of a quantized model, whose library is not there
+        raise GranulonError(f"The model {source!r} needs another package: {first_sentence(error)}.") from error
     except Exception as error:  # whatever the readers raise
         reason = f"{type(error).__name__}: {first_sentence(error)}"
         raise GranulonError(f"The model {source!r} is incomplete or damaged ({reason}).") from error

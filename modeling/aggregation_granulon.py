@@ -261,4 +261,40 @@ def aggregate(
     )
 
 
-__all__ = ["GranulonAggregation", "aggregate", "cosine_relation"]
+def record_clusters(aggregation: GranulonAggregation, alpha: int) -> torch.Tensor:
+    """Return what [`recall`] needs to make the tokens of an aggregation again, as integers of shape [I x 2 x N].
+
+    They are the slot of every patch, -1 where its cluster is not kept, and the divisor of the patch in the slot's mean.
+    """
+    height, width = aggregation.assignment.shape[1:]
+    inside = aggregation.assignment.flatten(1).unsqueeze(1) == aggregation.kept_clusters.unsqueeze(2)
+    slot = torch.where(inside.any(1), inside.int().argmax(1), -1)
+    cell, _ = pooling_cells(torch.tensor([alpha], device=slot.device), height, width)
+    in_cell = (cell.unsqueeze(1) == cell.unsqueeze(2)).sum(2)
+    # A token is the mean of its cells, of which ragged ones hold fewer patches.
+    cells = (inside / in_cell.unsqueeze(1)).sum(2).round().int()
+    return torch.stack([slot, in_cell * cells.gather(1, slot.clamp(min=0))], dim=1).int()
+
+
+def recall(features: torch.Tensor, grid: tuple[int, int], clusters: torch.Tensor, num_slots: int) -> GranulonAggregation:
+    """Make semantic tokens as [`aggregate`] has made them of the same features, without clustering them again.
+
+    Args:
+        features, grid, num_slots: as in [`aggregate`].
+        clusters (`torch.Tensor`): what [`record_clusters`] returned, shape [I x 2 x N].
+    """
+    slot, divisor = clusters.unsqueeze(2).unbind(1)
+    index = torch.arange(num_slots, device=slot.device)
+    inside = slot == index.unsqueeze(1)
+    share = (inside / divisor.to(_work_dtype(slot.device))).to(features.dtype)
+    inside = inside.float()
+    size = inside.sum(2, keepdim=True)
+    return GranulonAggregation(
+        tokens=share @ features,
+        assignment=slot.view(-1, *grid),
+        kept_clusters=index.where(size.squeeze(2) > 0, -1),
+        positions=inside @ grid_positions(*grid, slot.device) / size.clamp(min=1),
+    )
+
+
+__all__ = ["GranulonAggregation", "aggregate", "cosine_relation", "recall", "record_clusters"]

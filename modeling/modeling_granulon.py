@@ -44,7 +44,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from .adapter_granulon import ADAPTER_WEIGHTS, HUB_OPTIONS, assemble, find_adapter, find_file, load_whole, name_backbone
-from .aggregation_granulon import GranulonAggregation, grid_positions
+from .aggregation_granulon import GranulonAggregation, grid_positions, recall
 from .attention_granulon import NAME as PACKED_ATTENTION
 from .configuration_granulon import GranulonConfig
 from .controller_granulon import GranularityController, cast_input, first_block_states, unpack_questions
@@ -522,9 +522,14 @@ class GranulonModel(GranulonPreTrainedModel):
             scales[side], _, outputs = self._run_tower(run, small, layer, strategy, **kwargs)
         return scales, PatchFeatures(scales[side], grid, training=self.training), outputs
 
-    def _aggregate(self, patches, level, budget=None, num_slots=None, question=None) -> GranulonAggregation:
+    def _aggregate(self, patches, level, budget=None, num_slots=None, question=None, clusters=None) -> GranulonAggregation:
         """Return semantic tokens of images at their levels, or at budgets [I] where the level is -1."""
         num_slots = num_slots or self.config.num_semantic_tokens
+        if clusters is not None:
+            chosen = clusters[torch.arange(len(level), device=level.device), level.clamp(min=0)]
+            aggregation = recall(patches.features, patches.grid, chosen, num_slots)
+            aggregation.level = level
+            return aggregation
         patches.alpha = self._level_values(level, "alpha", 1)
         if budget is None:
             budget = self._level_values(level, "beta")
@@ -577,6 +582,7 @@ class GranulonModel(GranulonPreTrainedModel):
         num_slots: int | None = None,
         question: torch.Tensor | None = None,
         num_image_slots: torch.Tensor | None = None,
+        clusters: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonImageFeatures:
         """Return the image slots: projected pixel tokens (not in the compact form), then weighted projected semantic tokens.
@@ -593,6 +599,7 @@ class GranulonModel(GranulonPreTrainedModel):
                 for reducers that choose by it.
             num_image_slots (`torch.Tensor`, *optional*): slots of each image that `pooler_output` has, shape [I], as the
                 processor has counted them for an engine that cannot hide empty ones, which come last. All of them by default.
+            clusters (`torch.Tensor`, *optional*): as in [`GranulonModel.forward`].
         """
         patches, outputs = self._patch_features(
             pixel_values, vision_feature_layer, vision_feature_select_strategy, visual_tokens, **kwargs
@@ -604,7 +611,7 @@ class GranulonModel(GranulonPreTrainedModel):
             slots = self.multi_modal_projector(patches.features, positions)
         if self.config.granularity_levels:
             level, budget = self._image_choices(granularity, visual_tokens, pixel_values)
-            aggregation = self._aggregate(patches, level, budget, num_slots, question)
+            aggregation = self._aggregate(patches, level, budget, num_slots, question, clusters)
             semantic = self.multi_modal_projector(aggregation.tokens, aggregation.positions)
             semantic = self._level_values(aggregation.level, "gamma", 1).to(semantic).view(-1, 1, 1) * semantic
             slot_mask = aggregation.keep.long()
@@ -726,6 +733,7 @@ class GranulonModel(GranulonPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         mm_encoder_outputs: dict | None = None,
         seq_idx: torch.Tensor | None = None,
+        clusters: torch.Tensor | None = None,
         **kwargs,
     ) -> GranulonModelOutputWithPast:
         """
@@ -753,6 +761,8 @@ class GranulonModel(GranulonPreTrainedModel):
                 it). Samples do not see each other; `granularity`, probabilities and levels count samples instead of rows.
                 Empty image slots and padding are then removed before the decoder and come back as zeros; `position_ids` are
                 counted anew, and no cache is made (ours).
+            clusters (`torch.Tensor`, *optional*): the clusters of AdaTA, found before (`record_clusters`), of each image at
+                each level, shape [I x n x 2 x N]; n is 1 with `visual_tokens`.
 
         Raises:
             ValueError: both or neither of `input_ids` and `inputs_embeds`; images and their placeholders do not match; an
@@ -785,7 +795,9 @@ class GranulonModel(GranulonPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             tower = dict(
-                vision_feature_layer=vision_feature_layer, vision_feature_select_strategy=vision_feature_select_strategy
+                vision_feature_layer=vision_feature_layer,
+                vision_feature_select_strategy=vision_feature_select_strategy,
+                clusters=clusters,
             )
             images = self.encode_images(
                 pixel_values,

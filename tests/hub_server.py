@@ -14,13 +14,18 @@ class HubServer:
     """`with HubServer() as hub:` serves at `hub.url`. `hub.files(kind, name)` are the files of main; `hub.log` all requests.
 
     `hub.commits[kind, name]` is a list of (sha, files, message), the oldest first; that of another branch is
-    `hub.commits[kind, name, branch]`.
+    `hub.commits[kind, name, branch]`. `hub.user` is who every token belongs to, `hub.readonly` holds others'
+    repositories, `hub.large` the files that are kept by their SHA-256, and `hub.card_error` is what is wrong with every card.
     """
 
     def __init__(self):
         self.commits: dict[tuple[str, ...], list[tuple[str, dict[str, bytes], str]]] = {}
         self.private: dict[tuple[str, str], bool] = {}
         self.log: list[str] = []
+        self.user = {"type": "user", "name": "tester", "orgs": [{"name": "org", "roleInOrg": "write"}]}
+        self.readonly: set[tuple[str, str]] = set()
+        self.large: set[str] = set()
+        self.card_error: str | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,9 +56,10 @@ class HubServer:
                 if path == "api/repos/create":
                     return self.create(json.loads(body))
                 if path == "api/validate-yaml":
-                    return self.reply(200, {"errors": [], "warnings": []})
+                    errors = [{"message": hub.card_error}] if hub.card_error else []
+                    return self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
                 if path == "api/whoami-v2":
-                    return self.reply(200, {"type": "user", "name": "tester", "orgs": []})
+                    return self.reply(200, hub.user)
                 if parts[0] == "api":
                     repo, rest = (KINDS[parts[1]], "/".join(parts[2:4])), parts[4:]
                     if repo not in hub.commits:
@@ -79,6 +85,8 @@ class HubServer:
             def api(self, repo, rest, body):
                 if not rest:
                     rest = ["revision", "main"]
+                if rest[0] == "auth-check":
+                    return self.reply(403 if repo in hub.readonly else 200, {"error": "no right to write"})
                 if rest[0] == "preupload":
                     files = json.loads(body)["files"]
                     modes = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None} for f in files]
@@ -163,10 +171,10 @@ class HubServer:
     def files(self, kind, name, *branch):
         return self.commits[(kind, name, *branch)][-1][1]
 
-    @staticmethod
-    def entry(name, data):
+    def entry(self, name, data):
+        lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 100}
         oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        return {"type": "file", "oid": oid, "size": len(data), "path": name}
+        return {"type": "file", "oid": oid, "size": len(data), "path": name} | ({"lfs": lfs} if name in self.large else {})
 
     def __enter__(self):
         threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()

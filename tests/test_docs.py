@@ -18,6 +18,7 @@ import pytest
 import torch
 import typer
 from accelerate.commands.launch import launch_command_parser
+from huggingface_hub.cli.hf import app as hf
 from torch.distributed.run import get_args_parser
 from transformers.testing_utils import HfDocTestParser
 
@@ -46,7 +47,7 @@ SMALLER = {"scenes=2000": "scenes=4", "scenes=7000": "scenes=3", "scenes=500": "
 SMALLER |= {'folder="pictures"': "", '"pictures': '"drawn'}
 SMALLER |= {"max_new_tokens=20": "max_new_tokens=3", "max_new_tokens=8": "max_new_tokens=3"}
 # Programs of others, whose options are theirs.
-FOREIGN = {".", "apt-get", "cd", "dpkg", "export", "for", "done", "lmms-eval", "mkdir", "tar", "transformers", "vllm"}
+FOREIGN = {".", "apt-get", "cd", "dpkg", "export", "for", "done", "lmms-eval", "ls", "mkdir", "tar", "transformers", "vllm"}
 OURS = ("granulon ", "make ", "python ", "accelerate launch ", "torchrun ", "examples/")
 
 
@@ -221,6 +222,20 @@ def check_launch(parser: argparse.ArgumentParser, words: list[str]) -> None:
     check_python([*(["-m"] if args.module else []), args.training_script, *args.training_script_args])
 
 
+def check_hf(words: list[str]) -> None:
+    """That the Hub's command takes these options, and that what a job runs exists."""
+    command = hf
+    while hasattr(command, "get_command"):
+        context = command.context_class(command, info_name="hf")
+        name, *words = words
+        command = command.get_command(context, name)
+        assert command is not None, f"hf has no command {name}."
+    given = command.make_context("hf", words).params
+    if command.name == "run":
+        assert not given["image"].startswith("-"), f"hf jobs run has no {given['image']}."
+        check_command(given["command"])
+
+
 def check_command(words: list[str], whole: bool = True) -> None:
     while words and (words[0] == "do" or re.match(r"\w+=", words[0])):
         words = words[1:]
@@ -236,6 +251,10 @@ def check_command(words: list[str], whole: bool = True) -> None:
             check_launch(launch_command_parser(), rest[1:])
         case "torchrun":
             check_launch(get_args_parser(), rest)
+        case "hf":
+            check_hf(rest)
+        case "bash" if rest[0] == "-c":
+            check_line(" ".join(lines(rest[1])), whole)
         case "make":
             targets = [word for word in rest if "=" not in word]
             assert all(re.search(rf"^{word}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for word in targets), targets
@@ -310,6 +329,9 @@ def test_commands_and_options_exist(path):
         "python -m examples.experiment.run examples/experiment/quick.yaml --armz pixel --out study",
         "pip install -e '.[trian]'",
         "make tests",
+        "hf jobs run --flavour a100-large python:3.12 true",
+        "hf jobs run python:3.12 bash -c 'cd /job && accelerate launch examples/train.py --max_stepz 3'",
+        "hf jobs log JOB",
         "examples/fetch.sh pictures",
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -311,6 +312,37 @@ def test_low_rank_factors_are_merged(assembled, tmp_path):
     )
     np.testing.assert_allclose(found["fine"], expected["fine"], atol=1e-5)
     assert np.abs(plain["fine"] - expected["fine"]).max() > 1e-3
+
+
+@pytest.mark.parametrize("stage", ["projector", "projector+lora", "full"])
+def test_the_card_says_how_the_model_comes_from_its_backbones(assembled, stage, tmp_path, monkeypatch):
+    """Backbones that were trained are no longer those that are named: neither in the config nor as a mere merge."""
+    model, processor = assembled
+    names = {part: {"name": f"org/{part}", "revision": "1" * 40} for part in ("vision", "text")}
+    set_stage(model, stage, lora_rank=2)
+    source = tmp_path / "run"
+    source.mkdir()
+    if stage == "full":
+        model.save_pretrained(source)
+    else:
+        save_adapter(source, model)
+    processor.save_pretrained(source)
+    (source / "run.json").write_text(json.dumps({"model": {"stage": stage}}))
+    monkeypatch.setattr(hub, "read_config", lambda name: with_backbones(GranulonConfig.from_pretrained(name), names))
+    folder = hub.export(source, tmp_path / "out", form="full", validate=False)
+    held = json.loads((folder / "config.json").read_text())["backbones"]
+    card = ModelCard.load(folder / "README.md").data.to_dict()
+    assert card["base_model"] == ["org/vision", "org/text"]
+    assert card["base_model_relation"] == ("merge" if stage == "projector" else "finetune")
+    assert held == (names if stage == "projector" else None)
+    if stage != "full":
+        card = ModelCard.load(hub.export(source, tmp_path / "adapter", validate=False) / "README.md").data.to_dict()
+        assert card["base_model_relation"] == "adapter"
+
+
+def with_backbones(config, names):
+    config.backbones = names
+    return config
 
 
 def test_an_adapter_that_does_not_fit_is_refused(assembled, tmp_path):

@@ -83,7 +83,18 @@ def run(
     price: Annotated[
         float | None, typer.Option(help="Of a visual token, for controllers that were trained at prices.", min=0)
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples at once; answers do not depend on it. [8]", min=1)] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Samples at once; answers do not depend on it. \\[8; 64 with a token budget]", min=1)
+    ] = None,
+    max_tokens_per_batch: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens-per-batch",
+            "--max_tokens_per_batch",
+            help="Tokens of a batch, with images, padding and answers. \\[what a GPU's free memory holds; no bound on a CPU]",
+            min=1,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, or auto. \\[auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto: the checkpoint's own; float32 on a CPU. \\[auto]")] = None,
     judge: Annotated[str | None, typer.Option(help="Score with this judge too, such as gpt-4o.")] = None,
@@ -110,7 +121,7 @@ def run(
     def taken(**names: str) -> dict[str, Any]:
         return {name: options.pop(option) for name, option in names.items() if option in options}
 
-    names = ("max_new_tokens", "granularity", "visual_tokens", "price", "batch_size")
+    names = ("max_new_tokens", "granularity", "visual_tokens", "price", "batch_size", "max_tokens_per_batch")
     generation = Generation(**taken(**dict(zip(names, names, strict=True))))
 
     def check(sources: list[str], device: str, dtype: str) -> None:

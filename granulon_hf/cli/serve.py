@@ -1,7 +1,10 @@
 """`granulon serve`: `transformers serve` for Granulon models."""
 
 import ast
+import asyncio
+import functools
 import inspect
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,22 +46,28 @@ def serve_options() -> inspect.Signature:
 
 
 def serve(**options: Any) -> None:
-    """Serve a Granulon model with an OpenAI-compatible API; options are those of `transformers serve`, and two more."""
-    allow_remote_images, max_requests = options.pop("allow_remote_images"), options.pop("max_requests")
+    """Serve a Granulon model with an OpenAI-compatible API; options are those of `transformers serve`, and three more."""
+    own = {name: options.pop(name) for name in ("allow_remote_images", "max_requests")}
+    max_batch = options.pop("max_batch")
     config = check(options["force_model"])
     from transformers.cli.serve import Serve
-    from transformers.cli.serving import server
+    from transformers.cli.serving import server, utils
 
     from granulon_hf.serving import Gate
+    from granulon_hf.serving_batches import BatchManager
+    from granulon_hf.serving_metrics import Metrics
 
-    build = server.build_server
+    build, metrics, loop = server.build_server, Metrics(), asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
 
     def build_guarded(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
-        app.add_middleware(Gate, config=config, allow_remote_images=allow_remote_images, max_requests=max_requests)
+        app.add_route("/metrics", metrics.respond, methods=["GET"])
+        app.add_middleware(Gate, config=config, metrics=metrics, loop=loop, **own)
         return app
 
     server.build_server = build_guarded
+    utils.GenerateManager = functools.partial(BatchManager, max_batch, metrics)  # type: ignore[assignment, misc]
     Serve(**options)  # the Auto classes know Granulon by now
 
 
@@ -69,6 +78,9 @@ def own_options(
     max_requests: Annotated[
         int, typer.Option(min=1, help="Requests that may run or wait; further ones get 503 and come back later.")
     ] = 32,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Requests that are answered together, if they wait; 1 for one after the other.")
+    ] = 8,
 ) -> None:
     """Carry the options that `transformers serve` does not have."""
 

@@ -46,10 +46,15 @@ class GranulonCollator:
             examples/benchmarks/data_loading.py); `None` always decodes it in full.
         image_features (`callable`, *optional*): gives the tower's features [N x D] of an encoded image, computed before
             ([`~granulon_hf.training.feature_cache.FeatureCache`]); `pixel_values` then are [I x N x D], and no image is opened.
+        image_clusters (`callable`, *optional*): gives AdaTA's clusters [n x 2 x N] of an encoded image at each level, found
+            before; they are the batch's `clusters`.
+        stand_in (`dict`, *optional*): what `encode` gave of a sample, instead of the last good one, which is another in each
+            worker of a DataLoader.
+        warn (`bool`, defaults to `True`): log the first problem.
 
     Attributes:
         problems (`list[dict]`): `{"id", "reason"}` of each sample that was left out, once. With `num_workers` in a DataLoader
-            every worker has a collator, and a list, of its own; the first problem of each is also logged.
+            every worker has a collator, and a list, of its own ([`GranulonTrainer`] puts them together).
 
     Raises:
         ValueError: an unknown padding side, or `packing` with `pad_to_multiple_of`.
@@ -63,6 +68,9 @@ class GranulonCollator:
     last_answer_only: bool = False
     jpeg_reduction: float | None = 2.0
     image_features: Callable[[Any], torch.Tensor] | None = None
+    image_clusters: Callable[[Any], torch.Tensor] | None = None
+    stand_in: Any = None
+    warn: bool = True
     problems: list[dict[str, str]] = field(default_factory=list, init=False, repr=False)
     _last: Any = field(init=False, repr=False)
 
@@ -102,7 +110,7 @@ class GranulonCollator:
                 return [feature for sample in samples for feature in self._usable([sample])]
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             problem = {"id": str(as_row(samples[0]).get("id")), "reason": reason}
-            if not self.problems:
+            if self.warn and not self.problems:
                 logger.warning("Sample %(id)s is left out: %(reason)s. Others will be listed in `problems` only.", problem)
             if problem not in self.problems:
                 self.problems.append(problem)
@@ -110,7 +118,7 @@ class GranulonCollator:
 
     def _or_last(self, features):
         self._last = (features or [self._last])[-1]
-        return features or [self._last]
+        return features or [self._last if self.stand_in is None else self.stand_in]
 
     def _packed(self, features):
         batch = {name: torch.cat([feature[name] for feature in features])[None] for name in FILL}
@@ -148,6 +156,8 @@ class GranulonCollator:
             features.append(self._labelled(*tokens, *self._answer_spans(dialogues[i], prompt)))
             if row["images"]:
                 features[-1]["pixel_values"] = torch.stack([torch.as_tensor(next(pixels)) for _ in row["images"]])
+                if self.image_clusters is not None:
+                    features[-1]["clusters"] = torch.stack([self.image_clusters(image) for image in row["images"]])
         return features
 
     def _open(self, image):
@@ -264,8 +274,8 @@ def as_row(sample: Sample | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stacked_images(features: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    images = [feature["pixel_values"] for feature in features if "pixel_values" in feature]
-    return {"pixel_values": torch.cat(images)} if images else {}
+    found = {name: [feature[name] for feature in features if name in feature] for name in ("pixel_values", "clusters")}
+    return {name: torch.cat(images) for name, images in found.items() if images}
 
 
 def encode_prompts(processor: Any, conversations: Sequence[Any], **options: Any) -> Any:

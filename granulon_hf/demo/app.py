@@ -1,6 +1,7 @@
 """The demo Space: a photograph and a question in; answer, level, clusters and timings out.
 
 `granulon demo --serve` starts it. As it stands it is also the app file of a Space, whose variable GRANULON_MODEL names a model.
+On ZeroGPU hardware a question borrows a GPU.
 """
 
 import html
@@ -15,6 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+try:
+    import spaces  # before torch, parts of which it replaces on ZeroGPU
+except ImportError:
+    spaces = None
 
 import gradio as gr
 import torch
@@ -289,7 +295,7 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
         gr.Examples(offered, [picture, question], cache_examples=False)
         run = gr.on(
             [ask.click, question.submit],
-            respond,
+            spaces.GPU(respond) if spaces else respond,
             [picture, question, slider],
             [answer, level, clusters, figures],
             concurrency_limit=1,  # one model: others wait in the queue, and see their place in it

@@ -32,6 +32,7 @@ from granulon_hf.data.collator import GranulonCollator
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.answer import Generation, answer_batch, one_by_one, open_folder, read_description
+from granulon_hf.evaluation.batching import FEW
 from granulon_hf.evaluation.tables import empty_figure
 from granulon_hf.io import Journal, batches, replacing, write_text
 
@@ -176,7 +177,7 @@ class AlignmentRun:
                 else:
                     yield sample
 
-        for batch in batches(missing(), what.generation.batch_size):
+        for batch in batches(missing(), what.generation.batch_size or FEW):
             rows = one_by_one(lambda samples: align_batch(model, processor, samples, what), batch)
             self.journal.append({"id": sample.id, **row} for sample, row in zip(batch, rows, strict=True))
             on_progress(len(batch))

@@ -19,11 +19,15 @@ import granulon_hf
 from granulon_hf.data.collator import conversation, encode_prompts
 from granulon_hf.data.sample import Sample
 from granulon_hf.errors import GranulonError, one_line
+from granulon_hf.evaluation.batching import make_batches
 from granulon_hf.evaluation.tables import write_rows
 from granulon_hf.io import Journal, batches, replacing, write_text
 from granulon_hf.judge.images import image_id
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS
 from granulon_hf.training.feature_cache import fingerprint
+
+# What of a generation changes no answer.
+BATCHES = ("batch_size", "max_tokens_per_batch")
 
 
 @dataclass
@@ -34,25 +38,29 @@ class Generation:
         max_new_tokens (`int`): longest answer.
         granularity (`str`, *optional*): forces a level; by default the controller chooses.
         visual_stream (`str`, *optional*): "pixel" or "semantic" hides the other stream.
-        batch_size (`int`): samples at once. Answers do not depend on it.
+        batch_size (`int`, *optional*): samples at once, at most; by default 64 where their tokens are bounded, and else 8.
+            Answers do not depend on it.
         extra (`dict`): further arguments of `generate`.
         visual_tokens (`int`, *optional*): semantic tokens of every image, instead of a level.
         price (`float`, *optional*): of a visual token, for a controller that was trained at prices.
+        max_tokens_per_batch (`int`, *optional*): tokens of the prompts and longest answers of a batch, with padding; by default
+            what the free memory of a GPU holds, and any number on other devices. Answers do not depend on it.
     """
 
     max_new_tokens: int = 64
     granularity: str | None = None
     visual_stream: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     visual_tokens: int | None = None
     price: float | None = None
+    max_tokens_per_batch: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the answers depend on."""
         # Left out where they are not given: answers of before they existed are found again.
         idle = {name for name in ("visual_tokens", "price") if getattr(self, name) is None}
-        return {name: value for name, value in vars(self).items() if name not in {"batch_size", *idle}}
+        return {name: value for name, value in vars(self).items() if name not in {*BATCHES, *idle}}
 
     def choice(self) -> dict[str, Any]:
         """Return what says how many tokens an image gets, as arguments of [`look`]."""
@@ -290,13 +298,22 @@ def open_folder(folder: Path, description: dict[str, Any], before: dict[str, Any
 
 
 def one_by_one(function: Callable[[Sequence[Sample]], list[dict[str, Any]]], batch: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Return a row per sample, with an `error` where it cannot be used: one bad sample must not cost the others their rows."""
+    """Return a row per sample, with an `error` where it cannot be used: one bad sample must not cost the others their rows.
+
+    A batch that does not fit the memory of a GPU is answered in halves.
+    """
     try:
         return function(batch)
     except ValueError as error:
-        if len(batch) > 1:
-            return [row for sample in batch for row in one_by_one(function, [sample])]
-        return [{"error": one_line(error)}]
+        if len(batch) == 1:
+            return [{"error": one_line(error)}]
+        size = 1
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+        size = (len(batch) + 1) // 2
+    # Beyond the handlers, which keep what the batch had computed.
+    return [row for part in batches(batch, size) for row in one_by_one(function, part)]
 
 
 class PredictionRun:
@@ -366,7 +383,7 @@ class PredictionRun:
             write_text(self.folder / "run.json", json.dumps(content, indent=1) + "\n")
         on_progress((len(order) - len(missing)) // count)
         journal = Journal(self.folder / f"part-{index:03}.jsonl")
-        for batch in batches_by_image(missing[index::count], generation.batch_size):
+        for batch in make_batches(model, processor, missing[index::count], generation):
             journal.append(self.answer(model, processor, batch, generation))
             on_progress(len(batch))
         wait()
@@ -434,33 +451,6 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]], *, model: str, dat
     settings["extra"] = json.dumps(settings["extra"], default=str)
     own = {"model": model, "data": data, "generation": settings}
     write_rows(path, [{**row, **own, "meta": json.dumps(row["meta"], ensure_ascii=False)} for row in rows], columns)
-
-
-def batches_by_image(samples: Sequence[Sample], size: int) -> Iterator[list[Sample]]:
-    """Batches of samples about one image, which is then encoded once, where it has enough of them; then of all others.
-
-    Long prompts are beside long ones: less padding. The answers depend on neither.
-    """
-    groups: dict[str | bytes, list[Sample]] = {}
-    for sample in sorted(samples, key=lambda sample: len(sample.question)):
-        groups.setdefault(image_name(sample), []).append(sample)
-    rest = groups.pop("", [])
-    for group in groups.values():
-        for batch in batches(group, size):
-            # Half a batch that shares its image costs less than its part of a full one that does not.
-            if len(batch) > 1 and 2 * len(batch) >= size:
-                yield batch
-            else:
-                rest += batch
-    yield from batches(sorted(rest, key=lambda sample: len(sample.question)), size)
-
-
-def image_name(sample: Sample) -> str | bytes:
-    """Where a sample's only image is, or a hash of it; nothing where it has none or several."""
-    if len(sample.images) != 1:
-        return ""
-    data = sample.images[0].get("bytes")
-    return sample.images[0]["path"] if data is None else hashlib.sha256(data).digest()
 
 
 def cluster_keys(sample: Sample) -> list[str]:

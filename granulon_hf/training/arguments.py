@@ -117,8 +117,8 @@ class TrlDataArguments(DataArguments):
     pad_to_multiple_of: int | None = field(default=None, init=False)
 
 
-def tensorboard_if_installed() -> str:
-    return "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+def tensorboard_if_installed() -> list[str]:
+    return ["tensorboard" if importlib.util.find_spec("tensorboard") else "none"]
 
 
 @dataclass
@@ -142,7 +142,8 @@ class RecipeArguments(TrainingArguments):
     logging_first_step: bool = True
     save_steps: float = 500
     save_total_limit: int | None = 2
-    report_to: None | str | list[str] = field(default_factory=tensorboard_if_installed)  # noqa: RUF036 (the parser's order)
+    # A list, so that the command line takes several.
+    report_to: list[str] = field(default_factory=tensorboard_if_installed)
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     budgets: str = option(
@@ -155,6 +156,10 @@ class RecipeArguments(TrainingArguments):
         False,
         "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
         "backbones have no name (the demo, toy sizes, the stage full) holds them in any case.",
+    )
+    dataloader_num_workers: int = option(
+        -1,
+        "Processes that read samples, for each that trains. By default (-1) up to 4 on a GPU, and none with cached features.",
     )
     auto_precision: bool = option(True, "bf16 with tf32 matmul where the device has it, unless bf16 or fp16 is given.")
 
@@ -258,6 +263,8 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
         )
     if data.batching == "packed" and data.pad_to_multiple_of:
         raise GranulonError("Packed batches have no padding: leave out --pad_to_multiple_of, or --batching packed.")
+    if recipe.dataloader_num_workers < -1:
+        raise GranulonError(f"--dataloader_num_workers must be 0 or more; got {recipe.dataloader_num_workers}.")
     if recipe.compile not in ("none", "regional"):
         raise GranulonError(f"--compile must be none or regional; got {recipe.compile!r}.")
     if recipe.label_smoothing_factor:

@@ -19,7 +19,9 @@ logger = logging.get_logger(__name__)
 ADAPTER, RUN = ADAPTER_WEIGHTS, "run.json"
 UNFINISHED = ".unfinished"
 # What may differ between a run and its continuation; everything else would make another run of it.
-FREE = tuple("logging save_total_limit save_full dataloader_num_workers report_to run_name project disable_tqdm log_".split())
+FREE = tuple(
+    "logging save_total_limit save_full dataloader_num_workers report_to run_name project trackio disable_tqdm log_".split()
+)
 CHOSEN = ("batching", "max_tokens_per_batch")  # by the run itself where nobody says
 
 

@@ -1,4 +1,4 @@
-"""Patch features of a frozen tower, computed once and kept in a memory-mapped file (ours)."""
+"""Patch features of a frozen tower and the clusters that AdaTA finds in them, kept in memory-mapped files (ours)."""
 
 import hashlib
 import json
@@ -15,11 +15,15 @@ from rich.progress import track
 
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import Journal, batches
+from granulon_hf.modeling import aggregation_granulon, reducers_granulon
+from granulon_hf.modeling.aggregation_granulon import record_clusters
 from granulon_hf.modeling.images_granulon import open_rgb
 from granulon_hf.modeling.reducers_granulon import REDUCERS
 
 DESCRIPTION, INDEX, VALUES = "cache.json", "index.jsonl", "features.bin"
 MORE = {"attention", "scales"}  # what reducers may need of the tower beside features
+# What AdaTA's clusters depend on, beside features, levels and code.
+OPTIONS = ("num_semantic_tokens", "relation", "relation_weight", "clustering", "clustering_steps", "filter_weights")
 
 
 class FeatureCache:
@@ -28,13 +32,20 @@ class FeatureCache:
     A folder belongs to one tower and one preprocessing. Features are appended, then named in the index: a killed `fill` loses
     the batch that it was at, and the next one goes on.
 
+    Beside them it keeps the clusters that AdaTA finds of every image at every level, or at the one budget of a run, so that no
+    step looks for them again ([`fill_clusters`]). Not so with another reducer: it has trained weights, depends on the question,
+    draws at random, or costs next to nothing.
+
+    Args:
+        budget (`int`, *optional*): visual tokens of every image, instead of the levels'.
+
     Raises:
         GranulonError: the folder belongs to another tower or preprocessing, or is damaged; the tower is trained; or relation
             or reducer need more of the tower than its features.
     """
 
-    def __init__(self, folder: str, model: Any, processor: Any):
-        self.folder, self.model, self.processor = Path(folder), model, processor
+    def __init__(self, folder: str, model: Any, processor: Any, budget: int | None = None):
+        self.folder, self.model, self.processor, self.budget = Path(folder), model, processor, budget
         if any(parameter.requires_grad for parameter in model.model.vision_tower.parameters()):
             raise GranulonError("--feature_cache needs a frozen vision tower; leave it out in this stage.")
         levels, reducer = model.config.granularity_levels, model.config.reducer
@@ -57,6 +68,13 @@ class FeatureCache:
             "layer": str(model.config.vision_feature_layer),
             "preprocessing": digest(steps.encode()),
         }
+        # The level as an argument of `aggregate`, and its pooling.
+        self.choices: list[tuple[dict[str, int], int]] = []
+        if levels and reducer == "adata":
+            self.choices = [({"granularity": index}, level["alpha"]) for index, level in enumerate(levels)]
+            if budget is not None:
+                self.choices = [({"visual_tokens": budget}, 1)]
+        self.clusters = self.folder / f"clusters-{self.clusters_name()}.bin"
         self.read()
         values = self.folder / VALUES
         if self.rows and (not values.exists() or values.stat().st_size < (max(self.rows.values()) + 1) * self.row_size):
@@ -66,6 +84,19 @@ class FeatureCache:
     def row_size(self) -> int:
         """Bytes of one image's features."""
         return 2 * math.prod(self.shape)
+
+    def clusters_name(self) -> str:
+        """Hash all that decides which clusters AdaTA finds, its code included."""
+        config = self.model.config
+        settings = {name: getattr(config, name) for name in OPTIONS}
+        levels = [(level["alpha"], level["beta"]) for level in config.granularity_levels]
+        code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (aggregation_granulon, reducers_granulon)]
+        return digest(json.dumps([self.description, settings, levels, self.budget, code]).encode())
+
+    @property
+    def clusters_shape(self) -> tuple[int, ...]:
+        """Shape of one image's clusters, of 4 bytes each."""
+        return len(self.choices), 2, self.shape[0]
 
     def read(self) -> None:
         """Read what the folder holds, if anything."""
@@ -94,6 +125,23 @@ class FeatureCache:
         state.wait_for_everyone()
         self.read()
 
+    def count_clusters(self) -> int:
+        """Count the images whose clusters are there; they are the first ones."""
+        return self.clusters.stat().st_size // (4 * math.prod(self.clusters_shape)) if self.clusters.exists() else 0
+
+    @torch.inference_mode()
+    def fill_clusters(self, batch_size: int = 64) -> None:
+        """Find the clusters that are missing, on the main process, while the others wait."""
+        state, done = PartialState(), self.count_clusters()
+        if state.is_main_process and done < len(self.rows):
+            with open(self.clusters, "ab") as file:
+                file.truncate(done * 4 * math.prod(self.clusters_shape))  # of what a killed run wrote in part
+                for rows in batches(track(range(done, len(self.rows)), description="clusters"), batch_size):
+                    features = torch.stack([self.features(row) for row in rows]).to(state.device)
+                    found = [record_clusters(self.model.aggregate(features, **choice), alpha) for choice, alpha in self.choices]
+                    file.write(torch.stack(found, dim=1).cpu().numpy().tobytes())
+        state.wait_for_everyone()
+
     def missing(self, images: Iterable[Any]) -> Iterator[tuple[str, Any]]:
         seen = set(self.rows)
         for image in images:
@@ -108,6 +156,9 @@ class FeatureCache:
     def append(self, keys: list[str], images: list[Any], device: torch.device) -> None:
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"].to(device)
         features = self.model.model._patch_features(pixels)[0].features.to(torch.bfloat16).cpu().contiguous()
+        if not self.rows:
+            for old in self.folder.glob("clusters-*.bin"):  # of other rows
+                old.unlink()
         if not self.shape:
             self.shape = tuple(features.shape[1:])
             (self.folder / DESCRIPTION).write_text(json.dumps({**self.description, "shape": self.shape}) + "\n")
@@ -127,8 +178,17 @@ class FeatureCache:
         if row is None:
             open_rgb(image)  # says what is wrong with it
             raise ValueError("the image is not in the feature cache")
+        return self.features(row)
+
+    def features(self, row: int) -> torch.Tensor:
         values = np.memmap(self.folder / VALUES, np.int16, "r", offset=row * self.row_size, shape=self.shape)
         return torch.from_numpy(np.array(values)).view(torch.bfloat16)
+
+    def clusters_of(self, image: Any) -> torch.Tensor:
+        """Return AdaTA's clusters [n x 2 x N] of an encoded image that the cache holds."""
+        shape = self.clusters_shape
+        offset = self.rows[key_of(image)] * 4 * math.prod(shape)
+        return torch.from_numpy(np.array(np.memmap(self.clusters, np.int32, "r", offset=offset, shape=shape)))
 
 
 def key_of(image: Any) -> str:

@@ -17,7 +17,7 @@ import jinja2
 import psutil
 import torch
 import transformers
-from accelerate.utils import gather
+from accelerate.utils import gather, gather_object
 from huggingface_hub import ModelCard
 from rich.console import Console
 from transformers import set_seed
@@ -152,6 +152,7 @@ def check_samples(collator: GranulonCollator, samples: Sequence[Sample], stage: 
         encoded = collator.encode(samples[i])
         if encoded is not None and (stage != "projector" or "pixel_values" in encoded):
             collator.problems.clear()
+            collator.stand_in = encoded  # the same in every worker and process
             return
     what = "has an image: there is nothing to project"
     if collator.problems:
@@ -184,10 +185,15 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
     slots = copy.copy(processor)
     if isinstance(budgets, int) and model.config.compact:
         slots.num_semantic_tokens = budgets
-    collator = GranulonCollator(slots, data_args.max_length, packing=packed, pad_to_multiple_of=multiple)
+    # The trainer warns, once for all workers.
+    collator = GranulonCollator(slots, data_args.max_length, packing=packed, pad_to_multiple_of=multiple, warn=False)
     if data_args.feature_cache:
-        collator.image_features = FeatureCache(data_args.feature_cache, model, processor)
-        collator.image_features.fill(image for i in range(len(samples)) for image in samples[i].images)
+        cache = FeatureCache(data_args.feature_cache, model, processor, budget=budgets if isinstance(budgets, int) else None)
+        cache.fill(image for i in range(len(samples)) for image in samples[i].images)
+        collator.image_features = cache
+        if clusters_pay(cache, args, budgets, len(samples)):
+            cache.fill_clusters()
+            collator.image_clusters = cache.clusters_of
     check_samples(collator, samples, model_args.stage)
 
     lengths = None if data_args.batching == "padded" else collator.lengths(samples)
@@ -210,6 +216,8 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         )
     described: dict[str, Any] = {}
     if trainer.is_world_process_zero():
+        workers = trainer.args.dataloader_num_workers
+        say(f"Workers that read samples for each process: {workers} (--dataloader_num_workers).")
         described = start(model_args, data_args, args, samples)
         console = Console()
         console.print(f"Stage {model_args.stage}: {STAGES[model_args.stage]}", style="bold")
@@ -224,9 +232,21 @@ def train(model_args: ModelArguments, data_args: DataArguments, args: RecipeArgu
         raise TrainingStopped(trainer.stop_on_signal.stopped)
     trainer.save_model()
     trainer.save_state()
+    left_out = gather_object([*trainer.data_collator.told, *trainer.left_out])
     if trainer.is_world_process_zero():
-        finish(trainer, described, collator, samples)
+        finish(trainer, described, [*dict.fromkeys(left_out)])
     return model, processor
+
+
+def clusters_pay(cache: FeatureCache, args: RecipeArguments, budgets: str | int, samples: int) -> bool:
+    """Say whether AdaTA's clusters are kept: on a CPU only where the steps need more of them than there are to find."""
+    choices = len(cache.choices)
+    seen = args.num_train_epochs * samples
+    if args.max_steps > 0:
+        seen = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    missing = choices * (len(cache.rows) - cache.count_clusters())
+    # A GPU spends most of AdaTA's time on starting its kernels, once for a large batch.
+    return choices > 0 and (args.device.type != "cpu" or seen * (choices if budgets == "all" else 1) > missing)
 
 
 def continued(args: RecipeArguments) -> dict[str, Any]:
@@ -335,15 +355,14 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **found}
 
 
-def finish(trainer: Any, described: dict[str, Any], collator: GranulonCollator, samples: Any = ()) -> None:
+def finish(trainer: Any, described: dict[str, Any], left_out: Sequence[str]) -> None:
     """Write the loss curve (PNG), the model card and, where samples were left out, their list, by the main process."""
     folder = Path(trainer.args.output_dir)
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     if history:
         plot_losses(history, folder / "loss.png")
-    left_out = [*(problem._asdict() for problem in getattr(samples, "problems", [])), *collator.problems]
     if left_out:
-        (folder / "left_out.jsonl").write_text("".join(json.dumps(problem) + "\n" for problem in left_out))
+        (folder / "left_out.jsonl").write_text("".join(f"{problem}\n" for problem in left_out))
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     card = jinja2.Template(template, undefined=jinja2.StrictUndefined).render(
         described,

@@ -10,6 +10,7 @@ from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from granulon_hf.errors import GranulonError
@@ -163,7 +164,7 @@ def merged_state(model: nn.Module, state: dict[str, torch.Tensor] | None = None)
 
 def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str, torch.Tensor]) -> None:
     """Put such weights back, or raise GranulonError for another shape, an unknown weight, or a trained one that is missing."""
-    own = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
+    own: dict[str, Any] = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
     unknown = sorted(state.keys() - own.keys())
     missing = sorted(name for name, parameter in own.items() if parameter.requires_grad and name not in state)
     if unknown or missing:
@@ -176,4 +177,6 @@ def load_adapter_state(model: GranulonForConditionalGeneration, state: dict[str,
                     f"The adapter does not fit: {name} is {tuple(value.shape)}, not {tuple(own[name].shape)}; it belongs to "
                     "other backbones, levels or prices."
                 )
+            if isinstance(own[name], DTensor):  # sharded by FSDP2
+                value = distribute_tensor(value, own[name].device_mesh, own[name].placements)
             own[name].copy_(value)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from accelerate import DistributedType
 from accelerate.data_loader import SeedableRandomSampler
@@ -30,6 +31,7 @@ from granulon_hf.modeling.attention_granulon import find_packed_attention
 from granulon_hf.modeling.modeling_granulon import count_samples, number_samples
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
 from granulon_hf.training.compiling import compile_regions
+from granulon_hf.training.left_out import Reporting
 from granulon_hf.training.stages import (
     adapter_state,
     frozen_modules,
@@ -45,6 +47,7 @@ logger = logging.get_logger(__name__)
 
 # bf16 matrix multiplications a second, dense, as the makers state them; other devices have no MFU.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12}
+WORKERS = 4
 REMEDY = "Start again in a new --output_dir with a smaller --learning_rate or --max_grad_norm, or in float32."
 
 
@@ -68,6 +71,7 @@ class GranulonTrainer(Trainer):
     - `compile="regional"` compiles decoder layers, tower layers and AdaTA, each once for batches of any make-up.
     - `budgets` says how many visual tokens a step trains; what it draws, seed and step alone decide.
     - On SIGTERM a checkpoint is written at the end of the step, on all processes, and training stops.
+    - `left_out` lists the samples that its batches had to leave out, whichever worker made them; the first is logged.
     - Logs also say tokens per second, the share of padding, the chosen levels and, for known devices, MFU.
 
     Args:
@@ -79,9 +83,14 @@ class GranulonTrainer(Trainer):
 
     model: Any  # a GranulonForConditionalGeneration
     args: Any  # RecipeArguments
+    data_collator: Any
 
     def __init__(self, *args, lengths: list[int] | None = None, max_tokens_per_batch: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.args.dataloader_num_workers < 0:
+            self.args.dataloader_num_workers = choose_workers(self.args, self.data_collator)
+        self.data_collator = Reporting(self.data_collator, self.train_dataset)
+        self.left_out: dict[str, None] = {}
         self.max_tokens_per_batch = max_tokens_per_batch
         if max_tokens_per_batch is not None:
             # A step's batches are folded into packs, whose number is their own.
@@ -147,6 +156,14 @@ class GranulonTrainer(Trainer):
             ),
         )
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for problem in [one for batch in batches for pack in packs_of(batch) for one in pack.pop("problems", ())]:
+            if not self.left_out:
+                logger.warning(f"A sample cannot be used and is left out, {problem}. Others will be listed at the end only.")
+            self.left_out[problem] = None
+        return batches, count
 
     def _get_num_items_in_batch(self, batch_samples, device):
         return super()._get_num_items_in_batch([pack for batch in batch_samples for pack in packs_of(batch)], device)
@@ -356,6 +373,19 @@ class GranulonTrainer(Trainer):
 def compute_dtype(args: Any, model: Any) -> torch.dtype:
     """Return the type that a run computes in."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else model.dtype
+
+
+def choose_workers(args: Any, collator: Any) -> int:
+    """Return how many workers read samples where nobody says it: few, beside a GPU that must not wait for pictures.
+
+    One worker reads about 200 photographs of 640 x 480 a second, and an H200 took fewer than 100 (examples/benchmarks). Cached
+    features need no worker; a CPU has nobody to spare.
+    """
+    least = int(args.dataloader_persistent_workers or args.dataloader_prefetch_factor is not None)
+    if args.device.type in ("cpu", "mps") or getattr(collator, "image_features", None) is not None:
+        return least
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(least, min(WORKERS, len(psutil.Process().cpu_affinity()) // processes - 1))
 
 
 def packs_of(batch: dict[str, Any]) -> list[dict[str, Any]]:

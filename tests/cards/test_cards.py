@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import DatasetCard, ModelCard, ModelCardData, SpaceCard, constants
+from huggingface_hub import ChatCompletionInputMessage, DatasetCard, ModelCard, ModelCardData, SpaceCard, constants
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig
@@ -102,6 +102,35 @@ def test_the_card_of_a_variant(name, form, monkeypatch):
     assert repo_id in card.text
     assert len(re.findall(r"\n\n## ", card.text)) == len(re.findall(r"^## ", card.text, flags=re.M)) == 6
     assert "path/to" not in card.text
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_the_widget_is_a_conversation_about_a_picture(named):
+    """As the Hub's chat API takes it, which is what the page of an image-text-to-text model sends."""
+    name = "granulon-qwen2.5"
+    card = ModelCard(str(model_card(full_size(name), name=name if named else None, repo_id="org/x")))
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert len(card.data.to_dict()["widget"]) >= 1
+    for example in card.data.to_dict()["widget"]:
+        assert isinstance(example["example_title"], str)
+        (message,) = map(ChatCompletionInputMessage.parse_obj_as_instance, example["messages"])
+        assert message.role == "user"
+        chunks = {chunk.type: chunk for chunk in message.content}
+        assert set(chunks) == {"image_url", "text"}
+        assert chunks["image_url"].image_url.url.startswith("https://")
+        assert chunks["text"].text.endswith("?")
+
+
+@pytest.mark.parametrize(
+    ("form", "tuned", "relation"),
+    [("full", False, "merge"), ("full", True, "finetune"), ("adapter", False, "adapter"), ("adapter", True, "adapter")],
+)
+def test_the_relation_to_the_backbones(form, tuned, relation):
+    source = {"vision": {"name": "facebook/dinov2-large"}, "text": {"name": "Qwen/Qwen2.5-1.5B-Instruct"}}
+    card = model_card(full_size("dinov2-qwen2.5"), form=form, backbones=source, tuned=tuned)
+    assert card.data.to_dict()["base_model_relation"] == relation
+    assert card.data.base_model == [part["name"] for part in source.values()]
+    assert "base_model_relation" not in model_card(full_size("dinov2-qwen2.5"), form=form, tuned=tuned).data.to_dict()
 
 
 @pytest.mark.parametrize("name", variants.NAMES)

@@ -87,7 +87,7 @@ def test_serve_takes_the_options_of_transformers():
 
     theirs, own = described(inspect.signature(Serve)), described(inspect.signature(serve))
     assert own[: len(theirs)] == theirs
-    assert [name for name, *_ in own[len(theirs) :]] == ["allow_remote_images", "max_requests"]
+    assert [name for name, *_ in own[len(theirs) :]] == ["allow_remote_images", "max_requests", "max_batch"]
 
 
 def test_serve_of_another_transformers_takes_a_model(monkeypatch):

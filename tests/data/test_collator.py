@@ -324,6 +324,13 @@ def test_an_epoch_with_workers_survives_whatever_comes_first(packing):
         assert len(batches) == len(order)
         assert all(torch.isfinite(model(**batch, skip_logits=True).loss) for batch in batches)
         assert (batches[epoch % 2 == 0]["labels"] == -100).all()
+        # With one thing that stands in for bad batches, workers change nothing.
+        collator.stand_in = collator.encode(samples[3])
+        alone, shared = (
+            list(DataLoader([samples[i] for i in order], collate_fn=collator, num_workers=workers)) for workers in (0, 2)
+        )
+        for one, other in zip(alone, shared, strict=True):
+            assert all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
 def test_lengths_belong_to_indices():

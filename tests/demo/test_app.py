@@ -1,7 +1,11 @@
 """The demo's functions without a browser: answers as `generate` gives them, one sentence for bad input, stopping, queueing."""
 
+import ast
+import functools
+import inspect
 import itertools
 import os
+import pickle
 import re
 import runpy
 import shutil
@@ -323,6 +327,71 @@ def test_a_space_installs_the_backbones_that_it_lacks(monkeypatch, tmp_path):
         with pytest.raises(work.MissingBackbones, match="demo"):
             work.main()
         assert commands == expected
+
+
+class BorrowedGPU:
+    """`spaces` on ZeroGPU hardware: a question is answered in another process; what goes there and comes back is pickled."""
+
+    def __init__(self):
+        self.decorated, self.calls = [], 0
+
+    def GPU(self, task):
+        assert inspect.isgeneratorfunction(task)  # or its answers would not stream
+        self.decorated.append(task)
+
+        @functools.wraps(task)
+        def borrow(*arguments):
+            self.calls += 1
+            for value in task(*pickle.loads(pickle.dumps(arguments))):
+                yield pickle.loads(pickle.dumps(value))
+
+        return borrow
+
+
+def ask_page(app, *arguments):
+    """What the page's Ask button calls, step by step."""
+    (function,) = [one.fn for one in app.fns.values() if one.api_name == "ask"]
+    return list(function(*arguments))
+
+
+def test_on_zerogpu_a_question_borrows_a_gpu(talkative, picture, monkeypatch, tmp_path):
+    model, processor = talkative()
+    picture.save(tmp_path / "photo.png")
+    question = (str(tmp_path / "photo.png"), QUESTION, 0)
+    monkeypatch.setattr(work, "spaces", None)
+    expected = ask_page(work.create_app(model, processor, "toy"), *question)
+    lent = BorrowedGPU()
+    monkeypatch.setattr(work, "spaces", lent)
+    app = work.create_app(model, processor, "toy")
+    assert len(lent.decorated) == 1 and lent.calls == 0
+    found = ask_page(app, *question)
+    assert lent.calls == 1
+    assert [step[0] for step in found] == [step[0] for step in expected] and len(found) > 3
+    assert found[0][1] == pytest.approx(expected[0][1])
+    first, same = (steps[0][2].constructor_args for steps in (found, expected))
+    assert first["alt_text"] == same["alt_text"] and np.array_equal(np.asarray(first["value"]), np.asarray(same["value"]))
+    # What a visitor did wrong comes back as the same sentence.
+    with pytest.raises(gradio.Error, match="Type a question first"):
+        ask_page(app, question[0], " ", 0)
+    assert lent.calls == 2
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_package_spaces_is_taken_where_it_is(monkeypatch, there):
+    monkeypatch.setitem(sys.modules, "spaces", BorrowedGPU() if there else None)
+    names = runpy.run_path(work.__file__, run_name="app")
+    assert names["spaces"] is sys.modules["spaces"]
+    # ZeroGPU replaces parts of torch, which must not be there before.
+    imports = [
+        node for node in ast.walk(ast.parse(Path(work.__file__).read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
+    lines = {alias.name.split(".")[0]: node.lineno for node in imports for alias in node.names}
+    assert lines["spaces"] < min(lines[name] for name in ("torch", "gradio", "granulon_hf"))
+
+
+def test_a_space_installs_what_its_app_imports():
+    lines = (Path(work.__file__).parent / "requirements.txt").read_text().splitlines()
+    assert {re.split(r"[\[>=]", line)[0] for line in lines if not line.startswith("#")} == {"granulon-hf", "gradio", "spaces"}
 
 
 def test_only_what_was_uploaded_is_opened(tmp_path, monkeypatch):

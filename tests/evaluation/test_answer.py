@@ -5,6 +5,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,10 @@ from granulon_hf.evaluation.answer import (
     Generation,
     PredictionRun,
     answer_batch,
-    batches_by_image,
     prefill_shared_image,
     write_parquet,
 )
+from granulon_hf.evaluation.batching import batches_by_image, count_tokens, fit_tokens, make_batches
 from granulon_hf.modeling.images_granulon import open_rgb
 from tests.conftest import make_conversation, make_inputs, make_talkative
 
@@ -46,6 +47,110 @@ def test_answers_do_not_depend_on_the_batch_size(talker, tmp_path, name):
     assert runs[0] == runs[1] == runs[2]
     assert [row[0] for row in runs[0]] == [sample.id for sample in SAMPLES]
     assert len({row[1] for row in runs[0]}) > 3
+
+
+def shown(rows):
+    return [(row["id"], row.get("error"), row["prediction"], row.get("granularity"), row.get("new_tokens")) for row in rows]
+
+
+@pytest.fixture
+def mixed():
+    """Questions of many lengths, about one, two or no images, and several about one image; one image cannot be used."""
+    samples = [replace(SAMPLES[i], id=f"long-{i}", messages=ask(SAMPLES[i].question * (1 + 5 * i), 1)) for i in range(5)]
+    samples += [replace(SAMPLES[7], id=f"same-{i}", messages=ask(f"Is it {'very ' * i}red?", 1)) for i in range(6)]
+    samples += [replace(SAMPLES[8], id="two", images=SAMPLES[8].images * 2, messages=ask("Are both round?", 2))]
+    samples += [replace(SAMPLES[8], id="none", images=[], messages=ask("Why?", 0))]
+    return [*samples, replace(SAMPLES[9], id="broken", images=[{"bytes": b"broken", "path": None}])]
+
+
+def ask(question, images):
+    return [{"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": question}]}]
+
+
+@pytest.mark.parametrize("name", ["granulon-qwen2.5", "granulon-compact-qwen2.5", "clip-llama3.2"])
+def test_answers_do_not_depend_on_the_tokens_of_a_batch(talker, mixed, tmp_path, name):
+    model, processor = talker(name)
+    expected = PredictionRun(tmp_path / "one", {}).run(model, processor, mixed, Generation(6, batch_size=1))
+    assert [row["id"] for row in expected] == [sample.id for sample in mixed]
+    cells, generate = [], model.generate
+
+    def count(**inputs):
+        rows, length = inputs["attention_mask"].shape
+        cells.append((rows, rows * (length + inputs["max_new_tokens"])))
+        return generate(**inputs)
+
+    model.generate = count
+    made = []
+    for budget in (1, 300, 1000, 10**6):
+        cells.clear()
+        # The words that make room for an answer are a few more.
+        rows = PredictionRun(tmp_path / str(budget), {}).run(
+            model, processor, mixed, Generation(6, max_tokens_per_batch=budget)
+        )
+        assert shown(rows) == shown(expected)
+        assert all(size == 1 or tokens <= budget + 10 * size for size, tokens in cells)
+        made.append(len(list(make_batches(model, processor, mixed, Generation(6, max_tokens_per_batch=budget)))))
+    assert made[0] == len(mixed) and made == sorted(made, reverse=True) and len(set(made)) > 2
+    cells.clear()
+    PredictionRun(tmp_path / "both", {}).run(model, processor, mixed, Generation(6, batch_size=2, max_tokens_per_batch=10**6))
+    assert max(size for size, _ in cells) == 2
+
+
+def test_a_run_goes_on_with_other_batches(talker, mixed, tmp_path):
+    model, processor = talker()
+    few = Generation(6, max_tokens_per_batch=300)
+    many = Generation(6, batch_size=3)
+    assert few.settings() == many.settings() == Generation(6).settings()
+    expected = PredictionRun(tmp_path / "whole", {}).run(model, processor, mixed, many)
+
+    def stop(done):
+        if done and len(run.rows()) > 4:
+            raise KeyboardInterrupt
+
+    run = PredictionRun(tmp_path / "cut", {"generation": few.settings()})
+    with pytest.raises(KeyboardInterrupt):
+        run.run(model, processor, mixed, few, on_progress=stop)
+    assert 4 < len(run.rows()) < len(mixed)
+    again = PredictionRun(tmp_path / "cut", {"generation": many.settings()})
+    assert shown(again.run(model, processor, mixed, many)) == shown(expected)
+
+
+def test_a_gpu_chooses_by_its_memory(talker, mixed, monkeypatch):
+    model, processor = talker()
+    mixed = mixed[:-1]
+    assert [len(batch) for batch in make_batches(model, processor, SAMPLES, Generation())] == [8, 6]
+    lengths = count_tokens(processor, mixed, 6, None)
+    assert len(lengths) == len(mixed) and lengths[4] > lengths[0] > lengths[-1] > 6
+    chosen = [fit_tokens(model, lengths, free) for free in (0, 2**22, 2**24, 2**34)]
+    assert chosen == sorted(chosen) and chosen[0] == max(lengths) and chosen[3] > 100 * chosen[1]
+    for free, most in ((0, 4), (2**34, 64)):
+        monkeypatch.setattr("granulon_hf.evaluation.batching.free_memory", lambda device, free=free: free)
+        batches = list(make_batches(model, processor, [mixed[0]] * 70, Generation(6)))
+        assert sum(map(len, batches)) == 70 and 1 <= max(map(len, batches)) <= most
+    assert len(batches) == 2
+    assert list(make_batches(model, processor, [], Generation())) == []
+    # The compact form shows as many tokens as are asked for.
+    compact, processor = talker("granulon-compact-qwen2.5")
+    whole, few = (count_tokens(processor, mixed, 6, number) for number in (None, 3))
+    assert whole[0] - few[0] == compact.config.num_semantic_tokens - 3
+
+
+def test_a_batch_that_does_not_fit_is_answered_in_parts(talker, mixed, tmp_path, monkeypatch):
+    model, processor = talker()
+    expected = PredictionRun(tmp_path / "one", {}).run(model, processor, mixed, Generation(6, batch_size=1))
+    generate = model.generate
+
+    def small(**inputs):
+        if len(inputs["attention_mask"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(**inputs)
+
+    monkeypatch.setattr(model, "generate", small)
+    rows = PredictionRun(tmp_path / "parts", {}).run(model, processor, mixed, Generation(6))
+    assert shown(rows) == shown(expected)
+    monkeypatch.setattr(model, "generate", lambda **inputs: small(attention_mask=range(4)))
+    with pytest.raises(torch.OutOfMemoryError):
+        PredictionRun(tmp_path / "never", {}).run(model, processor, mixed, Generation(6))
 
 
 def test_answers_are_those_of_generate(talker):
@@ -205,7 +310,9 @@ def test_no_process_reads_what_the_first_removes_and_all_have_work(tmp_path):
         try:
             run = Slow(tmp_path, {})
             run.barrier = barrier
-            found[index] = run.run(None, None, SAMPLES, Generation(4), state=Together(index, barrier))
+            found[index] = run.run(
+                SimpleNamespace(device=torch.device("cpu")), None, SAMPLES, Generation(4), state=Together(index, barrier)
+            )
         except BaseException as error:
             barrier.abort()
             found[index] = error

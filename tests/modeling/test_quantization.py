@@ -2,16 +2,29 @@
 
 import dataclasses
 import importlib
+import importlib.util
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
 
-from granulon_hf import GranulonForConditionalGeneration, variants
+from granulon_hf import GranulonForConditionalGeneration, export_check, hub, variants
 from granulon_hf.data.datasets.shapes import Shapes
+from granulon_hf.errors import GranulonError
+from granulon_hf.loading import load_model, read_model
+from granulon_hf.quantization import LIBRARIES, quantization_config
 from granulon_hf.training.stages import save_adapter, set_stage
 from tests.conftest import make_conversation, make_inputs, make_picture
 
@@ -180,6 +193,106 @@ def test_adapters_are_trained_on_quantized_weights(setup, backend, tmp_path):
     assert all(any(part in name for name in moved) for part in ("language_model", "vision_tower", "multi_modal_projector"))
     assert not any("controller" in name for name in moved)
     assert adapted.eval().generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+# --- exports -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(wide, tmp_path):
+    """A folder with a model that is not quantized, its logits and its processor."""
+    model, processor = wide()
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole", model, processor
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+@torch.no_grad()
+def test_a_quantized_export_is_loaded_by_from_pretrained_alone(whole, kind, tmp_path):
+    pytest.importorskip(LIBRARIES[kind])
+    source, model, processor = whole
+    before = GranulonForConditionalGeneration.from_pretrained(
+        source, quantization_config=quantization_config(kind, model.config)
+    ).eval()
+    folder = hub.export(source, tmp_path / "small", quantize=kind, validate=False)
+    again = AutoModelForImageTextToText.from_pretrained(folder)
+    found, expected = export_check.logits(again, processor), export_check.logits(before, processor)
+    for level, logits in export_check.logits(model, processor).items():
+        np.testing.assert_array_equal(found[level], expected[level])
+        assert 0 < np.abs(found[level] - logits).mean() < 0.2 * logits.std()
+    inputs = make_inputs(processor, [make_conversation("How many dots?", [make_picture(0)])])
+    assert torch.equal(again(**inputs).granularity_probs, model(**inputs).granularity_probs)  # the levels are chosen as before
+    answers = [one.generate(**inputs, max_new_tokens=8, do_sample=False) for one in (again, before)]
+    assert torch.equal(*answers)
+    parameters = dict(model.named_parameters())
+    for name, weight in again.named_parameters():
+        quantized = ".language_model.layers.1." in name and name.endswith("proj.weight")
+        assert quantized == (type(weight) is not nn.Parameter), name
+        assert quantized or weight.equal(parameters[name]), name
+    assert (folder / "model.safetensors").stat().st_size < (source / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_a_quantized_folder_is_a_model_for_every_command(whole, kind, tmp_path):
+    pytest.importorskip(LIBRARIES[kind])
+    source, _, processor = whole
+    folder = hub.export(source, tmp_path / "small", quantize=kind, validate=False)
+    model, _, _ = load_model(str(folder), "cpu")
+    expected = export_check.logits(model, processor)  # from here on bitsandbytes' weights may lie in memory in another order
+    again = hub.export(folder, tmp_path / "again", validate=False)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    found = export_check.logits(read_model(str(again))[0], processor)
+    assert all(np.array_equal(found[level], expected[level]) for level in expected)
+    assert load_model(str(folder), "cpu", "bfloat16")[0].dtype == torch.bfloat16
+    with pytest.raises(GranulonError, match="--dtype"):
+        load_model(str(folder), "cpu", "float32")
+    with pytest.raises(GranulonError, match="quantized already"):
+        hub.export(folder, tmp_path / "twice", quantize=kind, validate=False)
+
+
+def test_the_card_of_a_quantized_export(whole, tmp_path, monkeypatch):
+    source, _, _ = whole
+    backbones = {"vision": {"name": "org/vision"}, "text": {"name": "org/text"}}
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"backbones": backbones}))
+    card = ModelCard.load(hub.export(source, tmp_path / "a", quantize="8bit", validate=False) / "README.md")
+    assert card.data.to_dict()["base_model_relation"] == "quantized"
+    assert card.data.base_model == ["org/vision", "org/text"]
+    assert "`torchao`" in card.text
+    # What has a repository of its own is what was quantized; a folder's card keeps that.
+    monkeypatch.setattr(hub.cards, "is_hub_id", lambda text: True)
+    card = ModelCard.load(hub.export(source, tmp_path / "b", quantize="8bit", validate=False) / "README.md")
+    assert card.data.base_model == str(source)
+    monkeypatch.undo()
+    again = ModelCard.load(hub.export(tmp_path / "b", tmp_path / "c", validate=False) / "README.md")
+    assert again.data.base_model == str(source) and again.data.to_dict()["base_model_relation"] == "quantized"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_a_quantized_export_is_loaded_without_the_package(whole, kind, tmp_path):
+    pytest.importorskip(LIBRARIES[kind])
+    assert hub.export(whole[0], tmp_path / "small", quantize=kind).is_dir()
+
+
+def test_what_cannot_be_quantized(build, whole, tmp_path, monkeypatch):
+    model, _ = build()
+    model.config.text_config.hidden_size = 32
+    assert isinstance(quantization_config("8bit", model.config), TorchAoConfig)
+    with pytest.raises(GranulonError, match="8bit"):
+        quantization_config("4bit", model.config)
+    for options, word in (
+        ({"quantize": "3bit"}, "3bit"),
+        ({"quantize": "4bit", "form": "adapter"}, "adapter"),
+        ({"quantize": "4bit", "results": {"models": []}}, "--results"),
+    ):
+        with pytest.raises(GranulonError, match=word):
+            hub.export(whole[0], tmp_path / "out", **options)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GranulonError, match="pip install bitsandbytes"):
+        quantization_config("4bit", whole[1].config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_guide(wide, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import socket
@@ -107,6 +108,14 @@ TEXT = {"role": "user", "content": "What?"}
         ({"messages": [TEXT], "chat_template_kwargs": {"granularity": "corse"}}, 400),
         ({"messages": [TEXT], "chat_template_kwargs": {"visual_tokens": 999}}, 400),
         ({"messages": [TEXT], "chat_template_kwargs": {"visual_tokens": "many"}}, 400),
+        ({"messages": [TEXT], "chat_template_kwargs": {"processor_kwargs": {"images": ["/etc/passwd"]}}}, 400),
+        ({"messages": [TEXT], "chat_template_kwargs": {"images": ["http://127.0.0.1/"]}}, 400),
+        ({"messages": [TEXT], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, 400),
+        ({"messages": [TEXT], "generation_config": "{"}, 400),
+        ({"messages": [TEXT], "generation_config": {"do_sample": True}}, 400),
+        ({"messages": [TEXT], "generation_config": '{"num_beams": 1000}'}, 400),
+        ({"messages": [TEXT], "seed": 10**30}, 400),
+        (b'{"messages":' + b"[" * 100_000, 400),
         (request_of("/etc/passwd"), 400),
         (request_of("file:///etc/passwd"), 400),
         (request_of("http://example.com/a.png"), 400),
@@ -131,6 +140,11 @@ def test_what_is_too_large(backend, config, monkeypatch):
     monkeypatch.setattr(serving, "MAX_PIXELS", 500)
     assert post(app, request_of(data_url(png()))).status_code == 200
     assert post(app, request_of(*[data_url(png())] * 2)).status_code == 413  # of all pictures together
+    monkeypatch.setattr(serving, "MAX_PICTURES", 2)
+    assert post(app, request_of(*[data_url(png((4, 4)))] * 2)).status_code == 200
+    assert post(app, request_of(*[data_url(png((4, 4)))] * 3)).status_code == 413
+    monkeypatch.setattr(serving, "MAX_BODIES", 100)
+    assert post(app, request_of(data_url(png()))).status_code == 503 and app.held == 0
     monkeypatch.setattr(serving, "MAX_BODY", 100)
     assert post(app, request_of(data_url(png()))).status_code == 413
 
@@ -177,6 +191,123 @@ def test_a_full_server_refuses_and_loses_nothing(config):
     assert after.status_code == 200
 
 
+@pytest.fixture
+def other_loop():
+    """An event loop in a thread of its own, as the command has one for the app."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+SCOPE = {"type": "http", "method": "POST", "path": CHAT, "headers": [], "query_string": b"", "asgi": {"spec_version": "2.3"}}
+
+
+class Client:
+    """One end of a request: it sends its body, and then goes away when it is told to, or never reads its answer."""
+
+    def __init__(self, reads=True, **options):
+        self.messages = [{"type": "http.request", "body": json.dumps({"messages": [TEXT], **options}).encode()}]
+        self.leaves = asyncio.Event()
+        self.reads = reads
+
+    async def receive(self):
+        if not self.messages:
+            await self.leaves.wait()
+        return self.messages.pop() if self.messages else {"type": "http.disconnect"}
+
+    async def send(self, message):
+        if not self.reads:
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("case", ["leaves", "leaves a stream", "never reads"])
+def test_a_client_that_goes_away_frees_its_place(config, other_loop, monkeypatch, apart, case):
+    begun, ended, nobody = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(serving, "SEND_SECONDS", 0.05 if case == "never reads" else 30)
+
+    async def endless():
+        nobody.append(serving.abandoned.get())
+        begun.set()
+        try:
+            yield b"data: {}\n\n"
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async def chat(request):
+        if case != "leaves":
+            return StreamingResponse(endless(), media_type="text/event-stream")
+        async for _ in endless():
+            pass
+
+    async def run():
+        app = Starlette(routes=[Route(CHAT, chat, methods=["POST"])])
+        gate = Gate(app, config, max_requests=1, loop=other_loop if apart else None)
+        client = Client(reads=case != "never reads")
+        task = asyncio.create_task(gate(SCOPE, client.receive, client.send))
+        await asyncio.to_thread(begun.wait, 10)
+        if case != "never reads":
+            assert gate.metrics.in_flight == 1
+            client.leaves.set()
+        await asyncio.wait_for(task, 10)
+        # A stream that is stuck ends when its generator is collected.
+        assert case == "never reads" or await asyncio.to_thread(ended.wait, 10)
+        return gate
+
+    gate = asyncio.run(run())
+    assert gate.metrics.in_flight == gate.held == 0 and gate.metrics.statuses == {serving.CLIENT_LEFT: 1}
+    assert nobody[0].is_set()
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_request(backend, config):
+    async def run():
+        gate, client = Gate(backend, config), Client()
+        client.messages[0] |= {"body": b"{", "more_body": True}
+        client.leaves.set()
+        await gate(SCOPE, client.receive, client.send)
+        return gate
+
+    gate = asyncio.run(run())
+    assert gate.metrics.in_flight == gate.held == 0 and gate.metrics.statuses == {serving.CLIENT_LEFT: 1}
+
+
+def test_a_model_that_is_busy_keeps_nobody_from_asking_how_it_is(config, other_loop):
+    """The app opens pictures in its event loop, which stands still meanwhile."""
+    begun, release = threading.Event(), threading.Event()
+
+    async def chat(request):
+        begun.set()
+        release.wait(10)
+        return JSONResponse(await request.json())
+
+    async def run():
+        app = Starlette(routes=[Route(CHAT, chat, methods=["POST"])])
+        gate = Gate(app, config, max_requests=1, loop=other_loop)
+        app.add_route("/metrics", gate.metrics.respond)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gate), base_url="http://server") as client:
+            asked = asyncio.create_task(client.post(CHAT, json={"messages": [TEXT]}))
+            await asyncio.to_thread(begun.wait, 10)
+            full = await client.post(CHAT, json={"messages": [TEXT]})
+            during = (await client.get("/metrics")).text
+            release.set()
+            return full, during, await asked, await client.get("/metrics")
+
+    full, during, answered, after = asyncio.run(run())
+    assert (full.status_code, answered.status_code, answered.json()) == (503, 200, {"messages": [TEXT]})
+    assert "granulon_requests_in_flight 1\n" in during
+    assert after.headers["content-type"].startswith("text/plain; version=0.0.4")
+    found = dict(line.rsplit(" ", 1) for line in after.text.splitlines() if not line.startswith("#"))
+    assert found["granulon_requests_in_flight"] == "0" and found["granulon_requests_refused_total"] == "1"
+    assert found['granulon_requests_total{status="200"}'] == found['granulon_requests_total{status="503"}'] == "1"
+    assert found['granulon_request_seconds_bucket{le="+Inf"}'] == found["granulon_request_seconds_count"] == "1"
+    assert 0 < float(found["granulon_request_seconds_sum"]) < 10
+
+
 # --- pictures of other servers ---------------------------------------------------------------------------------------
 
 
@@ -218,6 +349,12 @@ def site():
                 self.send_header("Location", self.path.removeprefix("/to/"))
                 self.end_headers()
                 return
+            if self.path == "/drip":
+                # Each byte comes in time, and the last one never.
+                with contextlib.suppress(OSError):
+                    while not closing.wait(0.02):
+                        self.wfile.write(b"x")
+                return
             self.send_response(404 if self.path == "/missing" else 200)
             self.end_headers()
             self.wfile.write(b"x" * 300 if self.path == "/large" else png())
@@ -226,9 +363,11 @@ def site():
             pass
 
     asked: list = []
+    closing = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server.server_port, asked
+    closing.set()
     server.shutdown()
     server.server_close()
 
@@ -282,6 +421,10 @@ def test_public_pictures(site, backend, config, monkeypatch):
     monkeypatch.setattr(serving, "FETCH_BYTES", 200)
     with pytest.raises(Refused):
         fetch(f"{here}/large")
+    with pytest.raises(Refused):
+        fetch(f"{here}/drip", seconds=0.2)
+    monkeypatch.setattr(serving, "FETCH_SECONDS", 0)  # of all pictures of a request together
+    assert post(app, request_of(f"{here}/a.png")).status_code == 400
 
 
 # --- stop strings ----------------------------------------------------------------------------------------------------

@@ -49,6 +49,22 @@ def test_the_line_wins_over_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("recipe", "line", "loggers"),
+    [
+        ("report_to: none", "", []),
+        ("report_to: trackio", "", ["trackio"]),
+        ("report_to: [tensorboard, trackio]", "", ["tensorboard", "trackio"]),
+        ("report_to: trackio", "--report_to none", []),
+        ("report_to: none", "--report_to tensorboard trackio", ["tensorboard", "trackio"]),
+    ],
+)
+def test_a_run_may_have_several_loggers(tmp_path, recipe, line, loggers):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"{recipe}\nuse_cpu: true\n")
+    assert parse([str(path), *line.split()])[2].report_to == loggers
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [("learning_rat: 1\n", "'learning_rat'"), ("- a\n", "recipe.yaml"), ("a: [\n", "YAML")],
 )

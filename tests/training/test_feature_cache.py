@@ -112,3 +112,126 @@ def test_what_cannot_be_cached(tmp_path, parts, build):
         with pytest.raises(GranulonError, match=reducer):
             FeatureCache(str(tmp_path / "new"), other, processor)
     assert json.loads((tmp_path / "cache.json").read_text())["shape"]
+
+
+# --- AdaTA's clusters ------------------------------------------------------------------------------------------------
+
+THREE = [
+    {"name": "few", "alpha": 5, "beta": 3, "gamma": 0.5},
+    {"name": "some", "alpha": 2, "beta": 9, "gamma": 1.0},
+    {"name": "many", "alpha": 1, "beta": 30, "gamma": 1.5},
+]
+FORMS = {
+    "both": ("granulon-qwen2.5", {}, None),
+    "ragged": (
+        "granulon-qwen2.5",
+        {"granularity_levels": THREE, "default_granularity": "some", "num_semantic_tokens": 12},
+        None,
+    ),
+    "places": ("granulon-qwen2.5", {"slot_position": "all"}, None),
+    "compact": ("granulon-compact-qwen2.5", {"slot_position": "semantic"}, None),
+    "relation": ("granulon-compact-qwen2.5", {"clustering": "relation", "filter_weights": [0.0, 1.0, 3.0]}, None),
+    "budget": ("granulon-qwen2.5", {}, 7),
+    "compact-budget": ("granulon-compact-qwen2.5", {}, 5),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_step_looks_for_clusters_again(tmp_path, build, monkeypatch, form):
+    name, options, budget = FORMS[form]
+    model, processor = build(name, **options)
+    set_stage(model, "projector")
+    if model.model.multi_modal_projector.position is not None:
+        torch.nn.init.normal_(model.model.multi_modal_projector.position)
+    cache = FeatureCache(str(tmp_path), model, processor, budget=budget)
+    cache.fill(IMAGES)
+    if budget is not None and model.config.compact:
+        processor.num_semantic_tokens = budget
+    collator = GranulonCollator(processor, packing=form not in ("both", "budget"), image_features=cache)
+    rows = [SAMPLES[i] for i in (0, 1, 2, 1)]
+    plain = collator(rows)
+    assert "clusters" not in plain
+    cache.fill_clusters(batch_size=3)
+    collator.image_clusters = cache.clusters_of
+    kept = collator(rows)
+    choices = [{"visual_tokens": budget}] if budget else [{}, {"granularity": torch.tensor([0, 2, 1, 2])}, {"granularity": 2}]
+    expected = [model(**plain, **choice) for choice in choices]
+    monkeypatch.setattr(model.model, "reducer", None)
+    for choice, before in zip(choices, expected, strict=True):
+        after = model(**kept, **choice)
+        torch.testing.assert_close(after.loss, before.loss, atol=1e-6, rtol=0)
+        torch.testing.assert_close(after.aggregation.tokens, before.aggregation.tokens, atol=0, rtol=0)
+        torch.testing.assert_close(after.aggregation.positions, before.aggregation.positions, atol=1e-6, rtol=0)
+        assert torch.equal(after.aggregation.keep, before.aggregation.keep)
+        weight = model.model.multi_modal_projector.linear_1.weight
+        gradients = [torch.autograd.grad(out.loss, weight, retain_graph=True)[0] for out in (before, after)]
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=0)
+
+
+CHANGES = {
+    "relation_weight": 0.5,
+    "clustering": "relation",
+    "clustering_steps": 3,
+    "filter_weights": [1.0, 0.0, 1.0],
+    "num_semantic_tokens": 6,
+}
+
+
+@pytest.mark.parametrize("change", [*CHANGES, "alpha", "beta", "levels", "budget", "code", "gamma"])
+def test_other_settings_have_other_clusters(tmp_path, parts, monkeypatch, change):
+    model, processor = parts
+    cache = filled(tmp_path, parts)
+    cache.fill_clusters()
+    assert cache.count_clusters() == len(IMAGES)
+    config, budget, levels = model.config, None, [dict(level) for level in model.config.granularity_levels]
+    if change in CHANGES:
+        setattr(config, change, CHANGES[change])
+    elif change == "levels":
+        config.granularity_levels = levels[:2]
+    elif change == "budget":
+        budget = 4
+    elif change == "code":
+        other = tmp_path / "aggregation_granulon.py"
+        other.write_text("# another version")
+        monkeypatch.setattr("granulon_hf.modeling.aggregation_granulon.__file__", str(other))
+    else:
+        levels[1][change] += 1
+        config.granularity_levels = levels
+    other = FeatureCache(str(tmp_path), model, processor, budget=budget)
+    # Gamma weighs tokens, and finds no others.
+    assert other.count_clusters() == (len(IMAGES) if change == "gamma" else 0)
+    other.fill_clusters()
+    assert other.count_clusters() == len(IMAGES)
+    key = {"visual_tokens": 4} if change == "budget" else {"granularity": 1}
+    found = other.clusters_of(IMAGES[3])[0 if change == "budget" else 1][0]
+    expected = model.model.aggregate(other(IMAGES[3])[None], **key)
+    assert found.max() + 1 == expected.keep.sum()
+
+
+def test_a_killed_fill_of_clusters_goes_on(tmp_path, parts, monkeypatch):
+    whole = filled(tmp_path / "a", parts)
+    whole.fill_clusters()
+    part = filled(tmp_path / "b", parts, IMAGES[:4])
+    part.fill_clusters()
+    with open(part.clusters, "ab") as file:
+        file.write(b"x" * 101)
+    part = filled(tmp_path / "b", parts)
+    calls, aggregate = [], parts[0].aggregate
+    monkeypatch.setattr(
+        parts[0], "aggregate", lambda features, **choice: calls.append(len(features)) or aggregate(features, **choice)
+    )
+    part.fill_clusters()
+    part.fill_clusters()
+    assert calls == [6, 6, 6]  # three levels
+    assert all(torch.equal(whole.clusters_of(image), part.clusters_of(image)) for image in IMAGES)
+    # Other rows, other clusters.
+    (tmp_path / "b" / INDEX).unlink()
+    again = filled(tmp_path / "b", parts, IMAGES[:4:-1])
+    assert again.count_clusters() == 0
+
+
+@pytest.mark.parametrize("reducer", ["pool", "queries", "question-dpp", "region-attention", "random"])
+def test_other_reducers_have_no_clusters_to_keep(tmp_path, build, reducer):
+    model, processor = build("granulon-compact-qwen2.5", reducer=reducer)
+    set_stage(model, "projector")
+    assert not filled(tmp_path, (model, processor)).choices

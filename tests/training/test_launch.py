@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from granulon_hf.errors import GranulonError
@@ -20,6 +22,7 @@ from granulon_hf.modeling.adapter_granulon import find_adapter
 from granulon_hf.training import parse
 from granulon_hf.training.run import train
 from tests.test_demo_model import needs_backbones
+from tests.training.test_run import read_left_out, write_chat
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +37,10 @@ BATCH = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-def start(*arguments, config: str | None = "accelerate_cpu.yaml", processes=1):
+def start(*arguments, config: str | None = "accelerate_cpu.yaml", processes=1, script="examples/train.py", more=()):
     launch = [*LAUNCH, "--config_file", f"examples/{config}", "--num_processes"] if config else TORCHRUN
-    head = [*launch, str(processes), "examples/train.py"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    head = [*launch, str(processes), script]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict(more)}
     return subprocess.Popen(
         [*head, *map(str, arguments)],
         cwd=ROOT,
@@ -136,6 +139,53 @@ def test_packed_over_two_processes_killed_and_resumed_is_padded_on_one(tmp_path)
     kill(process, cut)
     output = finish(start(*short, *packs, "--output_dir", cut, "--resume_from_checkpoint", "last", **two_processes))
     assert losses(cut) == pytest.approx(losses(packed), abs=1e-5), output[-3000:]
+
+
+def test_packed_over_two_sharded_processes_is_padded_on_one(tmp_path):
+    """As examples/accelerate_fsdp2.yaml has it, in float32 and on CPUs; it goes on from a checkpoint, too."""
+    padded, packed = tmp_path / "padded", tmp_path / "packed"
+    short = [*TINY, *SHORT, "--learning_rate", "1e-3", "--per_device_train_batch_size", "2"]
+    output = finish(start(*short, "--gradient_accumulation_steps", "4", "--batching", "padded", "--output_dir", padded))
+    assert len(losses(padded)) == 8, output[-3000:]
+    plugin = yaml.safe_load((ROOT / "examples" / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]
+    sharded = {name.upper(): str(value) for name, value in plugin.items()}
+    sharded |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}
+    launch = {"config": None, "processes": 2, "script": "tests/training/fsdp_on_cpu.py", "more": sharded}
+    line = [*short, "--gradient_accumulation_steps", "2", "--batching", "packed", "--max_tokens_per_batch", "150"]
+    output = finish(start(*line, "--output_dir", packed, **launch))
+    assert "{'DTensor'}" in output, output[-3000:]
+    expected = load_file(padded / "adapter.safetensors")
+    for turn in range(2):
+        assert losses(packed) == pytest.approx(losses(padded), abs=1e-5), turn
+        weights = load_file(packed / "adapter.safetensors")
+        for name, value in expected.items():
+            torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
+        shutil.rmtree(packed / "checkpoint-8", ignore_errors=True)
+        if turn == 0:
+            output = finish(start(*line, "--output_dir", packed, "--resume_from_checkpoint", "last", **launch))
+            assert (packed / "checkpoint-8").exists(), output[-3000:]
+
+
+def test_what_any_worker_of_any_process_leaves_out_is_listed(tmp_path):
+    data = write_chat(tmp_path / "chat", broken=[3], long=[0, 5, 6, 9, 10])
+    line = [
+        *TINY[:-4],
+        "--report_to",
+        "none",
+        "--data",
+        data,
+        "--max_length",
+        "200",
+        "--batching",
+        "padded",
+        "--max_steps",
+        "6",
+    ]
+    line += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1", "--dataloader_num_workers", "2"]
+    output = finish(start(*line, "--output_dir", tmp_path / "run", config=None, processes=2))
+    assert (tmp_path / "run" / "left_out.jsonl").exists(), output[-3000:]
+    assert sorted(row.get("id", "-") for row in read_left_out(tmp_path / "run")) == ["-", "0", "10", "5", "6", "9"]
+    assert output.count("is left out") <= 2  # once for each process
 
 
 @needs_backbones

@@ -1,10 +1,13 @@
 """A whole run in this process: what it prints, what it leaves, and that every command reads it."""
 
 import json
+import math
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from granulon_hf.training import parse
 from granulon_hf.training import run as run_module
 from granulon_hf.training.checkpoints import ADAPTER
 from granulon_hf.training.run import train
+from granulon_hf.training.trainer import choose_workers
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train.py"
 LINE = """--variant granulon-qwen2.5 --tiny true --use_cpu true --limit 16 --report_to none --max_steps 1 --disable_tqdm true
@@ -52,6 +56,21 @@ def test_a_run_of_one_step_is_read_by_every_command(tmp_path, photo, capfd):
     elsewhere = shutil.copytree(folder, tmp_path / "another machine")
     command = ["eval", "run", "--model", str(elsewhere), "--data", "shapes", "--limit", "2", "--out", str(tmp_path / "scores")]
     assert (done := CliRunner().invoke(app, command)).exit_code == 0, done.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loggers", [["trackio"], ["tensorboard", "trackio"]])
+def test_losses_are_logged_by_trackio_beside_tensorboard(tmp_path, monkeypatch, loggers):
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported, hence another process
+    options = ["--max_steps", "3", "--logging_steps", "1", "--run_name", "first", "--project", "mine"]
+    command = [sys.executable, SCRIPT, *LINE, "--report_to", *loggers, *options, "--output_dir", tmp_path / "run"]
+    subprocess.run([str(part) for part in command], check=True)
+    api = [sys.executable, "-m", "trackio.cli", "get", "metric", "--project", "mine", "--run", "first"]
+    done = subprocess.run([*api, "--metric", "train/loss", "--json"], check=True, capture_output=True, text=True)
+    values = json.loads(done.stdout)["values"]
+    assert len(values) == 3 and all(math.isfinite(value["value"]) for value in values)
+    assert bool(list((tmp_path / "run").rglob("events.out.tfevents.*"))) == ("tensorboard" in loggers)
 
 
 @pytest.mark.slow
@@ -93,6 +112,44 @@ def test_a_compact_run_with_budgets_is_read_again_and_goes_on_as_it_was(tmp_path
         with pytest.raises(GranulonError, match=changed[-2].strip("-")):
             run(folder, *changed, *cache, "--resume_from_checkpoint", "last", line=line)
     run(folder, "--budgets", budgets, *cache, "--resume_from_checkpoint", "last", line=line)
+
+
+def losses(folder):
+    return [row["loss"] for row in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+
+
+@pytest.mark.parametrize("form", [["--budgets", "random"], ["--budgets", "all"], ["--budgets", "7"], []])
+def test_a_run_with_clusters_kept_is_the_run_without(tmp_path, monkeypatch, form):
+    line = [*LINE, *form, "--max_steps", "3", "--logging_steps", "1", "--learning_rate", "1e-2"]
+    line += ["--feature_cache", str(tmp_path / "features")]
+    files = [run(tmp_path / "plain", line=line) and len([*(tmp_path / "features").glob("clusters-*")])]
+    monkeypatch.setattr(run_module, "clusters_pay", lambda cache, *rest: bool(cache.choices))
+    files += [run(tmp_path / "kept", line=line) and len([*(tmp_path / "features").glob("clusters-*")])]
+    # Six samples do not pay for the clusters of sixteen images.
+    assert files == [0, 1]
+    assert losses(tmp_path / "kept") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+    assert len(losses(tmp_path / "kept")) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "pays"),
+    [
+        ([], False),  # two epochs of three levels
+        (["--num_train_epochs", "4"], True),
+        (["--budgets", "7"], True),
+        (["--budgets", "all"], True),
+        (["--max_steps", "1"], False),
+        (["--max_steps", "2"], True),
+    ],
+)
+def test_clusters_are_kept_where_they_are_needed_again(tmp_path, options, pays):
+    _, _, args = parse(["--use_cpu", "true", "--output_dir", str(tmp_path), *options])
+    cache = SimpleNamespace(rows=range(16), choices=[0] * (1 if "7" in options else 3), count_clusters=lambda: 0)
+    assert run_module.clusters_pay(cache, args, args.budgets, 16) is pays
+    cache.count_clusters = lambda: 16
+    assert run_module.clusters_pay(cache, args, args.budgets, 16)
+    cache.choices = []
+    assert not run_module.clusters_pay(cache, args, args.budgets, 16)
 
 
 def test_a_packed_run_says_its_budget_and_keeps_it(tmp_path, monkeypatch, capfd):
@@ -172,21 +229,81 @@ def test_merged_factors_are_not_lost_when_another_run_begins_with_them(build, tm
         torch.testing.assert_close(a, b, msg=name)
 
 
-def test_a_folder_in_the_llava_form(tmp_path, capfd):
-    data, out = tmp_path / "chat", tmp_path / "out"
-    (data / "images").mkdir(parents=True)
+def write_chat(folder, broken=(), long=()):
+    """Drawn samples in the LLaVA form; images are read with the row, and lengths by the collator."""
+    (folder / "images").mkdir(parents=True)
     records = []
     for i in range(12):
         sample = Shapes(12)[i]
-        (data / "images" / f"{i}.png").write_bytes(sample.images[0]["bytes"] if i != 3 else b"broken")
-        turns = [{"from": "human", "value": f"{sample.question}\n<image>"}, {"from": "gpt", "value": sample.reference}]
+        (folder / "images" / f"{i}.png").write_bytes(b"broken" if i in broken else sample.images[0]["bytes"])
+        question = sample.question * (50 if i in long else 1)
+        turns = [{"from": "human", "value": f"{question}\n<image>"}, {"from": "gpt", "value": sample.reference}]
         records.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
-    (data / "chat.json").write_text(json.dumps(records))
-    run(out, "--max_steps", "2", "--save_steps", "2", "--data", str(data / "chat.json"))
+    (folder / "chat.json").write_text(json.dumps(records))
+    return str(folder / "chat.json")
+
+
+def read_left_out(folder):
+    return [json.loads(line) for line in (folder / "left_out.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_in_the_llava_form(tmp_path, capfd):
+    data, out = write_chat(tmp_path / "chat", broken=[3]), tmp_path / "out"
+    run(out, "--max_steps", "2", "--save_steps", "2", "--data", data)
     assert (out / "checkpoint-2").is_dir()
     assert "1 rows cannot be used" in capfd.readouterr().err
-    (problem,) = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
+    (problem,) = read_left_out(out)
     assert problem["row"] == 3 and "image" in problem["reason"]
+
+
+@pytest.mark.parametrize(("batching", "size"), [("padded", 1), ("grouped", 2), ("packed", 1)])
+def test_workers_change_neither_losses_nor_what_is_reported(tmp_path, caplog, batching, size):
+    """Whole batches are bad, and every worker meets some of them."""
+    line = ["--data", write_chat(tmp_path / "chat", broken=[3], long=[0, 5, 6, 9, 10]), "--batching", batching]
+    line += ["--per_device_train_batch_size", str(size), "--max_steps", str(24 // size), "--logging_steps", "1"]
+    line += ["--max_length", "200", "--save_steps", str(15 // size), "--learning_rate", "1e-2"]
+    folders = [tmp_path / str(workers) for workers in (0, 2)]
+    for folder in folders:
+        run(folder, *line, "--dataloader_num_workers", folder.name)
+        assert len([record for record in caplog.records if "is left out" in record.message]) == 1
+        caplog.clear()
+    assert len(losses(folders[0])) == 24 // size
+    assert losses(folders[1]) == pytest.approx(losses(folders[0]), abs=1e-6)
+    for folder in folders:
+        found = read_left_out(folder)
+        assert sorted(row.get("id", "-") for row in found) == ["-", "0", "10", "5", "6", "9"]
+        assert [row["row"] for row in found if "row" in row] == [3]
+    (tmp_path / "2" / "adapter.safetensors").unlink()
+    shutil.rmtree(tmp_path / "2" / f"checkpoint-{24 // size}")
+    run(tmp_path / "2", *line, "--dataloader_num_workers", "1", "--resume_from_checkpoint", "last")
+    assert losses(tmp_path / "2") == pytest.approx(losses(folders[0]), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "options", "workers"),
+    [
+        ("cuda", 16, 1, {}, 4),
+        ("cuda", 16, 8, {}, 1),
+        ("cuda", 2, 2, {}, 0),
+        ("cuda", 16, 1, {"image_features": len}, 0),
+        ("cpu", 16, 1, {}, 0),
+        ("mps", 16, 1, {}, 0),
+        ("cpu", 16, 1, {"dataloader_prefetch_factor": 4}, 1),
+    ],
+)
+def test_the_number_of_workers_where_nobody_says_it(monkeypatch, device, cores, processes, options, workers):
+    monkeypatch.setattr("psutil.Process.cpu_affinity", lambda self: range(cores))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    args = {"device": torch.device(device), "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None}
+    assert choose_workers(SimpleNamespace(**args | options), SimpleNamespace(**options)) == workers
+
+
+def test_a_run_says_how_many_workers_it_has(tmp_path, capfd):
+    run(tmp_path)
+    assert "--dataloader_num_workers" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run.json").read_text())["settings"]["dataloader_num_workers"] == 0
+    with pytest.raises(GranulonError, match="dataloader_num_workers"):
+        parse([*LINE, "--dataloader_num_workers", "-2"])
 
 
 @pytest.mark.parametrize(
