@@ -5,9 +5,8 @@
     python examples/demo_model/train.py --stamps pictures/usr/share/tuxpaint/stamps \\
         --backgrounds pictures/usr/share/backgrounds
 
-Stages, each kept in --work and skipped where its file is there: `features` (of the frozen tower), `words` (the projector
-learns to say which word belongs to a patch, without the language model), `answers` (through the frozen language model),
-`controller`, `evaluation`. The adapter and its results are written to --out.
+Stages, each kept in --work and skipped where its file is there: `features` (of the frozen tower), `controller`, `answers`
+(the projector, through the frozen language model), `evaluation`. The adapter and its results are written to --out.
 """
 
 import argparse
@@ -56,10 +55,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backgrounds", type=Path, required=True, help="folder of the wallpapers")
     parser.add_argument("--work", type=Path, default=Path("demo_work"), help="intermediate files")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="where adapter.safetensors and results.json go")
-    parser.add_argument("--scenes", type=int, default=3600, help="training scenes")
+    parser.add_argument("--scenes", type=int, default=3000, help="training scenes")
     parser.add_argument("--test-scenes", type=int, default=110, help="three questions about each")
-    parser.add_argument("--steps", type=int, default=250, help="steps of `answers`")
-    parser.add_argument("--batch", type=int, default=4, help="images per step")
+    parser.add_argument("--steps", type=int, default=600, help="steps of `answers`")
+    parser.add_argument("--batch", type=int, default=10, help="images per step")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--stages", nargs="+", default=["features", "controller", "answers", "evaluation"])
