@@ -442,7 +442,7 @@ class GranulonModel(GranulonPreTrainedModel):
 
     @cached_property
     def pixel_format(self) -> torch.memory_format:
-        """How images lie in memory: a convolutional tower is up to twice as fast when channels come last.
+        """How images lie in memory: a convolutional tower is faster when channels come last.
 
         Of a transformer, whose only convolution makes patches, nothing changes.
         """
