@@ -18,7 +18,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import nn
@@ -440,22 +440,16 @@ class GranulonModel(GranulonPreTrainedModel):
 
     # --- images ------------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def pixel_format(self) -> torch.memory_format:
-        """How images lie in memory: a convolutional tower is faster when channels come last.
-
-        Of a transformer, whose only convolution makes patches, nothing changes.
-        """
-        convolutions = sum(isinstance(module, nn.Conv2d) for module in self.vision_tower.modules())
-        return torch.channels_last if convolutions > 1 else torch.preserve_format
-
     def _run_tower(self, run, pixel_values, layer, strategy, **kwargs):
         """Return features [I x N x D], the grid, and the tower's outputs; `run` is the tower or what calls it."""
         layers = [layer] if isinstance(layer, int) else layer
         if layers is not None and not kwargs.get("output_hidden_states"):
             # Only those are kept; timm numbers what it keeps anew, so that it has to keep all.
             kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or layers
-        pixel_values = pixel_values.to(self.vision_tower.dtype, memory_format=self.pixel_format)
+        # A convolutional tower is faster when channels come last; one with attention convolves its patches alone.
+        attends = hasattr(self.config.vision_config, "num_attention_heads")
+        order = torch.preserve_format if attends else torch.channels_last
+        pixel_values = pixel_values.to(self.vision_tower.dtype, memory_format=order)
         outputs = run(pixel_values, return_dict=True, **kwargs)
         states = [outputs.last_hidden_state] if layers is None else [outputs.hidden_states[index] for index in layers]
         tokens, grids = zip(*(to_patch_tokens(state, self.vision_tower, pixel_values) for state in states), strict=True)
