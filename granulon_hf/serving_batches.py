@@ -23,16 +23,10 @@ from granulon_hf.serving_metrics import Metrics
 
 # What a generation config may say so that a row's answer does not depend on what else is in its batch.
 SHARED = {
-    "_from_model_config",
-    "bos_token_id",
-    "do_sample",
-    "eos_token_id",
-    "max_length",
-    "max_new_tokens",
-    "output_attentions",
+    *("_from_model_config", "bos_token_id", "do_sample", "eos_token_id", "max_length", "max_new_tokens", "output_attentions"),
+    *("output_hidden_states", "pad_token_id", "repetition_penalty", "stop_strings", "suppress_tokens", "temperature", "top_k"),
+    *("top_p", "transformers_version", "use_cache"),
 }
-SHARED |= {"output_hidden_states", "pad_token_id", "repetition_penalty", "stop_strings", "temperature", "top_k", "top_p"}
-SHARED |= {"suppress_tokens", "transformers_version", "use_cache"}
 
 
 class Collector:

@@ -1,9 +1,12 @@
 """Shared fixtures: toy models with the real architectures, and pictures that need no download."""
 
+import base64
 import copy
 import functools
+import io
 import json
 import os
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -37,6 +40,24 @@ def make_picture(seed: int, size: tuple[int, int] = (120, 96)) -> Image.Image:
         top, left = random.integers(0, height // 2), random.integers(0, width // 2)
         pixels[top : top + height // 3, left : left + width // 3] = random.integers(0, 255, 3)
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def data_url(picture: Image.Image | bytes) -> str:
+    """A picture, or the bytes of its file, as requests carry it."""
+    if isinstance(picture, Image.Image):
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        picture = file.getvalue()
+    return "data:image/png;base64," + base64.b64encode(picture).decode()
+
+
+def end(process: subprocess.Popen) -> None:
+    """Ask a server to end, and make it."""
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ reply of /health meanwhile. p50 and p95 are of the attempt that was answered; th
 
 import argparse
 import asyncio
-import base64
 import io
 import json
 import os
@@ -36,17 +35,11 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from granulon_hf.loading import find_source  # noqa: E402
-from tests.conftest import build_tiny, make_picture, make_talkative  # noqa: E402
+from tests.conftest import build_tiny, data_url, end, make_picture, make_talkative  # noqa: E402
 
 CHAT = "/v1/chat/completions"
 QUESTIONS = ("What is this?", "How many shapes are there, and of what color is the largest?", "Which corner is the brightest?")
 SECONDS = 120  # for one answer, and for the server to be ready
-
-
-def data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def body(url: str, question: str = QUESTIONS[0], **options) -> dict:
@@ -84,11 +77,7 @@ async def serving(folder: str, places: int, batch: int):
                     log.seek(0)
                     raise SystemExit(f"The server ended:\n{log.read().decode()[-5000:]}")
         finally:
-            server.terminate()
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                server.kill()
+            end(server)
 
 
 async def ask(client: httpx.AsyncClient, request: dict, found: Counter) -> tuple[str, float]:
@@ -188,7 +177,7 @@ def pictures() -> dict[str, tuple[str, set[int]]]:
     return {
         "broken": (good[: len(good) // 2], {400}),
         "no picture": ("data:image/png;base64,AAAA", {400}),
-        "bomb": ("data:image/png;base64," + base64.b64encode(bomb.getvalue()).decode(), {400, 413}),
+        "bomb": (data_url(bomb.getvalue()), {400, 413}),
         "large": (large, {200}),
         "file": ("file:///etc/passwd", {400}),
         "path": ("/etc/passwd", {400}),

@@ -58,7 +58,7 @@ def push(
             commit = hub.push(model, repo_id, private=not public, revision=revision, message=message, folder=out, **options)
         typer.echo(commit.commit_url)
         return
-    target, remark = None, None
+    target = None
     try:
         target = hub.find_target(repo_id, private=not public, revision=revision)
         remark = target.doubt

@@ -5,10 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
-def problems_of(collator: Any, samples: Any) -> list[str]:
-    """Return what a collator and its samples list as unusable, each as a line of JSON."""
-    rows = [problem._asdict() for problem in getattr(samples, "problems", [])]
-    return [json.dumps(problem) for problem in [*rows, *getattr(collator, "problems", [])]]
+def problems_of(collator: Any, samples: Any) -> list[Any]:
+    """Return what a collator and its samples list as unusable; both lists only grow."""
+    return [*getattr(samples, "problems", []), *getattr(collator, "problems", [])]
+
+
+def as_line(problem: Any) -> str:
+    """Write a problem as a line of JSON."""
+    return json.dumps(problem if isinstance(problem, dict) else problem._asdict())
 
 
 class Reporting:
@@ -26,10 +30,13 @@ class Reporting:
 
     def __init__(self, collator: Callable[[Any], Mapping[str, Any]], samples: Any):
         self.collator, self.samples = collator, samples
-        self.told = dict.fromkeys(problems_of(collator, samples))
+        self.told = dict.fromkeys(map(as_line, problems_of(collator, samples)))
 
     def __call__(self, rows: Sequence[Any]) -> Mapping[str, Any]:
         batch = self.collator(rows)
-        new = [problem for problem in problems_of(self.collator, self.samples) if problem not in self.told]
+        problems = problems_of(self.collator, self.samples)
+        if len(problems) == len(self.told):  # as nearly always
+            return batch
+        new = [line for line in map(as_line, problems) if line not in self.told]
         self.told |= dict.fromkeys(new)
         return {**batch, "problems": new} if new else batch

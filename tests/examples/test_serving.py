@@ -3,8 +3,6 @@
 Skipped where the serving requirements are not installed: `pip install -e ".[serve]"`.
 """
 
-import base64
-import io
 import os
 import re
 import socket
@@ -23,12 +21,11 @@ if not is_serve_available():
     pytest.skip("The serving requirements are not installed: pip install -e '.[serve]'", allow_module_level=True)
 
 import openai
-from PIL import Image
 from typer.testing import CliRunner
 
 from granulon_hf import hub
 from granulon_hf.cli import app
-from tests.conftest import build_tiny, make_conversation, make_inputs, make_picture
+from tests.conftest import build_tiny, data_url, end, make_conversation, make_inputs, make_picture
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = (
@@ -90,11 +87,7 @@ def server(talker, tmp_path_factory, request):
             time.sleep(0.2)
         yield f"http://127.0.0.1:{port}", str(folder), request.param
     finally:
-        process.terminate()
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end(process)
 
 
 def is_healthy(port: int) -> bool:
@@ -106,12 +99,6 @@ def is_healthy(port: int) -> bool:
 
 def connect(server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
-
-
-def data_url(image: Image.Image) -> str:
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def user(question: str, *urls: str) -> dict:

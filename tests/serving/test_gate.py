@@ -23,7 +23,7 @@ from starlette.routing import Route
 
 from granulon_hf import serving
 from granulon_hf.serving import Gate, Refused, Stopper, fetch, is_public
-from tests.conftest import build_tiny, make_picture
+from tests.conftest import build_tiny, data_url, make_picture
 
 CHAT = "/v1/chat/completions"
 
@@ -32,10 +32,6 @@ def png(size=(20, 16)) -> bytes:
     file = io.BytesIO()
     make_picture(0, size).save(file, "PNG")
     return file.getvalue()
-
-
-def data_url(data: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def request_of(*urls, **options) -> dict:
