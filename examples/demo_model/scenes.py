@@ -224,7 +224,7 @@ NAMES = sorted({name for names in VOCABULARY.values() for name in names})
 def ask(
     things: list[Thing], phrasings: dict[str, list[str]], rng: random.Random, names: Sequence[str] = NAMES
 ) -> list[Question]:
-    """At most nine questions: about three at the coarse level, two at the middle one, and four at the fine one.
+    """Return at most nine questions: about three at the coarse level, two at the middle one, and four at the fine one.
 
     What is asked for and not there is one of `names`.
     """

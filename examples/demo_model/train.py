@@ -162,21 +162,8 @@ def covered_cells(scene) -> torch.Tensor:
     return cells.flatten()
 
 
-class Words:
-    """Input embeddings of words: the mean over the tokens of " word"."""
-
-    def __init__(self, model, tokenizer):
-        self.table, self.tokenizer, self.known = model.get_input_embeddings().weight.float(), tokenizer, {}
-
-    def __call__(self, word: str) -> torch.Tensor:
-        if word not in self.known:
-            ids = self.tokenizer(" " + word, add_special_tokens=False)["input_ids"]
-            self.known[word] = self.table[ids].mean(0)
-        return self.known[word]
-
-
 class Head:
-    """What the tower's own ImageNet head sees in features, by names: [N x D] to [N x names], above 0 where it sees one.
+    """Says what the tower's own ImageNet head sees in features, by names: [N x D] to [N x names], above 0 where it sees one.
 
     A name is seen where its classes' mean logit is four standard deviations above what it is on average, counted in standard
     deviations: some classes' logits are large everywhere in pictures of this size, and a language model of this size reads
@@ -220,13 +207,17 @@ class SaidThroughMap(nn.Module):
 
 
 @torch.no_grad()
-def say_words(projector, head: Head, words: Words) -> None:
-    """Let each hidden unit say the word of its name from the start, and the projector take what the head saw, not features."""
-    size = words.table.norm(dim=1).mean()
-    said = torch.stack([F.normalize(words(name), dim=0) for name in head.names], dim=1) * size
+def say_words(projector, head: Head, table: torch.Tensor, tokenizer) -> None:
+    """Let each hidden unit say the word of its name from the start, and the projector take what the head saw, not features.
+
+    A word is the mean of its tokens' input embeddings, which are the rows of `table`.
+    """
+    size = table.norm(dim=1).mean()
+    tokens = [tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in head.names]
+    said = torch.stack([F.normalize(table[ids].mean(0), dim=0) for ids in tokens], dim=1) * size
     parametrize.register_parametrization(projector.linear_2, "weight", SaidThroughMap(said))
     # Where nothing is seen a token still has a size, so that it is not blown up by the language model's norms.
-    projector.linear_2.bias.copy_(F.normalize(words.table.mean(0), dim=0) * size)
+    projector.linear_2.bias.copy_(F.normalize(table.mean(0), dim=0) * size)
     projector.linear_1 = projector.act = nn.Identity()
 
 
@@ -346,23 +337,13 @@ def name_things(scene, seen: torch.Tensor, cells: torch.Tensor, head: Head) -> l
     return found
 
 
-def rename(found, order: torch.Tensor, head: Head) -> list[Thing]:
-    """The things when unit `order[i]` is called as unit i is."""
-    units = order.argsort()[[unit for _, unit in found]].tolist()
-    return [replace(thing, name=head.names[unit], kind=head.kinds[unit]) for (thing, _), unit in zip(found, units, strict=True)]
-
-
 def train_answers(args, data, model, processor) -> dict:
     """The projector learns, through the frozen language model, what makes it answer right."""
     packer, rng, templates = Packer(model, processor), random.Random(1), phrasings("train")
     projector = model.model.multi_modal_projector.float().requires_grad_(True)
     head = Head(data["features"][::30].flatten(0, 1)[::2].float(), len(projector.linear_2.bias))
-    say_words(projector, head, Words(model, processor.tokenizer))
-    groups = [
-        {"params": list(projector.linear_2.parametrizations.parameters()), "scale": 1.0},
-        {"params": [projector.linear_2.bias, projector.position], "scale": 1.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98))
+    say_words(projector, head, model.get_input_embeddings().weight.float(), processor.tokenizer)
+    optimizer = torch.optim.AdamW(projector.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.98))
     checkpoint, first, log = args.work / "answers.pt", 0, []
     if checkpoint.exists():
         state = torch.load(checkpoint)
@@ -383,7 +364,7 @@ def train_answers(args, data, model, processor) -> dict:
         torch.manual_seed(step)
         done = step / args.steps
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * group["scale"] * min(1.0, (step + 1) / 20, max(0.05, (1 - done) / 0.3))
+            group["lr"] = args.lr * min(1.0, (step + 1) / 20, max(0.05, (1 - done) / 0.3))
         chosen = rng.sample(known, args.batch)
         features = data["features"][chosen]
         # At last every third step has the pixel tokens too; the others are several times cheaper.
@@ -394,10 +375,13 @@ def train_answers(args, data, model, processor) -> dict:
             # Names change places in most pictures: so few scenes teach to read all of them, and none is a good guess.
             order = torch.randperm(len(head.names)) if rng.random() < 0.7 else torch.arange(len(head.names))
             seen, levels = head(one.float())[:, order], [(head(tokens.float())[:, order], places) for tokens, places in levels]
-            things = rename(found[index], order, head)
-            told = levels[0][0].sum(0)[[head.names.index(thing.name) for thing in things]]
-            if not full and told.min() < 0.5:
+            units = order.argsort()[[unit for _, unit in found[index]]].tolist()  # unit i now shows what `order[i]` did
+            if not full and levels[0][0].sum(0)[units].min() < 0.5:
                 continue  # what the clusters do not show cannot be read from them
+            things = [
+                replace(thing, name=head.names[unit], kind=head.kinds[unit])
+                for (thing, _), unit in zip(found[index], units, strict=True)
+            ]
             absent = seen.sum(0).argsort()[: len(head.names) // 2].tolist()
             names, *others = ask(things, templates, rng, [head.names[unit] for unit in rng.sample(absent, 9)])
             examples.append(packer(seen, levels, [names, *rng.sample(others, min(2, len(others)))], full))
@@ -406,7 +390,7 @@ def train_answers(args, data, model, processor) -> dict:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(projector.parameters(), 1.0)
         optimizer.step()
-        log.append([loss.item(), right.float().mean().item()])
+        log.append([loss.item(), right.float().mean().item(), len(examples)])
         if (step + 1) % 20 == 0 or step + 1 == args.steps:
             recent = torch.tensor(log[-20:]).mean(0).tolist()
             pace = (time.time() - started) / (step + 1 - first)
@@ -418,7 +402,7 @@ def train_answers(args, data, model, processor) -> dict:
             save(state, checkpoint)
             write_adapter(args, model, head)
     last = torch.tensor(log[-50:]).mean(0).tolist()
-    return {"steps": len(log), "images": len(log) * args.batch, "last_loss": last[0], "last_tokens_right": last[1]}
+    return {"steps": len(log), "images": sum(count for *_, count in log), "last_loss": last[0], "last_tokens_right": last[1]}
 
 
 def write_adapter(args, model, head: Head) -> None:
