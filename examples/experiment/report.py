@@ -25,7 +25,7 @@ How the numbers are made (ours):
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -640,11 +640,11 @@ def controller_verdict(agreements: Mapping[str, Mapping[str, Any]], one_level: f
 # --- controls, levels, budgets
 
 
-def control_tests(scores: Scores) -> list[dict[str, Any]]:
+def control_tests(scores: Scores, training_of: Callable[[str], str] = str) -> list[dict[str, Any]]:
     """Accuracy above chance of every arm that sees no image, or another scene's.
 
     Overall after Holm's correction over that arm's own tests, since more arms must not make it easier to pass; by type after
-    that over the types of all arms.
+    that over the types of all arms. Arms with the same `training_of` are views of one training, and one arm here.
 
     One-sided normal tests; the standard error is that of the bootstrap over scenes, the seeds being those that there are.
     """
@@ -672,7 +672,7 @@ def control_tests(scores: Scores) -> list[dict[str, Any]]:
                 tests.append(test)
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for test in tests:
-        families[test["arm"] if test["type"] == "overall" else ""].append(test)
+        families[training_of(test["arm"]) if test["type"] == "overall" else ""].append(test)
     for members in families.values():
         for test, p in zip(members, holm([test["p"] for test in members]), strict=True):
             test |= {"p_holm": p, "above": p <= ALPHA}

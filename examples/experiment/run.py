@@ -280,8 +280,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     manifests = sorted(args.out.glob("runs/*/*/manifest.json"))  # the archive of a study has nothing else that tells
     for before, now in (*known, *((read_json(one, "settings")["settings"], flat) for one in manifests)):
         if what := differing(before, now):
-            hint = " (Pillow 12 and 13 scale pictures differently)" if what.startswith("pictures") else ""
-            raise GranulonError(f"{str(args.out)!r} holds another study: {what} differ{hint}; name another --out.")
+            raise GranulonError(f"{str(args.out)!r} holds another study: {what} differ; name another --out.")
     write_text(path, json.dumps(shared, indent=1) + "\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -5,7 +5,8 @@
 reads the finished runs in `OUT/runs` as `report.py` does, and writes `OUT/second.md`, `OUT/second.json` and `OUT/tokens.png`.
 Everything is counted from raw predictions. Rules, controls and corrections are those of the first part, but for one: budgets of
 a nested arm are views of one training and vary together from seed to seed, so that the spread between seeds is that of each
-comparison's own differences, seed by seed, and not pooled over arms.
+comparison's own differences, seed by seed, and not pooled over arms; and controls of all views of a training are corrected
+together.
 """
 
 import json
@@ -20,7 +21,7 @@ import typer
 from granulon_hf.cli.common import reports_bad_input
 from granulon_hf.io import write_text
 
-from .arms import BUDGETS, PRICED, PRICES
+from .arms import ARMS, BUDGETS, PRICED, PRICES
 from .report import (
     ALPHA,
     DECISIVE,
@@ -62,6 +63,11 @@ ALONE = (4, 16, 64)  # budgets that are also trained alone
 def at(reducer: str, budget: int) -> str:
     """A nested arm at a budget."""
     return f"{reducer}{budget}+nested+place"
+
+
+def training_of(arm: str) -> str:
+    """The run that an arm is a view of, or the arm."""
+    return ARMS[arm][1].get("view", arm)
 
 
 def over_budgets(one: str, other: str) -> Comparison:
@@ -148,7 +154,7 @@ def oracle(study: Study, scores: Scores, reducer: str, split: str) -> dict[str, 
 def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
     """All numbers of the report, as they are written to `second.json`."""
     scores = Scores(study, resamples)
-    controls = control_tests(scores)
+    controls = control_tests(scores, training_of)
     obstacles = find_obstacles(study, controls)
     families = {
         split: compare_family(scores, obstacles, split, family_of(study, split), own_spread=True) for split in study.splits
