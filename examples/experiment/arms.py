@@ -7,6 +7,7 @@ Everything else is the same for all arms.
 import copy
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPImageProcessor
 
+from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.aggregation_granulon import GranulonAggregation
 from granulon_hf.modeling.configuration_granulon import DEFAULT_GRANULARITY_LEVELS, GranulonConfig
 from granulon_hf.modeling.modeling_granulon import (
@@ -29,7 +31,10 @@ from granulon_hf.training.stages import set_stage
 
 LEVELS = [dict(level) for level in DEFAULT_GRANULARITY_LEVELS]  # coarse (4, 5), middle (2, 10), fine (1, 20)
 GRIDS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8)}
-COMPACT = (4, 9, 16, 36, 64)  # squares, which every reducer fills
+COMPACT = (4, 9, 16, 25, 36, 64)  # squares, which every reducer fills
+BUDGETS = (4, 9, 16, 25, 64)  # of a nested arm: one projector for all of them
+PRICES = (0.001, 0.004, 0.016)  # of a visual token, in nats of the answer's loss
+PRICED = ("adata",)  # reducers whose nested arm also chooses its budget by measured loss
 FORMS = ("first", "own-projector")  # semantic slots in front; a projector of their own
 PLACES = {"place": "semantic", "places": "all"}  # `slot_position`: semantic slots are told where they are, or all slots
 CHANNELS = 128  # of queries and keys of the resampler
@@ -85,16 +90,40 @@ def make_arms() -> dict[str, tuple[str, dict[str, Any]]]:
         )
         for count in GRIDS
     }
-    # The compact form with the package's own reducers, told where their tokens are; AdaTA's clusters are kept in the store.
-    for reducer in (name for name, one in REDUCERS.items() if "scales" not in one.needs):
-        maker = "clusters" if reducer == "adata" else "reducer"
+    # The compact form with the package's own reducers, told where their tokens are. AdaTA's clusters, and what the tower sees
+    # in smaller images, are kept in the store.
+    for reducer in REDUCERS:
+        maker = "clusters" if reducer in ("adata", "downsample") else "reducer"
+        own = {"reducer": reducer, "form": "place"}
         for count in COMPACT:
-            one = arm(False, maker, "fixed", [level("all", 1, count)]) | {"reducer": reducer, "form": "place"}
-            budget[f"{reducer}{count}+place"] = one
+            budget[f"{reducer}{count}+place"] = arm(False, maker, "fixed", [level("all", 1, count)]) | own
+        nested = f"{reducer}+nested+place"
+        budget[nested] = arm(False, maker, "nested", [level(str(count), 1, count) for count in BUDGETS]) | own
+        for count in BUDGETS:
+            view = arm(False, maker, "fixed", [level(str(count), 1, count)]) | own
+            budget[f"{reducer}{count}+nested+place"] = view | {"view": nested}
+        for price in PRICES if reducer in PRICED else ():
+            budget[f"{reducer}+price{price:g}+place"] = budget[nested] | {"policy": "priced", "price": price, "view": nested}
     return {name: (group, one) for group, arms in (("main", main), ("budget", budget)) for name, one in arms.items()}
 
 
 ARMS = make_arms()
+
+
+def views_of(name: str) -> list[str]:
+    """What a nested arm is tested as: at each of its budgets, and at those that a controller chooses at each price."""
+    return [view for view, (_, one) in ARMS.items() if one.get("view") == name]
+
+
+def reads_question(arm: dict[str, Any]) -> bool:
+    """Whether a question makes the image's tokens, so that they can serve that question alone."""
+    return arm["maker"] == "text_resampler" or (arm["maker"] == "reducer" and "question" in REDUCERS[arm["reducer"]].needs)
+
+
+def store_name(arm: dict[str, Any], level: dict[str, Any]) -> str:
+    """What the store keeps an arm's tokens of a level under."""
+    how = "downsample" if arm.get("reducer") == "downsample" else arm["clustering"]
+    return AggregateStore.name(level["alpha"], level["beta"], how)
 
 
 # --- clusters that are known -------------------------------------------------------------------------------------------
@@ -142,6 +171,10 @@ class AggregateStore:
 
     def remember(self, key: str, name: str, tokens: torch.Tensor) -> None:
         self.known[key, name] = tokens
+
+    def mean(self, keys: Sequence[str], name: str) -> torch.Tensor:
+        """Mean tokens and cells [M x (D + 2)] of images that are known."""
+        return torch.stack([self.tokens(key, name).float() for key in keys]).mean(0).to(torch.bfloat16)
 
 
 def with_positions(found: GranulonAggregation) -> torch.Tensor:
@@ -235,9 +268,11 @@ class ArmModel(GranulonModel):
         rows, chosen = [], level.tolist()
         for one, index in zip(features, chosen, strict=True):
             value = self.config.granularity_levels[index]
-            key, name = self.store.key(one), self.store.name(value["alpha"], value["beta"], self.config.clustering)
+            key, name = self.store.key(one), store_name(self.arm, value)
             tokens = self.store.tokens(key, name)
             if tokens is None:
+                if self.arm.get("reducer") == "downsample":
+                    raise GranulonError(f"The store has no tokens {name} of an image, and its features do not tell them.")
                 found = super()._aggregate(PatchFeatures(one.unsqueeze(0), patches.grid), torch.tensor([index]))
                 tokens = with_positions(found)[0, found.keep[0]].detach()
                 self.store.remember(key, name, tokens)
@@ -340,7 +375,7 @@ def build(
         torch.manual_seed(seed)
         layer.reset_parameters()
     model.model.attach(arm, store, width, patches)
-    if controller is not None and len(arm["levels"]) > 1:
+    if controller is not None and arm["policy"] == "adaptive":
         model.model.controller.load_state_dict(controller)
     set_stage(model, "projector")
     for part in (model.model.maker, model.model.semantic_projector):
@@ -354,7 +389,8 @@ def build(
 def forward_flops(
     arm: dict[str, Any], decoder: Any, width: int, patches: int, visual: float, text: float, cached: bool = False
 ) -> float:
-    """FLOPs of one forward pass, from its visible tokens; the tower, the same for all, is left out, and clusters if cached.
+    """FLOPs of one forward pass, from its visible tokens; the tower, the same for all but `downsample`, is left out, and
+    clusters if cached.
 
     2 · (weights of decoder layers + head at one position) · tokens, 4 · layers · (heads · their width) · tokens² / 2 of causal
     attention, 2 · weights of the projector · visual tokens; of a resampler keys, scores and sums; of clusters the kernel
@@ -370,7 +406,7 @@ def forward_flops(
     extra = arm["tokens"]
     if arm["maker"] in ("resampler", "text_resampler"):
         total += 2.0 * patches * (width * CHANNELS + extra * (CHANNELS + width))
-    elif arm["maker"] == "clusters" and not cached:
+    elif arm["maker"] == "clusters" and arm.get("reducer") != "downsample" and not cached:
         total += 2.0 * patches**2 * width + 2.0 * 10 * patches**2 * extra
     elif arm["maker"] == "pool" or arm.get("reducer") == "pool":
         total += 1.0 * patches * width

@@ -25,7 +25,7 @@ How the numbers are made (ours):
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -40,6 +40,7 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.evaluation.metrics import exact
 from granulon_hf.io import write_text
 
+from .arms import views_of
 from .training import on_plateau, read_json, read_lines
 
 RESAMPLES = 10_000  # Holm's correction needs the tails
@@ -57,16 +58,16 @@ SEMANTIC_FEW, SEMANTIC_MANY = "semantic+fixed5", "semantic+fixed20"
 
 @dataclass(frozen=True)
 class Comparison:
-    """A sum of accuracies with signs, declared before the runs.
+    """A weighted sum of accuracies, declared before the runs.
 
     Args:
         title (`str`): how it reads.
-        terms (`tuple[tuple[int, str, str], ...]`): sign, arm, and level or "overall".
+        terms (`tuple[tuple[float, str, str], ...]`): weight, arm, and level or "overall".
         margin (`float`): added to the sum, for "not worse by more than".
     """
 
     title: str
-    terms: tuple[tuple[int, str, str], ...]
+    terms: tuple[tuple[float, str, str], ...]
     margin: float = 0.0
 
     @property
@@ -228,7 +229,8 @@ def read(out: Path) -> Study:
     folders = sorted(path for path in out.glob("runs/*/*") if path.is_dir())
     if not out.is_dir():
         raise GranulonError(f"There is no folder {str(out)!r}.")
-    finished = [path for path in folders if (path / "done.json").exists()]
+    ended = [path for path in folders if (path / "done.json").exists()]
+    finished = [path for path in ended if not views_of(path.parent.name)]  # a nested arm is there as its views
     if not finished:
         raise GranulonError(f"{str(out)!r} holds no finished run (runs/ARM/SEED/done.json); run the experiment first.")
     experiment = read_json(out / "experiment.json", "level_of_type", "made_by", "language_model")
@@ -300,7 +302,7 @@ def read(out: Path) -> Study:
         experiment,
         sorted(runs.values(), key=rank),
         {block: asked for block, (_, asked) in questions.items()},
-        [label(path) for path in folders if path not in finished],
+        [label(path) for path in folders if path not in ended],
         read_json(out / "timing.json") if (out / "timing.json").exists() else {},
     )
 
@@ -397,9 +399,9 @@ class Scores:
         return float(nan_mean(point[columns])), nan_mean(drawn[:, columns])
 
     def contrast(
-        self, terms: Sequence[tuple[int, str, str]], split: str = DECISIVE
+        self, terms: Sequence[tuple[float, str, str]], split: str = DECISIVE
     ) -> tuple[list[int], np.ndarray, np.ndarray]:
-        """A sum of accuracies with signs, seed by seed.
+        """A weighted sum of accuracies, seed by seed.
 
         Returns:
             the seeds that all its arms have, its values [seeds], and those with the drawn scenes [resamples, seeds].
@@ -419,7 +421,7 @@ class Scores:
         drawn = np.array([drawn for _, drawn in found]).reshape(len(seeds), self.resamples)
         return np.array([point for point, _ in found]), drawn.T
 
-    def seed_spread(self, terms: Sequence[tuple[int, str, str]], split: str) -> tuple[float, int]:
+    def seed_spread(self, terms: Sequence[tuple[float, str, str]], split: str) -> tuple[float, int]:
         """Variance of a difference between seeds, pooled, and its degrees of freedom (0: not known).
 
         Twice that of one arm's part: what is left of it in all arms of the same kind when each arm and each seed has its own
@@ -500,8 +502,16 @@ def cohens_h(one: float, other: float) -> float:
     return 2 * (math.asin(math.sqrt(one)) - math.asin(math.sqrt(other)))
 
 
-def compare(scores: Scores, comparison: Comparison, split: str = DECISIVE) -> dict[str, Any]:
-    """A comparison's difference, interval, effect sizes and p-value; `missing` names arms where it cannot be made."""
+def compare(
+    scores: Scores, comparison: Comparison, split: str = DECISIVE, family: int = len(FAMILY), own_spread: bool = False
+) -> dict[str, Any]:
+    """A comparison's difference, interval, effect sizes and p-value; `missing` names arms where it cannot be made.
+
+    Args:
+        family (`int`): comparisons that are corrected together.
+        own_spread (`bool`): take the spread between seeds from this comparison's own differences, seed by seed: arms that are
+            views of one training vary together, which pooling does not know.
+    """
     result: dict[str, Any] = {"title": comparison.title, "margin": comparison.margin, "arms": list(comparison.arms)}
     present = {run.arm for run in scores.study.runs}
     if missing := [arm for arm in comparison.arms if arm not in present]:
@@ -514,10 +524,13 @@ def compare(scores: Scores, comparison: Comparison, split: str = DECISIVE) -> di
     if np.isnan(values).any():
         return result | {"missing": f"no such questions in the split {split}", "p": 1.0}
     variance, free = scores.seed_spread(comparison.terms, split)
+    if own_spread:
+        free = len(seeds) - 1 if len(seeds) >= MIN_SEEDS else 0
+        variance = float(values.var(ddof=1)) if free else 0.0
     samples = replicates(drawn, variance, free)
     result |= {"seeds": seeds, "per_seed": values.tolist(), "estimate": float(values.mean()), "interval": interval(samples)}
     result |= {"seed_sd": math.sqrt(variance) if free else None, "degrees_of_freedom": free}
-    low, high = interval(samples, ALPHA / len(FAMILY))
+    low, high = interval(samples, ALPHA / family)
     result |= {"decidable": (high - low) / 2, "h": None, "by_type": None, "samples": samples}
     result |= {"p": p_value(samples, -comparison.margin), "p_equal": p_no_difference(samples)}
     if len(comparison.terms) == 2:
@@ -531,13 +544,20 @@ def compare(scores: Scores, comparison: Comparison, split: str = DECISIVE) -> di
     return result
 
 
-def compare_family(scores: Scores, obstacles: Mapping[str, Sequence[str]], split: str = DECISIVE) -> dict[str, dict[str, Any]]:
-    """All of `FAMILY`, corrected together.
+def compare_family(
+    scores: Scores,
+    obstacles: Mapping[str, Sequence[str]],
+    split: str = DECISIVE,
+    family: Mapping[str, Comparison] = FAMILY,
+    own_spread: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """All comparisons of a family, corrected together.
 
     Args:
         obstacles (`Mapping[str, Sequence[str]]`): per arm, why nothing that rests on it can be decided.
+        own_spread (`bool`): as [`compare`] has it.
     """
-    found = {name: compare(scores, comparison, split) for name, comparison in FAMILY.items()}
+    found = {name: compare(scores, one, split, len(family), own_spread) for name, one in family.items()}
     for result in found.values():
         few = [len(result["seeds"])] if "missing" not in result and len(result["seeds"]) < MIN_SEEDS else []
         result["obstacles"] = [f"{count_of(count, 'shared seed')} of {MIN_SEEDS}" for count in few]
@@ -620,11 +640,11 @@ def controller_verdict(agreements: Mapping[str, Mapping[str, Any]], one_level: f
 # --- controls, levels, budgets
 
 
-def control_tests(scores: Scores) -> list[dict[str, Any]]:
+def control_tests(scores: Scores, training_of: Callable[[str], str] = str) -> list[dict[str, Any]]:
     """Accuracy above chance of every arm that sees no image, or another scene's.
 
     Overall after Holm's correction over that arm's own tests, since more arms must not make it easier to pass; by type after
-    that over the types of all arms.
+    that over the types of all arms. Arms with the same `training_of` are views of one training, and one arm here.
 
     One-sided normal tests; the standard error is that of the bootstrap over scenes, the seeds being those that there are.
     """
@@ -652,7 +672,7 @@ def control_tests(scores: Scores) -> list[dict[str, Any]]:
                 tests.append(test)
     families: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for test in tests:
-        families[test["arm"] if test["type"] == "overall" else ""].append(test)
+        families[training_of(test["arm"]) if test["type"] == "overall" else ""].append(test)
     for members in families.values():
         for test, p in zip(members, holm([test["p"] for test in members]), strict=True):
             test |= {"p_holm": p, "above": p <= ALPHA}
@@ -743,6 +763,7 @@ def costs(study: Study) -> dict[str, dict[str, Any]]:
         }
         result[arm] = {
             "visual_tokens": float(np.mean([np.mean(run.visual_tokens[DECISIVE, "none"]) for run in runs])),
+            "cache_bytes": runs[0].done.get("cache_bytes"),  # which the first part did not count
             **done,
             "times": study.timing.get(arm),
             "hours_training": sum(run.done["seconds_training"] for run in runs) / 3600,

@@ -34,7 +34,7 @@ from granulon_hf.io import write_text
 from granulon_hf.training.run import versions
 
 from . import language_model
-from .arms import ARMS
+from .arms import ARMS, views_of
 from .report import differing
 from .report import write as write_report
 from .timing import time_arms, timed
@@ -104,6 +104,9 @@ def known_arms(given: Any, what: str) -> list[str]:
         raise GranulonError(f"{what} must be a list of arms; got {given!r}.")
     if unknown := [name for name in given if not isinstance(name, str) or name not in ARMS]:
         raise GranulonError(f"{what}: there is no arm {unknown[0]!r}; the arms are {', '.join(ARMS)}.")
+    for name in given:
+        if whole := ARMS[name][1].get("view"):
+            raise GranulonError(f"{what}: {name!r} is how {whole!r} is tested; name that.")
     return given
 
 
@@ -114,7 +117,8 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
         GranulonError: an unknown arm, or a seed that is no number.
     """
     given = args.arms.split(",") if args.arms is not None else config.get("arms", "all")
-    arms = list(ARMS) if given in ("all", ["all"]) else known_arms(given, "arms")
+    first = [name for name, (_, one) in ARMS.items() if "reducer" not in one]  # those of the first study
+    arms = first if given in ("all", ["all"]) else known_arms(given, "arms")
     if args.seeds is not None:
         parts = args.seeds.split(",")
         common = whole_numbers([int(part) if part.strip().isdecimal() else part for part in parts], "--seeds")
@@ -128,6 +132,13 @@ def jobs_of(config: dict[str, Any], args: argparse.Namespace) -> list[tuple[str,
     seeds = {name: [*common, *(whole_numbers(more[name], f"more_seeds of {name}") if name in more else [])] for name in arms}
     rank = {name: i for i, name in enumerate(arms)}
     return sorted({(name, seed) for name in arms for seed in seeds[name]}, key=lambda job: (job[1], rank[job[0]]))
+
+
+def timed_arms(jobs: list[tuple[str, int]]) -> list[str]:
+    """The arms of the jobs, a nested one at each of its budgets."""
+    names = dict.fromkeys(name for name, _ in jobs)
+    fixed = ([view for view in views_of(name) if ARMS[view][1]["policy"] == "fixed"] or [name] for name in names)
+    return [view for views in fixed for view in views]
 
 
 def describe(study: Study, config: dict[str, Any], command: str, text: dict[str, Any]) -> None:
@@ -234,7 +245,7 @@ def main(given: list[str] | None = None) -> None:
         return
     if args.run == "timing":
         torch.set_num_threads(1)
-        time_arms(study, [*dict.fromkeys(name for name, _ in jobs)])
+        time_arms(study, timed_arms(jobs))
         return
     if args.run:
         torch.set_num_threads(1)
@@ -269,8 +280,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
     manifests = sorted(args.out.glob("runs/*/*/manifest.json"))  # the archive of a study has nothing else that tells
     for before, now in (*known, *((read_json(one, "settings")["settings"], flat) for one in manifests)):
         if what := differing(before, now):
-            hint = " (Pillow 12 and 13 scale pictures differently)" if what.startswith("pictures") else ""
-            raise GranulonError(f"{str(args.out)!r} holds another study: {what} differ{hint}; name another --out.")
+            raise GranulonError(f"{str(args.out)!r} holds another study: {what} differ; name another --out.")
     write_text(path, json.dumps(shared, indent=1) + "\n")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -291,7 +301,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
                 f"{len(failed)} runs failed; the first says why in {failed[0]}. The same command tries them again."
             )
         timing = start(args, "timing", args.out / "timing.log")  # when no run is beside it
-        arms = {name for name, _ in jobs}
+        arms = set(timed_arms(jobs))
         try:
             wait_for(timing, args.out / "timing.log", progress, len(arms), lambda: ("timing", len(arms & timed(study).keys())))
         finally:

@@ -9,7 +9,7 @@ import random
 import subprocess
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -36,18 +36,34 @@ from granulon_hf.io import batches, write_text
 from granulon_hf.modeling.aggregation_granulon import aggregate
 from granulon_hf.training.arguments import RecipeArguments
 from granulon_hf.training.checkpoints import last_checkpoint
-from granulon_hf.training.controller import ControllerArguments, Question, train_controller
+from granulon_hf.training.controller import ControllerArguments, Question, logits_of, question_states, train_controller
 from granulon_hf.training.feature_cache import FeatureCache, key_of
+from granulon_hf.training.loss_labels import answer_losses, score_rows
+from granulon_hf.training.loss_targets import ScoredQuestion
 from granulon_hf.training.stages import adapter_state, load_adapter_state, trainable
 from granulon_hf.training.trainer import GranulonTrainer, TrainingStopped
 
 from .alignment import align
-from .arms import ARMS, LEVELS, AggregateStore, build, forward_flops, with_positions
+from .arms import (
+    ARMS,
+    LEVELS,
+    PRICES,
+    AggregateStore,
+    arm,
+    build,
+    forward_flops,
+    reads_question,
+    store_name,
+    views_of,
+    with_positions,
+)
 from .language_model import SEED, TextSettings, make_tokenizer, untrained
+from .paraphrase import paraphrase
 
 SPLITS = ("train", "validation", "test", "test_heldout")
 CONTROLS = ("none", "blind", "shuffled")
 ANSWER_TOKENS = 3  # no answer is longer
+PARAPHRASES = 3  # of each question that a controller of budgets learns from, beside its own words
 Task = tuple[Scene, int]  # a question of a scene, by its place in it
 
 
@@ -210,6 +226,10 @@ class Study:
         scenes = self.by_id[prefix]
         return scenes, scenes.scene(int(index))
 
+    def questions(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """The words of the questions of predictions."""
+        return [self.scene_of(row["scene"])[1].questions[int(row["question"].rpartition("-")[2])].text for row in rows]
+
     def image(self, name: str) -> dict[str, Any]:
         """A scene's image as samples hold it: only its name, since features are computed before."""
         return {"bytes": name.encode(), "path": None}
@@ -267,13 +287,13 @@ class Study:
             keys = [AggregateStore.key(cache(image)) for image in progress.track(images, description="keys of the features")]
             write_text(folder / "keys.txt", "\n".join(keys) + "\n")
         wanted = {
-            (one["alpha"], one["beta"], arm["clustering"])
-            for arm in (ARMS[name][1] for name in names)
+            store_name(arm, one): (name, one)
+            for name, arm in ((name, ARMS[name][1]) for name in names)
             if arm["maker"] == "clusters"
             for one in arm["levels"]
         }
-        for alpha, beta, clustering in sorted(wanted):
-            path = self.store().path(AggregateStore.name(alpha, beta, clustering))
+        for stored, (name, one) in sorted(wanted.items()):
+            path, beta = self.store().path(stored), one["beta"]
             if path.exists():
                 continue
             part = path.with_suffix(".part")
@@ -282,13 +302,35 @@ class Study:
             begun = done // size
             with open(part, "ab") as file:
                 file.truncate(begun * size)
-                task = progress.add_task(f"clusters {path.stem}", total=len(images), completed=begun)
+                task = progress.add_task(f"tokens {path.stem}", total=len(images), completed=begun)
+                small = self.downsampling(one) if stored.startswith("downsample") else None
                 for batch in batches(images[begun:], 16):
-                    features = torch.stack([cache(image) for image in batch])
-                    tokens = cluster(features, alpha, beta, clustering)
+                    if small is None:
+                        features = torch.stack([cache(image) for image in batch])
+                        tokens = cluster(features, one["alpha"], beta, ARMS[name][1]["clustering"])
+                    else:
+                        tokens = small(batch)
                     file.write(tokens.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
                     progress.advance(task, len(batch))
             part.rename(path)
+
+    def downsampling(self, level: dict[str, Any]) -> Callable[[Sequence[Any]], torch.Tensor]:
+        """What makes tokens of scenes, and the mean cell of each, as the package's reducer of that name does."""
+        described = {**arm(False, "reducer", "fixed", [level]), "reducer": "downsample"}
+        language_model, tokenizer = self.load_language_model()
+        tower = load_vision_tower(torch.float32)
+        model, _ = build(described, language_model, tokenizer, tower, width=1280, patches=196, seed=0)
+        processor = load_image_processor()
+
+        @torch.inference_mode()
+        def make(images: Sequence[Any]) -> torch.Tensor:
+            scenes = [self.scene_of(image["bytes"].decode()) for image in images]
+            pictures = [made.render(scene) for made, scene in scenes]
+            return with_positions(
+                model.model.aggregate(processor(pictures, return_tensors="pt")["pixel_values"], granularity=0)
+            )
+
+        return make
 
     # --- the controller ---
 
@@ -416,7 +458,7 @@ class ArmCollator:
 
     def rows(self, samples: Sequence[Sample]) -> Sequence[Sample]:
         """The conversations; where a question makes the image's tokens, each of their questions is one of its own."""
-        if self.arm["maker"] != "text_resampler":
+        if not reads_question(self.arm):
             return samples
         return [one for sample in samples for one in single_questions(sample)]
 
@@ -499,6 +541,7 @@ class Run:
         self.study, self.name, self.seed = study, name, seed
         self.group, self.arm = ARMS[name]
         self.folder = study.out / "runs" / name / str(seed)
+        self.names = [one["name"] for one in self.arm["levels"]]
         self.trainer: Any = None
 
     def manifest(self) -> dict[str, Any]:
@@ -560,6 +603,7 @@ class Run:
             save_total_limit=1,
             logging_steps=settings.validate_every,
             report_to="none",
+            budgets="random" if self.arm["policy"] == "nested" else "controller",
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
             average_tokens_across_devices=False,
@@ -568,6 +612,9 @@ class Run:
         samples: Any = study.conversations("train", self.seed, settings.orders)
         conversations = study.conversations("validation", 0, 1)
         self.validation = [(some, self.collator(some)) for some in batches(conversations, 2 * settings.batch_size)]
+        if self.arm["policy"] == "nested":  # each budget in turn
+            for _, batch in self.validation:
+                batch["granularity"] = torch.arange(len(batch["input_ids"])) % len(self.arm["levels"])
         self.trainer = ArmTrainer(
             model=self.model, args=arguments, train_dataset=samples, data_collator=self.collator, callbacks=[validation]
         )
@@ -631,49 +678,108 @@ class Run:
     # --- evaluation ---
 
     def finish(self) -> None:
-        settings, rows = self.study.settings, self.read_history()
+        rows = self.read_history()
         self.load_mean_weights(rows)
         validation = self.validate()
-        predictions = []
-        for split in ("test", "test_heldout"):
-            for control in CONTROLS if split == "test" else ("none",):
-                count = len(self.study.scenes[split])
-                count = count if control == "none" else min(count, settings.control_scenes)
-                predictions += self.predict(split, control, count)
-        text = "".join(json.dumps(row) + "\n" for row in predictions)
-        write_text(self.folder / "predictions.jsonl", text)
         done = {
             "steps": rows[-1]["step"],
             "validation": validation["accuracy"],
             "seconds_training": rows[-1]["seconds"],
-            **self.flops(predictions),
             "commit": commit(),
             "trainable_parameters": sum(p.numel() for _, p in trainable(self.model)),
         }
+        views = views_of(self.name)
+        if not views:
+            self.write(self.name, self.predict_all(), done)
+            return
+        fixed = [view for view in views if ARMS[view][1]["policy"] == "fixed"]
+        predicted = {ARMS[view][1]["levels"][0]["name"]: self.predict_all(ARMS[view][1]["levels"][0]["name"]) for view in fixed}
+        for view, predictions in zip(fixed, predicted.values(), strict=True):
+            self.write(view, predictions, done)
+        if priced := [view for view in views if view not in fixed]:
+            chosen, measured = self.choose_budgets(next(iter(predicted.values())))
+            write_text(self.folder / "controller.json", json.dumps(measured, indent=1) + "\n")
+            for view, levels in zip(priced, chosen, strict=True):
+                self.write(view, [predicted[level][i] for i, level in enumerate(levels)], done)
         write_text(self.folder / "done.json", json.dumps(done, indent=1) + "\n")
 
-    def flops(self, predictions: list[dict[str, Any]]) -> dict[str, int]:
+    def write(self, name: str, predictions: list[dict[str, Any]], done: dict[str, Any]) -> None:
+        """What the report reads of this run, or of a view of it."""
+        folder = self.study.out / "runs" / name / str(self.seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        if name != self.name:
+            write_text(folder / "manifest.json", json.dumps(Run(self.study, name, self.seed).manifest(), indent=1) + "\n")
+            write_text(folder / "history.jsonl", (self.folder / "history.jsonl").read_text())
+        write_text(folder / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in predictions))
+        write_text(folder / "done.json", json.dumps({**done, **self.flops(ARMS[name][1], predictions)}, indent=1) + "\n")
+
+    def predict_all(self, level: str | None = None) -> list[dict[str, Any]]:
+        """Answers to both splits, and of the controls; at one level of a nested arm."""
+        predictions = []
+        for split in ("test", "test_heldout"):
+            for control in CONTROLS if split == "test" else ("none",):
+                count = len(self.study.scenes[split])
+                count = count if control == "none" else min(count, self.study.settings.control_scenes)
+                predictions += self.predict(split, control, count, level)
+        return predictions
+
+    def choose_budgets(self, rows: list[dict[str, Any]]) -> tuple[list[list[str]], dict[str, Any]]:
+        """Levels of the rows' questions at each price, by a controller that learns from the losses of training answers.
+
+        The questions that it learns from are paraphrased, since it must read phrasings that it never saw.
+        """
+        rng, known, scored = random.Random(self.seed), self.processor.tokenizer.get_vocab(), []
+        for split, count in (("train", 600), ("validation", len(self.study.scenes["validation"]))):
+            levels = len(QUESTION_LEVELS)
+            conversations = self.study.conversations(split, self.seed, 1)
+            asked = [one for i in range(min(count * levels, len(conversations))) for one in single_questions(conversations[i])]
+            for some in batches(asked, 32):
+                losses, tokens = answer_losses(self.model, self.collator.collator(some))
+                for row in score_rows(some, losses, tokens, self.names):
+                    texts = [row["text"]]
+                    texts += [paraphrase(row["text"], rng, known) for _ in range(PARAPHRASES * (split == "train"))]
+                    scored += [ScoredQuestion(text, row["losses"], row["tokens"], split != "train") for text in texts]
+        arguments = ControllerArguments(
+            targets="loss", price=list(PRICES), labels="scores", steps=self.study.settings.controller_steps, seed=self.seed
+        )
+        measured = train_controller(self.model, self.processor, scored, arguments, show=False)
+        found = self.study.questions(rows)
+        states = question_states(self.model, self.processor, list(dict.fromkeys(found)), show=False)
+        controller = self.model.model.controller
+        chosen = logits_of(controller, states.to(controller.in_proj.weight)).argmax(-1)
+        by_text = dict(zip(dict.fromkeys(found), chosen.tolist(), strict=True))
+        return [[self.names[by_text[text][price]] for text in found] for price in range(len(PRICES))], measured
+
+    def flops(self, arm: dict[str, Any], predictions: list[dict[str, Any]]) -> dict[str, int]:
         seen = [row for row in predictions if row["control"] == "none"]
         visual, text = (float(np.mean([row[name] for row in seen])) for name in ("visual_tokens", "text_tokens"))
         lengths = torch.cat([batch["attention_mask"].sum(1) for _, batch in self.validation])
         conversation = float(lengths.float().mean()) - self.processor.slots
         rows_per_sample = len(lengths) / sum(len(samples) for samples, _ in self.validation)
         patches, width = self.features.shape
-        one = (self.arm, self.model.model.language_model, width, patches, visual)
+        one = (arm, self.model.model.language_model, width, patches, visual)
         training = rows_per_sample * forward_flops(*one, conversation, cached=True)
-        return {"flops_per_question": round(forward_flops(*one, text)), "training_flops_per_sample": round(training)}
+        layers, bits = self.model.model.language_model.layers, torch.finfo(self.model.dtype).bits
+        keys = 2 * len(layers) * layers[0].self_attn.k_proj.out_features * bits // 8  # bytes of one token's keys and values
+        return {
+            "flops_per_question": round(forward_flops(*one, text)),
+            "training_flops_per_sample": round(training),
+            "cache_bytes": round(keys * (visual + text)),
+        }
 
     @torch.inference_mode()
-    def generate(self, inputs: Any, tasks: Sequence[Task], **options) -> tuple[torch.Tensor, list[str | None]]:
-        """Token ids [B x L] of the tasks' answers, and the levels that they are answered with."""
-        names = [one["name"] for one in self.arm["levels"]]
-        levels: list[str | None] = [None] * len(tasks)
+    def generate(
+        self, inputs: Any, tasks: Sequence[Task], level: str | None = None, **options
+    ) -> tuple[torch.Tensor, list[str | None]]:
+        """Token ids [B x L] of the tasks' answers, and the levels that they are answered with; `level` is a nested arm's."""
+        names = self.names
+        levels: list[str | None] = [level] * len(tasks)
         if self.arm["policy"] == "adaptive":
             mask = {name: inputs[name] for name in ("input_ids", "attention_mask", "question_mask")}
             levels = [names[i] for i in self.model.get_granularity_probs(**mask).argmax(-1).tolist()]
         elif self.arm["policy"] in ("oracle", "random"):
             levels = [forced_level(self.arm["policy"], s.questions[n].level, f"{s.id}-{n}", self.seed) for s, n in tasks]
-        elif names:
+        elif names and level is None:
             levels = [names[0]] * len(tasks)
         if names:
             options["granularity"] = levels
@@ -691,24 +797,33 @@ class Run:
         return torch.stack([self.features(self.study.image(scene.id)) for scene in scenes])
 
     @torch.inference_mode()
-    def predict(self, split: str, control: str, count: int) -> list[dict[str, Any]]:
+    def predict(self, split: str, control: str, count: int, level: str | None = None) -> list[dict[str, Any]]:
         """Greedy answers, every question alone."""
         rows, scenes = [], self.study.scenes[split]
         tasks = [(scene, n) for scene in scenes[:count] for n in range(len(scene.questions))]
         if control == "blind":  # the mean of all features, place by place: it tells nothing and is not as strange as zeros
-            mean = self.features_of(scenes[:count]).float().mean(0)
+            features = self.features_of(scenes[:count])
+            mean = features.float().mean(0)
+            if self.arm.get("reducer") == "downsample":  # the store knows no such image, and features do not tell its tokens
+                store = self.model.model.store
+                keys, key = [store.key(one) for one in features], store.key(mean)
+                for stored in {store_name(self.arm, one) for one in self.arm["levels"]}:
+                    store.remember(key, stored, store.mean(keys, stored))
         for batch in batches(tasks, 64):
             self.study.stop_if_orphaned()
             inputs = self.prompts(batch)
             shown = [scenes.scene((s.index + 1) % count) if control == "shuffled" else s for s, _ in batch]
             pixels = self.features_of(shown)
             inputs["pixel_values"] = mean.expand_as(pixels) if control == "blind" else pixels
-            output, levels = self.generate(inputs, batch)
+            output, levels = self.generate(inputs, batch, level)
             answers = self.processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             betas = {one["name"]: one["beta"] for one in self.arm["levels"]}
             pixel_tokens = self.features.shape[0] if self.arm["pixels"] else 0
             text_tokens = (inputs["attention_mask"].sum(1) - self.processor.slots).tolist()
-            for (scene, n), answer, level, text in zip(batch, answers, levels, text_tokens, strict=True):
+            kept = [betas.get(level, 0) for level in levels]
+            if self.arm.get("reducer") == "adaptive-prune":  # of its budget it may keep less
+                kept = self.model.model.aggregate(inputs["pixel_values"], granularity=levels).keep.sum(1).tolist()
+            for (scene, n), answer, used, text, tokens in zip(batch, answers, levels, text_tokens, kept, strict=True):
                 question, answer = scene.questions[n], answer.strip()
                 rows.append(
                     {
@@ -722,8 +837,8 @@ class Run:
                         "reference": question.answer,
                         "prediction": answer,
                         "correct": int(exact(answer, question.answer)),
-                        "level_used": level,
-                        "visual_tokens": pixel_tokens + (betas[level] if level is not None else 0),
+                        "level_used": used,
+                        "visual_tokens": pixel_tokens + tokens,
                         "text_tokens": text,
                     }
                 )

@@ -15,10 +15,11 @@ import yaml
 from PIL import Image
 
 from granulon_hf.data.datasets.base import one_line
+from granulon_hf.data.granuscenes.scaling import shrink
 from granulon_hf.data.pictures import IMAGE_ENDINGS
 from granulon_hf.errors import GranulonError
 
-VERSION = 2  # of cut-outs and scenes: other scenes for the same seed are another version
+VERSION = 3  # of cut-outs and scenes: other scenes for the same seed are another version
 MIN_RATIO = 0.4  # shorter to longer side of a usable cut-out
 MIN_LENGTH = 45  # pixels of its longer side
 SKIPPED = ("mirror", "cartoon", "abstract", "traditional")  # what a path says that is no photograph of its own
@@ -79,8 +80,7 @@ def open_cutout(path: Path) -> Image.Image | None:
 
 def find_ends(cutout: Image.Image) -> tuple[tuple[float, float], ...]:
     """Find the points where tags are attached; see [`Picture`]."""
-    small = cutout.getchannel("A")
-    small.thumbnail((64, 64))
+    small = shrink(cutout.getchannel("A"), 64)
     y, x = np.nonzero(np.asarray(small) > 128)
     if not len(x):
         return ((-0.4, -0.4), (0.4, 0.4), (0.4, -0.4), (-0.4, 0.4))

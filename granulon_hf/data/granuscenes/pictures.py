@@ -11,6 +11,7 @@ from PIL import Image
 from granulon_hf.data.granuscenes import drawn
 from granulon_hf.data.granuscenes.cutouts import Picture, find_backgrounds, find_cutouts, open_cutout, open_picture
 from granulon_hf.data.granuscenes.drawn import DRAWN, SCENERY_SIDE
+from granulon_hf.data.granuscenes.scaling import scale, shrink
 from granulon_hf.errors import GranulonError
 
 MASTER = 128  # longer side of the cut-outs that are kept in memory
@@ -94,7 +95,7 @@ class Pictures:
         size = crop[2] * min(image.size)
         left, top = crop[0] * (image.width - size), crop[1] * (image.height - size)
         box = (left, top, min(left + size, image.width), min(top + size, image.height))
-        part = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        part = scale(image, (side, side), box)
         return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else part
 
 
@@ -104,7 +105,7 @@ class Pictures:
 
 @functools.lru_cache(8000)
 def resize_cutout(folder: Path | None, picture: Picture, width: int, height: int) -> Image.Image:
-    return read_cutout(folder, picture).resize((width, height), Image.Resampling.BICUBIC)
+    return scale(read_cutout(folder, picture), (width, height))
 
 
 @functools.cache
@@ -112,18 +113,17 @@ def read_cutout(folder: Path | None, picture: Picture) -> Image.Image:
     image = drawn.draw_thing(picture) if folder is None else open_cutout(folder / picture.path)
     if image is None:
         raise GranulonError(f"The picture {picture.path!r} of {str(folder)!r} is no cut-out any more.")
-    image.thumbnail((MASTER, MASTER), Image.Resampling.LANCZOS)
-    return image
+    return shrink(image, MASTER)
 
 
 @functools.cache
 def read_background(folder: Path | None, picture: Picture) -> Image.Image:
     image = drawn.draw_background(picture) if folder is None else open_picture(folder / picture.path, "RGB")
-    shrink = SCENERY_SIDE / min(image.size)
-    if shrink >= 1:
+    least = min(image.size)
+    if least <= SCENERY_SIDE:
         return image
-    wide, high = (round(shrink * length) for length in image.size)
-    return image.resize((wide, high), Image.Resampling.BOX, reducing_gap=2.0)
+    wide, high = ((2 * length * SCENERY_SIDE + least) // (2 * least) for length in image.size)
+    return scale(image, (wide, high))
 
 
 def existing(folder: str | Path) -> Path:

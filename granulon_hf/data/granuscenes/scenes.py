@@ -23,6 +23,7 @@ from granulon_hf.data.granuscenes.cutouts import VERSION, Picture
 from granulon_hf.data.granuscenes.drawn import DRAWN
 from granulon_hf.data.granuscenes.pictures import Pictures
 from granulon_hf.data.granuscenes.questions import AMOUNTS, CHOICES, COLOURS, LETTERS, Question, ask, nameable
+from granulon_hf.data.granuscenes.scaling import scale
 from granulon_hf.errors import GranulonError
 
 SIDE = 192  # pixels; lengths below are in pixels of such a scene, and scale with others
@@ -318,4 +319,4 @@ def draw_tag(letter: str, colour: str, diameter: int) -> Image.Image:
     draw.text(
         (size / 2, size / 2), letter, (*ink, 255), font, anchor="mm", stroke_width=round(0.022 * size), stroke_fill=(*ink, 255)
     )
-    return image.resize((diameter, diameter), Image.Resampling.LANCZOS)
+    return scale(image, (diameter, diameter))
