@@ -77,11 +77,12 @@ def greedy_medoids(distance: torch.Tensor, valid: torch.Tensor, num_medoids: int
 
     Each next one is the token that lowers the total distance to the nearest medoid most (ours).
     """
-    nearest = torch.full_like(distance[:, :, 0], float("inf"))
+    distance = distance.masked_fill(~valid.unsqueeze(2), 0.0)
+    nearest = torch.zeros_like(distance[:, :, 0]).masked_fill(valid, float("inf"))
     free = valid
     medoids = []
     for _ in range(num_medoids):
-        total = torch.minimum(nearest.unsqueeze(2), distance).masked_fill(~valid.unsqueeze(2), 0.0).sum(1)
+        total = torch.minimum(nearest.unsqueeze(2), distance).sum(1)
         medoid = total.masked_fill(~free, float("inf")).argmin(1, keepdim=True)
         free = free & (torch.arange(free.shape[1], device=free.device) != medoid)
         nearest = torch.minimum(nearest, distance.gather(2, medoid.unsqueeze(1).expand(-1, distance.shape[1], 1)).squeeze(2))
@@ -179,7 +180,7 @@ def cluster_quality(
 def aggregate(
     features: torch.Tensor,
     grid: tuple[int, int],
-    alpha: torch.Tensor,
+    alpha: torch.Tensor | None,
     beta: torch.Tensor,
     *,
     num_slots: int,
@@ -198,7 +199,8 @@ def aggregate(
     Args:
         features (`torch.Tensor`): patch tokens in row-major order, shape [I x N x D].
         grid (`tuple[int, int]`): H and W, with H · W = N.
-        alpha (`torch.Tensor`): pooling kernel side of each image, integer, shape [I].
+        alpha (`torch.Tensor` or `None`): pooling kernel side of each image, integer, shape [I]; `None`, which costs less, says
+            that no image is pooled.
         beta (`torch.Tensor`): number of clusters of each image, integer, shape [I].
         num_slots (`int`): K.
         max_clusters (`int`): an upper bound of `beta`.
@@ -222,20 +224,23 @@ def aggregate(
 
     with torch.no_grad():
         dtype = _work_dtype(features.device)
-        cell_of_patch, cell_grid = pooling_cells(alpha, height, width)
+        cell_of_patch, cell_grid = pooling_cells(torch.ones_like(beta) if alpha is None else alpha, height, width)
         cells = cell_grid.prod(1)
         token = torch.arange(patches, device=features.device)
         valid = token < cells.unsqueeze(1)
-        pool = (cell_of_patch.unsqueeze(1) == token.view(1, -1, 1)).to(dtype)
-        pool = pool / pool.sum(2, keepdim=True).clamp(min=1)
-
-        pooled = pool @ features.to(dtype)
-        relation = cosine_relation(features) if relation is None else relation.to(dtype)
-        relation = pool @ relation @ pool.transpose(1, 2)
+        pooled = features.to(dtype)
+        cosine = cosine_relation(features) if relation is None else None
+        relation = cosine if relation is None else relation.to(dtype)
+        if alpha is not None:
+            pool = (cell_of_patch.unsqueeze(1) == token.view(1, -1, 1)).to(dtype)
+            pool = pool / pool.sum(2, keepdim=True).clamp(min=1)
+            pooled = pool @ pooled
+            relation, cosine = pool @ relation @ pool.transpose(1, 2), None
         if clustering == "relation":
             kernel = relation @ relation.transpose(1, 2)
         else:
-            kernel = cosine_relation(pooled) + relation_weight / 4 * (relation + relation.transpose(1, 2))
+            cosine = cosine_relation(pooled) if cosine is None else cosine
+            kernel = cosine + relation_weight / 4 * (relation + relation.transpose(1, 2))
         labels = kernel_kmeans(kernel, valid, torch.minimum(beta, cells), max_clusters, steps)
 
         clusters = torch.arange(max_clusters, device=features.device)
@@ -247,13 +252,13 @@ def aggregate(
 
         chosen = member.gather(2, kept.clamp(min=0).unsqueeze(1).expand(-1, patches, -1)) * (kept >= 0).unsqueeze(1)
         chosen = chosen / chosen.sum(1, keepdim=True).clamp(min=1)
-        mean_of_patches = (chosen.transpose(1, 2) @ pool).to(features.dtype)
+        mean_of_patches = chosen.transpose(1, 2) if alpha is None else chosen.transpose(1, 2) @ pool
         cluster_of_patch = labels.gather(1, cell_of_patch)
         inside = (cluster_of_patch.unsqueeze(1) == kept.unsqueeze(2)).float()
         positions = inside @ grid_positions(height, width, features.device) / inside.sum(2, keepdim=True).clamp(min=1)
 
     return GranulonAggregation(
-        tokens=mean_of_patches @ features,
+        tokens=mean_of_patches.to(features.dtype) @ features,
         assignment=cluster_of_patch.view(images, height, width),
         kept_clusters=kept,
         scores=scores.float(),

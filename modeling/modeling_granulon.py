@@ -524,7 +524,8 @@ class GranulonModel(GranulonPreTrainedModel):
             aggregation = recall(patches.features, patches.grid, chosen, num_slots)
             aggregation.level = level
             return aggregation
-        patches.alpha = self._level_values(level, "alpha", 1)
+        pools = any(one["alpha"] > 1 for one in self.config.granularity_levels)
+        patches.alpha = self._level_values(level, "alpha", 1) if pools else None
         if budget is None:
             budget = self._level_values(level, "beta")
         if self.config.reducer != "adata":  # which alone may make more than it keeps

@@ -30,7 +30,8 @@ class PatchFeatures:
     Args:
         features (`torch.Tensor`): patch features in row-major order, shape [I x N x D].
         grid (`tuple[int, int]`): H and W.
-        alpha (`torch.Tensor`, *optional*): pooling kernel side of each image's level, shape [I]; AdaTA alone uses it.
+        alpha (`torch.Tensor`, *optional*): pooling kernel side of each image's level, shape [I], where any level pools; AdaTA
+            alone uses it.
         relation (`torch.Tensor`, *optional*): relation between patches for AdaTA, shape [I x N x N].
         attention (`torch.Tensor`, *optional*): how much the image as a whole looks at each patch, shape [I x N]: the CLS
             token's attention, mean over heads; the mean attention that a patch receives in a tower without CLS token. Where
@@ -237,8 +238,9 @@ def collect_cells(
 
 def adata(patches: PatchFeatures, budget: torch.Tensor, num_slots: int, **options) -> GranulonAggregation:
     """AdaTA (paper, ours): pool(α) → relation-aware clustering into b clusters → the best K of them by quality."""
-    alpha = torch.ones_like(budget) if patches.alpha is None else patches.alpha
-    return aggregate(patches.features, patches.grid, alpha, budget, num_slots=num_slots, relation=patches.relation, **options)
+    return aggregate(
+        patches.features, patches.grid, patches.alpha, budget, num_slots=num_slots, relation=patches.relation, **options
+    )
 
 
 def adata_of(config, patches: PatchFeatures, budget: torch.Tensor, num_slots: int) -> GranulonAggregation:

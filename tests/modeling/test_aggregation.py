@@ -55,6 +55,19 @@ def test_pooling_is_a_plain_average_over_what_a_cell_really_holds(height, width,
     np.testing.assert_allclose(got[order], expected[np.argsort(expected[:, 0])], atol=1e-5)
 
 
+@pytest.mark.parametrize("clustering", ["joint", "relation"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_pooling_is_pooling_of_single_patches(clustering, given, dtype):
+    features = blobs(3, 5, 7).to(dtype)
+    relation = torch.rand(3, 35, 35, generator=torch.Generator().manual_seed(1)) if given else None
+    alpha, beta = levels((1, 9), (1, 4), (1, 40))
+    options = OPTIONS | dict(relation=relation, clustering=clustering)
+    pooled, not_pooled = (aggregate(features, (5, 7), choice, beta, **options) for choice in (alpha, None))
+    for name, expected in pooled.items():
+        torch.testing.assert_close(not_pooled[name], expected, rtol=0, atol=0)
+
+
 def test_the_paper_example_14_by_4_gives_16_cells():
     cells, shape = pooling_cells(torch.tensor([4, 1, 2]), 14, 14)
     assert shape.tolist() == [[4, 4], [14, 14], [7, 7]]
