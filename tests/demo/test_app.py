@@ -97,6 +97,28 @@ def test_the_compact_form(build, picture, reducer):
         assert f"visual tokens: 0 pixel + {final.semantic_tokens} semantic" in work.numbers(final, level is not None)
 
 
+def test_the_same_question_at_few_tokens(talkative, picture, tmp_path):
+    model, processor = talkative()
+    picture.save(tmp_path / "photo.png")
+    before = model.config.to_dict(), dict(vars(processor))
+    steps = ask_page(work.create_app(model, processor, "toy", compact=True), str(tmp_path / "photo.png"), QUESTION, 0)
+    shown = [step for step in steps if isinstance(step[0], str)]
+    assert [step[0] for step in shown] == [
+        step[0] for step in ask_page(work.create_app(model, processor, "toy"), str(tmp_path / "photo.png"), QUESTION, 0)
+    ]
+    # Beside it, and below its own figures.
+    small = work.at_compact(model, processor)
+    inputs = make_inputs(small.processor, make_conversation(QUESTION, [picture]))
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == work.COMPACT
+    tokens = small.model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    own, line = steps[-1][3].rsplit("\n", 1)
+    assert own == shown[-1][3]
+    text = re.escape(processor.decode(tokens, skip_special_tokens=True).strip())
+    assert re.fullmatch(rf"at 32 visual tokens: {text} \(first token after \d+\.\d\d s\)", line)
+    assert (model.config.to_dict(), dict(vars(processor))) == before
+    assert small.model.model.vision_tower is model.model.vision_tower
+
+
 @pytest.mark.parametrize("name", ["granulon-qwen2.5", "clip-qwen2.5"])
 def test_the_tower_runs_once(talkative, picture, name):
     model, processor = talkative(name)
@@ -308,6 +330,16 @@ def test_the_file_alone_is_a_space(talkative, tmp_path, monkeypatch):
     assert (kwargs["server_name"], kwargs["share"], kwargs["ssr_mode"]) == (None, False, False)
     assert app.analytics_enabled is False
     assert app.delete_cache == (900, 3600)
+
+
+@pytest.mark.parametrize("source", ["demo", "org/granulon"])
+def test_only_the_demo_model_has_learned_the_compact_form(monkeypatch, source):
+    made = []
+    monkeypatch.setattr(work, "load_model", lambda source, device: ("model", "processor", source))
+    monkeypatch.setattr(work, "create_app", lambda *arguments, compact: made.append(compact))
+    monkeypatch.setattr(work, "launch", lambda *arguments: None)
+    work.main(source)
+    assert made == [source == "demo"]
 
 
 def test_a_space_installs_the_backbones_that_it_lacks(monkeypatch, tmp_path):
