@@ -101,6 +101,8 @@ def packed_attention(
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    # Rotations in float32 leave these so under autocast, which sdpa would cast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn

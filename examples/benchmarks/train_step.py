@@ -23,6 +23,9 @@ value. All arms must give the same mean loss over all labelled tokens (to 1e-5 i
 `--ablation` adds the released style with one of its habits taken away at a time, and `--compile` our packed arms as
 `examples/train.py --compile regional` has them: their model is a copy of the same weights, which the warm-up compiles.
 
+`--fp8` adds our packed arm with the products of the frozen language model in float8 (`--frozen_dtype fp8`), with `--compile`
+compiled; its loss is another one, and the difference is printed. On a CPU it says that alone: its products are slow there.
+
 `--kernels` counts what one pass over a batch launches, forward and backward: kernels on a GPU; on a CPU operators that compute
 something, of which a compiled region counts as one for each loop that the compiler makes of it. Those of the tower and of AdaTA
 are counted apart, too: both have a forward pass alone, since the tower is frozen.
@@ -106,6 +109,7 @@ SIZES: dict[str, tuple[dict, dict]] = {
 EVERYWHERE = {"pos_embed_rescale": None}
 WORDS = "a the dog cup of coffee rocket flower people on beach red green blue yellow left right top bottom picture car".split()
 IMAGE = {"type": "image"}
+FP8 = "ours, packed, fp8"
 
 
 @dataclass
@@ -220,7 +224,8 @@ def drop_labels_behind_the_answer(batch: dict[str, Any], end: int) -> dict[str, 
 
 def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namespace, folder: str) -> tuple[list[Arm], int]:
     """The arms, and how many tokens the samples have."""
-    twin = copy.deepcopy(model) if options.compile else None  # now: hooks that trainers leave hold on to their model
+    # Now: hooks that trainers leave hold on to their model.
+    twin, float8_twin = (copy.deepcopy(model) if wanted else None for wanted in (options.compile, options.fp8))
     collator, cpu = GranulonCollator(processor), options.device == "cpu"
     samples, lengths, grouped = draw(collator, options)
     common = {"per_device_train_batch_size": options.batch, "use_cpu": cpu, "bf16": False, "report_to": "none"}
@@ -298,6 +303,23 @@ def make_arms(model: Any, processor: GranulonProcessor, options: argparse.Namesp
             Arm(name, packs(budget), loss, model=twin),
             Arm(f"{name}, 4 batches in one", packs(4 * budget), loss, model=twin),
         ]
+    if options.fp8:
+        rounded = GranulonTrainer(
+            float8_twin,
+            RecipeArguments(
+                output_dir=folder,
+                auto_precision=False,
+                frozen_dtype="fp8",
+                compile="regional" if options.compile else "none",
+                **common,
+            ),
+            data_collator=GranulonCollator(processor, packing=True),
+            train_dataset=samples,
+            lengths=lengths,
+            max_tokens_per_batch=budget,
+            processing_class=processor,
+        )
+        arms.append(Arm(FP8, packs(budget), lambda batch: rounded.compute_loss(float8_twin, batch), model=float8_twin))
     if options.ablation:
         arms += [
             Arm("released, tower not in the graph", padded, full, checkpointing=True),
@@ -487,7 +509,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for name in (arm.name for arm in arms[:2])
         }
     show(summary)
-    losses = [result["loss"] for result in results.values()]
+    losses = [result["loss"] for name, result in results.items() if name != FP8]
+    if FP8 in results:
+        print(f"{FP8}: the loss differs by {results[FP8]['loss'] - losses[0]:+.2e}")
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     if len({result["labels"] for result in results.values()}) > 1 or max(losses) - min(losses) > tolerance:
         sys.exit(f"The arms do not compute the same loss: {results}")
@@ -521,6 +545,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--median-words", type=int, default=130, help="of an answer")
     parser.add_argument("--ablation", action="store_true", help="also the released style without one of its habits")
     parser.add_argument("--compile", action="store_true", help="also our packed arms, compiled")
+    parser.add_argument("--fp8", action="store_true", help="also our packed arm in float8, compiled where the others are")
     parser.add_argument("--kernels", action="store_true", help="count what a pass over a batch launches")
     parser.add_argument("--arms", nargs="+", help="names of arms; by default all")
     parser.add_argument("--verbose", action="store_true")

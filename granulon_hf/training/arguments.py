@@ -152,6 +152,11 @@ class RecipeArguments(TrainingArguments):
         "sample; all: the mean loss over all levels, at a decoder's step for each; or a number of tokens.",
     )
     compile: str = option("none", "none; regional: decoder layers, tower layers and AdaTA, each kind once for all batches.")
+    frozen_dtype: str | None = option(
+        None,
+        "fp8: the products of the frozen language model in float8, with rounding of a few percent each (Hopper GPUs and newer; "
+        "ours). By default they are those of its weights' dtype.",
+    )
     save_full: bool = option(
         False,
         "Write all weights beside the trained ones, into each checkpoint too. The final folder of a model whose "
@@ -267,6 +272,8 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
         raise GranulonError(f"--dataloader_num_workers must be 0 or more; got {recipe.dataloader_num_workers}.")
     if recipe.compile not in ("none", "regional"):
         raise GranulonError(f"--compile must be none or regional; got {recipe.compile!r}.")
+    if recipe.frozen_dtype is not None:
+        check_float8(model, recipe)
     if recipe.label_smoothing_factor:
         raise GranulonError("Label smoothing would replace the recipe's loss; leave out --label_smoothing_factor.")
     if recipe.eval_strategy != "no":
@@ -279,6 +286,21 @@ def refuse(model: ModelArguments, data: DataArguments, recipe: RecipeArguments) 
             "ZeRO-3 is not supported: it shards the frozen weights, tied ones among them, while the model is being built. Use "
             "accelerate_zero2.yaml (the trained part is small) or accelerate_fsdp2.yaml."
         )
+
+
+def check_float8(model: ModelArguments, recipe: RecipeArguments) -> None:
+    """Refuse products in float8 where there is nothing to gain, or they do not work."""
+    asked = f"--frozen_dtype {recipe.frozen_dtype}"
+    if recipe.frozen_dtype != "fp8":
+        raise GranulonError(f"--frozen_dtype must be fp8, or left out; got {recipe.frozen_dtype!r}.")
+    if recipe.device.type != "cuda" or torch.cuda.get_device_capability(recipe.device) < (9, 0):
+        raise GranulonError(f"{asked} needs a Hopper GPU (H100) or a newer one; leave it out.")
+    if model.stage == "full":
+        raise GranulonError(f"{asked} is for a frozen language model, and --stage full trains it; leave out one of them.")
+    if not recipe.bf16:
+        raise GranulonError(f"{asked} goes with bfloat16 alone: leave out --fp16 and --bf16 false.")
+    if recipe.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise GranulonError(f"{asked} cannot be sharded: use accelerate_zero2.yaml, or leave it out.")
 
 
 def check_liger(recipe: RecipeArguments) -> None:

@@ -31,6 +31,7 @@ from granulon_hf.modeling.attention_granulon import find_packed_attention
 from granulon_hf.modeling.modeling_granulon import count_samples, number_samples
 from granulon_hf.training.checkpoints import ADAPTER, UNFINISHED, remove_unfinished
 from granulon_hf.training.compiling import compile_regions
+from granulon_hf.training.float8 import use_float8
 from granulon_hf.training.left_out import Reporting
 from granulon_hf.training.stages import (
     adapter_state,
@@ -68,6 +69,7 @@ class GranulonTrainer(Trainer):
       all weights too. It appears under its name when it is complete.
     - `save_model` also writes all weights where the config names no backbones to read the others from.
     - `use_liger_kernel` puts liger's kernels into the language model.
+    - `frozen_dtype="fp8"` computes the products of the frozen language model in float8.
     - `compile="regional"` compiles decoder layers, tower layers and AdaTA, each once for batches of any make-up.
     - `budgets` says how many visual tokens a step trains; what it draws, seed and step alone decide.
     - On SIGTERM a checkpoint is written at the end of the step, on all processes, and training stops.
@@ -107,6 +109,9 @@ class GranulonTrainer(Trainer):
             decoder = self.model.model.language_model
             options = {**(self.args.liger_kernel_config or {}), "cross_entropy": False, "fused_linear_cross_entropy": False}
             find_liger(decoder.config.model_type)(model=decoder, **options)
+        if self.args.frozen_dtype == "fp8":
+            # DeepSpeed would move it later only.
+            use_float8(self.model.to(self.args.device).model.language_model)
         if self.args.compile == "regional":
             compile_regions(self.model)
         self.lengths, self.staging, self.frozen = lengths, False, frozen_modules(self.model)

@@ -51,6 +51,14 @@ def test_kernels_are_counted(benchmark, options, capsys):
     assert "kernels, AdaTA" in capsys.readouterr().out
 
 
+def test_float8_has_a_loss_of_its_own(benchmark, options, capsys):
+    options.fp8, options.arms = True, ["ours, packed", benchmark.FP8]
+    arms = benchmark.measure(options)["arms"]
+    difference = arms[benchmark.FP8]["loss"] - arms["ours, packed"]["loss"]
+    assert 0 < abs(difference) < 0.05
+    assert f"differs by {difference:+.2e}" in capsys.readouterr().out
+
+
 def test_another_loss_is_an_error(benchmark, options, monkeypatch):
     monkeypatch.setattr(benchmark, "drop_labels_behind_the_answer", lambda batch, end: dict(batch))
     with pytest.raises(SystemExit, match="same loss"):

@@ -106,6 +106,17 @@ def test_several_rows_with_padding(build):
     assert_equal(model, batch, pack(batch, rows=2), granularity=CHOICES[-1])
 
 
+def test_weights_in_float32_under_autocast(build):
+    model, processor = build()
+    batch = make_batch(processor)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(**batch).loss
+        model.set_attn_implementation({"text_config": attention_granulon.NAME})
+        actual = model(**pack(batch)).loss
+    actual.backward()
+    torch.testing.assert_close(actual, expected, atol=0.02, rtol=0)
+
+
 def test_without_images(build):
     model, processor = build()
     batch = make_batch(processor, [make_conversation("Red?", [], "No."), make_conversation("Where is the cat?", [], "Left.")])
