@@ -16,13 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from granulon_hf.errors import GranulonError
 from granulon_hf.modeling.adapter_granulon import ADAPTER_WEIGHTS, LORA_SCALE
 from granulon_hf.modeling.modeling_granulon import GranulonForConditionalGeneration
+from granulon_hf.modeling.vision_granulon import image_size
 from granulon_hf.overrides import set_prices
 
 STAGES = {
     "projector": "the projector (supplement), and a reducer with weights",
     "controller": "the granularity controller, on labelled questions (paper; examples/train_controller.py)",
     "projector+lora": "the projector, and low-rank adapters in the language model but for its first block (ours)",
-    "full": "everything but the controller (ours)",
+    "full": "everything but the controller, and what no answer depends on (ours)",
 }
 PRICES = "controller_prices"  # in the metadata of an adapter
 PARTS = ("vision_tower", "reducer", "multi_modal_projector", "controller", "language_model", "lm_head")
@@ -46,6 +47,7 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
     model.requires_grad_(stage == "full")
     if stage == "full":
         model.config.backbones = None  # no longer theirs
+        freeze_unreached(model)
     if model.config.granularity_levels:
         model.model.controller.requires_grad_(stage == "controller")
     if stage in ("projector", "projector+lora"):
@@ -58,6 +60,20 @@ def set_stage(model: GranulonForConditionalGeneration, stage: str, *, lora_rank:
         for _, parameter in trainable(model):
             parameter.data = parameter.data.float()
     keep_frozen_parts_in_eval(model)
+
+
+def freeze_unreached(model: GranulonForConditionalGeneration) -> None:
+    """Freeze the tower's weights that features do not depend on, such as a mask token or the layers behind those that are read.
+
+    They get no gradient, and DDP and the state of a sharded optimizer want one of all that is trained.
+    """
+    tower = model.model.vision_tower.eval()  # no image is dropped here, and no statistics of it are kept
+    weights = list(tower.parameters())
+    channels = getattr(tower.config, "num_channels", 3)
+    pixels = torch.zeros(1, channels, *image_size(tower.config), device=weights[0].device)
+    patches, _ = model.model._patch_features(pixels)
+    for weight, gradient in zip(weights, torch.autograd.grad(patches.features.sum(), weights, allow_unused=True), strict=True):
+        weight.requires_grad_(gradient is not None)
 
 
 def add_lora(decoder: nn.Module, rank: int, alpha: int) -> None:

@@ -12,6 +12,7 @@ from granulon_hf.training.stages import (
     set_stage,
     trainable,
 )
+from tests.conftest import make_conversation, make_inputs
 
 
 def parts(model):
@@ -36,6 +37,35 @@ def test_stages(build, stage, expected):
         assert all("lora_" in name for name in names)
         assert not any("layers.0." in name for name in names)  # the block that the controller reads
     assert set(STAGES) == {"projector", "controller", "projector+lora", "full"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "options"),
+    [
+        ("granulon-qwen2.5", {}),  # DINOv3 has a mask token
+        ("granulon-compact-qwen2.5", {"reducer": "queries"}),
+        ("granulon-compact-qwen2.5", {"reducer": "downsample"}),
+        ("clip-llama3.2", {}),  # features of the last layer but one
+        ("siglip-qwen2.5", {}),
+    ],
+)
+def test_all_that_is_trained_gets_a_gradient(build, variant, options, picture):
+    model, processor = build(variant, **options)
+    assert not model.training
+    set_stage(model, "full")
+    inputs = make_inputs(processor, make_conversation("What is it?", [picture], "A cat."), generate=False)
+    model.train()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert [name for name, parameter in trainable(model) if parameter.grad is None] == []
+    assert "vision_tower" in parts(model)
+    # What is left out cannot matter.
+    model.eval()
+    before = model(**inputs).logits
+    with torch.no_grad():
+        for parameter in model.model.vision_tower.parameters():
+            if not parameter.requires_grad:
+                parameter.normal_()
+    torch.testing.assert_close(model(**inputs).logits, before, rtol=0, atol=0)
 
 
 def test_trained_weights_are_kept_in_float32(build):
