@@ -32,7 +32,7 @@ from rich.progress import track
 from safetensors.torch import load_file
 from timm.data import ImageNetInfo
 from torchvision.transforms.functional import to_tensor
-from train import class_names
+from train import class_names, unit_names
 
 from granulon_hf.data.sample import Sample
 from granulon_hf.demo_model import SHIPPED, build_demo, load_classifier
@@ -59,6 +59,7 @@ COLORS = "red orange yellow green blue purple pink brown tan beige cream ginger 
 PLACES = ["left", "right", "top", "bottom", "middle", "center", "top left", "top right", "bottom left", "bottom right"]
 LONGEST = 20  # tokens of an answer
 SIDES = (448, 224)  # what the tower sees in the model, and what its classifier was trained on
+THROUGH = "tower through the projector"
 NEAR = 36  # of a hash's 288 bits may differ between two copies of a picture
 
 
@@ -223,7 +224,7 @@ def report(rows: Sequence[dict[str, Any]], vocabularies: dict[str, set[str]]) ->
         rows (`list[dict]`): answers of all arms, as `score` writes them.
         vocabularies (`dict`): by form, from [`make_vocabularies`].
     """
-    arms = ["model", "blind", "model − blind", "always the same", *(f"tower at {side}" for side in SIDES)]
+    arms = ["model", "blind", "model − blind", "always the same", *(f"tower at {side}" for side in SIDES), THROUGH]
     lines = [f"| question | n | {' | '.join(arms)} |", "|---" * (2 + len(arms)) + "|"]
     measures: list[tuple[str, str, dict[str, bool]]] = [
         (OPEN, OPEN, {}),
@@ -267,9 +268,13 @@ def report_all(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(parts)
 
 
+def folder_of(source: str) -> Path:
+    return SHIPPED if source == "demo" else Path(source)
+
+
 def load(source: str, visual_tokens: str | None, device: str) -> tuple[Any, Any]:
     """Load "demo", a folder with an adapter of the demo's form (`train.py --out`), or any folder with a whole model."""
-    place, folder = pick_device(device), SHIPPED if source == "demo" else Path(source)
+    place, folder = pick_device(device), folder_of(source)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         if visual_tokens is not None:
             raise GranulonError(f"--visual_tokens needs an adapter of the demo model; {source} has no {ADAPTER_WEIGHTS}.")
@@ -313,6 +318,18 @@ def classify(images: Sequence[Image.Image], side: int, names: Sequence[str]) -> 
     return answers
 
 
+@torch.inference_mode()
+def name_units(model: Any, processor: Any, images: Sequence[Image.Image]) -> list[str]:
+    """Return the names whose hidden units of the projector are on most in pictures: the most that can be read of them."""
+    projector, answers = model.model.multi_modal_projector, []
+    names = unit_names(projector.linear_1.out_features)
+    for image in images:
+        pixels = processor.image_processor([image], return_tensors="pt")["pixel_values"].to(model.device)
+        features = model.model.reusable_features(pixels).to(projector.linear_1.weight.dtype)
+        answers.append(names[int(projector.act(projector.linear_1(features)).sum((0, 1)).argmax())])
+    return answers
+
+
 def score(args: argparse.Namespace, groups: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Answer all questions as the model, the blind model and the tower, and return the rows."""
     rows, paths = [], dict[str, Path]()
@@ -331,6 +348,9 @@ def score(args: argparse.Namespace, groups: dict[str, list[dict[str, Any]]]) -> 
     for side in SIDES:
         told = classify(images, side, names)
         result += [row | {"arm": f"tower at {side}", "answer": answer} for row, answer in zip(open_rows, told, strict=True)]
+    if (folder_of(args.model) / ADAPTER_WEIGHTS).is_file():
+        told = name_units(model, processor, images)
+        result += [row | {"arm": THROUGH, "answer": answer} for row, answer in zip(open_rows, told, strict=True)]
     asked = dict[Path | None, list[str]]()
     for row in rows:
         asked.setdefault(paths[row["path"]], []).append(row["question"])

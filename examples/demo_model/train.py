@@ -150,6 +150,12 @@ def class_names() -> list[str]:
     return names
 
 
+def unit_names(units: int) -> list[str]:
+    """The names of the projector's hidden units: those that stand for most classes come first."""
+    names = class_names()
+    return sorted(dict.fromkeys(names), key=lambda name: -names.count(name))[:units]
+
+
 def covered_cells(scene) -> torch.Tensor:
     """Which thing covers each of the 14 x 14 cells: its index, -1 for none, -2 where a border runs through. Shape [196]."""
     centre = torch.arange(14) * 32 + 16
@@ -174,12 +180,12 @@ class Head:
 
     Args:
         features (`torch.Tensor`): any features, for mean and deviation, shape [N x D].
-        units (`int`): hidden units of the projector. Names that stand for most classes come first.
+        units (`int`): hidden units of the projector.
     """
 
     def __init__(self, features: torch.Tensor, units: int):
         weight, names = load_classifier().classifier.weight.detach(), class_names()
-        self.names = sorted(dict.fromkeys(names), key=lambda name: -names.count(name))[:units]
+        self.names = unit_names(units)
         of_name = torch.tensor([[float(name == other) for other in names] for name in self.names])
         weight = of_name / of_name.sum(1, keepdim=True) @ (weight - weight.mean(0))
         logits = features @ weight.T

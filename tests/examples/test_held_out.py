@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from granulon_hf.errors import GranulonError
@@ -239,6 +240,23 @@ def test_the_report_counts_right_answers(held_out, vocabularies):
         "tower at 448": 100,
         "tower at 224": 0,
     }
+
+
+def test_the_name_that_is_on_most_in_the_projector(held_out, build, picture):
+    model, processor = build()
+    layer, names = model.model.multi_modal_projector.linear_1, held_out.unit_names(10_000)
+    assert len(set(names)) == len(names) and names[:2] == ["dog", "bird"]
+    features = model.model.reusable_features(processor.image_processor([picture], return_tensors="pt")["pixel_values"])[0]
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+        layer.bias[[3, 7]] = torch.tensor([1.0, 0.5])  # one is a little on everywhere, the other a lot in one place
+        layer.weight[7] = 100 * len(features) * features[0] / features[0].norm()
+    model.model.multi_modal_projector.act = torch.nn.ReLU()
+    assert held_out.name_units(model, processor, [picture, picture]) == [names[7]] * 2
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert held_out.name_units(model, processor, [picture]) == [names[3]]
 
 
 SCORE = ["score", "--model", "tiny:granulon-qwen2.5", "--device", "cpu"]
