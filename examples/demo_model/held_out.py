@@ -280,14 +280,13 @@ def load(source: str, visual_tokens: str | None, device: str) -> tuple[Any, Any]
             raise GranulonError(f"--visual_tokens needs an adapter of the demo model; {source} has no {ADAPTER_WEIGHTS}.")
         return load_model(source, device)[:2]
     overrides = {} if visual_tokens is None else {"visual_tokens": visual_tokens}
-    # On a CPU in float32: batches of another size would round differently, and now and then choose another word.
-    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
     if (folder / "config.json").is_file():
-        model, processor = build_demo(folder, dtype, **overrides)
+        model, processor = build_demo(folder, **overrides)
     else:  # `train.py` writes the weights alone: the config is the shipped one
-        model, processor = build_demo(None, dtype, **overrides)
+        model, processor = build_demo(None, **overrides)
         load_fitting(model, load_file(folder / ADAPTER_WEIGHTS))
-    return model.to(place), processor
+    # On a CPU in float32, as everywhere: batches of another size would round differently, and now and then choose another word.
+    return model.to(place, torch.float32 if place.type == "cpu" else None), processor
 
 
 def answer_all(model, processor, asked: dict[Path | None, list[str]], generation: Generation, what: str) -> list[dict]:

@@ -59,9 +59,9 @@ def chromium():
 
 
 @contextmanager
-def served(model, processor, name):
+def served(model, processor, name, compact=False):
     """Address of the page."""
-    app = work.create_app(model, processor, name)
+    app = work.create_app(model, processor, name, compact)
     _, address, _ = work.launch(app, host="127.0.0.1", quiet=True, prevent_thread_lock=True)
     try:
         yield address
@@ -277,12 +277,12 @@ def test_an_example_fills_the_form(visit):
     page.wait(lambda: page.find("#picture img").get_property("naturalWidth") > 0)
 
 
-def screenshot(photo: str, question: str, out: str, size: tuple[int, int] = (1080, 930)) -> None:
+def screenshot(photo: str, question: str, out: str, size: tuple[int, int] = (1080, 955)) -> None:
     """The page with the embedded demo model's answer, as it is."""
     from PIL import Image
 
     model, processor, _ = work.load_model(str(work.demo_folder()), "cpu")
-    with served(model, processor, "granulon-demo") as address, chromium() as browser:
+    with served(model, processor, "granulon-demo", compact=True) as address, chromium() as browser:
         metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
@@ -290,7 +290,7 @@ def screenshot(photo: str, question: str, out: str, size: tuple[int, int] = (108
         page.upload(Path(photo).resolve())
         page.type(question)
         page.find("#ask").click()
-        page.wait(lambda: page.clusters() and not answering() and "tokens of the answer" in page.text("numbers"))
+        page.wait(lambda: page.clusters() and not answering() and "at 32 visual tokens" in page.text("numbers"))
         time.sleep(1)  # bars grow
         browser.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
         browser.save_screenshot(out)
