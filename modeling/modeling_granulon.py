@@ -304,6 +304,8 @@ class GranulonModel(GranulonPreTrainedModel):
             if isinstance(self.reducer, nn.Module):
                 self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "reducer"]
             self._attach_backbones()
+        if self.language_model.config._attn_implementation == "sglang":
+            self.load_weights = self._load_weights  # it is looked for by this name; other engines need none
         self.post_init()
 
     def _attach_backbones(self):
@@ -624,6 +626,19 @@ class GranulonModel(GranulonPreTrainedModel):
             aggregation=aggregation,
         )
 
+    def _load_weights(self, weights) -> set[str]:
+        """Load the weights of a checkpoint for SGLang, which does not rename them as transformers does (DINOv3's)."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        renamings, parameters, loaded = get_model_conversion_mapping(self), dict(self.named_parameters()), set()
+        for name, weight in weights:
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            with torch.no_grad():
+                getattr(parameters[name], "weight_loader", torch.Tensor.copy_)(parameters[name], weight)
+            loaded.add(name)
+        return loaded
+
     def _image_mask(self, input_ids, inputs_embeds) -> torch.Tensor:
         """Return true on image slots, shape [B x L]."""
         if input_ids is not None:
@@ -788,7 +803,15 @@ class GranulonModel(GranulonPreTrainedModel):
             image_mask = self._image_mask(input_ids, inputs_embeds)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is not None:
+        if pixel_values is not None and (batch := kwargs.get("forward_batch")) is not None:
+            # SGLang: one row of several requests, in which nothing can be hidden; the default level, as the processor counted.
+            shown = torch.tensor([request is not None for request in batch.mm_inputs], device=image_mask.device)
+            image_mask = image_mask & shown.repeat_interleave(batch.extend_seq_lens)  # without placeholders that were typed
+            images = self.get_image_features(pixel_values, return_dict=True)
+            if images.slot_mask is not None:
+                filled = zip(images.pooler_output, images.slot_mask.bool(), strict=True)
+                images = GranulonImageFeatures(pooler_output=[slots[mask] for slots, mask in filled])
+        elif pixel_values is not None:
             tower = dict(
                 vision_feature_layer=vision_feature_layer,
                 vision_feature_select_strategy=vision_feature_select_strategy,

@@ -4,6 +4,7 @@
 import functools
 import itertools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -328,10 +329,10 @@ class GranulonProcessor(ProcessorMixin):
     ):
         """As in transformers; the result also holds `question_mask` [B x L].
 
-        An engine that asks for `return_text_replacement_offsets` (vLLM) cannot hide slots that a level leaves empty, nor let
-        the question choose the level. For it every image gets as many slots as are filled, at the default level unless another
-        one or a number is given, and the result holds `num_image_slots` and the level or the number of each image, for
-        `get_image_features`.
+        An engine that asks for `return_text_replacement_offsets` (vLLM), or is SGLang, cannot hide slots that a level leaves
+        empty, nor let the question choose the level. For it every image gets as many slots as are filled, at the default level
+        unless another one or a number is given, and the result holds `num_image_slots` and the level or the number of each
+        image, for `get_image_features`.
 
         Args:
             images: one image, or (nested) lists of them, each a path, URL, bytes, base64 text, `PIL.Image.Image`, array or
@@ -355,6 +356,7 @@ class GranulonProcessor(ProcessorMixin):
         kinds, offsets = (text_options.pop(name, options.get(name)) for name in asked)
         # With character offsets it is transformers itself that asks, to find assistants' tokens in what is trained on.
         filled = offsets and not text_options.get("return_offsets_mapping")
+        filled = filled or "sglang.srt" in sys.modules  # which asks in no way of its own
         if prompts is None:
             texts = [text] if isinstance(text, str) else text
             if not isinstance(texts, list | tuple) or not all(isinstance(one, str) for one in texts):

@@ -209,7 +209,7 @@ def check_python(words: list[str]) -> None:
         elif module.startswith("tests."):
             assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), f"There is no {module}."
         else:
-            foreign = ("build", "lmms_eval", "pytest", "twine", "venv", "vllm")
+            foreign = ("build", "lmms_eval", "pytest", "sglang", "twine", "venv", "vllm")
             assert module.partition(".")[0] in foreign, f"{module} is not known."
     elif words[0] != "-c":
         check_script(ROOT / words[0], words[1:])

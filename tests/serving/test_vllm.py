@@ -53,8 +53,8 @@ def vllm_python() -> Path:
     return python
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_tokens_are_those_of_generate(vllm_python, form, tmp_path, monkeypatch):
+def build_wide(form, monkeypatch):
+    """Build a toy model of a form, with random weights of which every slot is felt, and its processor."""
     name, fields = FORMS[form]
     _, decoder = variants.parse(name)
     for key, value in WIDE.items():
@@ -65,6 +65,12 @@ def test_tokens_are_those_of_generate(vllm_python, form, tmp_path, monkeypatch):
         for part in (model.model.language_model.layers, model.model.multi_modal_projector):
             for parameter in (parameter for parameter in part.parameters() if parameter.ndim == 2):
                 parameter.normal_(std=0.4, generator=random)
+    return model, processor
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_are_those_of_generate(vllm_python, form, tmp_path, monkeypatch):
+    model, processor = build_wide(form, monkeypatch)
     for part in (model, processor):
         part.save_pretrained(tmp_path / "model")
     folder = hub.export(tmp_path / "model", tmp_path / "exported", validate=False)
