@@ -7,6 +7,8 @@ and stays as it is beside that, for checkpoints. Each row of inputs, of gradient
 import torch
 from torch import nn
 
+from granulon_hf.errors import GranulonError
+
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -55,12 +57,20 @@ def use_float8(module: nn.Module) -> int:
     """Replace the frozen linear layers in a module, in place, and return how many.
 
     Names of weights stay. Layers whose sides are not multiples of 16, which the GPU's product needs, are left alone.
+
+    Raises:
+        GranulonError: there is none that can be replaced.
     """
     layers = [
         (name, linear)
         for name, linear in module.named_modules()
         if type(linear) is nn.Linear and not linear.weight.requires_grad and not any(side % 16 for side in linear.weight.shape)
     ]
+    if not layers:
+        raise GranulonError(
+            "--frozen_dtype fp8 finds no frozen linear layer to replace: those of a quantized language model, and those "
+            "with sides that are no multiples of 16, stay as they are; leave it out."
+        )
     for name, linear in layers:
         module.set_submodule(name, Float8Linear(linear))
     return len(layers)

@@ -92,6 +92,25 @@ def test_a_run(build, tmp_path):
     torch.testing.assert_close(saved.model.language_model.state_dict(), plain.model.language_model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["another class", "sides"])
+def test_where_nothing_can_be_replaced_it_is_refused(build, tmp_path, kind):
+    class Quantized(nn.Linear):  # as bitsandbytes has them
+        pass
+
+    def build_other():
+        model, processor = build()
+        for layer in model.model.language_model.modules():
+            if isinstance(layer, nn.Linear):
+                if kind == "sides":
+                    layer.weight = nn.Parameter(layer.weight[:-1])
+                else:
+                    layer.__class__ = Quantized
+        return model, processor
+
+    with pytest.raises(GranulonError, match="leave it out"):
+        run(build_other, tmp_path, frozen_dtype="fp8")
+
+
 def test_compiled_without_a_break():
     torch._dynamo.reset()
     counters.clear()
