@@ -1133,29 +1133,35 @@ def write(out: Path, resamples: int = RESAMPLES) -> Path:
         if test["type"] == "overall":
             blind.setdefault(test["arm"], {})[test["control"], test["split"]] = test
             blocks[test["control"], test["split"]] = test["chance"]
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"number": number, "signed": signed, "cell": with_interval, "p": p_text, "told": told}
-    template = Path(__file__).with_name("report.md.jinja").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(
+    return render(
+        out / "report.md",
         found,
         headline=headline(found),
         levels=study.levels,
         types=study.types,
         splits=study.splits,
-        split_names=SPLIT_NAMES,
         fixed=[f"pixel+{name}" for name in FIXED],
         decisive=DECISIVE,
         pictures=pictures,
         loud=[test for test in found["controls"] if test["above"]],
         blind=blind,
         control_blocks=blocks,
+        split_names=SPLIT_NAMES,
         json=lambda value: json.dumps(value, indent=1, ensure_ascii=False),
     )
-    write_text(out / "report.json", json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n")
-    write_text(out / "report.md", text)
-    return out / "report.md"
+
+
+def render(path: Path, found: Mapping[str, Any], **names: Any) -> Path:
+    """Write what was found as JSON, and as Markdown by the template of the path's name beside this file; returns the path."""
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"number": number, "signed": signed, "cell": with_interval, "p": p_text, "told": told}
+    template = Path(__file__).with_name(f"{path.name}.jinja").read_text(encoding="utf-8")
+    text = environment.from_string(template).render(found, **names)
+    write_text(path.with_suffix(".json"), json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, text)
+    return path
 
 
 @reports_bad_input

@@ -9,17 +9,14 @@ comparison's own differences, seed by seed, and not pooled over arms; and contro
 together.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import jinja2
 import numpy as np
 import typer
 
 from granulon_hf.cli.common import reports_bad_input
-from granulon_hf.io import write_text
 
 from .arms import ARMS, BUDGETS, PRICED, PRICES
 from .report import (
@@ -37,16 +34,11 @@ from .report import (
     difference,
     find_obstacles,
     nan_mean,
-    number,
-    p_text,
-    plain,
     read,
+    render,
     save,
-    signed,
     tidy,
-    told,
     verdict,
-    with_interval,
 )
 
 BLIND = ("adata", "pool", "queries", "attention-merge", "adaptive-prune", "region-attention")  # to the question
@@ -245,15 +237,8 @@ def write(out: Path, resamples: int = RESAMPLES) -> Path:
     """Write `second.md`, `second.json` and `tokens.png` into the folder of the runs; returns the path of the first."""
     found = analyse(read(out), resamples)
     draw_tokens(found, out / "tokens.png")
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters |= {"number": number, "signed": signed, "cell": with_interval, "p": p_text, "told": told}
-    template = Path(__file__).with_name("second.md.jinja").read_text(encoding="utf-8")
-    options = {"split_names": SPLIT_NAMES, "decisive": DECISIVE, "at": at, "prices": PRICES, "priced": PRICED}
-    write_text(out / "second.json", json.dumps(plain(found), indent=1, ensure_ascii=False) + "\n")
-    write_text(out / "second.md", environment.from_string(template).render(found, **options))
-    return out / "second.md"
+    names = {"split_names": SPLIT_NAMES, "decisive": DECISIVE, "at": at, "prices": PRICES, "priced": PRICED}
+    return render(out / "second.md", found, **names)
 
 
 @reports_bad_input
