@@ -340,6 +340,17 @@ class Study:
         if (folder / "results.json").exists():
             return json.loads((folder / "results.json").read_text())
         model, processor = self.model("pixel+adaptive", 0)
+        arguments = ControllerArguments(steps=self.settings.controller_steps, as_typed=False)
+        results = train_controller(model, processor, self.level_questions(), arguments, show=False)
+        folder.mkdir(exist_ok=True)
+        state = {name: value.float().contiguous() for name, value in model.model.controller.state_dict().items()}
+        save_file(state, folder / "controller.safetensors")
+        write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        return results
+
+    def level_questions(self, paraphrased: Callable[[str], list[str]] = lambda text: []) -> list[Question]:
+        """Training questions, and what else `paraphrased` makes of them, and the held-out ones, with the levels that they were
+        written for."""
         names = [one["name"] for one in LEVELS]
         # As often as they are asked: coarse questions name nothing, so that few of them differ.
         questions: list[Question] = []
@@ -350,14 +361,9 @@ class Study:
             for index in range(count):
                 for question in self.scenes[split].scene(index).questions:
                     weights = {name: float(name == question.level) for name in names}
-                    questions.append(Question(question.text, weights, split != "train"))
-        arguments = ControllerArguments(steps=self.settings.controller_steps, as_typed=False)
-        results = train_controller(model, processor, questions, arguments, show=False)
-        folder.mkdir(exist_ok=True)
-        state = {name: value.float().contiguous() for name, value in model.model.controller.state_dict().items()}
-        save_file(state, folder / "controller.safetensors")
-        write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        return results
+                    texts = [question.text, *(paraphrased(question.text) if split == "train" else [])]
+                    questions += [Question(text, weights, split != "train") for text in texts]
+        return questions
 
     # --- samples ---
 

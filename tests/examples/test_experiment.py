@@ -26,6 +26,7 @@ from granulon_hf.modeling.reducers_granulon import PatchFeatures
 
 pytest.importorskip("timm")
 
+from examples.experiment import phrasings
 from examples.experiment import run as command
 from examples.experiment.alignment import align, words_of_cells
 from examples.experiment.arms import (
@@ -186,6 +187,19 @@ def test_the_controller_sees_levels_as_often_as_they_are_asked(study_folder):
     """Few coarse questions differ: counted once each, that level would never be chosen."""
     results = json.loads((study_folder / "controller/results.json").read_text())
     assert results["n_train"] == 8 * 7 and results["n_test"] == 4 * 7
+
+
+def test_a_controller_may_learn_from_paraphrases_but_is_measured_without(study_folder, study, capsys):
+    plain, more = study.level_questions(), study.level_questions(lambda text: [text + " yes", text + " no"])
+    held_out = [question for question in plain if question.test]
+    assert held_out == [question for question in more if question.test] and len(held_out) == 4 * 7
+    assert len(more) == 3 * (len(plain) - len(held_out)) + len(held_out)
+    level = {question.text: question.weights for question in plain}
+    learned = [question for question in more if not question.test]
+    assert all(level[re.sub(" (yes|no)$", "", question.text)] == question.weights for question in learned)
+    phrasings.main(study_folder, seeds=2)
+    none, some = capsys.readouterr().out.splitlines()
+    assert none.startswith("0 ") and some.startswith("3 ")
 
 
 @pytest.mark.slow
