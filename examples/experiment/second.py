@@ -23,6 +23,7 @@ from .report import (
     ALPHA,
     DECISIVE,
     MIN_SEEDS,
+    QUESTION,
     RESAMPLES,
     SPLIT_NAMES,
     Comparison,
@@ -143,6 +144,13 @@ def oracle(study: Study, scores: Scores, reducer: str, split: str) -> dict[str, 
     return {"accuracy": float(np.mean(rows)), "tokens": float(np.mean(tokens)), "seeds": len(rows)} if rows else None
 
 
+def mean_tokens(study: Study, arm: str, split: str) -> dict[str, float]:
+    """Visual tokens of an arm, over all questions and over those of each level."""
+    rows = np.array([run.visual_tokens[split, "none"] for run in study.runs if run.arm == arm], dtype=float).mean(0)
+    asked = np.array([question[QUESTION.index("level")] for question in study.questions[split, "none"]])
+    return {"overall": float(rows.mean())} | {level: float(rows[asked == level].mean()) for level in study.levels}
+
+
 def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
     """All numbers of the report, as they are written to `second.json`."""
     scores = Scores(study, resamples)
@@ -154,7 +162,9 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
     claims = []
     for letter, title, prefix, rule in CLAIMS:
         splits = study.splits if letter == "D" else [DECISIVE]
-        results = [one for split in splits for name, one in families[split].items() if name.startswith(prefix)]
+        results = [
+            {**one, "split": split} for split in splits for name, one in families[split].items() if name.startswith(prefix)
+        ]
         word, why = any_verdict(results) if rule == "any" else verdict(results)
         claims.append({"letter": letter, "claim": title, "verdict": word, "why": why, "results": results})
     cost = costs(study)
@@ -164,13 +174,15 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
     levels = ("overall", *study.levels)
     arms = {
         arm: {split: {level: scores.arm(arm, split, level) for level in levels} for split in study.splits}
-        for arm in sorted(present)
+        for arm in ARMS
+        if arm in present
     }
     return {
         "claims": claims,
         "comparisons": families,
         "arms": arms,
         "levels": levels,
+        "tokens": {arm: {split: mean_tokens(study, arm, split) for split in study.splits} for arm in arms},
         "curve": {name: [count for count in BUDGETS if at(name, count) in present] for name in REDUCERS},
         "oracle": {split: {name: oracle(study, scores, name, split) for name in REDUCERS} for split in study.splits},
         "costs": cost,
@@ -215,14 +227,14 @@ def draw_tokens(found: Mapping[str, Any], path: Path) -> None:
             if counts:
                 color, marker = STYLES[name]
                 cells = [found["arms"][at(name, count)][DECISIVE][level] for count in counts]
-                tokens = [found["costs"][at(name, count)]["visual_tokens"] for count in counts]
+                tokens = [found["tokens"][at(name, count)][DECISIVE][level] for count in counts]
                 low, high = np.array([cell["interval"] for cell in cells]).T
                 axes.fill_between(tokens, low, high, color=color, alpha=0.1, linewidth=0)
                 axes.plot(tokens, [cell["mean"] for cell in cells], color=color, marker=marker, ms=5, lw=1.4, label=name)
         for name in PRICED:
             priced = [arm for price in PRICES if (arm := f"{name}+price{price:g}+place") in found["arms"]]
             if priced:
-                tokens = [found["costs"][arm]["visual_tokens"] for arm in priced]
+                tokens = [found["tokens"][arm][DECISIVE][level] for arm in priced]
                 values = [found["arms"][arm][DECISIVE][level]["mean"] for arm in priced]
                 axes.plot(tokens, values, "*", color=STYLES[name][0], ms=12, mec="black", label=f"{name}, budget chosen")
         axes.set(title=level, xlabel="visual tokens (mean)", xscale="log", ylabel="" if axes is not panels[0] else "accuracy")

@@ -91,6 +91,17 @@ def test_the_bound_is_of_the_least_budget_that_is_right(found):
     assert best <= bound["accuracy"] <= 1 and min(BUDGETS) <= bound["tokens"] <= max(BUDGETS) and bound["seeds"] == 5
 
 
+def test_tokens_are_counted_for_each_level(study):
+    known, arm, block = report.read(study), f"adata+price{PRICES[0]:g}+place", ("test", "none")
+    given = dict(zip(known.levels, (4, 9, 64), strict=True))
+    for run in known.runs:
+        if run.arm == arm:
+            run.visual_tokens[block] = [given[question[3]] for question in known.questions[block]]
+    found = second.mean_tokens(known, arm, "test")
+    assert {level: found[level] for level in given} == given
+    assert found["overall"] == pytest.approx(np.mean([given[question[3]] for question in known.questions[block]]))
+
+
 def test_the_report_is_whole(study):
     text = second.write(study, 200).read_text()
     assert (study / "tokens.png").stat().st_size > 10_000
