@@ -163,7 +163,10 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
     for letter, title, prefix, rule in CLAIMS:
         splits = study.splits if letter == "D" else [DECISIVE]
         results = [
-            {**one, "split": split} for split in splits for name, one in families[split].items() if name.startswith(prefix)
+            one if split == DECISIVE else {**one, "title": f"{one['title']}, {SPLIT_NAMES[split]}"}
+            for split in splits
+            for name, one in families[split].items()
+            if name.startswith(prefix)
         ]
         word, why = any_verdict(results) if rule == "any" else verdict(results)
         claims.append({"letter": letter, "claim": title, "verdict": word, "why": why, "results": results})
