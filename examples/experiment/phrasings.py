@@ -6,14 +6,15 @@ trains the controller of levels of a study again, without paraphrases and with t
 (`paraphrase.py`), and prints which share of held-out questions, in other phrasings, get the level that they were written for.
 """
 
+import argparse
 import random
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from granulon_hf.cli.common import quiet, reports_bad_input
+from granulon_hf.cli.common import quiet
+from granulon_hf.data.granuscenes.cutouts import VERSION
+from granulon_hf.errors import GranulonError
 from granulon_hf.training.controller import ControllerArguments, train_controller
 
 from .paraphrase import paraphrase
@@ -29,21 +30,27 @@ def agreement(study: Study, seed: int, paraphrases: int) -> float:
     return train_controller(model, processor, questions, arguments, show=False)["accuracy"]
 
 
-@reports_bad_input
-def main(
-    out: Annotated[Path, typer.Argument(help="Folder of the experiment.")],
-    pictures: Annotated[str | None, typer.Option(help="Its pictures; default: drawn.")] = None,
-    seeds: Annotated[int, typer.Option(help="So many controllers of each kind.", min=1)] = 5,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
-) -> None:
-    """Print the share of held-out phrasings that get their level, without and with paraphrases in training."""
-    quiet(debug)
-    study = Study(out, Settings(**read_json(out / "settings.json", "settings")["settings"]), pictures)
+def main(given: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the study")
+    parser.add_argument("--pictures", help="its pictures; default: drawn")
+    parser.add_argument("--seeds", type=int, default=5, help="so many controllers of each kind")
+    args = parser.parse_args(given)
+    if args.seeds < 1:
+        raise GranulonError(f"--seeds {args.seeds}: it takes one or more controllers.")
+    quiet()
+    made = read_json(args.out / "settings.json", "settings", "pictures", "granuscenes")
+    study = Study(args.out, Settings(**made["settings"]), args.pictures)
+    if (made["pictures"], made["granuscenes"]) != (study.pictures.digest, VERSION):
+        raise GranulonError(f"{str(args.out)!r} was made with other pictures or scenes; name its pictures with --pictures.")
     for paraphrases in (0, PARAPHRASES):
-        shares = [agreement(study, seed, paraphrases) for seed in range(seeds)]
+        shares = [agreement(study, seed, paraphrases) for seed in range(args.seeds)]
         each = ", ".join(f"{share:.3f}" for share in shares)
-        typer.echo(f"{paraphrases} paraphrases of each question: mean {sum(shares) / seeds:.3f} ({each})")
+        print(f"{paraphrases} paraphrases of each question: mean {sum(shares) / args.seeds:.3f} ({each})")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        main()
+    except (GranulonError, ValueError) as error:
+        sys.exit(f"Error: {error}")

@@ -197,9 +197,16 @@ def test_a_controller_may_learn_from_paraphrases_but_is_measured_without(study_f
     level = {question.text: question.weights for question in plain}
     learned = [question for question in more if not question.test]
     assert all(level[re.sub(" (yes|no)$", "", question.text)] == question.weights for question in learned)
-    phrasings.main(study_folder, seeds=2)
+    phrasings.main([str(study_folder), "--seeds", "2"])
     none, some = capsys.readouterr().out.splitlines()
     assert none.startswith("0 ") and some.startswith("3 ")
+
+
+def test_phrasings_of_other_pictures_are_refused(study_folder, tmp_path):
+    made = json.loads((study_folder / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**made, "pictures": "others"}))
+    with pytest.raises(GranulonError, match="--pictures"):
+        phrasings.main([str(tmp_path)])
 
 
 @pytest.mark.slow
