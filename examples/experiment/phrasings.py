@@ -18,11 +18,12 @@ from granulon_hf.errors import GranulonError
 from granulon_hf.training.controller import ControllerArguments, train_controller
 
 from .paraphrase import paraphrase
+from .report import differing
 from .training import PARAPHRASES, Settings, Study, read_json
 
 
 def agreement(study: Study, seed: int, paraphrases: int) -> float:
-    """Share of held-out questions whose level a controller tells that learns from so many paraphrases of each question."""
+    """Train a controller with so many paraphrases of each question; return its accuracy on held-out phrasings."""
     model, processor = study.model("pixel+adaptive", 0)
     say = partial(paraphrase, rng=random.Random(seed), known=processor.tokenizer.get_vocab())
     questions = study.level_questions(lambda text: [say(text) for _ in range(paraphrases)])
@@ -41,8 +42,11 @@ def main(given: list[str] | None = None) -> None:
     quiet()
     made = read_json(args.out / "settings.json", "settings", "pictures", "granuscenes")
     study = Study(args.out, Settings(**made["settings"]), args.pictures)
-    if (made["pictures"], made["granuscenes"]) != (study.pictures.digest, VERSION):
-        raise GranulonError(f"{str(args.out)!r} was made with other pictures or scenes; name its pictures with --pictures.")
+    now = {"pictures": study.pictures.digest, "granuscenes": VERSION}
+    if what := differing({name: made[name] for name in now}, now):
+        raise GranulonError(f"{str(args.out)!r} was made with others: {what} differ; name its pictures with --pictures.")
+    if study.settings.language_model.get("name") != "smollm2" and not (args.out / "language_model/results.json").exists():
+        raise GranulonError(f"{str(args.out)!r} has no trained language model; give the command of the study first.")
     for paraphrases in (0, PARAPHRASES):
         shares = [agreement(study, seed, paraphrases) for seed in range(args.seeds)]
         each = ", ".join(f"{share:.3f}" for share in shares)

@@ -349,8 +349,8 @@ class Study:
         return results
 
     def level_questions(self, paraphrased: Callable[[str], list[str]] = lambda text: []) -> list[Question]:
-        """Training questions, and what else `paraphrased` makes of them, and the held-out ones, with the levels that they were
-        written for."""
+        """Return the questions that a controller of levels learns from, each followed by what `paraphrased` makes of it, and
+        those that it is measured on; each with the level that it was written for."""
         names = [one["name"] for one in LEVELS]
         # As often as they are asked: coarse questions name nothing, so that few of them differ.
         questions: list[Question] = []

@@ -209,6 +209,12 @@ def test_phrasings_of_other_pictures_are_refused(study_folder, tmp_path):
         phrasings.main([str(tmp_path)])
 
 
+def test_phrasings_are_not_read_by_an_untrained_language_model(study_folder, tmp_path):
+    shutil.copy(study_folder / "settings.json", tmp_path)  # as in the archive of runs
+    with pytest.raises(GranulonError, match="language model"):
+        phrasings.main([str(tmp_path)])
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_result(study_folder, tmp_path):
     """Killed behind its first validation, the run ends as the one that was not; the command begins it again, in processes."""
