@@ -8,6 +8,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +264,7 @@ class ArmModel(GranulonModel):
             kept = torch.arange(tokens.shape[1], device=features.device).expand(len(tokens), -1)
             return GranulonAggregation(tokens=tokens, kept_clusters=kept, level=level)
         if self.store is None:
-            return super()._aggregate(patches, level, *args, **kwargs)
+            return self._aggregate_once(patches, level, *args, **kwargs)
         slots = self.config.num_semantic_tokens
         rows, chosen = [], level.tolist()
         for one, index in zip(features, chosen, strict=True):
@@ -283,6 +284,15 @@ class ArmModel(GranulonModel):
         kept = torch.where(slot < counts.unsqueeze(1), slot, -1)
         tokens, positions = tokens.split([tokens.shape[2] - 2, 2], dim=2)
         return GranulonAggregation(tokens=tokens, kept_clusters=kept, positions=positions.float(), level=level)
+
+    def _aggregate_once(self, patches, level, *args, **kwargs) -> GranulonAggregation:
+        """`_aggregate` that runs once where an image's questions follow each other; not where a token is drawn or chosen for
+        each of them."""
+        features, first = patches.features, torch.ones_like(level, dtype=torch.bool)
+        if not self.training and not reads_question(self.arm):
+            first[1:] = (features[1:] != features[:-1]).flatten(1).any(1) | (level[1:] != level[:-1])
+        found = super()._aggregate(replace(patches, features=features[first]), level[first], *args, **kwargs)
+        return GranulonAggregation(**{name: value[first.cumsum(0) - 1] for name, value in found.items()})
 
     def get_image_features(self, pixel_values, granularity=None, return_dict=True, **kwargs) -> GranulonImageFeatures:
         if self.config.compact or (self.arm["pixels"] and self.arm.get("form") not in FORMS):

@@ -60,11 +60,11 @@ def clock(work: Callable[[], Any]) -> float:
 
 
 def works(run: Run) -> dict[str, Callable[[], Any]]:
-    """A batch of answers, and forward and backward of a training batch; new weights cost what trained ones do, since every
-    answer has as many tokens."""
+    """A batch of answers, no two in a row of one scene, and forward and backward of a training batch; new weights cost what
+    trained ones do, since every answer has as many tokens."""
     run.assemble()
-    scenes, settings = run.study.scenes["test"], run.study.settings
-    tasks = [(scene, n) for scene in scenes[:QUESTIONS] for n in range(len(scene.questions))][:QUESTIONS]
+    settings, scenes = run.study.settings, [*run.study.scenes["test"][:QUESTIONS]]
+    tasks = [(scene := scenes[i % len(scenes)], i % len(scene.questions)) for i in range(QUESTIONS)]
     inputs = run.prompts(tasks)
     inputs["pixel_values"] = run.features_of([scene for scene, _ in tasks])
     frozen = frozen_modules(run.model)

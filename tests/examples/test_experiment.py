@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 from unittest.mock import Mock
 
 import numpy as np
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import logging
 
+from granulon_hf.modeling.modeling_granulon import GranulonModel
 from granulon_hf.modeling.reducers_granulon import PatchFeatures
 
 pytest.importorskip("timm")
@@ -313,6 +315,28 @@ def test_cached_clusters_are_those_of_the_model(study, name):
     assert torch.equal(own.keep, kept.keep)
     # Kept in bfloat16, as features are.
     torch.testing.assert_close(kept.tokens.float(), own.tokens.float(), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("reducer", ["queries", "attention-merge", "adaptive-prune", "random", "question-dpp"])
+def test_questions_of_an_image_share_its_tokens_unless_they_make_them(study, reducer):
+    whole, _ = study.model(f"{reducer}+nested+place", 0)
+    cache, model = study.features(whole), whole.eval().model
+    one, other = (cache(image) for image in list(study.images())[:2])
+    features, level = torch.stack([one, one, one, other, other, one]), torch.tensor([0, 0, 1, 1, 1, 0])
+    seen = []
+    aggregate = GranulonModel._aggregate
+
+    def counted(self, patches, *args, **kwargs):
+        seen.append(len(patches.features))
+        return aggregate(self, patches, *args, **kwargs)
+
+    with mock.patch.object(GranulonModel, "_aggregate", counted), torch.no_grad():
+        together = model._aggregate(PatchFeatures(features, (14, 14)), level)
+        alone = [model._aggregate(PatchFeatures(features[[i]], (14, 14)), level[[i]]) for i in range(6)]
+        model.train()._aggregate(PatchFeatures(features, (14, 14)), level)
+    assert seen == [6 if reducer == "question-dpp" else 4, *[1] * 6, 6]
+    for name, value in together.items():
+        torch.testing.assert_close(value, torch.cat([found[name] for found in alone]), rtol=1e-4, atol=1e-5)
 
 
 def test_the_store_has_what_a_smaller_image_shows(study):
