@@ -45,8 +45,6 @@ def main(given: list[str] | None = None) -> None:
     now = {"pictures": study.pictures.digest, "granuscenes": VERSION}
     if what := differing({name: made[name] for name in now}, now):
         raise GranulonError(f"{str(args.out)!r} was made with others: {what} differ; name its pictures with --pictures.")
-    if study.settings.language_model.get("name") != "smollm2" and not (args.out / "language_model/results.json").exists():
-        raise GranulonError(f"{str(args.out)!r} has no trained language model; give the command of the study first.")
     for paraphrases in (0, PARAPHRASES):
         shares = [agreement(study, seed, paraphrases) for seed in range(args.seeds)]
         each = ", ".join(f"{share:.3f}" for share in shares)

@@ -241,13 +241,22 @@ class Study:
 
     # --- frozen parts ---
 
-    def load_language_model(self):
+    def load_language_model(self, stand_in: bool = False):
+        """
+        Args:
+            stand_in (`bool`): an untrained one, for what it has no part in; such work need not wait for its training.
+
+        Raises:
+            GranulonError: none is trained yet.
+        """
         if self.settings.language_model.get("name") == "smollm2":
             return load_language_model()
         folder = self.out / "language_model"
-        if not (folder / "results.json").exists():  # good enough for what comes before the language model
+        if stand_in:
             tokenizer = make_tokenizer(self.pictures)
             return untrained(tokenizer, self.text_settings()).eval(), tokenizer
+        if not (folder / "results.json").exists():
+            raise GranulonError(f"{str(self.out)!r} has no trained language model; give the command of the study first.")
         dtype = getattr(torch, self.settings.precision)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(), PreTrainedTokenizerFast.from_pretrained(folder)
 
@@ -260,8 +269,8 @@ class Study:
     def text_settings(self) -> TextSettings:
         return TextSettings(**self.settings.language_model)
 
-    def model(self, name: str, seed: int, store: AggregateStore | None = None, controller=None):
-        language_model, tokenizer = self.load_language_model()
+    def model(self, name: str, seed: int, store: AggregateStore | None = None, controller=None, stand_in: bool = False):
+        language_model, tokenizer = self.load_language_model(stand_in)
         tower = load_vision_tower(torch.float32)
         cache = self.out / "features" / "cache.json"
         patches, width = json.loads(cache.read_text())["shape"] if cache.exists() else (196, 1280)
@@ -275,11 +284,11 @@ class Study:
         return AggregateStore(self.out / "clusters")
 
     def fill_features(self) -> None:
-        self.features(self.model("pixel", 0)[0]).fill(self.images(), total=sum(map(len, self.scenes.values())))
+        self.features(self.model("pixel", 0, stand_in=True)[0]).fill(self.images(), total=sum(map(len, self.scenes.values())))
 
     def fill_aggregates(self, names: Sequence[str], progress: Progress) -> None:
         """Clusters of every image at every level that the arms have: k-means has no learned part."""
-        model, _ = self.model("pixel", 0)
+        model, _ = self.model("pixel", 0, stand_in=True)
         cache, folder = self.features(model), self.out / "clusters"
         folder.mkdir(exist_ok=True)
         images = list(self.images())
@@ -317,7 +326,7 @@ class Study:
     def downsampling(self, level: dict[str, Any]) -> Callable[[Sequence[Any]], torch.Tensor]:
         """What makes tokens of scenes, and the mean cell of each, as the package's reducer of that name does."""
         described = {**arm(False, "reducer", "fixed", [level]), "reducer": "downsample"}
-        language_model, tokenizer = self.load_language_model()
+        language_model, tokenizer = self.load_language_model(stand_in=True)
         tower = load_vision_tower(torch.float32)
         model, _ = build(described, language_model, tokenizer, tower, width=1280, patches=196, seed=0)
         processor = load_image_processor()
