@@ -22,6 +22,7 @@ from .arms import ARMS, BUDGETS, PRICED, PRICES
 from .report import (
     ALPHA,
     DECISIVE,
+    MARGIN,
     MIN_SEEDS,
     QUESTION,
     RESAMPLES,
@@ -110,6 +111,10 @@ CLAIMS = (
 FASTER = "The time of an answer falls as the tokens do"
 
 
+def is_won(result: Mapping[str, Any]) -> bool:
+    return result["sign"] == 1 and not result["obstacles"]
+
+
 def any_verdict(results: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """The rule of a claim that one comparison is enough for; as [`verdict`] has it."""
     made = [result for result in results if "missing" not in result]
@@ -169,6 +174,9 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
             if name.startswith(prefix)
         ]
         word, why = any_verdict(results) if rule == "any" else verdict(results)
+        if word == "no difference":
+            equal, won = sum(one["equal"] for one in results), sum(map(is_won, results))
+            why = f"within ±{MARGIN:g}: {equal} of {len(results)}, decided in favor: {won}"
         claims.append({"letter": letter, "claim": title, "verdict": word, "why": why, "results": results})
     cost = costs(study)
     word, why = time_verdict(cost)
@@ -196,7 +204,7 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
         "seeds": {arm: len(cells[DECISIVE]["overall"]["seeds"]) for arm, cells in arms.items()},
         "settings": study.runs[0].manifest["settings"],
         "experiment": study.experiment,
-        "rules": {"resamples": resamples, "alpha": ALPHA, "min_seeds": MIN_SEEDS, "near": NEAR, "same": SAME},
+        "rules": {"resamples": resamples, "alpha": ALPHA, "min_seeds": MIN_SEEDS, "near": NEAR, "same": SAME, "margin": MARGIN},
     }
 
 
