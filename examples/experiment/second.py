@@ -126,13 +126,17 @@ def any_verdict(results: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return "undecided", verdict(results)[1] or f"{signs.count(-1)} of {len(results)} decided against it"
 
 
-def time_verdict(found: Mapping[str, Any]) -> tuple[str, str]:
-    """Measured, not tested: whether each reducer's slowest turn at the fewest tokens is faster than its fastest at the most."""
-    pairs = [(found.get(at(name, FEWEST)), found.get(at(name, BUDGETS[-1]))) for name in REDUCERS]
-    known = [(few["times"]["answer"], many["times"]["answer"]) for few, many in pairs if few and many and few["times"]]
+def time_verdict(times: Mapping[str, Any]) -> tuple[str, str]:
+    """Measured, not tested: whether each reducer's slowest turn at the fewest tokens is faster than its fastest at the most.
+
+    Args:
+        times (`Mapping[str, Any]`): by arm, as `timing.py` writes it. What is trained makes no difference to it.
+    """
+    ends = [(at(name, FEWEST), at(name, BUDGETS[-1])) for name in REDUCERS]
+    known = [(times[few]["answer"]["range"], times[many]["answer"]["range"]) for few, many in ends if {few, many} <= {*times}]
     if not known:
         return "undecided", "not measured"
-    faster = sum(few["range"][1] < many["range"][0] for few, many in known)
+    faster = sum(few[1] < many[0] for few, many in known)
     return ("supported" if faster == len(REDUCERS) else "undecided"), f"{faster} of {len(REDUCERS)} reducers"
 
 
@@ -178,8 +182,7 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
             equal, won = sum(one["equal"] for one in results), sum(map(is_won, results))
             why = f"within ±{MARGIN:g}: {equal} of {len(results)}, decided in favor: {won}"
         claims.append({"letter": letter, "claim": title, "verdict": word, "why": why, "results": results})
-    cost = costs(study)
-    word, why = time_verdict(cost)
+    word, why = time_verdict(study.timing)
     claims.append({"letter": "F", "claim": FASTER, "verdict": word, "why": why, "results": []})
     present = {run.arm for run in study.runs}
     levels = ("overall", *study.levels)
@@ -196,7 +199,8 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
         "tokens": {arm: {split: mean_tokens(study, arm, split) for split in study.splits} for arm in arms},
         "curve": {name: [count for count in BUDGETS if at(name, count) in present] for name in REDUCERS},
         "oracle": {split: {name: oracle(study, scores, name, split) for name in REDUCERS} for split in study.splits},
-        "costs": cost,
+        "costs": costs(study),
+        "times": {arm: study.timing[arm] for arm in ARMS if arm in study.timing},
         "loud": [test for test in controls if test["above"]],
         "controls": [test for test in controls if test["type"] == "overall"],
         "no_plateau": [run.name for run in study.runs if not run.plateau],

@@ -51,6 +51,16 @@ def test_verdicts_of_a_study_whose_truth_is_known(found):
     assert max(map(abs, alone)) < 0.03
 
 
+def test_every_reducer_must_be_faster_with_fewer_tokens_without_overlap():
+    times = {
+        second.at(name, count): {"answer": {"range": [count, count + 20]}} for name in second.REDUCERS for count in BUDGETS
+    }
+    assert second.time_verdict(times) == ("supported", "9 of 9 reducers")
+    times["queries4+nested+place"] = {"answer": {"range": [4, 70]}}
+    assert second.time_verdict(times) == ("undecided", "8 of 9 reducers")
+    assert second.time_verdict({"adata4+nested+place": times["adata4+nested+place"]})[0] == "undecided"
+
+
 def test_one_reducer_is_enough_for_the_first_claim():
     won, lost, open_ = ({"sign": sign, "obstacles": [], "title": str(sign)} for sign in (1, -1, 0))
     assert second.any_verdict([lost, won, open_])[0] == "supported"
