@@ -290,7 +290,8 @@ class ArmModel(GranulonModel):
         each of them."""
         features, first = patches.features, torch.ones_like(level, dtype=torch.bool)
         if not self.training and not reads_question(self.arm):
-            first[1:] = (features[1:] != features[:-1]).flatten(1).any(1) | (level[1:] != level[:-1])
+            some = features[:, ::5, ::7]  # as much as tells images apart (`AggregateStore.key`)
+            first[1:] = (some[1:] != some[:-1]).flatten(1).any(1) | (level[1:] != level[:-1])
         found = super()._aggregate(replace(patches, features=features[first]), level[first], *args, **kwargs)
         return GranulonAggregation(**{name: value[first.cumsum(0) - 1] for name, value in found.items()})
 
