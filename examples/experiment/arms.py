@@ -130,6 +130,11 @@ def store_name(arm: dict[str, Any], level: dict[str, Any]) -> str:
 # --- clusters that are known -------------------------------------------------------------------------------------------
 
 
+def some_of(features: torch.Tensor) -> torch.Tensor:
+    """Return as much of features [... x N x D] as tells images apart."""
+    return features[..., ::5, ::7]
+
+
 class AggregateStore:
     """Semantic tokens of images by their features and the level: clustering has no learned part, so that once is enough.
 
@@ -148,7 +153,7 @@ class AggregateStore:
     @staticmethod
     def key(features: torch.Tensor) -> str:
         """Of one image's features [N x D] in bfloat16: the hash of some of them."""
-        some = features[::5, ::7].to(torch.bfloat16).contiguous().view(torch.int16)
+        some = some_of(features).to(torch.bfloat16).contiguous().view(torch.int16)
         return hashlib.sha256(some.numpy().tobytes()).hexdigest()[:24]
 
     @staticmethod
@@ -286,11 +291,11 @@ class ArmModel(GranulonModel):
         return GranulonAggregation(tokens=tokens, kept_clusters=kept, positions=positions.float(), level=level)
 
     def _aggregate_once(self, patches, level, *args, **kwargs) -> GranulonAggregation:
-        """`_aggregate` that runs once where an image's questions follow each other; not where a token is drawn or chosen for
-        each of them."""
+        """Aggregate each image once whose questions follow each other, or every row where tokens are drawn anew, as in
+        training, or chosen for the question."""
         features, first = patches.features, torch.ones_like(level, dtype=torch.bool)
         if not self.training and not reads_question(self.arm):
-            some = features[:, ::5, ::7]  # as much as tells images apart (`AggregateStore.key`)
+            some = some_of(features)
             first[1:] = (some[1:] != some[:-1]).flatten(1).any(1) | (level[1:] != level[:-1])
         found = super()._aggregate(replace(patches, features=features[first]), level[first], *args, **kwargs)
         return GranulonAggregation(**{name: value[first.cumsum(0) - 1] for name, value in found.items()})

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from granulon_hf.cli.common import quiet
-from granulon_hf.data.granuscenes.cutouts import VERSION
 from granulon_hf.errors import GranulonError
 from granulon_hf.training.controller import ControllerArguments, train_controller
 
@@ -42,8 +41,7 @@ def main(given: list[str] | None = None) -> None:
     quiet()
     made = read_json(args.out / "settings.json", "settings", "pictures", "granuscenes")
     study = Study(args.out, Settings(**made["settings"]), args.pictures)
-    now = {"pictures": study.pictures.digest, "granuscenes": VERSION}
-    if what := differing({name: made[name] for name in now}, now):
+    if what := differing({name: made[name] for name in study.source()}, study.source()):
         raise GranulonError(f"{str(args.out)!r} was made with others: {what} differ; name its pictures with --pictures.")
     for paraphrases in (0, PARAPHRASES):
         shares = [agreement(study, seed, paraphrases) for seed in range(args.seeds)]

@@ -27,7 +27,6 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from granulon_hf.data.granuscenes.cutouts import VERSION
 from granulon_hf.data.granuscenes.questions import LEVELS as QUESTION_LEVELS
 from granulon_hf.errors import GranulonError
 from granulon_hf.io import write_text
@@ -273,7 +272,7 @@ def conduct(study: Study, config: dict[str, Any], args: argparse.Namespace, jobs
         GranulonError: the folder holds another study, or something failed.
     """
     settings = study.settings
-    shared = {"settings": json.loads(json.dumps(asdict(settings))), "pictures": study.pictures.digest, "granuscenes": VERSION}
+    shared = {"settings": json.loads(json.dumps(asdict(settings))), **study.source()}
     path = args.out / "settings.json"
     flat = {**shared["settings"], **{name: value for name, value in shared.items() if name != "settings"}}
     known = [(read_json(path), shared)] if path.exists() else []

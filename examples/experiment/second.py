@@ -111,10 +111,6 @@ CLAIMS = (
 FASTER = "The time of an answer falls as the tokens do"
 
 
-def is_won(result: Mapping[str, Any]) -> bool:
-    return result["sign"] == 1 and not result["obstacles"]
-
-
 def any_verdict(results: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     """The rule of a claim that one comparison is enough for; as [`verdict`] has it."""
     made = [result for result in results if "missing" not in result]
@@ -179,7 +175,8 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
         ]
         word, why = any_verdict(results) if rule == "any" else verdict(results)
         if word == "no difference":
-            equal, won = sum(one["equal"] for one in results), sum(map(is_won, results))
+            equal = sum(one["equal"] for one in results)
+            won = sum(one["sign"] == 1 and not one["obstacles"] for one in results)
             why = f"within ±{MARGIN:g}: {equal} of {len(results)}, decided in favor: {won}"
         claims.append({"letter": letter, "claim": title, "verdict": word, "why": why, "results": results})
     word, why = time_verdict(study.timing)
@@ -200,7 +197,7 @@ def analyse(study: Study, resamples: int = RESAMPLES) -> dict[str, Any]:
         "curve": {name: [count for count in BUDGETS if at(name, count) in present] for name in REDUCERS},
         "oracle": {split: {name: oracle(study, scores, name, split) for name in REDUCERS} for split in study.splits},
         "costs": costs(study),
-        "times": {arm: study.timing[arm] for arm in ARMS if arm in study.timing},
+        "times_alone": {arm: study.timing[arm] for arm in ARMS if arm in study.timing and arm not in present},
         "loud": [test for test in controls if test["above"]],
         "controls": [test for test in controls if test["type"] == "overall"],
         "no_plateau": [run.name for run in study.runs if not run.plateau],

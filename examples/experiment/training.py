@@ -226,6 +226,10 @@ class Study:
         scenes = self.by_id[prefix]
         return scenes, scenes.scene(int(index))
 
+    def source(self) -> dict[str, Any]:
+        """Return what the scenes are made of, as files of a study name it."""
+        return {"pictures": self.pictures.digest, "granuscenes": VERSION}
+
     def questions(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """The words of the questions of predictions."""
         return [self.scene_of(row["scene"])[1].questions[int(row["question"].rpartition("-")[2])].text for row in rows]
@@ -242,9 +246,10 @@ class Study:
     # --- frozen parts ---
 
     def load_language_model(self, stand_in: bool = False):
-        """
+        """Return the frozen language model and its tokenizer.
+
         Args:
-            stand_in (`bool`): an untrained one, for what it has no part in; such work need not wait for its training.
+            stand_in (`bool`): an untrained model, for work that it has no part in, which need not wait for its training.
 
         Raises:
             GranulonError: none is trained yet.
@@ -564,7 +569,7 @@ class Run:
             "arm_name": self.name,
             "group": self.group,
             "arm": self.arm,
-            "settings": {**vars(self.study.settings), "pictures": self.study.pictures.digest, "granuscenes": VERSION},
+            "settings": {**vars(self.study.settings), **self.study.source()},
             "frozen": self.study.frozen(),
             "seed": self.seed,
         }

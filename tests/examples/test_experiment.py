@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 from unittest.mock import Mock
 
 import numpy as np
@@ -318,7 +317,7 @@ def test_cached_clusters_are_those_of_the_model(study, name):
 
 
 @pytest.mark.parametrize("reducer", ["queries", "attention-merge", "adaptive-prune", "random", "question-dpp"])
-def test_questions_of_an_image_share_its_tokens_unless_they_make_them(study, reducer):
+def test_questions_of_an_image_share_its_tokens_unless_they_make_them(study, reducer, monkeypatch):
     whole, _ = study.model(f"{reducer}+nested+place", 0)
     cache, model = study.features(whole), whole.eval().model
     one, other = (cache(image) for image in list(study.images())[:2])
@@ -330,7 +329,8 @@ def test_questions_of_an_image_share_its_tokens_unless_they_make_them(study, red
         seen.append(len(patches.features))
         return aggregate(self, patches, *args, **kwargs)
 
-    with mock.patch.object(GranulonModel, "_aggregate", counted), torch.no_grad():
+    monkeypatch.setattr(GranulonModel, "_aggregate", counted)
+    with torch.no_grad():
         together = model._aggregate(PatchFeatures(features, (14, 14)), level)
         alone = [model._aggregate(PatchFeatures(features[[i]], (14, 14)), level[[i]]) for i in range(6)]
         model.train()._aggregate(PatchFeatures(features, (14, 14)), level)
