@@ -1,5 +1,6 @@
 """The embedded demo model: assembled once, whole or not at all, from the packages that carry its backbones."""
 
+import copy
 import json
 import shutil
 from importlib.metadata import PackageNotFoundError, distribution
@@ -44,6 +45,11 @@ def processor(folder):
 
 
 FOUR = {"name": "4", "alpha": 1, "beta": 4, "gamma": 1.0}
+
+
+@pytest.fixture(scope="module")
+def language_model():
+    return assemble.load_language_model()  # most of an assembly's time
 
 
 def ask(processor, question: str, picture: Image.Image | None = None):
@@ -130,7 +136,8 @@ class TestAssembled:
         ({"visual_tokens": "semantic", "reducer": "queries", "granularity_levels": [FOUR], "num_semantic_tokens": 4}, 4, False),
     ],
 )
-def test_another_form_keeps_the_weights_that_fit(overrides, slots, kept):
+def test_another_form_keeps_the_weights_that_fit(overrides, slots, kept, language_model, monkeypatch):
+    monkeypatch.setattr(assemble, "load_language_model", lambda dtype: copy.deepcopy(language_model))
     model, processor = assemble.build_demo(**overrides)
     shipped = load_file(assemble.SHIPPED / "adapter.safetensors")
     own = model.model.state_dict()

@@ -69,6 +69,11 @@ def wait_for(path, process, timeout=300):
         time.sleep(0.02)
 
 
+def train_here(*line):
+    """The same command in this process: a start takes longer than all steps, and what launches do is compared with this."""
+    train(*parse([str(part) for part in line]))
+
+
 def kill(process, folder):
     """`kill -9` of the launcher and of every worker, which torch puts into sessions of their own."""
     for other in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
@@ -79,23 +84,24 @@ def kill(process, folder):
 
 def test_killed_and_resumed_it_is_the_same_run(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", whole))
-    assert len(losses(whole)) == 8, output[-3000:]
-    assert "multi_modal_projector  2,112" in output and "frozen" in output
-    for file in ("README.md", "loss.png", "run.json", "adapter.safetensors"):
-        assert (whole / file).stat().st_size > 500, file
-    command = "accelerate launch --config_file examples/accelerate_cpu.yaml --num_processes 1 examples/train.py --variant"
-    assert command in (whole / "README.md").read_text()
+    line = [*TINY, *SHORT, *BATCH, "--output_dir"]
+    train_here(*line, whole)
+    assert len(losses(whole)) == 8
 
-    process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut)
+    process = start(*line, cut)
     wait_for(cut / "checkpoint-4", process)
     kill(process, cut)
     resume = ["--resume_from_checkpoint", "last"]
     for more, word in (([], "--resume_from_checkpoint last"), ([*resume, "--seed", "3"], "seed .*42.* 3")):
         with pytest.raises(GranulonError, match=word):
-            train(*parse([*TINY, *SHORT, *BATCH, "--output_dir", str(cut), *more]))
-    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last"))
+            train_here(*line, cut, *more)
+    output = finish(start(*line, cut, *resume))
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
+    assert "multi_modal_projector  2,112" in output and "frozen" in output
+    for file in ("README.md", "loss.png", "run.json", "adapter.safetensors"):
+        assert (cut / file).stat().st_size > 500, file
+    command = "accelerate launch --config_file examples/accelerate_cpu.yaml --num_processes 1 examples/train.py --variant"
+    assert command in (cut / "README.md").read_text()
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path):
@@ -121,24 +127,21 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path):
 
 def test_packed_over_two_processes_killed_and_resumed_is_padded_on_one(tmp_path):
     """The weights after eight steps are the same; twice as many batches of one process are those of two."""
-    padded, packed, cut = (tmp_path / name for name in ("padded", "packed", "cut"))
+    padded, packed = tmp_path / "padded", tmp_path / "packed"
     short = [*TINY, *SHORT, "--learning_rate", "1e-3", "--per_device_train_batch_size", "2"]
-    one, two = ["--gradient_accumulation_steps", "4"], ["--gradient_accumulation_steps", "2"]
-    output = finish(start(*short, *one, "--batching", "padded", "--output_dir", padded))
-    assert len(losses(padded)) == 8, output[-3000:]
+    train_here(*short, "--gradient_accumulation_steps", "4", "--batching", "padded", "--output_dir", padded)
+    assert len(losses(padded)) == 8
+    line = [*short, "--gradient_accumulation_steps", "2", "--batching", "packed", "--max_tokens_per_batch", "150"]
+    line += ["--output_dir", packed]
     two_processes = {"config": None, "processes": 2}
-    packs = [*two, "--batching", "packed", "--max_tokens_per_batch", "150"]
-    output = finish(start(*short, *packs, "--output_dir", packed, **two_processes))
+    process = start(*line, **two_processes)
+    wait_for(packed / "checkpoint-4", process)
+    kill(process, packed)
+    output = finish(start(*line, "--resume_from_checkpoint", "last", **two_processes))
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-5), output[-3000:]
     weights, expected = (load_file(folder / "adapter.safetensors") for folder in (packed, padded))
     for name, value in expected.items():
         torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=0, msg=name)
-
-    process = start(*short, *packs, "--output_dir", cut, **two_processes)
-    wait_for(cut / "checkpoint-4", process)
-    kill(process, cut)
-    output = finish(start(*short, *packs, "--output_dir", cut, "--resume_from_checkpoint", "last", **two_processes))
-    assert losses(cut) == pytest.approx(losses(packed), abs=1e-5), output[-3000:]
 
 
 @pytest.mark.parametrize(
@@ -153,8 +156,8 @@ def test_packed_over_two_sharded_processes_is_padded_on_one(tmp_path, stage, rat
     padded, packed = tmp_path / "padded", tmp_path / "packed"
     short = [*TINY, *SHORT, "--learning_rate", rate, "--adam_epsilon", epsilon, "--stage", stage]
     short += ["--per_device_train_batch_size", "2"]
-    output = finish(start(*short, "--gradient_accumulation_steps", "4", "--batching", "padded", "--output_dir", padded))
-    assert len(losses(padded)) == 8, output[-3000:]
+    train_here(*short, "--gradient_accumulation_steps", "4", "--batching", "padded", "--output_dir", padded)
+    assert len(losses(padded)) == 8
     plugin = yaml.safe_load((ROOT / "examples" / "accelerate_fsdp2.yaml").read_text())["fsdp_config"]
     sharded = {name.upper(): str(value) for name, value in plugin.items()}
     sharded |= {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_CPU": "true"}
@@ -210,21 +213,20 @@ def test_the_demo_with_an_option_is_the_demos_recipe_and_leaves_a_model(tmp_path
 
 @pytest.mark.skipif(not find_spec("deepspeed"), reason="needs deepspeed")
 def test_zero2_with_two_processes_killed_and_resumed(tmp_path):
-    """DeepSpeed runs, with two ranks, and the killed run goes on to the same losses. Its first launch compiles for minutes."""
+    """Killed and resumed, DeepSpeed on two ranks has the losses of one process without it. Its first launch compiles."""
     options = {"config": "accelerate_zero2.yaml", "processes": 2}
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", whole, **options), timeout=600)
-    assert len(losses(whole)) == 8, output[-3000:]
-    assert json.loads((whole / "run.json").read_text())["settings"]["world_size"] == 2
-    engine = list((whole / "checkpoint-8" / "global_step8").glob("zero_pp_rank_*_optim_states.pt"))
-    assert len(engine) == 2  # each rank has its part of the optimizer
-    assert sum(file.stat().st_size for file in (whole / "checkpoint-8").rglob("*")) < 2_000_000
-
-    process = start(*TINY, *SHORT, *BATCH, "--output_dir", cut, **options)
-    wait_for(cut / "checkpoint-4", process)
+    line = [*TINY, *SHORT, *BATCH, "--batching", "padded", "--output_dir"]
+    train_here(*line, whole, "--gradient_accumulation_steps", "4")
+    process = start(*line, cut, **options)
+    wait_for(cut / "checkpoint-4", process, timeout=600)
     kill(process, cut)
-    output = finish(start(*TINY, *SHORT, *BATCH, "--output_dir", cut, "--resume_from_checkpoint", "last", **options))
+    output = finish(start(*line, cut, "--resume_from_checkpoint", "last", **options))
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-5), output[-3000:]
+    assert json.loads((cut / "run.json").read_text())["settings"]["world_size"] == 2
+    engine = list((cut / "checkpoint-8" / "global_step8").glob("zero_pp_rank_*_optim_states.pt"))
+    assert len(engine) == 2  # each rank has its part of the optimizer
+    assert sum(file.stat().st_size for file in (cut / "checkpoint-8").rglob("*")) < 2_000_000
 
 
 def test_an_error_is_one_sentence_on_stderr(tmp_path):
