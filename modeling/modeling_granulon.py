@@ -76,11 +76,11 @@ except ImportError:
 logger = logging.get_logger(__name__)
 Granularity = str | int | Sequence[str | None] | torch.Tensor | None
 Budget = int | Sequence[int] | torch.Tensor | None
-# Labels whose logits are held at once: 1.2 GB in bfloat16 with a vocabulary of 150,000, and 2.5 GB in float32 beside it.
 # What of `generate` depends on the length of the prompt, and arguments that see the prompt.
 GENERATION_LENGTHS = ("max_new_tokens", "min_length", "return_dict_in_generate")
 SEE_PROMPT = ("inputs_embeds", "cache", "past_key_values", "custom_generate", "visual_stream", "stopping_criteria")
 SEE_PROMPT += ("logits_processor", "prefix_allowed_tokens_fn")
+# Labels whose logits are held at once: 1.2 GB in bfloat16 with a vocabulary of 150,000, and 2.5 GB in float32 beside it.
 LOSS_CHUNK = 4096
 
 
