@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import os
+import signal
 import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,6 +19,9 @@ from PIL import Image
 from transformers import set_seed
 
 from granulon_hf import variants
+
+# A shell lets what it starts behind `&` ignore interrupts, and so would every command that a test interrupts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
