@@ -982,7 +982,6 @@ import asyncio, os, signal, sys, threading
 import evaluate
 from PIL import Image
 judge = evaluate.load(sys.argv[1], cache_dir=sys.argv[3])
-signal.signal(signal.SIGINT, signal.default_int_handler)
 async def notebook():
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     judge.compute(
@@ -1019,10 +1018,8 @@ sys.meta_path.insert(0, Absent())
 SCRIPT = (
     ALONE
     + """
-import signal
 import evaluate
 from PIL import Image
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 judge = evaluate.load(sys.argv[1], cache_dir=sys.argv[4])
 n, url = int(sys.argv[2]), sys.argv[3]
 result = judge.compute(
